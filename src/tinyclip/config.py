@@ -1,0 +1,198 @@
+"""What a CLIP model is: every shape it can have, before and after compression.
+
+Heads and MLP width are stated per block, so a full model, a manual student and an automatically cut one are
+the same kind of config. In a block `None` means that the branch is gone (with its bias and norm), and `0`
+that it has no heads (or neurons) left and is only its output bias.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Activation = Literal["gelu", "quick_gelu"]
+
+
+def explain(error: ValidationError) -> str:
+    """One line for people out of a pydantic error: `key.path: what is wrong; ...`."""
+    parts = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(p) for p in item["loc"] if not str(p).startswith(("function-", "tagged-")))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        parts.append(f"{path}: {message}" if path else message)
+    return "; ".join(parts)
+
+
+class Strict(BaseModel):
+    """Base of every config here: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TransformerConfig(Strict):
+    """A stack of residual blocks, one entry of `heads` and `mlp_width` a block."""
+
+    width: Positive = Field(description="channels of the residual stream")
+    head_dim: Positive = Field(64, description="channels of one attention head")
+    heads: tuple[Count | None, ...] = Field(description="attention heads of each block; null: branch gone")
+    mlp_width: tuple[Count | None, ...] = Field(description="MLP neurons of each block; null: branch gone")
+
+    @model_validator(mode="after")
+    def _blocks_agree(self) -> TransformerConfig:
+        if len(self.heads) != len(self.mlp_width):
+            raise ValueError(f"heads has {len(self.heads)} blocks and mlp_width {len(self.mlp_width)}")
+        for i, (heads, mlp) in enumerate(zip(self.heads, self.mlp_width, strict=True)):
+            if heads is None and mlp is None:
+                raise ValueError(f"block {i} has neither attention nor MLP: leave it out")
+        return self
+
+    @property
+    def layers(self) -> int:
+        return len(self.heads)
+
+
+class VisionConfig(TransformerConfig):
+    """Vision transformer."""
+
+    kind: Literal["vit"] = "vit"
+    image_size: Positive = Field(224, description="side of the square input, pixels")
+    patch_size: Positive = Field(description="side of a patch, pixels")
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> VisionConfig:
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} exceeds image_size {self.image_size}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+class ResNetConfig(Strict):
+    """CLIP's modified ResNet with its attention pool."""
+
+    kind: Literal["resnet"] = "resnet"
+    image_size: Positive = Field(224, description="side of the square input, pixels")
+    layers: tuple[Positive, Positive, Positive, Positive] = Field(description="bottlenecks of each stage")
+    width: Positive = Field(description="channels of the first stage's bottlenecks")
+    heads: Positive = Field(description="heads of the attention pool")
+
+
+class TextConfig(TransformerConfig):
+    """Causal text transformer; the feature is read at the end token, the highest id."""
+
+    vocab_size: Annotated[int, Field(ge=2)] = 49408
+    context_length: Annotated[int, Field(ge=2)] = Field(77, description="longest text, start and end tokens included")
+
+
+class CLIPConfig(Strict):
+    """A whole model: two towers into one embedding."""
+
+    embed_dim: Positive = Field(description="size of the shared embedding")
+    vision: VisionConfig | ResNetConfig = Field(discriminator="kind")
+    text: TextConfig
+    activation: Activation = Field("gelu", description="non-linearity of the transformers' MLPs")
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "config") -> CLIPConfig:
+        """Validate plain data; `ValueError` names each key that does not fit."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(f"{where}: {explain(error)}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CLIPConfig:
+        """Read a config file; `ValueError` when it is missing, no JSON, or does not fit."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def named(cls, name: str) -> CLIPConfig:
+        """The config of a published model, e.g. `ViT-B-32` or `TinyCLIP-ViT-40M-32-Text-19M`.
+
+        Raises `ValueError` for an unknown name, and for an automatically compressed model, whose shape
+        is only known from its checkpoint.
+        """
+        if name.startswith("TinyCLIP-auto-") or name in AUTO_NAMES:
+            raise ValueError(
+                f"{name} was cut automatically: its shape is in its checkpoint, not in its name; load the file"
+            )
+        if name not in NAMED:
+            raise ValueError(f"no model named {name!r}; known: {', '.join(NAMED)}")
+        return NAMED[name]
+
+
+def vit_clip(
+    embed_dim: int,
+    vision: tuple[int, int],
+    text: tuple[int, int],
+    patch_size: int,
+    *,
+    image_size: int = 224,
+    head_dim: int = 64,
+    vocab_size: int = 49408,
+    context_length: int = 77,
+    activation: Activation = "gelu",
+) -> CLIPConfig:
+    """A ViT CLIP of equal blocks; `vision` and `text` are (layers, width), with MLPs of 4 * width."""
+    (layers, width), (text_layers, text_width) = vision, text
+    return CLIPConfig(
+        embed_dim=embed_dim,
+        vision=VisionConfig(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            head_dim=head_dim,
+            heads=(width // head_dim,) * layers,
+            mlp_width=(4 * width,) * layers,
+        ),
+        text=_text(text_layers, text_width, head_dim, vocab_size, context_length),
+        activation=activation,
+    )
+
+
+def _text(layers: int, width: int, head_dim: int = 64, vocab_size: int = 49408, context_length: int = 77) -> TextConfig:
+    return TextConfig(
+        width=width,
+        head_dim=head_dim,
+        heads=(width // head_dim,) * layers,
+        mlp_width=(4 * width,) * layers,
+        vocab_size=vocab_size,
+        context_length=context_length,
+    )
+
+
+def _resnet(width: int, text_layers: int) -> CLIPConfig:
+    # The attention pool's width is 32 * width, in heads of 64 (OpenAI's RN50: 64 * 32 / 64 = 32 heads).
+    vision = ResNetConfig(layers=(3, 4, 6, 3), width=width, heads=width * 32 // 64)
+    return CLIPConfig(embed_dim=1024, vision=vision, text=_text(text_layers, 512))
+
+
+# METHOD of the TinyCLIP paper, table of models; OpenCLIP's ViT-B-32 of LAION-2B uses GELU, OpenAI's own QuickGELU.
+NAMED: dict[str, CLIPConfig] = {
+    "ViT-B-32": vit_clip(512, (12, 768), (12, 512), 32),
+    "ViT-B-16": vit_clip(512, (12, 768), (12, 512), 16),
+    "RN50": _resnet(64, 12),
+    "TinyCLIP-ViT-61M-32-Text-29M": vit_clip(512, (12, 640), (9, 512), 32),
+    "TinyCLIP-ViT-40M-32-Text-19M": vit_clip(512, (12, 512), (6, 512), 32),
+    "TinyCLIP-ViT-39M-16-Text-19M": vit_clip(512, (12, 512), (6, 512), 16),
+    "TinyCLIP-ViT-8M-16-Text-3M": vit_clip(512, (10, 256), (3, 256), 16),
+    "TinyCLIP-ResNet-30M-Text-29M": _resnet(56, 9),
+    "TinyCLIP-ResNet-19M-Text-19M": _resnet(44, 6),
+}
+AUTO_NAMES = ("TinyCLIP-ViT-63M-32-Text-31M", "TinyCLIP-ViT-45M-32-Text-18M", "TinyCLIP-ViT-22M-32-Text-10M")

@@ -1,0 +1,205 @@
+"""Weight inheritance: masks by rule, then one pure cut."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyclip.axes import Axis, Entry, axis_sizes, axis_table
+from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.masks import Masks, validate
+from tinyclip.model import CLIP
+
+
+def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
+    """The student as a slice of the teacher by the manual rule (TinyCLIP, ICCV 2023, section 3.2).
+
+    Channels, heads, neurons and embedding: the first k. Blocks: 0, step, 2*step, ... with
+    step = teacher_layers // student_layers. Across image sizes the position embeddings are interpolated;
+    a shorter context keeps the first positions. The teacher is not changed.
+
+    Raises:
+        ValueError: naming what the teacher has too little of, or a family that differs.
+    """
+    masks = manual_masks(teacher.config, student_config)
+    source = resize_positions(teacher, student_config) if isinstance(student_config.vision, VisionConfig) else teacher
+    student = compact(source, masks)
+    if student.config.activation != student_config.activation:
+        student = _load(student_config, student.state_dict(), student)
+    assert student.config == student_config, "the rule's masks and the student's config disagree"
+    return student
+
+
+def manual_masks(teacher: CLIPConfig, student: CLIPConfig) -> dict[str, Tensor]:
+    """Masks of 0 and 1 that cut a teacher to the student by the manual rule.
+
+    Raises:
+        ValueError: when the student is larger anywhere, or of another family; every misfit is named.
+    """
+    problems: list[str] = []
+    masks: dict[str, Tensor] = {}
+
+    def first(name: str, size: int, keep: int) -> None:
+        if keep > size:
+            problems.append(f"{name} {keep} > {size}")
+        else:
+            masks[name] = torch.arange(size) < keep
+
+    first("embed", teacher.embed_dim, student.embed_dim)
+    first("text.context", teacher.text.context_length, student.text.context_length)
+    if teacher.text.vocab_size != student.text.vocab_size:
+        problems.append(f"text.vocab_size {student.text.vocab_size}, not {teacher.text.vocab_size} (prune it first)")
+    if teacher.vision.kind != student.vision.kind:
+        raise ValueError(f"a {student.vision.kind} student cannot inherit from a {teacher.vision.kind} teacher")
+    pairs = [("visual", teacher.vision, student.vision), ("text", teacher.text, student.text)]
+    for tower, big, small in pairs:
+        assert isinstance(big, TransformerConfig) and isinstance(small, TransformerConfig)
+        if big.head_dim != small.head_dim:
+            problems.append(f"{tower}.head_dim {small.head_dim}, not {big.head_dim}")
+        if isinstance(big, VisionConfig) and isinstance(small, VisionConfig) and big.patch_size != small.patch_size:
+            problems.append(f"visual.patch_size {small.patch_size}, not {big.patch_size}")
+        first(f"{tower}.hidden", big.width, small.width)
+        if small.layers > big.layers:
+            problems.append(f"{tower}.layers {small.layers} > {big.layers}")
+            continue
+        _block_masks(masks, problems, tower, big, small, first)
+    if problems:
+        raise ValueError("the student does not fit into the teacher: " + "; ".join(problems))
+    return {name: mask.to(torch.float32) for name, mask in masks.items()}
+
+
+def _block_masks(masks, problems, tower: str, big: TransformerConfig, small: TransformerConfig, first) -> None:  # type: ignore[no-untyped-def]
+    kept = kept_blocks(big.layers, small.layers)
+    for i in range(big.layers):
+        j = kept.index(i) if i in kept else None
+        for gate, axis, sizes, wanted in (
+            ("attn", "heads", big.heads, small.heads),
+            ("ffn", "mlp", big.mlp_width, small.mlp_width),
+        ):
+            size, keep = sizes[i], None if j is None else wanted[j]
+            if size is None:
+                if keep is not None:
+                    problems.append(f"{tower}.{gate}.{i}: the teacher has no such branch")
+            elif keep is None:
+                masks[f"{tower}.{gate}.{i}"] = torch.zeros(1)
+            else:
+                first(f"{tower}.{axis}.{i}", size, keep)
+
+
+def kept_blocks(teacher_layers: int, student_layers: int) -> list[int]:
+    """Blocks that the manual rule keeps: 12 to 6 keeps 0, 2, 4, 6, 8, 10; 12 to 9 keeps 0 to 8."""
+    step = teacher_layers // student_layers
+    return list(range(0, step * student_layers, step))
+
+
+def compact(model: CLIP, masks: Masks) -> CLIP:
+    """Fold mask values into the weights and cut what they close: a new model with the same outputs.
+
+    `compact(m, z)(x)` equals `m(x, masks=z)`, also for graded masks and gates. A branch whose gate is 0 goes
+    with its bias, a block without branches goes, and the rest are renumbered; a branch that only lost all
+    heads or neurons stays as its bias. Dims of `embed` that are cut leave the features.
+
+    Raises:
+        ValueError: when a mask does not fit the model, or nothing would be left of an axis that needs something.
+    """
+    validate(masks, model.config)
+    masks = {name: mask.detach() for name, mask in masks.items()}
+    kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
+    for name, indices in kept.items():
+        if len(indices) == 0 and name.endswith((".hidden", ".context", ".vocab", "embed")):
+            raise ValueError(f"mask {name!r} removes everything")
+    closed = {name for name in kept if name.split(".")[1:2] in (["attn"], ["ffn"]) and len(kept[name]) == 0}
+    config, block_of = _cut_config(model.config, kept, closed)
+    state = {}
+    with torch.no_grad():
+        for key, entry in axis_table(model.config).items():
+            if entry.branch in closed:
+                continue
+            tensor = _cut(model.get_parameter(key), entry, masks, kept)
+            state[_renumbered(key, entry.branch, block_of)] = tensor
+    return _load(config, state, model)
+
+
+def _cut(tensor: Tensor, entry: Entry, masks: Masks, kept: dict[str, Tensor]) -> Tensor:
+    """One parameter, mask values folded in and closed elements cut; always a copy."""
+    tensor = tensor.detach().clone()
+    for dim, axis in enumerate(entry.axes):
+        if axis is None or axis.name not in masks:
+            continue
+        mask = masks[axis.name].to(tensor)
+        if axis.scaled:
+            shape = [1] * tensor.ndim
+            shape[dim] = -1
+            tensor = tensor * _expand(mask, axis).view(shape)
+        positions = torch.arange(tensor.shape[dim]).view(axis.outer, -1, axis.inner)
+        rows = positions[:, kept[axis.name].cpu()].flatten()
+        tensor = tensor.index_select(dim, rows.to(tensor.device))
+    if entry.gated and entry.branch in masks:
+        tensor = tensor * masks[entry.branch].to(tensor)
+    return tensor
+
+
+def _expand(mask: Tensor, axis: Axis) -> Tensor:
+    return mask.repeat_interleave(axis.inner).repeat(axis.outer)
+
+
+def _cut_config(config: CLIPConfig, kept: dict[str, Tensor], closed: set[str]) -> tuple[CLIPConfig, dict[str, int]]:
+    """The config after the cut, and the new number of every block that stays (`visual.3` -> 2)."""
+    sizes = axis_sizes(config) | {name: len(indices) for name, indices in kept.items()}
+    block_of: dict[str, int] = {}
+    towers: dict[str, TransformerConfig] = {}
+    for tower, part in (("visual", config.vision), ("text", config.text)):
+        assert isinstance(part, TransformerConfig)
+        heads, mlp_width = [], []
+        for i in range(part.layers):
+            h = None if part.heads[i] is None or f"{tower}.attn.{i}" in closed else sizes[f"{tower}.heads.{i}"]
+            m = None if part.mlp_width[i] is None or f"{tower}.ffn.{i}" in closed else sizes[f"{tower}.mlp.{i}"]
+            if h is not None or m is not None:
+                block_of[f"{tower}.{i}"] = len(heads)
+                heads.append(h)
+                mlp_width.append(m)
+        update = {"width": sizes[f"{tower}.hidden"], "heads": tuple(heads), "mlp_width": tuple(mlp_width)}
+        if tower == "text":
+            update |= {"context_length": sizes["text.context"], "vocab_size": sizes["text.vocab"]}
+        towers[tower] = part.model_copy(update=update)
+    data = {"embed_dim": sizes["embed"], "vision": towers["visual"], "text": towers["text"]}
+    return CLIPConfig.model_validate(config.model_copy(update=data).model_dump()), block_of
+
+
+def _renumbered(key: str, branch: str | None, block_of: dict[str, int]) -> str:
+    if branch is None:
+        return key
+    tower, _, block = branch.split(".")
+    return key.replace(f".resblocks.{block}.", f".resblocks.{block_of[f'{tower}.{block}']}.", 1)
+
+
+def _load(config: CLIPConfig, state: dict[str, Tensor], like: CLIP) -> CLIP:
+    """A model of `config` with these weights, on the device, in the dtype and mode of `like`."""
+    weight = like.logit_scale
+    model = CLIP(config).to(device=weight.device, dtype=weight.dtype)
+    model.load_state_dict(state)
+    return model.train(like.training)
+
+
+def resize_positions(model: CLIP, student: CLIPConfig) -> CLIP:
+    """The model at the student's image size: position embeddings of the patches interpolated (bicubic,
+    antialiased), the class token's kept. Returns the model itself when the size is the same."""
+    vision, target = model.config.vision, student.vision
+    assert isinstance(vision, VisionConfig) and isinstance(target, VisionConfig)
+    if vision.image_size == target.image_size:
+        return model
+    positions = model.visual.positional_embedding.detach()
+    grid = positions[1:].T.reshape(1, vision.width, vision.grid, vision.grid)
+    size = (target.grid, target.grid)
+    grid = F.interpolate(grid.float(), size, mode="bicubic", antialias=True, align_corners=False).to(positions)
+    resized = torch.cat([positions[:1], grid.flatten(2)[0].T])
+    config = model.config.model_copy(update={"vision": vision.model_copy(update={"image_size": target.image_size})})
+    return _load(config, {**model.state_dict(), "visual.positional_embedding": resized}, model)
+
+
+def prune_vocabulary(model: CLIP, kept: list[int]) -> CLIP:
+    """The model with only these token ids, renumbered in order (see `CLIPTokenizer.kept_ids`)."""
+    mask = torch.zeros(model.config.text.vocab_size)
+    mask[kept] = 1
+    return compact(model, {"text.vocab": mask})

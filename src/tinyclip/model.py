@@ -1,0 +1,244 @@
+"""CLIP with ViT image tower and text transformer, any shape a `CLIPConfig` can state.
+
+State-dict keys are OpenAI's and OpenCLIP's. Everything is batch-first. `masks` (see `masks.py`) scale the
+residual writes, heads, neurons and branches; `inheritance.compact` cuts what they close, outputs unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.masks import Masks
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, hidden: Tensor | None) -> Tensor:
+    """LayerNorm over the kept channels only, 0 elsewhere: what a model cut to those channels computes.
+
+    x: (..., width); hidden: (width,) or None. A channel is kept where `hidden` is not 0.
+    """
+    if hidden is None:
+        return norm(x)
+    kept = (hidden != 0).to(x.dtype)
+    count = kept.sum()
+    mean = (x * kept).sum(-1, keepdim=True) / count
+    centred = (x - mean) * kept
+    variance = centred.square().sum(-1, keepdim=True) / count
+    normalised = centred * torch.rsqrt(variance + norm.eps)
+    return (normalised * norm.weight + norm.bias) * kept
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection; heads may be any number, none included."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * heads * head_dim, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * heads * head_dim))
+        self.out_proj = _linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+        """x: (n, length, width) -> (n, length, width); mask: (heads,)."""
+        if self.heads == 0:
+            return self.out_proj.bias.expand_as(x)
+        n, length, _ = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(n, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (n, heads, length, head_dim)
+        if mask is not None:
+            y = y * mask.view(-1, 1, 1)
+        return self.out_proj(y.transpose(1, 2).reshape(n, length, -1))
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A Linear whose weights `CLIP.reset_parameters` will set; quiet about empty ones."""
+    return nn.utils.skip_init(nn.Linear, inputs, outputs)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's own weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, mlp_width: int, activation: str) -> None:
+        super().__init__()
+        self.c_fc = _linear(width, mlp_width)
+        self.act = ACTIVATIONS[activation]()
+        self.c_proj = _linear(mlp_width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (n, length, width) -> the same; mask: (mlp_width,), applied after the non-linearity."""
+        x = self.act(self.c_fc(x))
+        return self.c_proj(x if mask is None else x * mask)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block; either branch may be missing."""
+
+    def __init__(self, width: int, heads: int | None, head_dim: int, mlp_width: int | None, activation: str) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width) if heads is not None else None
+        self.attn = Attention(width, heads, head_dim) if heads is not None else None
+        self.ln_2 = nn.LayerNorm(width) if mlp_width is not None else None
+        self.mlp = MLP(width, mlp_width, activation) if mlp_width is not None else None
+
+    def forward(self, x: Tensor, causal: bool, masks: dict[str, Tensor] | None = None) -> Tensor:
+        """x: (n, length, width) -> the same; masks: this block's `hidden`, `heads`, `mlp`, `attn`, `ffn`."""
+        masks = masks or {}
+        hidden = masks.get("hidden")
+        if self.attn is not None and self.ln_1 is not None:
+            y = self.attn(layer_norm(self.ln_1, x, hidden), causal, masks.get("heads"))
+            x = x + _scaled(y, hidden, masks.get("attn"))
+        if self.mlp is not None and self.ln_2 is not None:
+            y = self.mlp(layer_norm(self.ln_2, x, hidden), masks.get("mlp"))
+            x = x + _scaled(y, hidden, masks.get("ffn"))
+        return x
+
+
+def _scaled(x: Tensor, *factors: Tensor | None) -> Tensor:
+    for factor in factors:
+        if factor is not None:
+            x = x * factor
+    return x
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: TransformerConfig, activation: str, tower: str) -> None:
+        super().__init__()
+        self.tower = tower
+        self.resblocks = nn.ModuleList(
+            Block(config.width, heads, config.head_dim, mlp, activation)
+            for heads, mlp in zip(config.heads, config.mlp_width, strict=True)
+        )
+
+    def forward(self, x: Tensor, causal: bool, masks: Masks | None = None) -> Tensor:
+        """x: (n, length, width) -> the same."""
+        for i, block in enumerate(self.resblocks):
+            x = block(x, causal, _block_masks(masks, self.tower, i) if masks else None)
+        return x
+
+
+def _block_masks(masks: Masks, tower: str, block: int) -> dict[str, Tensor]:
+    names = {kind: f"{tower}.{kind}.{block}" for kind in ("heads", "mlp", "attn", "ffn")}
+    names["hidden"] = f"{tower}.hidden"
+    return {kind: masks[name] for kind, name in names.items() if name in masks}
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig, embed_dim: int, activation: str) -> None:
+        super().__init__()
+        width, patch = config.width, config.patch_size
+        self.image_size = config.image_size
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(config.grid**2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(config, activation, "visual")
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(torch.empty(width, embed_dim))
+
+    def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:
+        """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
+        hidden = masks.get("visual.hidden") if masks else None
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # (n, patches, width)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = layer_norm(self.ln_pre, _scaled(x, hidden), hidden)
+        x = self.transformer(x, False, masks)
+        return layer_norm(self.ln_post, x[:, 0], hidden) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Image and text towers into one embedding.
+
+    Args:
+        config: the shape; weights are random (OpenCLIP's initialisation) until loaded.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        vision, text = config.vision, config.text
+        if not isinstance(vision, VisionConfig):
+            raise ValueError(f"image towers of kind {vision.kind!r} cannot be built yet, only 'vit'")
+        self.config = config
+        self.visual = VisionTransformer(vision, config.embed_dim, config.activation)
+        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
+        self.transformer = Transformer(text, config.activation, "text")
+        self.ln_final = nn.LayerNorm(text.width)
+        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random weights as OpenCLIP initialises them (scaled by width and depth)."""
+        vision, text = self.config.vision, self.config.text
+        assert isinstance(vision, VisionConfig)
+        nn.init.normal_(self.visual.class_embedding, std=vision.width**-0.5)
+        nn.init.normal_(self.visual.positional_embedding, std=vision.width**-0.5)
+        nn.init.normal_(self.visual.proj, std=vision.width**-0.5)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=text.width**-0.5)
+        for tower, config in ((self.visual.transformer, vision), (self.transformer, text)):
+            out_std = config.width**-0.5 * (2 * config.layers) ** -0.5
+            for block in tower.resblocks:
+                if block.attn is not None:
+                    nn.init.normal_(block.attn.in_proj_weight, std=config.width**-0.5)
+                    nn.init.zeros_(block.attn.in_proj_bias)
+                    nn.init.normal_(block.attn.out_proj.weight, std=out_std)
+                    nn.init.zeros_(block.attn.out_proj.bias)
+                if block.mlp is not None:
+                    nn.init.normal_(block.mlp.c_fc.weight, std=(2 * config.width) ** -0.5)
+                    nn.init.zeros_(block.mlp.c_fc.bias)
+                    nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
+                    nn.init.zeros_(block.mlp.c_proj.bias)
+        self.logit_scale.fill_(math.log(1 / 0.07))
+
+    def encode_image(self, images: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
+        """images: float (n, 3, image_size, image_size), normalised pixels -> image_features (n, embed_dim).
+
+        Raises:
+            ValueError: for another shape.
+        """
+        size = self.config.vision.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected (n, 3, {size}, {size})")
+        return self._finish(self.visual(images, masks), masks, normalize)
+
+    def encode_text(self, tokens: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
+        """tokens: int (n, length), length up to context_length, zero-padded -> text_features (n, embed_dim).
+
+        Raises:
+            ValueError: for another shape, or more tokens than the context.
+        """
+        context = self.config.text.context_length
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= context:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (n, 1 to {context})")
+        hidden = masks.get("text.hidden") if masks else None
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.transformer(_scaled(x, hidden), True, masks)
+        # The end token is the highest id, so argmax finds its (first) place.
+        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]
+        return self._finish(layer_norm(self.ln_final, x, hidden) @ self.text_projection, masks, normalize)
+
+    def _finish(self, features: Tensor, masks: Masks | None, normalize: bool) -> Tensor:
+        if masks and "embed" in masks:
+            features = features * masks["embed"]
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, tokens: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised image_features and text_features (n, embed_dim), and exp(logit_scale)."""
+        image_features = self.encode_image(images, masks, normalize=True)
+        return image_features, self.encode_text(tokens, masks, normalize=True), self.logit_scale.exp()

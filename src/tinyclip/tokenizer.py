@@ -1,0 +1,155 @@
+"""CLIP's byte-pair encoding on the `tokenizers` library, whole or with a reduced vocabulary. No torch here."""
+
+from __future__ import annotations
+
+import html
+import json
+import lzma
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import ftfy
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+START, END = "<start_of_text>", "<end_of_text>"  # OpenCLIP's spelling
+WORD_END = "</w>"
+BYTE_TOKENS = 512  # 256 bytes, each inside a word and at its end
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def clean(text: str) -> str:
+    """OpenCLIP's cleaning: ftfy, html unescape twice, single spaces, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+class CLIPTokenizer:
+    """Texts to token ids, `[start, ..., end]`, zero-padded to the context length.
+
+    Args:
+        merges: byte-pair merges as (left, right), by rank. The vocabulary is the 512 byte tokens, one token
+            a merge, start and end: so the end token is always the highest id.
+        context_length: default length of a row, start and end included.
+    """
+
+    def __init__(self, merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
+        self.merges = list(merges)
+        self.context_length = context_length
+        symbols = _byte_symbols()
+        tokens = [*symbols, *(s + WORD_END for s in symbols), *(a + b for a, b in self.merges), START, END]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        if len(vocabulary) != len(tokens):
+            raise ValueError("the merges produce one token twice")
+        self._bpe = Tokenizer(BPE(vocabulary, self.merges, continuing_subword_prefix="", end_of_word_suffix=WORD_END))
+        self._bpe.pre_tokenizer = PreTokenizers(
+            [Split(Regex(PATTERN), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        self._bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (START, END)])
+        self.start_id, self.end_id = len(tokens) - 2, len(tokens) - 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self.end_id + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without start and end."""
+        return self._bpe.encode(clean(text)).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; start, end and what follows the end are left out."""
+        table = {symbol: byte for byte, symbol in _symbol_of_byte().items()}
+        words = []
+        for i in ids:
+            if i == self.end_id:
+                break
+            if i != self.start_id:
+                words.append(self._bpe.id_to_token(int(i)))
+        joined = "".join(words).replace(WORD_END, " ")
+        data = b"".join(bytes([table[c]]) if c in table else b" " for c in joined)
+        return data.decode("utf-8", errors="replace").strip()
+
+    def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> np.ndarray:
+        """int64 (n, context_length); a text that is too long is cut and keeps its end token.
+
+        Raises:
+            ValueError: for something that is no text, or a context below 2.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        length = self.context_length if context_length is None else context_length
+        if length < 2:
+            raise ValueError(f"context_length {length}: at least 2 is needed, for the start and the end token")
+        tokens = np.zeros((len(texts), length), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"expected texts, got {type(text).__name__}")
+            ids = [self.start_id, *self.encode(text)[: length - 2], self.end_id]
+            row[: len(ids)] = ids
+        return tokens
+
+    def kept_ids(self, texts: Iterable[str]) -> list[int]:
+        """Ids to keep so that `texts` encode exactly as before: their tokens and, recursively, the tokens these
+        are merged from; always the byte tokens, start and end. Ascending."""
+        needed = set(range(BYTE_TOKENS)) | {self.start_id, self.end_id}
+        ids = {token: i for i, token in enumerate(self._tokens())}
+        stack = [i for text in texts for i in set(self.encode(text))]
+        while stack:
+            i = stack.pop()
+            if i not in needed:
+                needed.add(i)
+                stack += [ids[part] for part in self.merges[i - BYTE_TOKENS]]
+        return sorted(needed)
+
+    def pruned(self, kept: Sequence[int]) -> CLIPTokenizer:
+        """The tokenizer of the kept ids (see `kept_ids`), renumbered in order."""
+        merges = [self.merges[i - BYTE_TOKENS] for i in kept if BYTE_TOKENS <= i < self.start_id]
+        return CLIPTokenizer(merges, self.context_length)
+
+    def _tokens(self) -> list[str]:
+        return [self._bpe.id_to_token(i) for i in range(self.vocab_size)]
+
+    def save(self, path: str | Path) -> None:
+        """Write the merges and context length as JSON."""
+        lines = [f"{a} {b}" for a, b in self.merges]
+        data = {"type": "clip-bpe", "context_length": self.context_length, "merges": lines}
+        Path(path).write_text(json.dumps(data, ensure_ascii=False))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> CLIPTokenizer:
+        """Read what `save` wrote; `ValueError` when it is something else."""
+        try:
+            data = json.loads(Path(path).read_text())
+            merges = [_pair(line) for line in data["merges"]]
+            return cls(merges, int(data["context_length"]))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file") from None
+        except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
+            raise ValueError(f"{path}: no tokenizer of ours ({type(error).__name__}: {error})") from None
+
+
+def _pair(line: str) -> tuple[str, str]:
+    left, right = line.split(" ")
+    return left, right
+
+
+@cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's own vocabulary of 49,408 tokens."""
+    data = files("tinyclip").joinpath("vocabulary/clip_merges.txt.xz").read_bytes()
+    return CLIPTokenizer([_pair(line) for line in lzma.decompress(data).decode().splitlines()])
+
+
+def _symbol_of_byte() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, in CLIP's vocabulary order (openai/CLIP, simple_tokenizer.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def _byte_symbols() -> list[str]:
+    return list(_symbol_of_byte().values())

@@ -1,0 +1,96 @@
+"""Image preprocessing on Pillow and NumPy, equal to OpenAI's and OpenCLIP's evaluation transform. No torch here."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+# In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
+RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+
+
+class Preprocess(BaseModel):
+    """Resize the shorter side (bicubic, antialiased), crop the centre, normalise.
+
+    Called with a picture it returns float32 (3, image_size, image_size).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_size: int = Field(ge=1, description="side of the square result, pixels")
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """uint8 (3, image_size, image_size), not yet normalised."""
+        image = centre_crop(resize_shorter(plain_mode(image), self.image_size), self.image_size)
+        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (..., 3, h, w) -> float32 of the same shape."""
+        mean = np.asarray(self.mean, np.float32).reshape(3, 1, 1)
+        std = np.asarray(self.std, np.float32).reshape(3, 1, 1)
+        return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        return self.normalise(self.pixels(image))
+
+
+def open_image(source: str | Path | object) -> Image.Image:
+    """Open a file (path or binary file object), decode it whole and apply its EXIF orientation.
+
+    Raises:
+        ValueError: when it is missing, no picture, damaged, or too large (Pillow's decompression-bomb limit).
+    """
+    name = source if isinstance(source, (str, Path)) else "image"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as image:  # type: ignore[arg-type]
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name}: not a picture that Pillow can read") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{name}: too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ValueError(f"{name}: damaged picture ({error})") from None
+
+
+def plain_mode(image: Image.Image) -> Image.Image:
+    """Bring rare modes to one that resizes well: palette and 1-bit to RGB, 16-bit to 8, Lab to sRGB."""
+    if image.mode in RESIZED_AS_THEY_ARE:
+        return image
+    if image.mode.startswith("I"):  # 16-bit files open as I;16 or, from some formats, as I
+        scaled = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return converted
+    return image.convert("RGB")
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Shorter side to `size`, the longer in proportion (rounded down, as torchvision does)."""
+    width, height = image.size
+    if width <= height:
+        target = (size, int(size * height / width))
+    else:
+        target = (int(size * width / height), size)
+    return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central (size, size) of a picture at least that large (torchvision's rounding)."""
+    left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
+    return image.crop((left, top, left + size, top + size))
