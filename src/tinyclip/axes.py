@@ -104,7 +104,8 @@ def _add_blocks(add, tower: str, config: TransformerConfig) -> None:  # type: ig
 
 def axis_sizes(config: CLIPConfig) -> dict[str, int]:
     """Length of every named axis; gates (of branches that exist) have length 1."""
-    sizes = {"embed": config.embed_dim, "text.context": config.text.context_length, "text.vocab": config.text.vocab_size}
+    text = config.text
+    sizes = {"embed": config.embed_dim, "text.context": text.context_length, "text.vocab": text.vocab_size}
     towers = {"visual": config.vision, "text": config.text}
     for tower, part in towers.items():
         if not isinstance(part, TransformerConfig):

@@ -135,7 +135,7 @@ def _cut(tensor: Tensor, entry: Entry, masks: Masks, kept: dict[str, Tensor]) ->
         positions = torch.arange(tensor.shape[dim]).view(axis.outer, -1, axis.inner)
         rows = positions[:, kept[axis.name].cpu()].flatten()
         tensor = tensor.index_select(dim, rows.to(tensor.device))
-    if entry.gated and entry.branch in masks:
+    if entry.gated and entry.branch is not None and entry.branch in masks:
         tensor = tensor * masks[entry.branch].to(tensor)
     return tensor
 
@@ -151,7 +151,8 @@ def _cut_config(config: CLIPConfig, kept: dict[str, Tensor], closed: set[str]) -
     towers: dict[str, TransformerConfig] = {}
     for tower, part in (("visual", config.vision), ("text", config.text)):
         assert isinstance(part, TransformerConfig)
-        heads, mlp_width = [], []
+        heads: list[int | None] = []
+        mlp_width: list[int | None] = []
         for i in range(part.layers):
             h = None if part.heads[i] is None or f"{tower}.attn.{i}" in closed else sizes[f"{tower}.heads.{i}"]
             m = None if part.mlp_width[i] is None or f"{tower}.ffn.{i}" in closed else sizes[f"{tower}.mlp.{i}"]

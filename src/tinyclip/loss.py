@@ -49,4 +49,3 @@ def contrastive_loss(
     same = (groups[:, None] == groups[None, :]).to(logits.dtype)
     targets = same / same.sum(1, keepdim=True)  # symmetric relation, so the same for both directions
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-

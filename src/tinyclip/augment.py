@@ -1,0 +1,92 @@
+"""Random training views of a picture, on Pillow. No torch here.
+
+Randomness comes only from the generator that is passed in, so a view can be made again exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+from typing import Annotated
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from tinyclip.config import Strict
+from tinyclip.transforms import plain_mode
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
+
+
+class Augment(Strict):
+    """What a training view may change. The default is the released recipes': a random resized crop alone."""
+
+    scale: tuple[Fraction, Fraction] = Field((0.9, 1.0), description="area of the crop, fraction of the picture")
+    ratio: float = Field(4 / 3, ge=1, le=4, description="largest aspect ratio of the crop, either way")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation either way, degrees")
+    shear: float = Field(0.0, ge=0, le=45, description="largest horizontal shear either way, degrees")
+    shrink: Strength = Field(0.0, description="largest share of its side that the picture loses, set on background")
+    colour: Strength = Field(0.0, description="strength of random brightness, contrast and saturation")
+    background: bool = Field(False, description="put pictures with transparency on a random plain colour")
+
+    def view(self, image: Image.Image, size: int, rng: Random) -> np.ndarray:
+        """A random view, uint8 (3, size, size)."""
+        image = plain_mode(image)
+        backdrop: tuple[int, int, int] = (255, 255, 255)
+        if self.background:
+            backdrop = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+            image = on_colour(image, backdrop)
+        image = image.convert("RGB")
+        if self.rotate or self.shear or self.shrink:
+            image = self._warp(image, backdrop, rng)
+        left, top, width, height = self._crop(image.width, image.height, rng)
+        box = (left, top, left + width, top + height)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        pixels = np.asarray(image)
+        if self.colour:
+            pixels = jitter(pixels, self.colour, rng)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _crop(self, width: int, height: int, rng: Random) -> tuple[float, float, float, float]:
+        """Random resized crop as (left, top, width, height), in pixels."""
+        for _ in range(10):
+            area = rng.uniform(*self.scale) * width * height
+            ratio = math.exp(rng.uniform(-math.log(self.ratio), math.log(self.ratio)))
+            w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            if w <= width and h <= height:
+                return rng.uniform(0, width - w), rng.uniform(0, height - h), w, h
+        side = min(width, height)
+        return (width - side) / 2, (height - side) / 2, side, side
+
+    def _warp(self, image: Image.Image, fill: tuple[int, int, int], rng: Random) -> Image.Image:
+        """Rotate, shear and shrink around the centre, in one resampling."""
+        angle = math.radians(rng.uniform(-self.rotate, self.rotate))
+        shear = math.tan(math.radians(rng.uniform(-self.shear, self.shear)))
+        zoom = 1 / (1 - rng.uniform(0, self.shrink * 0.999))
+        cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
+        a, b, d, e = cos, cos * shear + sin, -sin, -sin * shear + cos  # output -> input
+        x, y = image.width / 2, image.height / 2
+        coefficients = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)
+        method = Image.Transform.AFFINE
+        return image.transform(image.size, method, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
+
+
+def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """A picture with transparency laid on a plain colour; others come back as they are."""
+    if image.mode not in ("RGBA", "LA"):
+        return image
+    image = image.convert("RGBA")
+    backdrop = Image.new("RGBA", image.size, (*colour, 255))
+    return Image.alpha_composite(backdrop, image).convert("RGB")
+
+
+def jitter(pixels: np.ndarray, strength: float, rng: Random) -> np.ndarray:
+    """Random brightness, contrast and saturation of uint8 (h, w, 3)."""
+    brightness, contrast, saturation = (rng.uniform(1 - strength, 1 + strength) for _ in range(3))
+    x = pixels.astype(np.float32) * brightness
+    x = x.mean() + (x - x.mean()) * contrast
+    grey = x.mean(-1, keepdims=True)
+    x = grey + (x - grey) * saturation
+    return np.clip(np.rint(x), 0, 255).astype(np.uint8)

@@ -1,0 +1,193 @@
+"""Checkpoints: a directory with `config.json`, `model.safetensors`, `tokenizer.json` and `preprocess.json`.
+
+A directory is written beside its place and renamed into it, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinyclip.config import CLIPConfig, explain
+from tinyclip.model import CLIP
+from tinyclip.tokenizer import CLIPTokenizer
+from tinyclip.transforms import Preprocess
+
+WEIGHTS = "model.safetensors"
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Give a new directory to fill; on success it takes the place of `path`, on an error it vanishes.
+
+    Raises:
+        ValueError: when the place cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from None
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        _flush(temporary)
+        if path.exists():
+            old = temporary.with_suffix(".old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader sees the old or the new one, never a part."""
+    path = Path(path)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).chmod(0o644)
+        Path(file.name).replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: CLIP,
+    tokenizer: CLIPTokenizer,
+    preprocess: Preprocess,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model with all it needs, atomically; `dtype` converts floating-point weights.
+
+    Raises:
+        ValueError: when the place cannot be written.
+    """
+    with atomic_directory(path) as folder:
+        save_into(folder, model, tokenizer, preprocess, dtype)
+
+
+def save_into(
+    folder: Path,
+    model: CLIP,
+    tokenizer: CLIPTokenizer,
+    preprocess: Preprocess,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint's files into a folder that exists (see `save_checkpoint`)."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    if dtype is not None:
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n")
+    (folder / "preprocess.json").write_text(preprocess.model_dump_json(indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.json")
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_checkpoint(path: str | Path) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
+    """Read and validate what `save_checkpoint` wrote; weights come back in float32.
+
+    Raises:
+        ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint directory")
+    config = CLIPConfig.from_json(path / "config.json")
+    tokenizer = CLIPTokenizer.from_file(path / "tokenizer.json")
+    preprocess = _read_preprocess(path / "preprocess.json")
+    if tokenizer.vocab_size != config.text.vocab_size:
+        raise ValueError(
+            f"{path}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json says {config.text.vocab_size}"
+        )
+    if preprocess.image_size != config.vision.image_size:
+        raise ValueError(
+            f"{path}: preprocess.json makes {preprocess.image_size} px images, "
+            f"config.json says {config.vision.image_size}"
+        )
+    model = CLIP(config)
+    load_state(model, read_weights(path / WEIGHTS), str(path / WEIGHTS))
+    return model.eval(), tokenizer, preprocess
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; `ValueError` when it is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata in a safetensors file's header."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def load_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load weights whose keys and shapes must be exactly the model's.
+
+    Raises:
+        ValueError: naming the first few keys that are missing, left over, of another shape, or not finite.
+    """
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    for key, value in state.items():
+        if key not in expected:
+            continue
+        if value.shape != expected[key].shape:
+            problems.append(f"{key} is {tuple(value.shape)}, not {tuple(expected[key].shape)}")
+        elif not torch.isfinite(value).all():
+            problems.append(f"{key} has non-finite values")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError(f"{where} does not fit its config: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict(dict(state))
+
+
+def _read_preprocess(path: Path) -> Preprocess:
+    try:
+        return Preprocess.model_validate(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

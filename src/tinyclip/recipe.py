@@ -1,0 +1,214 @@
+"""Recipes: a YAML file that says everything of a run, validated into `Recipe` and `Stage`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from tinyclip.augment import Augment
+from tinyclip.config import Activation, CLIPConfig, Count, Positive, Strict, VisionConfig, explain
+from tinyclip.distributed import Precision
+
+Scale = Annotated[float, Field(gt=0, le=1000)]
+
+
+class TowerShape(Strict):
+    """What to change of a tower; what is left out stays as in the model before."""
+
+    layers: Positive | None = Field(None, description="number of blocks")
+    width: Positive | None = Field(None, description="channels of the residual stream")
+    heads: Positive | None = Field(None, description="heads a block; default: width // head_dim when width changes")
+    mlp_width: Positive | None = Field(None, description="neurons a block; default: scaled as width is")
+
+
+class VisionShape(TowerShape):
+    image_size: Positive | None = Field(None, description="pixels")
+
+
+class TextShape(TowerShape):
+    context_length: Positive | None = Field(None, description="tokens")
+
+
+class StudentShape(Strict):
+    """The student relative to the model it starts from."""
+
+    embed_dim: Positive | None = None
+    vision: VisionShape = VisionShape()
+    text: TextShape = TextShape()
+    activation: Activation | None = Field(None, description="default: the teacher's")
+
+    def apply(self, base: CLIPConfig) -> CLIPConfig:
+        """The whole config; `ValueError` when the base has unequal blocks or another family."""
+        if not isinstance(base.vision, VisionConfig):
+            raise ValueError(f"student: cannot change the shape of a {base.vision.kind} image tower")
+        data = base.model_dump()
+        data["embed_dim"] = self.embed_dim or base.embed_dim
+        data["activation"] = self.activation or base.activation
+        data["vision"] |= _tower(self.vision, data["vision"], "vision")
+        data["text"] |= _tower(self.text, data["text"], "text")
+        return CLIPConfig.from_dict(data, "student")
+
+
+def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]:
+    """Fields of the base that the shape changes. A tower that keeps its layers keeps unequal blocks as well."""
+    layers, width = shape.layers or len(base["heads"]), shape.width or base["width"]
+    changed: dict[str, Any] = {"width": width}
+    for key, default in (
+        ("heads", lambda v: v if width == base["width"] else max(1, width // base["head_dim"])),
+        ("mlp_width", lambda v: max(1, v * width // base["width"])),
+    ):
+        given, values = getattr(shape, key), base[key]
+        if given is not None:
+            changed[key] = [given] * layers
+        elif layers == len(values):
+            changed[key] = [v if v is None else default(v) for v in values]
+        elif len(set(values)) == 1:
+            changed[key] = [default(values[0])] * layers
+        else:
+            raise ValueError(f"student.{name}.{key}: the blocks before are unequal, so say how many each has")
+    for key in ("image_size", "context_length"):
+        if getattr(shape, key, None) is not None:
+            changed[key] = getattr(shape, key)
+    return changed
+
+
+class Loss(Strict):
+    """Weights of the loss terms and the scales of the affinity."""
+
+    affinity: float = Field(1.0, ge=0, description="weight of affinity mimicking (needs a teacher)")
+    contrastive: float = Field(0.0, ge=0, description="weight of the image-text contrastive loss")
+    student_scale: Literal["teacher", "learned"] | Scale = Field(
+        "teacher", description="exp(logit_scale) of the student in the affinity: the teacher's, its own, or a number"
+    )
+    teacher_scale: Literal["teacher"] | Scale = Field("teacher", description="the same for the teacher")
+    positives: Literal["pair", "class"] = Field(
+        "pair", description="contrastive: only the pair itself, or all pairs of one `class` in the batch"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Loss:
+        if self.affinity == 0 and self.contrastive == 0:
+            raise ValueError("all loss weights are 0")
+        return self
+
+
+class Optimizer(Strict):
+    """AdamW with linear warm-up and cosine decay to 0."""
+
+    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.2, ge=0, description="on matrices only; not on norms, biases, gains, logit scale")
+    warmup_steps: Count = Field(0, description="steps")
+    grad_clip: float = Field(5.0, gt=0, description="largest gradient norm")
+
+
+class Stage(Strict):
+    """One student, trained from the one before (or the teacher)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the stage's checkpoint")
+    student: StudentShape | str = Field(StudentShape(), description="shape relative to the start, or a model name")
+    inherit: Literal["manual", "none"] = Field("manual", description="manual rule, or none: random weights")
+    start: Literal["previous", "teacher"] = Field("previous", description="model that is inherited from")
+    steps: Positive
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Stage:
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
+        return self
+
+
+class Evaluation(Strict):
+    """Data never trained on."""
+
+    data: str = Field(description="class folders, or shards with `class` or `captions`")
+    templates: str | None = Field(None, description="file of prompt templates, one a line, {c} for the class")
+    every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    description: str = Field("", description="what it does, its command, expected time and result")
+    teacher: str | None = Field(None, description="checkpoint of the teacher; none: train from scratch")
+    model: CLIPConfig | str | None = Field(None, description="without a teacher: a whole config, or a model name")
+    vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
+    data: str = Field(description="folder of training shards")
+    output: str = Field(description="folder of the run, made by it")
+    evaluation: Evaluation | None = None
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    seed: Count = 0
+    workers: Count = Field(1, description="processes that decode images")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto"] | Precision = "auto"
+    log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    save_every: Positive = Field(100, description="steps between checkpoints in a stage")
+    save_dtype: Literal["float32", "float16"] = Field("float32", description="of the stages' final checkpoints")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("two stages have one name")
+        if (self.teacher is None) == (self.model is None):
+            raise ValueError("give either `teacher` (to distil) or `model` (to train from scratch)")
+        for i, stage in enumerate(self.stages):
+            if self.teacher is None and stage.loss.affinity > 0:
+                raise ValueError(f"stages.{i}.loss.affinity: needs a teacher; set it to 0")
+            if self.teacher is None and i == 0 and stage.inherit != "none":
+                raise ValueError(f"stages.{i}.inherit: there is no teacher to inherit from; set it to none")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; `overrides` are `key.path=value`, values as in YAML (`stages.0.steps=200`).
+
+    Raises:
+        ValueError: when the file is missing or no YAML, or a key or value does not fit, with the key's path.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys, see docs/recipes.md")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from None
+
+
+def _override(data: Any, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set {override}: write key.path=value, e.g. stages.0.steps=200")
+    *parents, last = path.split(".")
+    node = data
+    try:
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        if isinstance(node, list):
+            node[int(last)] = yaml.safe_load(text)
+        elif isinstance(node, dict):
+            node[last] = yaml.safe_load(text)
+        else:
+            raise KeyError(last)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+        raise ValueError(f"--set {override}: the recipe has no {path}") from None
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: the value is no valid YAML") from None

@@ -1,0 +1,444 @@
+"""One training loop, for teachers and students alike; a run is a few stages of it.
+
+A run's folder:
+
+    recipe.yaml                 what is run
+    metrics.jsonl               one line a log or evaluation
+    skipped.jsonl               samples that were left out: shard, key, reason
+    stages/NAME/last, best      checkpoints (`last` carries state.pt to resume from until the stage is done)
+    stages/NAME/result.json     written when the stage is done
+    student                     the last stage's result
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from megatron.energon.errors import FatalSampleError
+from torch import Tensor, nn
+
+from tinyclip.checkpoint import atomic_directory, load_checkpoint, save_into, write_atomically
+from tinyclip.config import CLIPConfig
+from tinyclip.data import Batch, captions_of, find_shards, read_shards, training_loader
+from tinyclip.distributed import best_device, best_precision
+from tinyclip.inheritance import inherit, manual_masks
+from tinyclip.loss import affinity_loss, contrastive_loss
+from tinyclip.model import CLIP
+from tinyclip.recipe import Recipe, Stage
+from tinyclip.teacher import Teacher, image_input, shorten
+from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.transforms import Preprocess
+
+Evaluator = Callable[[CLIP, CLIPTokenizer, Preprocess], dict[str, Any]]
+Listener = Callable[[dict[str, Any]], None]
+LARGEST_LOGIT_SCALE = math.log(100)  # OpenAI's CLIP clamps a learned scale at 100
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself; `signal_number` says by what."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.signal_number, self.step = signal_number, step
+
+
+@dataclass
+class Run:
+    """What a run needs at hand; made by `start`, used up by `run`."""
+
+    recipe: Recipe
+    folder: Path
+    teacher: Teacher | None
+    configs: list[CLIPConfig]
+    tokenizer: CLIPTokenizer
+    preprocess: Preprocess
+    device: torch.device
+    precision: str
+    evaluator: Evaluator | None = None
+    listener: Listener = field(default=lambda event: None)
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """To metrics.jsonl and to the listener."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        self.listener(event)
+
+
+def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
+    """Check everything that can be checked before the first step, and make the run's folder.
+
+    Raises:
+        ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
+    """
+    find_shards(recipe.data)
+    device = best_device() if recipe.device == "auto" else torch.device(recipe.device)
+    precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
+    teacher = None
+    if recipe.teacher is not None:
+        model, tokenizer, preprocess = load_checkpoint(recipe.teacher)
+        teacher = Teacher(model.to(device), preprocess)
+        configs = plan(recipe, model.config)
+    else:
+        config = CLIPConfig.named(recipe.model) if isinstance(recipe.model, str) else recipe.model
+        assert config is not None
+        tokenizer = _vocabulary(recipe, config)
+        text = config.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        config = config.model_copy(update={"text": text})
+        preprocess = Preprocess(image_size=config.vision.image_size)
+        configs = plan(recipe, config)
+    folder = Path(recipe.output)
+    _open_folder(folder, recipe, overwrite, resume)
+    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision)
+
+
+def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
+    """The config of every stage's student, checked against what it inherits from.
+
+    Raises:
+        ValueError: naming the stage that does not fit.
+    """
+    configs: list[CLIPConfig] = []
+    for i, stage in enumerate(recipe.stages):
+        base = first if stage.start == "teacher" or not configs else configs[-1]
+        try:
+            if isinstance(stage.student, str):
+                config = CLIPConfig.named(stage.student)
+            else:
+                config = stage.student.apply(base)
+            if stage.inherit == "manual":
+                manual_masks(base, config)
+        except ValueError as error:
+            raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
+        configs.append(config)
+    return configs
+
+
+def _vocabulary(recipe: Recipe, config: CLIPConfig) -> CLIPTokenizer:
+    tokenizer = clip_tokenizer()
+    if recipe.vocabulary == "data":
+        texts = (caption for sample in read_shards(recipe.data) for caption in captions_of(sample))
+        tokenizer = tokenizer.pruned(tokenizer.kept_ids(texts))
+    tokenizer.context_length = config.text.context_length
+    return tokenizer
+
+
+def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    try:
+        if folder.exists() and any(folder.iterdir()) and not resume:
+            if not overwrite:
+                raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
+            shutil.rmtree(folder)
+        if resume:
+            if not (folder / "recipe.yaml").exists():
+                raise ValueError(f"{folder}: no run to resume")
+            if (folder / "recipe.yaml").read_text() != text:
+                raise ValueError(f"{folder} was started from another recipe; see its recipe.yaml")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "recipe.yaml", text)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def run(run: Run) -> list[dict[str, Any]]:
+    """Train every stage that is not done yet; returns each stage's result.
+
+    Raises:
+        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
+        Interrupted: after SIGINT or SIGTERM, the state saved.
+    """
+    results = []
+    student: CLIP | None = None
+    for i, stage in enumerate(run.recipe.stages):
+        folder = run.folder / "stages" / stage.name
+        if (folder / "result.json").exists():
+            student = load_checkpoint(folder / "last")[0]
+            results.append(json.loads((folder / "result.json").read_text()))
+            continue
+        student = _starting_student(run, i, student)
+        run.emit({"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps})
+        student, result = _train_stage(run, stage, student.to(run.device), folder)
+        results.append(result)
+    assert student is not None
+    with atomic_directory(run.folder / "student") as place:
+        dtype = getattr(torch, run.recipe.save_dtype)
+        save_into(place, student, run.tokenizer, _preprocess_for(run, student), dtype)
+    return results
+
+
+def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    stage, config = run.recipe.stages[i], run.configs[i]
+    torch.manual_seed(run.recipe.seed + i)
+    if stage.inherit == "none":
+        return CLIP(config)
+    base = previous if stage.start == "previous" and previous is not None else None
+    if base is None:
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        base = run.teacher.model
+    if base.config.activation != config.activation:
+        run.emit({"event": "warning", "text": f"{stage.name}: activation {config.activation}, not the teacher's"})
+    return inherit(base, config)
+
+
+def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
+    return run.preprocess.model_copy(update={"image_size": model.config.vision.image_size})
+
+
+# --- one stage --------------------------------------------------------------------------------------------------
+
+
+def _train_stage(run: Run, stage: Stage, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
+    torch.manual_seed(run.recipe.seed)
+    optimizer = make_optimizer(student, stage)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "float16")
+    loader = _loader(run, stage, student.config)
+    progress = Progress()
+    if (folder / "last" / "state.pt").exists():
+        student = _restore(run, folder / "last", student, optimizer, scaler, loader, progress)
+    batches = iter(loader)
+    student.train()
+    with _stop_signals() as stop:
+        while progress.step < stage.steps:
+            batch = _next_batch(run, batches)
+            metrics = _step(run, stage, student, optimizer, scaler, batch, progress.step)
+            progress.advance(len(batch.keys), batch, run.folder)
+            if progress.step % run.recipe.log_every == 0 or progress.step == stage.steps:
+                figures = {name: value.item() for name, value in metrics.items()}
+                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures | progress.figures())
+            else:
+                run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
+            every = run.recipe.evaluation.every if run.recipe.evaluation else None
+            if progress.step == stage.steps or (every and progress.step % every == 0):
+                _evaluate(run, stage, student, progress, folder)
+            if stop or progress.step % run.recipe.save_every == 0 or progress.step == stage.steps:
+                done = progress.step == stage.steps
+                _save(run, folder / "last", student, None if done else (optimizer, scaler, loader, progress))
+            if stop and progress.step < stage.steps:
+                raise Interrupted(stop[0], progress.step)
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
+    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return student.eval(), result
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; saved with it."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_score: float = -1.0
+    evaluation: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+        self._recent: list[tuple[float, int]] = []
+
+    def advance(self, count: int, batch: Batch, folder: Path) -> None:
+        now = time.perf_counter()
+        self._recent = [*self._recent[-49:], (now - self._since, count)]
+        self.seconds += now - self._since
+        self._since = now
+        self.step += 1
+        self.samples += count
+        self.skipped += len(batch.skipped)
+        if batch.skipped:
+            with (folder / "skipped.jsonl").open("a") as file:
+                file.writelines(json.dumps(asdict(s)) + "\n" for s in batch.skipped)
+
+    def pause(self) -> None:
+        """Leave out of pairs/s what is not training (evaluation, saving)."""
+        self._since = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        seconds = sum(s for s, _ in self._recent)
+        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9), "skipped": self.skipped}
+
+
+def _step(
+    run: Run,
+    stage: Stage,
+    student: CLIP,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    step: int,
+) -> dict[str, Tensor]:
+    """One optimiser step; returns the loss terms, the gradient norm and the learning rate."""
+    lr = learning_rate(step, stage)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    dtype = getattr(torch, run.precision)
+    with torch.autocast(run.device.type, dtype, enabled=run.precision != "float32"):
+        terms = loss_terms(run, stage, student, batch)
+    loss = terms["loss"]
+    if not torch.isfinite(loss):
+        keys = ", ".join(batch.keys[:8])
+        raise ValueError(
+            f"the loss of stage {stage.name} is {loss.item()} at step {step + 1}; samples {keys}, ...; "
+            f"the last good checkpoint is kept. A lower optimizer.lr or precision float32 may help."
+        )
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(student.parameters(), stage.optimizer.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    with torch.no_grad():
+        student.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+    return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm, "lr": torch.tensor(lr)}
+
+
+def loss_terms(run: Run, stage: Stage, student: CLIP, batch: Batch) -> dict[str, Tensor]:
+    """The weighted sum as `loss`, and each term that has a weight."""
+    images, groups = batch.images.to(run.device, non_blocking=True), batch.groups.to(run.device)
+    tokens = shorten(batch.tokens, run.tokenizer.end_id, student.config.text.context_length).to(run.device)
+    image_features = student.encode_image(image_input(images, _preprocess_for(run, student)), normalize=True).float()
+    text_features = student.encode_text(tokens, normalize=True).float()
+    learned = student.logit_scale.exp()
+    terms: dict[str, Tensor] = {}
+    settings = stage.loss
+    if settings.affinity:
+        assert run.teacher is not None
+        teacher_image, teacher_text, teacher_scale = run.teacher.features(images, batch.tokens, run.tokenizer.end_id)
+        given = {"teacher": teacher_scale, "learned": learned}
+        scales = [given[s] if isinstance(s, str) else s for s in (settings.student_scale, settings.teacher_scale)]
+        terms["affinity"] = affinity_loss(image_features, text_features, teacher_image, teacher_text, *scales)
+    if settings.contrastive:
+        same = groups if settings.positives == "class" else None
+        terms["contrastive"] = contrastive_loss(image_features, text_features, learned, same)
+    loss = sum(getattr(settings, name) * term for name, term in terms.items())
+    assert isinstance(loss, Tensor)
+    return terms | {"loss": loss}
+
+
+def make_optimizer(student: CLIP, stage: Stage) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    settings = stage.optimizer
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def learning_rate(step: int, stage: Stage) -> float:
+    """Linear warm-up, then cosine to 0; `step` counts from 0."""
+    settings = stage.optimizer
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, stage.steps - settings.warmup_steps)
+    return settings.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def _loader(run: Run, stage: Stage, config: CLIPConfig) -> Any:
+    teacher = run.teacher.model.config if run.teacher else config
+    return training_loader(
+        run.recipe.data,
+        tokenizer=run.tokenizer,
+        context_length=max(config.text.context_length, teacher.text.context_length),
+        image_size=max(config.vision.image_size, teacher.vision.image_size),
+        augment=stage.augment,
+        batch_size=stage.batch_size,
+        workers=run.recipe.workers,
+        seed=run.recipe.seed,
+    )
+
+
+def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except FatalSampleError as error:
+        text = str(error).rpartition("FatalSampleError: ")[2].strip().splitlines()[0]
+        raise ValueError(f"{run.recipe.data}: {text}") from None
+
+
+def _evaluate(run: Run, stage: Stage, student: CLIP, progress: Progress, folder: Path) -> None:
+    if run.evaluator is None:
+        return
+    preprocess = _preprocess_for(run, student)
+    progress.evaluation = run.evaluator(student.eval(), run.tokenizer, preprocess)
+    student.train()
+    run.emit({"event": "evaluation", "stage": stage.name, "step": progress.step} | progress.evaluation)
+    score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
+    if score > progress.best_score:
+        progress.best_score, progress.best_step = score, progress.step
+        _save(run, folder / "best", student, None)
+    progress.pause()
+
+
+State = tuple[torch.optim.Optimizer, torch.amp.GradScaler, Any, Progress]
+
+
+def _save(run: Run, place: Path, student: CLIP, state: State | None) -> None:
+    with atomic_directory(place) as temporary:
+        save_into(temporary, student, run.tokenizer, _preprocess_for(run, student))
+        if state is not None:
+            optimizer, scaler, loader, progress = state
+            data = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            data |= {"loader": loader.save_state_rank(), "progress": asdict(progress)}
+            data |= {"random": torch.get_rng_state()}
+            torch.save(data, temporary / "state.pt")
+    if state is not None:
+        state[-1].pause()
+
+
+def _restore(
+    run: Run,
+    place: Path,
+    student: CLIP,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: Any,
+    progress: Progress,
+) -> CLIP:
+    """Load what `_save` wrote into the given objects."""
+    student.load_state_dict(load_checkpoint(place)[0].state_dict())
+    # Not weights_only: Energon's state is made of its own classes. The file is this run's own.
+    data = torch.load(place / "state.pt", weights_only=False, map_location=run.device)
+    optimizer.load_state_dict(data["optimizer"])
+    scaler.load_state_dict(data["scaler"])
+    loader.restore_state_rank(data["loader"])
+    torch.set_rng_state(data["random"].cpu())
+    for name, value in data["progress"].items():
+        setattr(progress, name, value)
+    run.emit({"event": "resumed", "step": progress.step})
+    return student
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save. A second SIGINT
+    raises. Workers are forked with these handlers, so a Ctrl-C in a terminal does not kill them first."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
