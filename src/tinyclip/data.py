@@ -15,7 +15,6 @@ import logging
 import os
 import shutil
 import tarfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +47,7 @@ from tinyclip.transforms import open_image
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 CHECKED = 1000  # of this many first samples at most half may be bad
+TOO_MANY_BAD = "more than half of the first"
 
 
 # --- shards on disk ---------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Encoder(TaskEncoder):
         self.skipped.append(Skipped(shard, str(sample["__key__"]).rpartition("/")[2], reason))
         if self.bad * 2 > self.checked and self.seen <= self.checked:
             last = self.skipped[-1]
-            text = f"more than half of the first {self.checked} samples are bad"
+            text = f"{TOO_MANY_BAD} {self.checked} samples are bad"
             raise FatalSampleError(f"{text}; the last: {last.shard}, {last.key}: {reason}")
 
     def batch(self, samples: list[Pair]) -> Batch:
@@ -322,6 +322,6 @@ def training_loader(
         max_samples_per_sequence=100,
         task_encoder=Encoder(tokenizer, context_length, image_size, augment, checked),
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")  # asked for by Energon, also without a GPU
-        return get_savable_loader(dataset, watchdog_timeout_seconds=None)
+    loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
+    loader.pin_memory = torch.cuda.is_available()  # Energon asks for it always, and torch warns without a GPU
+    return loader

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,10 +233,3 @@ def _by_subset(hits: dict[str, Tensor], subsets: Sequence[str | None]) -> dict[s
         figures = {name: hit[chosen].mean().item() for name, hit in hits.items()} | {"n": len(chosen)}
         result.setdefault("subsets", {})[subset] = figures
     return result
-
-
-def write_json(path: str | Path, result: dict[str, Any]) -> None:
-    """One JSON file a run."""
-    from tinyclip.checkpoint import write_atomically
-
-    write_atomically(path, json.dumps(result, indent=2) + "\n")

@@ -87,6 +87,24 @@ def _block_masks(masks, problems, tower: str, big: TransformerConfig, small: Tra
                 first(f"{tower}.{axis}.{i}", size, keep)
 
 
+def describe(config: CLIPConfig, masks: Masks) -> list[list[str]]:
+    """What masks of 0 and 1 keep, for people: rows of (axis, before, after, what); equal blocks on one row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, size in axis_sizes(config).items():
+        tower, kind, block = [*name.split("."), "", ""][:3]
+        if kind in ("attn", "ffn"):
+            continue
+        gate = f"{tower}.{'attn' if kind == 'heads' else 'ffn'}.{block}"
+        kept = 0 if block and gate in masks else int(masks[name].count_nonzero()) if name in masks else size
+        label = f"{tower} {kind}".strip()
+        what = "removed" if kept == 0 else "all" if kept == size else f"the first {kept}"
+        rows.setdefault((label, str(size), str(kept), what), []).append(block)
+    return [
+        [f"{key[0]} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}" if blocks[0] else key[0], *key[1:]]
+        for key, blocks in rows.items()
+    ]
+
+
 def kept_blocks(teacher_layers: int, student_layers: int) -> list[int]:
     """Blocks that the manual rule keeps: 12 to 6 keeps 0, 2, 4, 6, 8, 10; 12 to 9 keeps 0 to 8."""
     step = teacher_layers // student_layers

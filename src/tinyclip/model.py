@@ -40,7 +40,7 @@ class Attention(nn.Module):
         self.heads, self.head_dim = heads, head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3 * heads * head_dim, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * heads * head_dim))
-        self.out_proj = _linear(heads * head_dim, width)
+        self.out_proj = Linear(heads * head_dim, width)
 
     def forward(self, x: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
         """x: (n, length, width) -> (n, length, width); mask: (heads,)."""
@@ -55,9 +55,11 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(n, length, -1))
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """A Linear whose weights `CLIP.reset_parameters` will set; quiet about empty ones."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs)
+class Linear(nn.Linear):
+    """A Linear that leaves its first weights to `CLIP.reset_parameters`; may have no inputs or outputs."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class QuickGELU(nn.Module):
@@ -73,9 +75,9 @@ ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 class MLP(nn.Module):
     def __init__(self, width: int, mlp_width: int, activation: str) -> None:
         super().__init__()
-        self.c_fc = _linear(width, mlp_width)
+        self.c_fc = Linear(width, mlp_width)
         self.act = ACTIVATIONS[activation]()
-        self.c_proj = _linear(mlp_width, width)
+        self.c_proj = Linear(mlp_width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (n, length, width) -> the same; mask: (mlp_width,), applied after the non-linearity."""
@@ -194,6 +196,7 @@ class CLIP(nn.Module):
         for tower, config in ((self.visual.transformer, vision), (self.transformer, text)):
             out_std = config.width**-0.5 * (2 * config.layers) ** -0.5
             for block in tower.resblocks:
+                assert isinstance(block, Block)
                 if block.attn is not None:
                     nn.init.normal_(block.attn.in_proj_weight, std=config.width**-0.5)
                     nn.init.zeros_(block.attn.in_proj_bias)

@@ -113,7 +113,7 @@ class Stage(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the stage's checkpoint")
     student: StudentShape | str = Field(StudentShape(), description="shape relative to the start, or a model name")
     inherit: Literal["manual", "none"] = Field("manual", description="manual rule, or none: random weights")
-    start: Literal["previous", "teacher"] = Field("previous", description="model that is inherited from")
+    start: str = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
     steps: Positive
     batch_size: Annotated[int, Field(ge=2)] = 256
     loss: Loss = Loss()
@@ -191,6 +191,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from None
+
+
+def shape_from(overrides: Sequence[str]) -> StudentShape:
+    """A shape from `vision.width=128` and the like; `ValueError` for an unknown key or value."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _override(data, override)
+    try:
+        return StudentShape.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"shape: {explain(error)}") from None
 
 
 def _override(data: Any, override: str) -> None:

@@ -41,8 +41,7 @@ class CLIPTokenizer:
     def __init__(self, merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
         self.merges = list(merges)
         self.context_length = context_length
-        symbols = _byte_symbols()
-        tokens = [*symbols, *(s + WORD_END for s in symbols), *(a + b for a, b in self.merges), START, END]
+        tokens = self._tokens()
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             raise ValueError("the merges produce one token twice")
@@ -64,12 +63,12 @@ class CLIPTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; start, end and what follows the end are left out."""
         table = {symbol: byte for byte, symbol in _symbol_of_byte().items()}
-        words = []
+        tokens, words = self._tokens(), []
         for i in ids:
             if i == self.end_id:
                 break
             if i != self.start_id:
-                words.append(self._bpe.id_to_token(int(i)))
+                words.append(tokens[int(i)])
         joined = "".join(words).replace(WORD_END, " ")
         data = b"".join(bytes([table[c]]) if c in table else b" " for c in joined)
         return data.decode("utf-8", errors="replace").strip()
@@ -111,7 +110,8 @@ class CLIPTokenizer:
         return CLIPTokenizer(merges, self.context_length)
 
     def _tokens(self) -> list[str]:
-        return [self._bpe.id_to_token(i) for i in range(self.vocab_size)]
+        symbols = list(_symbol_of_byte().values())
+        return [*symbols, *(s + WORD_END for s in symbols), *(a + b for a, b in self.merges), START, END]
 
     def save(self, path: str | Path) -> None:
         """Write the merges and context length as JSON."""
@@ -149,7 +149,3 @@ def _symbol_of_byte() -> dict[int, str]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
-
-
-def _byte_symbols() -> list[str]:
-    return list(_symbol_of_byte().values())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import threading
@@ -30,10 +31,11 @@ from megatron.energon.errors import FatalSampleError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyclip.checkpoint import atomic_directory, load_checkpoint, save_into, write_atomically
+from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.config import CLIPConfig
-from tinyclip.data import Batch, captions_of, find_shards, read_shards, training_loader
+from tinyclip.data import TOO_MANY_BAD, Batch, captions_of, find_shards, read_shards, training_loader
 from tinyclip.distributed import best_device, best_precision
+from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.inheritance import inherit, manual_masks
 from tinyclip.loss import affinity_loss, contrastive_loss
 from tinyclip.model import CLIP
@@ -112,8 +114,11 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
     """
     configs: list[CLIPConfig] = []
     for i, stage in enumerate(recipe.stages):
-        base = first if stage.start == "teacher" or not configs else configs[-1]
         try:
+            if stage.start not in ("previous", "teacher"):
+                base = CLIPConfig.from_json(Path(stage.start) / "config.json")
+            else:
+                base = configs[-1] if stage.start == "previous" and configs else first
             if isinstance(stage.student, str):
                 config = CLIPConfig.named(stage.student)
             else:
@@ -184,10 +189,15 @@ def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
     torch.manual_seed(run.recipe.seed + i)
     if stage.inherit == "none":
         return CLIP(config)
-    base = previous if stage.start == "previous" and previous is not None else None
-    if base is None:
+    if stage.start == "previous" and previous is not None:
+        base = previous
+    elif stage.start in ("previous", "teacher"):
         assert run.teacher is not None, "the recipe's validation asks for a teacher here"
         base = run.teacher.model
+    else:
+        base, tokenizer, _ = load_checkpoint(stage.start)
+        if tokenizer.merges != run.tokenizer.merges:
+            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
     if base.config.activation != config.activation:
         run.emit({"event": "warning", "text": f"{stage.name}: activation {config.activation}, not the teacher's"})
     return inherit(base, config)
@@ -207,7 +217,7 @@ def _train_stage(run: Run, stage: Stage, student: CLIP, folder: Path) -> tuple[C
     loader = _loader(run, stage, student.config)
     progress = Progress()
     if (folder / "last" / "state.pt").exists():
-        student = _restore(run, folder / "last", student, optimizer, scaler, loader, progress)
+        student = _restore(run, stage.name, folder / "last", student, optimizer, scaler, loader, progress)
     batches = iter(loader)
     student.train()
     with _stop_signals() as stop, _attention(run.device):
@@ -323,8 +333,7 @@ def loss_terms(run: Run, stage: Stage, student: CLIP, batch: Batch) -> dict[str,
     if settings.contrastive:
         same = groups if settings.positives == "class" else None
         terms["contrastive"] = contrastive_loss(image_features, text_features, learned, same)
-    loss = sum(getattr(settings, name) * term for name, term in terms.items())
-    assert isinstance(loss, Tensor)
+    loss = torch.stack([getattr(settings, name) * term for name, term in terms.items()]).sum()
     return terms | {"loss": loss}
 
 
@@ -366,8 +375,9 @@ def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
     try:
         return next(batches)
     except FatalSampleError as error:
-        text = str(error).rpartition("FatalSampleError: ")[2].strip().splitlines()[0]
-        raise ValueError(f"{run.recipe.data}: {text}") from None
+        # Energon wraps the message of our Encoder in the sample's description.
+        found = re.search(f"{TOO_MANY_BAD}.*", str(error))
+        raise ValueError(f"{run.recipe.data}: {found.group().rstrip('.') if found else error}") from None
 
 
 def _evaluate(run: Run, stage: Stage, student: CLIP, progress: Progress, folder: Path) -> None:
@@ -392,7 +402,7 @@ def _save(run: Run, place: Path, student: CLIP, state: State | None) -> None:
         save_into(temporary, student, run.tokenizer, _preprocess_for(run, student))
         if state is not None:
             optimizer, scaler, loader, progress = state
-            data = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            data: dict[str, Any] = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             data |= {"loader": loader.save_state_rank(), "progress": asdict(progress)}
             data |= {"random": torch.get_rng_state()}
             torch.save(data, temporary / "state.pt")
@@ -402,6 +412,7 @@ def _save(run: Run, place: Path, student: CLIP, state: State | None) -> None:
 
 def _restore(
     run: Run,
+    stage: str,
     place: Path,
     student: CLIP,
     optimizer: torch.optim.Optimizer,
@@ -419,8 +430,17 @@ def _restore(
     torch.set_rng_state(data["random"].cpu())
     for name, value in data["progress"].items():
         setattr(progress, name, value)
-    run.emit({"event": "resumed", "step": progress.step})
+    _forget_metrics(run.folder / "metrics.jsonl", stage, progress.step)
+    run.emit({"event": "resumed", "stage": stage, "step": progress.step})
     return student
+
+
+def _forget_metrics(path: Path, stage: str, step: int) -> None:
+    """Drop what a stage logged after `step`: it is about to be done again."""
+    lines = path.read_text().splitlines(keepends=True)
+    events = [json.loads(line) for line in lines]
+    kept = [s for s, e in zip(lines, events, strict=True) if e.get("stage") != stage or e.get("step", 0) <= step]
+    write_atomically(path, "".join(kept))
 
 
 def _attention(device: torch.device) -> AbstractContextManager[None]:

@@ -48,7 +48,7 @@ def open_image(source: str | Path | object) -> Image.Image:
     Raises:
         ValueError: when it is missing, no picture, damaged, or too large (Pillow's decompression-bomb limit).
     """
-    name = source if isinstance(source, (str, Path)) else "image"
+    name = f"{source}: " if isinstance(source, (str, Path)) else ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -56,13 +56,13 @@ def open_image(source: str | Path | object) -> Image.Image:
                 image.load()
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise ValueError(f"{name}: no such file") from None
+        raise ValueError(f"{name}no such file") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}: not a picture that Pillow can read") from None
+        raise ValueError(f"{name}not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{name}: too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
+        raise ValueError(f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ValueError(f"{name}: damaged picture ({error})") from None
+        raise ValueError(f"{name}damaged picture ({error})") from None
 
 
 def plain_mode(image: Image.Image) -> Image.Image:

@@ -1,0 +1,28 @@
+# make demo: sets everything up, then compresses the shipped teacher and shows the result
+# make test: sets everything up, then passes every test
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test setup clean
+
+demo: .venv/installed
+	@$(BIN)/python scripts/demo.py
+
+test: .venv/installed-dev
+	scripts/check
+
+setup: .venv/installed-dev
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tinyclip needs Python 3.11 or newer: make PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,338 @@
+"""The command line: a command is a function; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tinyclip import __version__
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
+data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")
+vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
+app.add_typer(data_app, name="data")
+app.add_typer(vocab_app, name="vocab")
+# Piped output is wide enough for every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
+    try:
+        app()
+    except ValueError as error:
+        fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail("stopped", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone
+        sys.exit(1)
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(text: str, code: int) -> None:
+    errors.print(f"tinyclip: {' '.join(text.split())}", markup=False)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+# --- train and distil -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def distill(recipe: Path, sets: Sets = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+    """Compress a teacher in the stages of a RECIPE; ends with a table and report.html."""
+    _train(recipe, sets or [], overwrite, resume, distil=True)
+
+
+@app.command()
+def train(recipe: Path, sets: Sets = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+    """Train a model from scratch by a RECIPE without teacher."""
+    _train(recipe, sets or [], overwrite, resume, distil=False)
+
+
+def _train(path: Path, sets: list[str], overwrite: bool, resume: bool, distil: bool) -> None:
+    from tinyclip.recipe import load_recipe
+
+    recipe = load_recipe(path, sets)
+    if distil != (recipe.teacher is not None):
+        other = "train" if distil else "distill"
+        raise ValueError(f"{path} has {'no' if distil else 'a'} teacher: use `tinyclip {other}`")
+    folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=f"tinyclip {sys.argv[1]} {path}")
+    write_run_report([folder], folder / "report.html", folder.name)
+
+
+def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path:
+    """Run a recipe with a live display; returns the run's folder. Exits with 130 or 143 when interrupted."""
+    from tinyclip import train as training
+    from tinyclip.display import Display
+    from tinyclip.report import evaluator
+
+    evaluation = recipe.evaluation
+    check = evaluator(evaluation.data, evaluation.templates) if evaluation else None
+    run = training.start(recipe, overwrite=overwrite, resume=resume)
+    run.evaluator = check
+    with Display(console, run) as display:
+        run.listener = display
+        try:
+            training.run(run)
+        except training.Interrupted as stop:
+            again = f"go on with: {hint} --resume"
+            display.stop()
+            fail(f"{stop} and saved in {run.folder}; {again}", 128 + stop.signal_number)
+    return run.folder
+
+
+def write_run_report(runs: list[Path], path: Path, title: str) -> None:
+    from tinyclip.report import COLUMNS, report, table
+
+    entries = report(runs, path, title)
+    _print_table(COLUMNS, table(entries))
+    say(f"report: {path}")
+
+
+@app.command("report")
+def report_command(
+    runs: list[Path],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "tinyclip",
+) -> None:
+    """Compare finished RUNS in one table and HTML report."""
+    write_run_report(runs, output, title)
+
+
+@app.command()
+def inherit(
+    teacher: Path,
+    output: Path,
+    like: Annotated[str | None, typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut a student out of TEACHER by the manual rule, without training, and write it to OUTPUT."""
+    from tinyclip.config import CLIPConfig
+    from tinyclip.inheritance import describe, manual_masks
+    from tinyclip.inheritance import inherit as cut
+    from tinyclip.pipeline import Pipeline, load
+    from tinyclip.recipe import shape_from
+
+    _free(output, overwrite)
+    if (like is None) == (not shape):
+        raise ValueError("give either --like or --shape")
+    clip = load(teacher)
+    config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
+    student = cut(clip.model, config)
+    preprocessing = clip.preprocessing.model_copy(update={"image_size": config.vision.image_size})
+    Pipeline(student, clip.tokenizer, preprocessing).save(output)
+    rows = describe(clip.model.config, manual_masks(clip.model.config, config))
+    _print_table(("axis", "teacher", "student", "kept"), rows)
+
+
+def _free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+
+
+# --- use and judge ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def classify(model: Path, image: Path, labels: list[str], device: Device = "cpu", as_json: AsJson = False) -> None:
+    """How well each of LABELS fits IMAGE."""
+    from tinyclip.pipeline import load
+
+    clip = load(model, device=device)
+    chances = clip.classify(image, labels)[0].tolist()
+    ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
+    if as_json:
+        _print_json({"image": str(image), "labels": [{"label": name, "probability": p} for name, p in ranked]})
+    else:
+        _print_table(("label", "probability"), [[name, f"{100 * p:.1f} %"] for name, p in ranked])
+
+
+@app.command()
+def evaluate(
+    model: Path,
+    data: Path,
+    templates: Templates = None,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Zero-shot accuracy and retrieval recall of MODEL on DATA (class folders or shards)."""
+    from tinyclip import evaluate as evaluation
+    from tinyclip.files import write_atomically
+    from tinyclip.pipeline import load
+
+    dataset = evaluation.open_dataset(data, templates)
+    result = {"model": str(model)} | evaluation.evaluate(load(model, device=device), dataset)
+    for reason in dataset.skipped[:10]:
+        errors.print(f"skipped {reason}", markup=False)
+    if output:
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
+    if as_json:
+        _print_json(result)
+        return
+    subsets = result.pop("subsets", {})
+    names = [k for k, v in result.items() if isinstance(v, float)] + [k for k in result if k.startswith("n")]
+    rows = [[name, *(_figure(figures.get(name)) for figures in (result, *subsets.values()))] for name in names]
+    _print_table(("figure", "all", *subsets), rows)
+
+
+def _figure(value: Any) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or the name of a published shape.")],
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, MACs and pairs/s of MODEL here."""
+    import torch
+
+    from tinyclip.config import CLIPConfig
+    from tinyclip.distributed import best_device
+    from tinyclip.measurement import measure as measured
+    from tinyclip.model import CLIP
+    from tinyclip.pipeline import load
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    place = best_device() if device == "auto" else torch.device(device)
+    network = load(model).model if Path(model).exists() else CLIP(CLIPConfig.named(model)).eval()
+    result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
+    if as_json:
+        _print_json(result)
+        return
+    rows = [
+        [k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v] for k, v in result.items()
+    ]
+    _print_table(("figure", "value"), rows)
+
+
+# --- data and vocabulary ----------------------------------------------------------------------------------------
+
+
+@data_app.command("pack")
+def data_pack(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures, or a .csv, .tsv, .jsonl or .parquet table.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    image_column: Annotated[str | None, typer.Option(help="Column of picture paths.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of captions.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that paths in a table start from.")] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
+    resize: Annotated[int | None, typer.Option(min=8, help="Shorter side at most, pixels.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make training shards from your own pictures and captions."""
+    from rich.progress import track
+
+    from tinyclip.pack import find_items, pack
+
+    lines = _lines(templates) if templates else None
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    items = find_items(source, **columns, image_root=image_root, templates=lines)
+    steps = iter(track(range(len(items)), "packing", console=errors, disable=not errors.is_terminal))
+
+    def progress() -> None:
+        next(steps, None)
+
+    report = pack(items, output, shard_size=shard_size, resize=resize, overwrite=overwrite, progress=progress)
+    progress()  # lets the bar reach its end
+    say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
+    if report.skipped:
+        say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
+        for reason, count in report.reasons.most_common(5):
+            say(f"  {count} x {reason}")
+    say(f"ready to train on: set `data: {output}` in a recipe")
+
+
+@data_app.command("prepare")
+def data_prepare(folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")]) -> None:
+    """Index existing shards (of img2dataset, say); training does it by itself when it was not done."""
+    from tinyclip.data import prepare
+
+    say(f"{prepare(folder)} samples in {folder}, ready to train on")
+
+
+@vocab_app.command("prune")
+def vocab_prune(
+    model: Path,
+    output: Path,
+    texts: Annotated[Path, typer.Option(help="File of texts, one a line, or folder of shards, whose tokens are kept.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
+    from tinyclip.data import captions_of, read_shards
+    from tinyclip.inheritance import prune_vocabulary
+    from tinyclip.pipeline import Pipeline, load
+
+    _free(output, overwrite)
+    clip = load(model)
+    if texts.is_dir():
+        kept = clip.tokenizer.kept_ids(c for sample in read_shards(texts) for c in captions_of(sample))
+    else:
+        kept = clip.tokenizer.kept_ids(_lines(texts))
+    small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
+    small.save(output)
+    saved = (clip.tokenizer.vocab_size - len(kept)) * clip.model.config.text.width
+    say(f"kept {len(kept)} of {clip.tokenizer.vocab_size} tokens, {saved:,} parameters fewer: {output}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+
+
+def _print_table(columns: Any, rows: Any) -> None:
+    table = Table(box=None, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Parameters, multiply-accumulates and throughput of a model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from tinyclip.axes import axis_table, count_parameters
+from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.model import CLIP
+
+
+def macs(config: CLIPConfig) -> dict[str, int]:
+    """Multiply-accumulates of one image and one text of full context, `image` and `text`.
+
+    Matrix products and the patch convolution count, both products of the attention included; norms,
+    activations and additions do not.
+    """
+    vision, text = config.vision, config.text
+    assert isinstance(vision, VisionConfig)
+    patches = vision.grid**2
+    image = patches * vision.width * 3 * vision.patch_size**2 + _transformer(vision, patches + 1)
+    return {
+        "image": image + vision.width * config.embed_dim,
+        "text": _transformer(text, text.context_length) + text.width * config.embed_dim,
+    }
+
+
+def _transformer(config: TransformerConfig, length: int) -> int:
+    total = 0
+    for heads, mlp in zip(config.heads, config.mlp_width, strict=True):
+        inner = (heads or 0) * config.head_dim
+        total += length * (4 * inner * config.width + 2 * (mlp or 0) * config.width)
+        total += 2 * length * length * inner
+    return total
+
+
+def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[str, Any]:
+    """`params_image`, `params_text` (both without the token embedding), `params_embedding`, `macs_image`,
+    `macs_text`, and the throughput here: `images_per_s`, `texts_per_s`, `pairs_per_s` (median of several runs).
+
+    Args:
+        model: on the device and in the dtype to time; texts have the full context.
+        seconds: time to spend on timing each tower; 0 leaves the throughput out.
+    """
+    counts, operations = count_parameters(axis_table(model.config)), macs(model.config)
+    result: dict[str, Any] = {f"params_{part}": count for part, count in counts.items()}
+    result |= {f"macs_{part}": count for part, count in operations.items()}
+    if seconds > 0:
+        weight, text = model.logit_scale, model.config.text
+        size = model.config.vision.image_size
+        images = torch.rand(batch_size, 3, size, size, device=weight.device, dtype=weight.dtype)
+        tokens = torch.randint(text.vocab_size - 1, (batch_size, text.context_length), device=weight.device)
+        tokens[:, -1] = text.vocab_size - 1
+        image_s = _seconds(lambda: model.encode_image(images), weight.device, seconds)
+        text_s = _seconds(lambda: model.encode_text(tokens), weight.device, seconds)
+        result |= {"images_per_s": batch_size / image_s, "texts_per_s": batch_size / text_s}
+        result |= {"pairs_per_s": batch_size / (image_s + text_s), "batch_size": batch_size}
+        result |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+    return result
+
+
+@torch.inference_mode()
+def _seconds(call: Any, device: torch.device, seconds: float) -> float:
+    """Median seconds of a call, after a warm-up."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -1,0 +1,247 @@
+"""Make training shards from what people have: pictures with sidecar captions, tables, class folders. No torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import webdataset
+from PIL import Image
+
+from tinyclip.files import atomic_directory
+from tinyclip.transforms import open_image, plain_mode, resize_shorter
+
+COPIED = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
+CONVERTED = {".bmp", ".gif", ".tif", ".tiff"}  # stored as PNG
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
+TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture to pack: its file, captions, and its class where it has one."""
+
+    path: Path
+    captions: tuple[str, ...]
+    name: str | None = None
+
+
+@dataclass
+class Report:
+    """What `pack` did."""
+
+    packed: int
+    captions: int
+    shards: int
+    skipped: list[tuple[str, str]]  # (file, reason)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(reason for _, reason in self.skipped)
+
+
+def find_items(
+    source: str | Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    image_root: str | Path | None = None,
+    templates: Sequence[str] | None = None,
+) -> list[Item]:
+    """The pictures of a source, in order.
+
+    A table (.csv, .tsv, .jsonl, .parquet) has a column of paths, relative to `image_root` or to the table, and
+    one of captions (a text or a list); rows of one picture are joined. A folder with `templates` has a folder
+    for each class, and each template is a caption with `{c}` the class. Any other folder has captions beside
+    its pictures: `photo.jpg` with `photo.txt` (a caption a line) or `photo.json` (`caption` or `captions`).
+
+    Raises:
+        ValueError: when the source, its columns or its pictures cannot be found.
+    """
+    source = Path(source)
+    if source.suffix.lower() in TABLES:
+        items = _from_table(source, image_column, caption_column, Path(image_root or source.parent))
+    elif not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    elif not source.is_dir():
+        raise ValueError(f"{source}: neither a folder nor a table ({', '.join(sorted(TABLES))})")
+    elif templates is not None:
+        items = _from_class_folders(source, templates)
+    else:
+        items = [Item(path, tuple(_sidecar(path))) for path in _pictures(source)]
+        if items and not any(item.captions for item in items):
+            raise ValueError(
+                f"{source}: no picture has a caption beside it (photo.txt or photo.json); "
+                "for class folders give --templates, for a list of captions give the table"
+            )
+    if not items:
+        raise ValueError(f"{source}: no pictures ({', '.join(sorted([*COPIED, *CONVERTED]))}) in it")
+    return items
+
+
+def pack(
+    items: Sequence[Item],
+    out: str | Path,
+    *,
+    shard_size: int = 5000,
+    resize: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[], None] = lambda: None,
+) -> Report:
+    """Write shards of pictures and captions, `skipped.jsonl`, and the index that training needs.
+
+    The folder appears only when it is whole. Pictures that cannot be read, and those without a caption, are
+    skipped and counted.
+
+    Args:
+        shard_size: pictures a shard.
+        resize: store pictures with their shorter side at most this, pixels.
+        progress: called after every picture.
+
+    Raises:
+        ValueError: when the folder exists or cannot be written, or nothing is left to pack.
+    """
+    from tinyclip.data import prepare
+
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
+    report = Report(0, 0, 0, [])
+    with atomic_directory(out) as folder:
+        pattern = str(folder / "shard-%05d.tar").replace("\\", "/")
+        with webdataset.ShardWriter(pattern, maxcount=shard_size, maxsize=4e9, verbose=0, mtime=0) as writer:
+            for item in items:
+                _pack_one(item, writer, resize, report)
+                progress()
+        if report.packed == 0:
+            reasons = "; ".join(f"{reason} ({n})" for reason, n in report.reasons.most_common(3))
+            raise ValueError(f"nothing to pack, all {len(items)} pictures were skipped: {reasons}")
+        skipped = (json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in report.skipped)
+        (folder / "skipped.jsonl").write_text("".join(skipped))
+        report.shards = len(list(folder.glob("*.tar")))
+        prepare(folder)
+    return report
+
+
+def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> None:
+    try:
+        if not item.captions:
+            raise ValueError("no caption")
+        ending, data = _stored(item.path, resize)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{item.path}: ")
+        report.skipped.append((str(item.path), reason))
+        return
+    info: dict[str, Any] = {"captions": list(item.captions), "file": item.path.name}
+    if item.name is not None:
+        info["class"] = item.name
+    text = json.dumps(info, ensure_ascii=False)
+    writer.write({"__key__": f"{report.packed:09d}", ending: data, "json": text.encode()})
+    report.packed += 1
+    report.captions += len(item.captions)
+
+
+def _stored(path: Path, resize: int | None) -> tuple[str, bytes]:
+    """File ending and bytes to store; `ValueError` for what is no whole picture."""
+    image = open_image(path)
+    ending = COPIED.get(path.suffix.lower())
+    if resize is not None and min(image.size) > resize:
+        image = resize_shorter(plain_mode(image), resize)
+        return _encoded(image, "jpg" if ending == "jpg" else "png")
+    if ending is None:
+        return _encoded(plain_mode(image), "png")
+    return ending, path.read_bytes()
+
+
+def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    if ending == "jpg":
+        image.convert("RGB").save(buffer, "JPEG", quality=95)
+    else:
+        (image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")).save(buffer, "PNG")
+    return ending, buffer.getvalue()
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in COPIED or path.suffix.lower() in CONVERTED:
+            yield path
+
+
+def _sidecar(path: Path) -> list[str]:
+    from tinyclip.data import captions_of
+
+    files = {ending: path.with_suffix(f".{ending}") for ending in ("txt", "json")}
+    try:
+        return captions_of({ending: file.read_bytes() for ending, file in files.items() if file.is_file()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:
+    bad = next((t for t in templates if "{c}" not in t), None)
+    if bad is not None or not templates:
+        raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
+    items = []
+    for folder in sorted(p for p in source.iterdir() if p.is_dir()):
+        name = folder.name.replace("_", " ")
+        captions = tuple(t.replace("{c}", name) for t in templates)
+        items += [Item(path, captions, name) for path in _pictures(folder)]
+    return items
+
+
+def _from_table(table: Path, image_column: str | None, caption_column: str | None, root: Path) -> list[Item]:
+    joined: dict[str, list[str]] = {}
+    columns: tuple[str, str] | None = None
+    for row in _rows(table):
+        if columns is None:
+            columns = (
+                _column(table, row, image_column, IMAGE_COLUMNS, "--image-column"),
+                _column(table, row, caption_column, CAPTION_COLUMNS, "--caption-column"),
+            )
+        file, captions = row.get(columns[0]), row.get(columns[1])
+        if not file:
+            continue
+        texts = captions if isinstance(captions, list) else [captions]
+        joined.setdefault(str(file), []).extend(t.strip() for t in texts if isinstance(t, str) and t.strip())
+    return [Item(root / file, tuple(captions)) for file, captions in joined.items()]
+
+
+def _column(table: Path, row: dict[str, Any], given: str | None, known: Sequence[str], option: str) -> str:
+    found = next((name for name in ([given] if given else known) if name in row), None)
+    if found is None:
+        wanted = repr(given) if given else "one of " + ", ".join(known)
+        raise ValueError(f"{table}: no column {wanted}; it has {', '.join(map(str, row))}; name it with {option}")
+    return found
+
+
+def _rows(table: Path) -> Iterator[dict[str, Any]]:
+    try:
+        if table.suffix.lower() in (".csv", ".tsv"):
+            with table.open(newline="", encoding="utf-8-sig") as file:
+                yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+        elif table.suffix.lower() == ".jsonl":
+            with table.open(encoding="utf-8") as file:
+                for line in filter(str.strip, file):
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a line is no JSON object: {line.strip()[:60]}")
+                    yield row
+        else:
+            import pyarrow.parquet
+
+            for batch in pyarrow.parquet.ParquetFile(table).iter_batches():
+                yield from batch.to_pylist()
+    except FileNotFoundError:
+        raise ValueError(f"{table}: no such file") from None
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+        if str(error).startswith(str(table)):
+            raise
+        raise ValueError(f"{table}: cannot be read ({error})") from None

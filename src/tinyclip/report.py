@@ -1,0 +1,246 @@
+"""Tables, figures and the HTML report of one or several runs."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tinyclip import evaluate
+from tinyclip.augment import on_colour
+from tinyclip.measurement import measure
+from tinyclip.pipeline import Pipeline, load
+
+COLUMNS = (
+    "model",
+    "params",
+    "% of teacher",
+    "GMACs",
+    "pairs/s",
+    "top-1 %",
+    "top-5 %",
+    "retrieval R@1 %",
+    "unseen R@5 %",
+)
+COLOURS = ("#4c566a", "#2a7de1", "#12a37f", "#d9822b", "#c23b5a", "#7a4fd0", "#8a8a00")
+
+
+@dataclass
+class Entry:
+    """A model in a report: where it is, what it costs, how well it does."""
+
+    name: str
+    path: Path
+    measured: dict[str, Any]
+    evaluation: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """Without the token embedding."""
+        return int(self.measured["params_image"] + self.measured["params_text"])
+
+
+@dataclass
+class Guess:
+    """A picture with its class, and each model's best guesses."""
+
+    image: Image.Image
+    truth: str
+    guesses: dict[str, list[tuple[str, float]]]  # model -> (class, cosine), best first
+
+
+def gather(runs: Sequence[str | Path]) -> list[Entry]:
+    """The teacher of the runs and the result of every stage, measured side by side in this process.
+
+    Raises:
+        ValueError: for a folder that is no finished run.
+    """
+    entries: list[Entry] = []
+    for folder in map(Path, runs):
+        if not (folder / "student").is_dir():
+            raise ValueError(f"{folder}: no finished run in it")
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        teacher = recipe["teacher"]
+        if teacher and not any(e.name == "teacher" for e in entries):
+            entries.append(_teacher_entry(Path(teacher), recipe["evaluation"]))
+        for stage in recipe["stages"]:
+            place = folder / "stages" / stage["name"]
+            result = json.loads((place / "result.json").read_text())
+            name = f"{folder.name}/{stage['name']}" if len(recipe["stages"]) > 1 else folder.name
+            path = place / "last"
+            entries.append(Entry(name, path, measure(load(path).model, seconds=1.0), result["evaluation"] or {}))
+    return entries
+
+
+def _teacher_entry(path: Path, evaluation: dict[str, Any] | None) -> Entry:
+    clip = load(path)
+    figures: dict[str, Any] = {}
+    if evaluation:
+        figures = evaluate.evaluate(clip, evaluate.open_dataset(evaluation["data"], evaluation["templates"]))
+    return Entry("teacher", path, measure(clip.model, seconds=1.0), figures)
+
+
+def table(entries: Sequence[Entry]) -> list[list[str]]:
+    """Rows of text for `COLUMNS`; a dash where a figure was not computed."""
+    reference = next((e.parameters for e in entries if e.name == "teacher"), None)
+    rows = []
+    for e in entries:
+        macs = (e.measured["macs_image"] + e.measured["macs_text"]) / 1e9
+        share = f"{100 * e.parameters / reference:.0f}" if reference else "-"
+        unseen = e.evaluation.get("subsets", {}).get("unseen", {})
+        figures = [
+            _percent(e.evaluation, "acc1"),
+            _percent(e.evaluation, "acc5"),
+            _percent(e.evaluation, "image_retrieval_recall@1"),
+            _percent(unseen, "image_retrieval_recall@5"),
+        ]
+        pairs = f"{e.measured['pairs_per_s']:.0f}"
+        rows.append([e.name, f"{e.parameters / 1e6:.2f} M", share, f"{macs:.3f}", pairs, *figures])
+    return rows
+
+
+def _percent(figures: dict[str, Any], name: str) -> str:
+    return f"{100 * figures[name]:.1f}" if name in figures else "-"
+
+
+def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Figure name -> run -> (step, value) of `acc1` in percent and of the loss, stages one after the other."""
+    result: dict[str, dict[str, list[tuple[int, float]]]] = {"top-1, %": {}, "loss": {}}
+    for folder in map(Path, runs):
+        offsets: dict[str, int] = {}  # where each stage starts; a resumed stage is announced twice
+        before = 0
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            event = json.loads(line)
+            if event["event"] == "stage":
+                offset = offsets.setdefault(event["stage"], before)
+            elif event["event"] == "evaluation" and "acc1" in event:
+                points = result["top-1, %"].setdefault(folder.name, [])
+                points.append((offset + event["step"], 100 * event["acc1"]))
+            elif event["event"] == "step":
+                result["loss"].setdefault(folder.name, []).append((offset + event["step"], event["loss"]))
+                before = offset + event["step"]
+    return result
+
+
+def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, count: int = 12) -> list[Guess]:
+    """A sample of evaluation pictures, evenly spread over the data, with each model's three best classes."""
+    dataset = evaluate.open_dataset(data, templates)
+    examples = [e for e in dataset if e.label is not None]
+    chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)]
+    result = [Guess(e.image, dataset.classnames[e.label or 0], {}) for e in chosen]
+    for entry in entries:
+        clip = load(entry.path)
+        classes = evaluate.class_features(clip, dataset.classnames, dataset.templates)
+        best = (clip.encode_image([e.image for e in chosen]).float() @ classes.T).topk(min(3, len(classes)))
+        for guess, values, indices in zip(result, best.values, best.indices, strict=True):
+            named = [(dataset.classnames[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+            guess.guesses[entry.name] = named
+    return result
+
+
+def curve_figure(series: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure:
+    """One panel a quantity, over training steps."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(series)))
+    for panel, (quantity, runs) in zip(axes, series.items(), strict=True):
+        for colour, (name, points) in zip(COLOURS[1:], runs.items(), strict=False):
+            steps, values = zip(*points, strict=True)
+            panel.plot(steps, values, label=name, color=colour, marker="o" if len(points) < 20 else None, markersize=3)
+        panel.set(xlabel="step", ylabel=quantity)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def write_report(
+    path: str | Path,
+    title: str,
+    entries: Sequence[Entry],
+    series: dict[str, dict[str, list[tuple[int, float]]]],
+    grid: Sequence[Guess],
+) -> None:
+    """One HTML file that needs nothing else."""
+    from tinyclip.files import write_atomically
+
+    figure = io.BytesIO()
+    curve_figure(series).savefig(figure, format="svg")
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table(entries))
+    measured = entries[0].measured
+    note = (
+        f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
+        f"{measured['batch_size']}, texts of full context, all models in one process."
+    )
+    svg = figure.getvalue().decode()
+    write_atomically(
+        path,
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
+<main><h1>{html.escape(title)}</h1>
+<h2>Models</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<p class="note">{html.escape(note)}</p>
+<h2>Training</h2><div class="figure">{svg[svg.index("<svg") :]}</div>
+<h2>What the models see</h2><p class="note">Pictures of a style that no model was trained on, evenly spread over the
+evaluation data; each model's three best classes with their cosine similarity. Green: the right one.</p>
+<div class="grid">{"".join(_card(g) for g in grid)}</div></main></html>
+""",
+    )
+
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;margin:0}
+main{max-width:1100px;margin:auto;padding:1.5rem}
+h1{font-size:1.6rem} h2{font-size:1.15rem;margin-top:2rem}
+.scroll{overflow-x:auto} table{border-collapse:collapse;background:#fff}
+th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
+th:first-child,td:first-child{text-align:left} th{font-weight:600}
+.note{color:#555;font-size:.9rem} .figure svg{max-width:100%;height:auto;background:#fff}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:.8rem}
+.card{background:#fff;border:1px solid #e4e4e4;border-radius:8px;padding:.8rem;display:flex;gap:.8rem;font-size:.82rem}
+.card img{width:72px;height:72px;flex:none;image-rendering:auto} .card b{display:block;margin-bottom:.3rem}
+.card dt{color:#555;margin-top:.25rem} .card dd{margin:0} .right{color:#0a7d4f;font-weight:600}
+"""
+
+
+def _card(guess: Guess) -> str:
+    lines = []
+    for model, named in guess.guesses.items():
+        shown = ", ".join(
+            f'<span class="{"right" if name == guess.truth else ""}">{html.escape(name)} {value:.2f}</span>'
+            for name, value in named
+        )
+        lines.append(f"<dt>{html.escape(model)}</dt><dd>{shown}</dd>")
+    picture = io.BytesIO()
+    on_colour(guess.image, (255, 255, 255)).convert("RGB").save(picture, "PNG")
+    data = base64.b64encode(picture.getvalue()).decode()
+    truth = html.escape(guess.truth)
+    image = f'<img alt="{truth}" src="data:image/png;base64,{data}">'
+    return f'<div class="card">{image}<div><b>{truth}</b><dl>{"".join(lines)}</dl></div></div>'
+
+
+def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Entry]:
+    """Gather the runs and write their report; returns the entries."""
+    entries = gather(runs)
+    recipe = yaml.safe_load((Path(runs[0]) / "recipe.yaml").read_text())
+    grid: list[Guess] = []
+    if recipe["evaluation"] and any("acc1" in e.evaluation for e in entries):
+        grid = guesses(entries, recipe["evaluation"]["data"], recipe["evaluation"]["templates"])
+    write_report(path, title, entries, curves(runs), grid)
+    return entries
+
+
+def evaluator(data: str, templates: str | None) -> Any:
+    """What the training loop calls to evaluate a student."""
+    dataset = evaluate.open_dataset(data, templates)
+    return lambda model, tokenizer, preprocess: evaluate.evaluate(Pipeline(model, tokenizer, preprocess), dataset)

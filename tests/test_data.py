@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinyclip.augment import Augment, jitter, on_colour
+from tinyclip.data import captions_of, find_shards, prepare, read_shards, training_loader
+from tinyclip.tokenizer import clip_tokenizer
+
+WORDS = [f"{a}{b}" for a in "abcdef" for b in "aeiou"]
+
+
+def picture(seed: int, ending: str = "jpg", size: int = 20) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[ending])
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, samples: list[dict[str, Any]]) -> None:
+    """A tar of samples; each has `key` and bytes by file ending."""
+    with tarfile.open(path, "w") as tar:
+        for sample in samples:
+            for ending, data in sample.items():
+                if ending != "key":
+                    info = tarfile.TarInfo(f"{sample['key']}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def good(i: int, ending: str = "jpg", **info: Any) -> dict[str, Any]:
+    data = {"captions": [f"caption {WORDS[i]}", f"words {WORDS[i]}"]} | info
+    return {"key": f"{i:05d}", ending: picture(i, ending), "json": json.dumps(data).encode()}
+
+
+def loader(folder: Path, **changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "tokenizer": clip_tokenizer(),
+        "context_length": 16,
+        "image_size": 16,
+        "augment": Augment(),
+        "batch_size": 4,
+        "workers": 0,
+        "seed": 0,
+    }
+    return training_loader(folder, **(arguments | changes))
+
+
+def test_batches_hold_uint8_images_tokens_and_class_groups(tmp_path: Path) -> None:
+    write_shard(
+        tmp_path / "0.tar", [good(i, ("jpg", "png", "webp")[i % 3], **{"class": f"c{i % 2}"}) for i in range(12)]
+    )
+    batch = next(iter(loader(tmp_path)))
+    assert batch.images.dtype == torch.uint8 and batch.images.shape == (4, 3, 16, 16)
+    assert batch.tokens.shape == (4, 16)
+    for key, tokens, group in zip(batch.keys, batch.tokens, batch.groups, strict=True):
+        i = int(key.rpartition("/")[2])
+        assert clip_tokenizer().decode(tokens.tolist()) in (f"caption {WORDS[i]}", f"words {WORDS[i]}")
+        same = [int(k.rpartition("/")[2]) % 2 == i % 2 for k in batch.keys]
+        assert (batch.groups == group).tolist() == same
+
+
+def test_every_sample_is_visited_and_every_caption_drawn(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(8)])
+    write_shard(tmp_path / "1.tar", [good(i) for i in range(8, 12)])
+    batches = iter(loader(tmp_path))
+    seen = [next(batches) for _ in range(24)]
+    keys = [k.rpartition("/")[2] for b in seen for k in b.keys]
+    assert sorted(set(keys)) == [f"{i:05d}" for i in range(12)]
+    texts = {clip_tokenizer().decode(t.tolist()) for b in seen for t in b.tokens}
+    assert texts == {f"{word} {WORDS[i]}" for i in range(12) for word in ("caption", "words")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_is_repeatable_and_resumes_exactly(tmp_path: Path, workers: int) -> None:
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(20)])
+    augment = Augment(scale=(0.3, 1.0), rotate=20, colour=0.3)
+    whole = loader(tmp_path, workers=workers, augment=augment)
+    batches = iter(whole)
+    first = [next(batches) for _ in range(3)]
+    state = whole.save_state_rank()
+    rest = [next(batches) for _ in range(4)]
+    again = iter(loader(tmp_path, workers=workers, augment=augment))
+    for batch in first:
+        assert torch.equal(batch.images, next(again).images)
+    resumed = loader(tmp_path, workers=workers, augment=augment)
+    resumed.restore_state_rank(state)
+    batches = iter(resumed)
+    for batch in rest:
+        other = next(batches)
+        assert batch.keys == other.keys
+        assert torch.equal(batch.images, other.images) and torch.equal(batch.tokens, other.tokens)
+    different = next(iter(loader(tmp_path, workers=workers, augment=augment, seed=1)))
+    assert not torch.equal(different.images, first[0].images)
+
+
+def test_bad_samples_are_skipped_and_named(tmp_path: Path) -> None:
+    bad = [
+        {"key": "a", "jpg": picture(0)[:200], "txt": b"truncated"},
+        {"key": "b", "jpg": picture(0)},
+        {"key": "c", "jpg": picture(0), "json": b'{"caption": "  "}'},
+        {"key": "d", "txt": b"no picture"},
+        {"key": "e", "jpg": picture(0), "txt": b"\xff\xfe\xfa"},
+        {"key": "f", "jpg": b"no picture", "txt": b"text"},
+        {"key": "g", "jpg": picture(0), "json": b"[1"},
+    ]
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(12)] + bad)
+    batches = iter(loader(tmp_path))
+    skipped = {(s.shard, s.key): s.reason for _ in range(12) for s in next(batches).skipped}
+    assert {key for _, key in skipped} == set("abcdefg") and {shard for shard, _ in skipped} == {"0.tar"}
+    reasons = {key: reason for (_, key), reason in skipped.items()}
+    assert reasons["b"] == reasons["c"] == "no caption"
+    assert "damaged" in reasons["a"] and "no picture" in reasons["d"] and "cannot be read" in reasons["e"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mostly_bad_data_fails_clearly(tmp_path: Path, workers: int) -> None:
+    from megatron.energon.errors import FatalSampleError
+
+    write_shard(tmp_path / "0.tar", [{"key": f"{i}", "jpg": b"junk", "txt": b"t"} for i in range(8)] + [good(9)])
+    with pytest.raises(FatalSampleError, match=r"more than half of the first 1000 samples are bad.*0\.tar"):
+        batches = iter(loader(tmp_path, workers=workers))
+        for _ in range(400):
+            next(batches)
+
+
+def test_captions_of_the_usual_forms() -> None:
+    assert captions_of({"txt": b"one\ntwo\n\n"}) == ["one", "two"]
+    assert captions_of({"json": b'{"caption": "from json"}', "txt": b"from text"}) == ["from json"]
+    assert captions_of({"json": b'{"width": 3}', "txt": b"from text"}) == ["from text"]
+    assert captions_of({"json": b'{"captions": ["a", 3, " b "]}'}) == ["a", "b"]
+    assert captions_of({}) == []
+
+
+def test_prepare_follows_the_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(3)])
+    assert prepare(tmp_path) == 3
+    index = (tmp_path / ".nv-meta" / "index.uuid").read_text()
+    assert prepare(tmp_path) == 3 and (tmp_path / ".nv-meta" / "index.uuid").read_text() == index
+    write_shard(tmp_path / "1.tar", [good(i) for i in range(3, 5)])
+    assert prepare(tmp_path) == 5
+
+
+def test_gzipped_shards_are_unpacked_once(tmp_path: Path) -> None:
+    import gzip
+
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(3)])
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").unlink()
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress(data))
+    assert prepare(tmp_path) == 3
+    assert (tmp_path / "0.tar").read_bytes() == data
+    assert [p.name for p in find_shards(tmp_path)] == ["0.tar"]
+    assert [s["__key__"] for s in read_shards(tmp_path)] == ["00000", "00001", "00002"]
+
+
+def test_folders_that_are_no_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such data folder"):
+        prepare(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"no \.tar shards"):
+        prepare(tmp_path)
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(30)])
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(b"this is no tar" * 100)
+    with pytest.raises(ValueError, match=r"0\.tar: damaged shard"):
+        prepare(tmp_path)
+    (tmp_path / "0.tar").unlink()
+    (tmp_path / "0.tar.gz").write_bytes(data[:1000])
+    with pytest.raises(ValueError, match=r"0\.tar\.gz: damaged shard"):
+        prepare(tmp_path)
+    (tmp_path / "0.tar.gz").unlink()
+    write_shard(tmp_path / "0.tar", [])
+    with pytest.raises(ValueError, match=r"0\.tar: an empty shard"):
+        prepare(tmp_path)
+    write_shard(tmp_path / "0.tar", [good(1), good(2), good(1)])
+    with pytest.raises(ValueError, match="'00001' occurs twice"):
+        prepare(tmp_path)
+
+
+def test_augmentation_is_a_function_of_its_generator() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8), "RGBA")
+    augment = Augment(scale=(0.5, 1), rotate=20, shear=10, shrink=0.3, colour=0.4, background=True)
+    one, two, other = (augment.view(image, 24, Random(seed)) for seed in (1, 1, 2))
+    assert one.shape == (3, 24, 24) and one.dtype == np.uint8
+    assert np.array_equal(one, two) and not np.array_equal(one, other)
+
+
+def test_the_default_view_is_a_crop_of_the_picture() -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3))
+    views = [Augment(scale=(0.25, 0.25), ratio=1).view(Image.fromarray(ramp.copy()), 32, Random(i)) for i in range(20)]
+    for view in views:  # half the ramp's width, so half its range, and still rising
+        row = view[0, 0].astype(int)
+        assert 100 < row[-1] - row[0] < 140 and (np.diff(row) >= 0).all()
+    assert len({int(v[0, 0, 0]) for v in views}) > 5
+
+
+def test_backgrounds_and_colour() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert on_colour(clear, (1, 2, 3)).getpixel((0, 0)) == (1, 2, 3)
+    solid = Image.new("RGB", (8, 8), (9, 9, 9))
+    assert on_colour(solid, (1, 2, 3)) is solid
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    values = {int(jitter(grey, 0.5, Random(i))[0, 0, 0]) for i in range(50)}
+    assert min(values) >= 50 and max(values) <= 150 and len(values) > 20
+
+
+@pytest.mark.parametrize("field", ["scale: [0, 1]", "rotate: 181", "colour: -1", "unknown: 1"])
+def test_impossible_augmentations_are_refused(field: str) -> None:
+    import yaml
+
+    with pytest.raises(ValueError, match=field.partition(":")[0]):
+        Augment.model_validate(yaml.safe_load(field))

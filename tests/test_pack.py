@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from test_data import loader
+from tinyclip.data import captions_of, image_of, info_of, read_shards
+from tinyclip.pack import find_items, pack
+
+
+def picture(path: Path, size: tuple[int, int] = (30, 20), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise(size, 50).convert(mode).save(path)
+    return path
+
+
+def packed(folder: Path) -> list[tuple[str, list[str]]]:
+    return [(info_of(s)["file"], captions_of(s)) for s in read_shards(folder)]
+
+
+def test_sidecar_captions(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    for name in ("a.jpg", "b.png", "sub/c.webp", "d.bmp", "e.tif", "nothing.jpg"):
+        picture(source / name)
+    (source / "a.txt").write_text("first\nsecond\n")
+    (source / "b.json").write_text('{"caption": "of b"}')
+    (source / "sub" / "c.txt").write_text("of c")
+    (source / "d.txt").write_text("of d")
+    (source / "e.txt").write_text("of e")
+    (source / "broken.jpg").write_bytes((source / "a.jpg").read_bytes()[:300])
+    (source / "broken.txt").write_text("broken")
+    report = pack(find_items(source), tmp_path / "out", shard_size=2)
+    assert packed(tmp_path / "out") == [
+        ("a.jpg", ["first", "second"]),
+        ("b.png", ["of b"]),
+        ("d.bmp", ["of d"]),
+        ("e.tif", ["of e"]),
+        ("c.webp", ["of c"]),
+    ]
+    assert (report.packed, report.captions, report.shards) == (5, 6, 3)
+    skipped = {Path(file).name: reason for file, reason in report.skipped}
+    assert skipped["nothing.jpg"] == "no caption" and skipped["broken.jpg"].startswith("damaged picture")
+    lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert {Path(json.loads(line)["file"]).name for line in lines} == {"nothing.jpg", "broken.jpg"}
+    first = next(iter(read_shards(tmp_path / "out")))
+    assert first["jpg"] == (source / "a.jpg").read_bytes()
+    assert next(iter(loader(tmp_path / "out", batch_size=5))).images.shape == (5, 3, 16, 16)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables(tmp_path: Path, ending: str) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / "pictures" / name)
+    rows = [("a.jpg", 'one, "quoted"'), ("b.jpg", "two"), ("a.jpg", "three"), ("gone.jpg", "four")]
+    table = tmp_path / f"table.{ending}"
+    if ending in ("csv", "tsv"):
+        mark = "," if ending == "csv" else "\t"
+        quoted = [f"{file}{mark}" + '"' + text.replace('"', '""') + '"' for file, text in rows]
+        table.write_text("\n".join([f"file{mark}words", *quoted]))
+    elif ending == "jsonl":
+        table.write_text("\n".join(json.dumps({"file": file, "words": [text]}) for file, text in rows))
+    else:
+        columns = {"file": [r[0] for r in rows], "words": [r[1] for r in rows]}
+        pyarrow.parquet.write_table(pyarrow.table(columns), table)
+    items = find_items(table, caption_column="words", image_root=tmp_path / "pictures")
+    report = pack(items, tmp_path / "out")
+    assert packed(tmp_path / "out") == [("a.jpg", ['one, "quoted"', "three"]), ("b.jpg", ["two"])]
+    assert report.skipped == [(str(tmp_path / "pictures" / "gone.jpg"), "no such file")]
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "red_fox" / "1.png")
+    picture(tmp_path / "in" / "owl" / "1.png")
+    pack(find_items(tmp_path / "in", templates=["a photo of a {c}", "the {c}"]), tmp_path / "out")
+    samples = list(read_shards(tmp_path / "out"))
+    assert [info_of(s)["class"] for s in samples] == ["owl", "red fox"]
+    assert captions_of(samples[1]) == ["a photo of a red fox", "the red fox"]
+
+
+def test_resize_only_shrinks(tmp_path: Path) -> None:
+    for name, size in (("big.jpg", (300, 200)), ("small.jpg", (30, 20)), ("deep.png", (100, 100))):
+        picture(tmp_path / "in" / name, size)
+        (tmp_path / "in" / name).with_suffix(".txt").write_text("text")
+    Image.fromarray(np.full((100, 100), 40000, np.uint16)).save(tmp_path / "in" / "deep.png")
+    pack(find_items(tmp_path / "in"), tmp_path / "out", resize=50)
+    sizes = {info_of(s)["file"]: image_of(s).size for s in read_shards(tmp_path / "out")}
+    assert sizes == {"big.jpg": (75, 50), "small.jpg": (30, 20), "deep.png": (50, 50)}
+
+
+def test_sources_that_cannot_be_packed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file or folder"):
+        find_items(tmp_path / "missing")
+    with pytest.raises(ValueError, match="no such file"):
+        find_items(tmp_path / "missing.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        find_items(tmp_path / "empty")
+    picture(tmp_path / "in" / "a.jpg")
+    with pytest.raises(ValueError, match="no picture has a caption beside it"):
+        find_items(tmp_path / "in")
+    with pytest.raises(ValueError, match="needs {c}"):
+        find_items(tmp_path / "in", templates=["a photo"])
+    (tmp_path / "t.csv").write_text("url,alt\na.jpg,hello\n")
+    with pytest.raises(ValueError, match="it has url, alt; name it with --image-column"):
+        find_items(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match="no column 'nope'"):
+        find_items(tmp_path / "t.csv", image_column="url", caption_column="nope")
+    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{broken')
+    with pytest.raises(ValueError, match=r"t\.jsonl: cannot be read"):
+        find_items(tmp_path / "t.jsonl")
+    (tmp_path / "t.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(ValueError, match=r"t\.parquet: cannot be read"):
+        find_items(tmp_path / "t.parquet")
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "a.txt").write_text("text")
+    items = find_items(tmp_path / "in")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(items, tmp_path / "out", progress=stop)
+    (tmp_path / "in" / "a.jpg").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"all 1 pictures were skipped: not a picture that Pillow can read \(1\)"):
+        pack(items, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(ValueError, match="--overwrite"):
+        pack(items, tmp_path / "out")
+    (tmp_path / "file").touch()
+    picture(tmp_path / "in" / "a.jpg")
+    with pytest.raises(ValueError, match="cannot write"):
+        pack(items, tmp_path / "file" / "out")
+    pack(items, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious").exists()

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from conftest import small_config
+from test_data import good, write_shard
+from tinyclip import train
+from tinyclip.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.data import Batch
+from tinyclip.loss import affinity_loss, contrastive_loss
+from tinyclip.model import CLIP
+from tinyclip.recipe import Recipe, Stage
+from tinyclip.teacher import Teacher, image_input, shorten
+from tinyclip.tokenizer import clip_tokenizer
+from tinyclip.transforms import Preprocess
+
+SHAPE = {"vision": {"width": 16}, "text": {"layers": 1}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data` (40 pairs) and `teacher`."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "data").mkdir()
+    write_shard(folder / "data" / "0.tar", [good(i % 30) | {"key": f"{i:05d}"} for i in range(40)])
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    pruned = tokenizer.pruned(tokenizer.kept_ids(["caption words"]))
+    config = small_config(vocab_size=pruned.vocab_size, image_size=16)
+    save_checkpoint(folder / "teacher", CLIP(config), pruned, Preprocess(image_size=16))
+    return folder
+
+
+def recipe(place: Path, output: Path, **changes: Any) -> Recipe:
+    data: dict[str, Any] = {
+        "teacher": str(place / "teacher"),
+        "data": str(place / "data"),
+        "output": str(output),
+        "workers": 0,
+        "device": "cpu",
+        "precision": "float32",
+        "log_every": 1,
+        "save_every": 2,
+        "stages": [stage("75", student={"text": {"layers": 1}}), stage("50", student=SHAPE)],
+    }
+    return Recipe.model_validate(data | changes)
+
+
+def stage(name: str = "50", **changes: Any) -> dict[str, Any]:
+    return {"name": name, "steps": 5, "batch_size": 8, "student": SHAPE, "optimizer": {"lr": 1e-3}} | changes
+
+
+def run(chosen: Recipe, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Results of a run and its events."""
+    events: list[dict[str, Any]] = []
+    started = train.start(chosen, **options)
+    started.listener = events.append
+    return train.run(started), events
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder)[0].state_dict()
+
+
+def test_two_stages_leave_checkpoints_metrics_and_a_student(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    results, _ = run(recipe(place, out))
+    assert [r["stage"] for r in results] == ["75", "50"] and results[0]["samples"] == 40
+    student, _, preprocess = load_checkpoint(out / "student")
+    assert (student.config.vision.width, student.config.text.layers) == (16, 1) and preprocess.image_size == 16
+    assert not (out / "stages" / "50" / "last" / "state.pt").exists()
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5] * 2
+    assert all(math.isfinite(e["loss"]) and e["affinity"] == e["loss"] for e in events if e["event"] == "step")
+
+
+def test_distillation_lowers_the_loss_and_leaves_the_teacher_alone(place: Path, tmp_path: Path) -> None:
+    before = weights(place / "teacher")
+    shaped = stage(steps=60, optimizer={"lr": 3e-3}, loss={"student_scale": 50, "teacher_scale": 50})
+    _, events = run(recipe(place, tmp_path / "run", stages=[shaped]))
+    losses = [e["loss"] for e in events if e["event"] == "step"]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.02
+    after = weights(place / "teacher")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_an_inherited_student_starts_as_the_teachers_slice(place: Path, tmp_path: Path) -> None:
+    tiny = stage(steps=1, optimizer={"lr": 1e-12, "weight_decay": 0})
+    run(recipe(place, tmp_path / "run", stages=[tiny]))
+    teacher, student = weights(place / "teacher"), weights(tmp_path / "run" / "student")
+    key = "visual.conv1.weight"
+    assert torch.allclose(student[key], teacher[key][:16], atol=1e-9)
+    run(recipe(place, tmp_path / "random", stages=[tiny | {"inherit": "none"}], seed=7))
+    assert not torch.allclose(weights(tmp_path / "random" / "student")[key], teacher[key][:16], atol=1e-3)
+
+
+def test_a_stage_can_start_from_a_checkpoint_or_the_teacher(place: Path, tmp_path: Path) -> None:
+    first = stage("first", steps=1)
+    second = stage("second", steps=1, start="teacher", student={"text": {"layers": 1}})
+    run(recipe(place, tmp_path / "a", stages=[first, second]))
+    third = stage("third", steps=1, start=str(tmp_path / "a" / "student"), student={"vision": {"layers": 1}})
+    run(recipe(place, tmp_path / "b", stages=[third]))
+    config = load_checkpoint(tmp_path / "b" / "student")[0].config
+    assert (config.vision.layers, config.vision.width, config.text.layers) == (1, 32, 1)
+
+
+def test_training_from_scratch_makes_its_vocabulary(place: Path, tmp_path: Path) -> None:
+    config = small_config(image_size=16).model_dump(mode="json")
+    loss = {"affinity": 0, "contrastive": 1, "positives": "class"}
+    scratch = stage(inherit="none", loss=loss, student={})
+    chosen = recipe(place, tmp_path / "run", teacher=None, model=config, vocabulary="data", stages=[scratch])
+    run(chosen)
+    model, tokenizer, _ = load_checkpoint(tmp_path / "run" / "student")
+    assert 514 < tokenizer.vocab_size < 700 and model.config.text.vocab_size == tokenizer.vocab_size
+    words = clip_tokenizer().encode("caption")
+    assert len(tokenizer.encode("caption")) == len(words)
+
+
+def test_results_do_not_depend_on_an_interruption(place: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle, then --resume: the weights of a run that was never stopped, to the bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(recipe(place, whole))
+    started = train.start(recipe(place, parts))
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3 and event["stage"] == "50":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    started.listener = stop
+    with pytest.raises(train.Interrupted, match="stopped at step 3") as error:
+        train.run(started)
+    assert error.value.signal_number == signal.SIGINT
+    run(recipe(place, parts), resume=True)
+    one, two = weights(whole / "student"), weights(parts / "student")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    steps = [(e["stage"], e["step"]) for e in _events(parts) if e["event"] == "step"]
+    assert steps == [(s, i) for s in ("75", "50") for i in range(1, 6)]
+
+
+def _events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(place: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    long = stage(steps=60)
+    run(recipe(place, whole, stages=[long]))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(place, killed, stages=[long]).model_dump(mode="json")))
+    command = [sys.executable, "-m", "tinyclip.cli", "distill", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "stages" / "50" / "last").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (killed / "stages" / "50" / "last").exists()
+    load_checkpoint(killed / "stages" / "50" / "last")
+    run(recipe(place, killed, stages=[long]), resume=True)
+    one, two = weights(whole / "student"), weights(killed / "student")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_evaluation_keeps_the_best_and_the_last(place: Path, tmp_path: Path) -> None:
+    scores = iter([0.1, 0.5, 0.2])
+    chosen = recipe(place, tmp_path / "run", stages=[stage(steps=6)], evaluation={"data": "x", "every": 2})
+    started = train.start(chosen)
+    started.evaluator = lambda model, tokenizer, preprocess: {"acc1": next(scores)}
+    (result,) = train.run(started)
+    assert result["best_step"] == 4 and result["evaluation"] == {"acc1": 0.2}
+    best, last = (weights(tmp_path / "run" / "stages" / "50" / kind) for kind in ("best", "last"))
+    assert not torch.equal(best["visual.proj"], last["visual.proj"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place: Path, tmp_path: Path) -> None:
+    wild = stage(steps=50, optimizer={"lr": 1.0, "grad_clip": 1e30, "eps": 1e-30, "weight_decay": 1e20})
+    with pytest.raises(ValueError, match=r"loss of stage 50 is \w+ at step \d+; samples .*0.*last good checkpoint"):
+        run(recipe(place, tmp_path / "run", stages=[wild]))
+
+
+def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    chosen = recipe(place, out, stages=[stage(steps=1)])
+    run(chosen)
+    with pytest.raises(ValueError, match="--resume or replace it with --overwrite"):
+        train.start(chosen)
+    other = recipe(place, out, stages=[stage(steps=2)])
+    with pytest.raises(ValueError, match="from another recipe"):
+        train.start(other, resume=True)
+    with pytest.raises(ValueError, match="no run to resume"):
+        train.start(recipe(place, tmp_path / "new"), resume=True)
+    assert not (tmp_path / "new").exists()
+    results, events = run(chosen, resume=True)
+    assert len(results) == 1 and not [e for e in events if e["event"] == "step"]
+    run(other, overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write"):
+        train.start(recipe(place, tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data": "nowhere"}, "no such data folder"),
+        ({"teacher": "nowhere"}, "no such checkpoint"),
+        ({"stages": [stage("big", student={"vision": {"width": 64}})]}, r"stages.0 \(big\): .*visual.hidden 64 > 32"),
+        ({"stages": [stage(student="ViT-B-32")]}, "does not fit into the teacher"),
+        ({"stages": [stage(student="RN50")]}, "a resnet student cannot inherit from a vit teacher"),
+        ({"stages": [stage(student="nothing")]}, "no model named"),
+        ({"stages": [stage(start="nowhere")]}, r"stages.0 \(50\): nowhere/config.json: no such file"),
+    ],
+)
+def test_misfits_are_found_before_anything_is_written(
+    place: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        train.start(recipe(place, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_mostly_bad_data_is_one_clear_error(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    write_shard(tmp_path / "bad" / "0.tar", [{"key": f"{i}", "jpg": b"junk", "txt": b"t"} for i in range(9)])
+    chosen = recipe(place, tmp_path / "run", data=str(tmp_path / "bad"))
+    with pytest.raises(
+        ValueError,
+        match=r"^[^\n]*bad: more than half of the first 1000 samples are bad; the last: 0.tar, \d: not a picture[^\n]*$",
+    ):
+        run(chosen)
+
+
+def test_skipped_samples_are_logged(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    samples = [good(i) for i in range(20)] + [{"key": "bad", "jpg": b"junk", "txt": b"t"}]
+    write_shard(tmp_path / "data" / "0.tar", samples)
+    results, _ = run(recipe(place, tmp_path / "run", data=str(tmp_path / "data"), stages=[stage(steps=8)]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert results[0]["skipped"] == len(lines) >= 2
+    assert {(line["shard"], line["key"]) for line in lines} == {("0.tar", "bad")}
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(place: Path, tmp_path: Path) -> None:
+    loss = {"affinity": 0.5, "contrastive": 2.0, "student_scale": "learned", "teacher_scale": 20, "positives": "class"}
+    chosen = recipe(place, tmp_path / "run", stages=[stage(loss=loss)])
+    started = train.start(chosen)
+    assert started.teacher is not None
+    student = CLIP(started.configs[0]).eval()
+    tokens = torch.from_numpy(started.tokenizer(["caption a", "words", "caption b", "words"], 12))
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    groups = torch.tensor([1, 2, 3, 2])
+    terms = train.loss_terms(started, chosen.stages[0], student, Batch(images, tokens, groups, list("abcd")))
+    x = image_input(images, started.preprocess)
+    si, st, scale = student(x, tokens)
+    ti, tt, _ = started.teacher.model(x, tokens)
+    affinity = affinity_loss(si, st, ti, tt, scale, 20.0)
+    contrastive = contrastive_loss(si, st, scale, groups)
+    assert torch.allclose(terms["affinity"], affinity) and torch.allclose(terms["contrastive"], contrastive)
+    assert torch.allclose(terms["loss"], 0.5 * affinity + 2 * contrastive)
+
+
+def test_schedule_and_weight_decay() -> None:
+    shaped = Stage(name="s", steps=110, optimizer={"lr": 2.0e-3, "warmup_steps": 10})  # type: ignore[arg-type]
+    rates = [train.learning_rate(step, shaped) for step in range(110)]
+    assert rates[0] == pytest.approx(2e-4) and rates[9] == rates[10] == pytest.approx(2e-3)
+    assert rates[60] == pytest.approx(1e-3) and rates[-1] < 1e-6
+    model = CLIP(small_config())
+    decayed, plain = train.make_optimizer(model, shaped).param_groups
+    assert decayed["weight_decay"] == 0.2 and all(p.ndim >= 2 for p in decayed["params"])
+    assert plain["weight_decay"] == 0 and any(p is model.logit_scale for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_shorten_keeps_features_and_end_tokens() -> None:
+    tokens = torch.tensor([[8, 1, 2, 9, 0, 0], [8, 3, 9, 0, 0, 0]])
+    assert shorten(tokens, 9, 6).tolist() == [[8, 1, 2, 9], [8, 3, 9, 0]]
+    assert shorten(tokens, 9, 3).tolist() == [[8, 1, 9], [8, 3, 9]]
+
+
+def test_a_teacher_of_another_size_sees_resized_images() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(CLIP(small_config(image_size=32)), Preprocess(image_size=32))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    tokens = torch.tensor([[5, 49407], [6, 49407]])
+    features, _, scale = teacher.features(images, tokens, 49407)
+    assert features.shape == (2, 24) and not features.requires_grad and scale.item() == pytest.approx(1 / 0.07)
+    assert not teacher.model.training
