@@ -134,7 +134,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_help_and_version_load_no_torch() -> None:
-    code = "import sys; from tinyclip.cli import app; app(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    code = "import sys; from tinyclip.cli import app; app(['--help'], standalone_mode=False); "
+    code += "assert 'torch' not in sys.modules"
     assert "distill" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert tinyclip("--version").strip().count(".") == 2
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class Oracle:
         return torch.stack([self._point(float(np.asarray(i.convert("L")).mean())) for i in images])
 
     def encode_text(self, texts: Any, *, normalize: bool = True) -> Tensor:
-        return torch.stack([self._point(float("".join(c for c in t if c.isdigit()))) for t in texts])
+        return torch.stack([self._point(float(re.sub(r"[^0-9.]", "", t))) for t in texts])
 
     def _point(self, level: float) -> Tensor:
         angle = torch.tensor(level / 255 * np.pi)
@@ -91,10 +92,9 @@ def test_prompt_ensemble_is_the_mean_of_normalised_features() -> None:
 
 def test_retrieval_against_a_loop(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    levels = rng.permutation(256)[:30].tolist()  # no two alike, so no ties
-    captions = [
-        [str(int(np.clip(g + rng.integers(-25, 26), 0, 255))) for _ in range(1 + i % 3)] for i, g in enumerate(levels)
-    ]
+    levels = rng.permutation(256)[:30].tolist()
+    captions = [[f"{g + rng.uniform(-25, 25):.5f}" for _ in range(1 + i % 3)] for i, g in enumerate(levels)]
+    captions = [[text.replace("-", "") for text in own] for own in captions]
     shards(tmp_path, [(g, {"captions": c}) for g, c in zip(levels, captions, strict=True)])
     result = retrieval(Oracle(), open_dataset(tmp_path))
     oracle = Oracle()

@@ -95,7 +95,8 @@ def test_heads_are_sliced_one_by_one_and_the_teacher_stays() -> None:
 
 def test_a_student_may_differ_in_activation() -> None:
     teacher = random_model(SMALL)
-    student = inherit(teacher, SMALL.model_copy(update={"activation": "quick_gelu"}))
+    with pytest.warns(UserWarning, match="activation is quick_gelu, the teacher's gelu"):
+        student = inherit(teacher, SMALL.model_copy(update={"activation": "quick_gelu"}))
     assert student.config.activation == "quick_gelu"
     assert all(torch.equal(value, teacher.state_dict()[key]) for key, value in student.state_dict().items())
     pixels, _ = random_inputs(SMALL)

@@ -104,7 +104,7 @@ def test_sources_that_cannot_be_packed(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.jpg")
     with pytest.raises(ValueError, match="no picture has a caption beside it"):
         find_items(tmp_path / "in")
-    with pytest.raises(ValueError, match="needs {c}"):
+    with pytest.raises(ValueError, match=r"needs \{c\}"):
         find_items(tmp_path / "in", templates=["a photo"])
     (tmp_path / "t.csv").write_text("url,alt\na.jpg,hello\n")
     with pytest.raises(ValueError, match="it has url, alt; name it with --image-column"):

@@ -53,7 +53,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.0.loss={affinity: 0}", "all loss weights are 0"),
         ("stages.0.loss.student_scale=other", "stages.0.loss.student_scale"),
         ("stages.0.augment.scale=[0, 2]", "stages.0.augment.scale"),
-        ("stages.0.student.vision.depth=3", "stages.0.student.StudentShape.vision.depth: unknown key"),
+        ("stages.0.student.vision.depth=3", "stages.0.student.vision.depth: unknown key"),
         ("stages=[]", "stages"),
         ("teacher=null", "either `teacher` .* or `model`"),
         ("device=tpu", "device"),

@@ -94,6 +94,16 @@ def test_every_mode_gives_its_grey(
     assert np.isfinite(Preprocess(image_size=32)(image)).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_other_modes_become_rgb_after_they_are_resized(mode: str) -> None:
+    image = made("RGB", 64, 64).convert(mode)
+    if len(image.getbands()) == 4:  # the fourth band makes it matter whether RGB comes before or after
+        image = Image.merge(mode, [*image.split()[:3], made("L", 64, 64, salt=1)])
+    wanted = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(Preprocess(image_size=16).pixels(image), wanted)
+    assert not np.array_equal(Preprocess(image_size=16).pixels(image.convert("RGB")), wanted) or mode == "L"
+
+
 @pytest.mark.parametrize("mode", ["1", "P"])
 def test_palettes_and_bits_become_rgb_before_they_are_resized(mode: str) -> None:
     """Resized as they are, they would have no colours between the old ones."""
@@ -189,6 +199,7 @@ def test_a_folder_is_named(tmp_path: Path) -> None:
         open_image(tmp_path)
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("limit", [2000, 1000])  # Pillow warns past the limit, and refuses past twice of it
 def test_a_decompression_bomb_is_named(limit: int, picture_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

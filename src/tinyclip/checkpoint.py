@@ -51,10 +51,13 @@ def save_into(
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if dtype is not None:
         state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n")
-    (folder / "preprocess.json").write_text(preprocess.model_dump_json(indent=2) + "\n")
+    (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocess.json").write_text(preprocess.model_dump_json(indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise ValueError(f"cannot write {folder.parent}: {error}") from None
 
 
 def load_checkpoint(path: str | Path) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
@@ -117,7 +120,7 @@ def load_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
 
 def _read_preprocess(path: Path) -> Preprocess:
     try:
-        return Preprocess.model_validate(json.loads(path.read_text()))
+        return Preprocess.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except ValidationError as error:

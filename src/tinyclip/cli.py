@@ -221,14 +221,14 @@ def measure(
     import torch
 
     from tinyclip.config import CLIPConfig
-    from tinyclip.distributed import best_device
+    from tinyclip.distributed import resolve_device
     from tinyclip.measurement import measure as measured
     from tinyclip.model import CLIP
     from tinyclip.pipeline import load
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
-    place = best_device() if device == "auto" else torch.device(device)
+    place = resolve_device(device)
     network = load(model).model if Path(model).exists() else CLIP(CLIPConfig.named(model)).eval()
     result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
     if as_json:

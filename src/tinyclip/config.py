@@ -8,6 +8,7 @@ that it has no heads (or neurons) left and is only its output bias.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,8 @@ def explain(error: ValidationError) -> str:
     """One line for people out of a pydantic error: `key.path: what is wrong; ...`."""
     parts = []
     for item in error.errors(include_url=False):
-        path = ".".join(str(p) for p in item["loc"] if not str(p).startswith(("function-", "tagged-")))
+        # Pydantic also names the member of a union that it tried; people know only the key.
+        path = ".".join(str(p) for p in item["loc"] if not re.match(r"(vit|resnet|float|function-|literal\[)", str(p)))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
@@ -114,7 +116,7 @@ class CLIPConfig(Strict):
     def from_json(cls, path: str | Path) -> CLIPConfig:
         """Read a config file; `ValueError` when it is missing, no JSON, or does not fit."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:

@@ -116,7 +116,7 @@ def _prepare(folder: Path) -> int:
     except Exception as error:
         shutil.rmtree(meta, ignore_errors=True)
         raise ValueError(f"{folder}: cannot be indexed ({error})") from None
-    (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+    (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8")
     (meta / "ready").touch()
     return sum(_indexed(meta).values())
 
@@ -129,7 +129,7 @@ def _indexed(meta: Path) -> dict[str, int]:
         if (meta / name).exists():
             import yaml
 
-            return dict(yaml.safe_load((meta / name).read_text())["shard_counts"])
+            return dict(yaml.safe_load((meta / name).read_text(encoding="utf-8"))["shard_counts"])
     return {}
 
 

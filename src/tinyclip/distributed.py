@@ -17,6 +17,18 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device of that name, `auto` for the best; `ValueError` when this machine does not have it."""
+    if name == "auto":
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} is not to be had here; best is {best_device().type!r}") from None
+    return device
+
+
 def best_precision(device: torch.device) -> Precision:
     """bfloat16 where the device computes in it, float16 (with loss scaling) on older GPUs, else float32."""
     if device.type == "cuda":

@@ -96,7 +96,7 @@ def open_dataset(path: str | Path, templates: str | Path | None = None) -> Datas
         raise ValueError(f"{path}: neither class folders with pictures nor .tar shards in it")
     names = [folder.name.replace("_", " ") for folder in folders]
     if (path / "classnames.txt").exists():
-        listed = (path / "classnames.txt").read_text().splitlines()
+        listed = (path / "classnames.txt").read_text(encoding="utf-8").splitlines()
         if folders and len(listed) != len(folders):
             raise ValueError(f"{path}: classnames.txt names {len(listed)} classes, there are {len(folders)} folders")
         names = listed
@@ -116,7 +116,7 @@ def _read_templates(path: Path, templates: str | Path | None) -> list[str]:
         if templates:
             raise ValueError(f"{file}: no such file of templates")
         return list(DEFAULT_TEMPLATES)
-    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     bad = next((line for line in lines if "{c}" not in line), None)
     if not lines or bad is not None:
         raise ValueError(f"{file}: each line needs {{c}} for the class name{f', {bad!r} has none' if bad else ''}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +19,10 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: when the place cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link to a folder stays a link
     try:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
@@ -31,10 +35,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                 _flush(file)
         _flush(temporary)
         if path.exists():
-            old = temporary.with_suffix(".old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
+            _exchange(temporary, path)
         else:
             temporary.rename(path)
         _flush(path.parent)
@@ -44,20 +45,42 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _exchange(one: Path, two: Path) -> None:
+    """Swap two directories in one step, so that a kill at any moment leaves a whole one in each place."""
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(two)
+    if sys.platform == "darwin":
+        failed = library.renamex_np(*names, 2)  # RENAME_SWAP
+    else:
+        here = -100  # AT_FDCWD
+        failed = library.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
+    if failed:
+        raise OSError(ctypes.get_errno(), f"the file system cannot swap folders: {os.strerror(ctypes.get_errno())}")
+
+
 def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part."""
+    """Write a text file so that a reader sees the old or the new one, never a part.
+
+    Raises:
+        ValueError: when it cannot be written.
+    """
     path = Path(path)
+    temporary: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
         ) as file:
+            temporary = Path(file.name)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
 
     Channels, heads, neurons and embedding: the first k. Blocks: 0, step, 2*step, ... with
     step = teacher_layers // student_layers. Across image sizes the position embeddings are interpolated;
-    a shorter context keeps the first positions. The teacher is not changed.
+    a shorter context keeps the first positions. The teacher is not changed. Warns when the activations differ.
 
     Raises:
         ValueError: naming what the teacher has too little of, or a family that differs.
@@ -26,6 +28,8 @@ def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
     source = resize_positions(teacher, student_config) if isinstance(student_config.vision, VisionConfig) else teacher
     student = compact(source, masks)
     if student.config.activation != student_config.activation:
+        text = f"the student's activation is {student_config.activation}, the teacher's {student.config.activation}"
+        warnings.warn(text, stacklevel=2)
         student = _load(student_config, student.state_dict(), student)
     assert student.config == student_config, "the rule's masks and the student's config disagree"
     return student
@@ -107,7 +111,7 @@ def describe(config: CLIPConfig, masks: Masks) -> list[list[str]]:
 
 def kept_blocks(teacher_layers: int, student_layers: int) -> list[int]:
     """Blocks that the manual rule keeps: 12 to 6 keeps 0, 2, 4, 6, 8, 10; 12 to 9 keeps 0 to 8."""
-    step = teacher_layers // student_layers
+    step = teacher_layers // max(1, student_layers)
     return list(range(0, step * student_layers, step))
 
 

@@ -194,7 +194,7 @@ class CLIP(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=text.width**-0.5)
         for tower, config in ((self.visual.transformer, vision), (self.transformer, text)):
-            out_std = config.width**-0.5 * (2 * config.layers) ** -0.5
+            out_std = config.width**-0.5 * (2 * max(1, config.layers)) ** -0.5
             for block in tower.resblocks:
                 assert isinstance(block, Block)
                 if block.attn is not None:

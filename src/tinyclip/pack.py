@@ -124,7 +124,7 @@ def pack(
             reasons = "; ".join(f"{reason} ({n})" for reason, n in report.reasons.most_common(3))
             raise ValueError(f"nothing to pack, all {len(items)} pictures were skipped: {reasons}")
         skipped = (json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in report.skipped)
-        (folder / "skipped.jsonl").write_text("".join(skipped))
+        (folder / "skipped.jsonl").write_text("".join(skipped), encoding="utf-8")
         report.shards = len(list(folder.glob("*.tar")))
         prepare(folder)
     return report

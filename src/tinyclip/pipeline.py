@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.distributed import best_device
+from tinyclip.distributed import resolve_device
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess, open_image
@@ -62,7 +62,11 @@ class Pipeline:
         items = _as_list(images)
         features = []
         for start in range(0, len(items), batch_size):
-            batch = torch.stack([self._image(item) for item in items[start : start + batch_size]])
+            tensors = [self._image(item) for item in items[start : start + batch_size]]
+            shapes = {tuple(t.shape) for t in tensors}
+            if len(shapes) > 1:
+                raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
+            batch = torch.stack(tensors)
             features.append(self.model.encode_image(batch.to(self.device, self.dtype), normalize=normalize))
         return torch.cat(features) if features else self._no_features()
 
@@ -72,9 +76,9 @@ class Pipeline:
         tokens = self.tokenize(texts)
         features = [
             self.model.encode_text(self._shortest(batch).to(self.device), normalize=normalize)
-            for batch in tokens.split(batch_size)
+            for batch in (tokens.split(batch_size) if len(tokens) else ())
         ]
-        return torch.cat(features) if len(tokens) else self._no_features()
+        return torch.cat(features) if features else self._no_features()
 
     def _shortest(self, tokens: Tensor) -> Tensor:
         # Under causal attention nothing after the end token matters, so shorter rows give the same features.
@@ -106,8 +110,9 @@ class Pipeline:
         if isinstance(item, (str, Path)):
             item = open_image(item)
         if isinstance(item, np.ndarray):
-            if item.dtype != np.uint8 or item.ndim not in (2, 3):
-                raise ValueError(f"image array is {item.dtype} {item.shape}, expected uint8 (h, w) or (h, w, channels)")
+            good = item.dtype == np.uint8 and 0 not in item.shape
+            if not good or not (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
+                raise ValueError(f"image array is {item.dtype} {item.shape}, expected uint8 (h, w) or (h, w, 3 or 4)")
             item = Image.fromarray(item)
         if not isinstance(item, Image.Image):
             raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
@@ -134,7 +139,7 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: to
         ValueError: when the directory is missing or anything in it does not fit.
     """
     model, tokenizer, preprocessing = load_checkpoint(name_or_path)
-    device = best_device() if device == "auto" else torch.device(device)
+    device = resolve_device(device)
     return Pipeline(model.to(device=device, dtype=dtype or torch.float32), tokenizer, preprocessing)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tinyclip.augment import Augment
 from tinyclip.config import Activation, CLIPConfig, Count, Positive, Strict, VisionConfig, explain
@@ -36,6 +36,7 @@ class TextShape(TowerShape):
 class StudentShape(Strict):
     """The student relative to the model it starts from."""
 
+    like: str | None = Field(None, description="shape of a known model, by name; excludes the rest")
     embed_dim: Positive | None = None
     vision: VisionShape = VisionShape()
     text: TextShape = TextShape()
@@ -43,6 +44,10 @@ class StudentShape(Strict):
 
     def apply(self, base: CLIPConfig) -> CLIPConfig:
         """The whole config; `ValueError` when the base has unequal blocks or another family."""
+        if self.like is not None:
+            if self != StudentShape(like=self.like):
+                raise ValueError("student.like: excludes every other key of the shape")
+            return CLIPConfig.named(self.like)
         if not isinstance(base.vision, VisionConfig):
             raise ValueError(f"student: cannot change the shape of a {base.vision.kind} image tower")
         data = base.model_dump()
@@ -111,7 +116,7 @@ class Stage(Strict):
     """One student, trained from the one before (or the teacher)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the stage's checkpoint")
-    student: StudentShape | str = Field(StudentShape(), description="shape relative to the start, or a model name")
+    student: StudentShape = Field(StudentShape(), description="shape relative to what it starts from")
     inherit: Literal["manual", "none"] = Field("manual", description="manual rule, or none: random weights")
     start: str = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
     steps: Positive
@@ -135,12 +140,18 @@ class Evaluation(Strict):
     every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
 
 
+def _named(value: Any) -> Any:
+    return CLIPConfig.named(value) if isinstance(value, str) else value
+
+
 class Recipe(Strict):
     """A whole run."""
 
     description: str = Field("", description="what it does, its command, expected time and result")
     teacher: str | None = Field(None, description="checkpoint of the teacher; none: train from scratch")
-    model: CLIPConfig | str | None = Field(None, description="without a teacher: a whole config, or a model name")
+    model: Annotated[CLIPConfig | None, BeforeValidator(_named)] = Field(
+        None, description="without a teacher: a whole config, or a model name"
+    )
     vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
     data: str = Field(description="folder of training shards")
     output: str = Field(description="folder of the run, made by it")
@@ -176,7 +187,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: when the file is missing or no YAML, or a key or value does not fit, with the key's path.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -69,13 +69,13 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
     for folder in map(Path, runs):
         if not (folder / "student").is_dir():
             raise ValueError(f"{folder}: no finished run in it")
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         teacher = recipe["teacher"]
         if teacher and not any(e.name == "teacher" for e in entries):
             entries.append(_teacher_entry(Path(teacher), recipe["evaluation"]))
         for stage in recipe["stages"]:
             place = folder / "stages" / stage["name"]
-            result = json.loads((place / "result.json").read_text())
+            result = json.loads((place / "result.json").read_text(encoding="utf-8"))
             name = f"{folder.name}/{stage['name']}" if len(recipe["stages"]) > 1 else folder.name
             path = place / "last"
             entries.append(Entry(name, path, measure(load(path).model, seconds=1.0), result["evaluation"] or {}))
@@ -119,7 +119,7 @@ def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, fl
     for folder in map(Path, runs):
         offsets: dict[str, int] = {}  # where each stage starts; a resumed stage is announced twice
         before = 0
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event["event"] == "stage":
                 offset = offsets.setdefault(event["stage"], before)
@@ -232,7 +232,7 @@ def _card(guess: Guess) -> str:
 def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Entry]:
     """Gather the runs and write their report; returns the entries."""
     entries = gather(runs)
-    recipe = yaml.safe_load((Path(runs[0]) / "recipe.yaml").read_text())
+    recipe = yaml.safe_load((Path(runs[0]) / "recipe.yaml").read_text(encoding="utf-8"))
     grid: list[Guess] = []
     if recipe["evaluation"] and any("acc1" in e.evaluation for e in entries):
         grid = guesses(entries, recipe["evaluation"]["data"], recipe["evaluation"]["templates"])

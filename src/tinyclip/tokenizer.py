@@ -79,7 +79,9 @@ class CLIPTokenizer:
         Raises:
             ValueError: for something that is no text, or a context below 2.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not isinstance(texts, (str, list, tuple)):
+            raise ValueError(f"expected a text or a list of texts, got {type(texts).__name__}")
+        texts = [texts] if isinstance(texts, str) else texts
         length = self.context_length if context_length is None else context_length
         if length < 2:
             raise ValueError(f"context_length {length}: at least 2 is needed, for the start and the end token")
@@ -117,13 +119,13 @@ class CLIPTokenizer:
         """Write the merges and context length as JSON."""
         lines = [f"{a} {b}" for a, b in self.merges]
         data = {"type": "clip-bpe", "context_length": self.context_length, "merges": lines}
-        Path(path).write_text(json.dumps(data, ensure_ascii=False))
+        Path(path).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def from_file(cls, path: str | Path) -> CLIPTokenizer:
         """Read what `save` wrote; `ValueError` when it is something else."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             merges = [_pair(line) for line in data["merges"]]
             return cls(merges, int(data["context_length"]))
         except FileNotFoundError:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.config import CLIPConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, captions_of, find_shards, read_shards, training_loader
-from tinyclip.distributed import best_device, best_precision
+from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.inheritance import inherit, manual_masks
 from tinyclip.loss import affinity_loss, contrastive_loss
@@ -86,7 +87,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
         ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
     """
     find_shards(recipe.data)
-    device = best_device() if recipe.device == "auto" else torch.device(recipe.device)
+    device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher = None
     if recipe.teacher is not None:
@@ -94,8 +95,8 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
         teacher = Teacher(model.to(device), preprocess)
         configs = plan(recipe, model.config)
     else:
-        config = CLIPConfig.named(recipe.model) if isinstance(recipe.model, str) else recipe.model
-        assert config is not None
+        config = recipe.model
+        assert config is not None, "the recipe's validation asks for a teacher or a model"
         tokenizer = _vocabulary(recipe, config)
         text = config.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
         config = config.model_copy(update={"text": text})
@@ -119,10 +120,7 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
                 base = CLIPConfig.from_json(Path(stage.start) / "config.json")
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
-            if isinstance(stage.student, str):
-                config = CLIPConfig.named(stage.student)
-            else:
-                config = stage.student.apply(base)
+            config = stage.student.apply(base)
             if stage.inherit == "manual":
                 manual_masks(base, config)
         except ValueError as error:
@@ -150,7 +148,7 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
         if resume:
             if not (folder / "recipe.yaml").exists():
                 raise ValueError(f"{folder}: no run to resume")
-            if (folder / "recipe.yaml").read_text() != text:
+            if (folder / "recipe.yaml").read_text(encoding="utf-8") != text:
                 raise ValueError(f"{folder} was started from another recipe; see its recipe.yaml")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "recipe.yaml", text)
@@ -171,7 +169,7 @@ def run(run: Run) -> list[dict[str, Any]]:
         folder = run.folder / "stages" / stage.name
         if (folder / "result.json").exists():
             student = load_checkpoint(folder / "last")[0]
-            results.append(json.loads((folder / "result.json").read_text()))
+            results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
             continue
         student = _starting_student(run, i, student)
         run.emit({"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps})
@@ -198,9 +196,12 @@ def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
         base, tokenizer, _ = load_checkpoint(stage.start)
         if tokenizer.merges != run.tokenizer.merges:
             raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
-    if base.config.activation != config.activation:
-        run.emit({"event": "warning", "text": f"{stage.name}: activation {config.activation}, not the teacher's"})
-    return inherit(base, config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        student = inherit(base, config)
+    for warning in caught:
+        run.emit({"event": "warning", "stage": stage.name, "text": str(warning.message)})
+    return student
 
 
 def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
@@ -405,7 +406,10 @@ def _save(run: Run, place: Path, student: CLIP, state: State | None) -> None:
             data: dict[str, Any] = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             data |= {"loader": loader.save_state_rank(), "progress": asdict(progress)}
             data |= {"random": torch.get_rng_state()}
-            torch.save(data, temporary / "state.pt")
+            try:
+                torch.save(data, temporary / "state.pt")
+            except RuntimeError as error:  # torch's own word for a full disk
+                raise ValueError(f"cannot write {place}: {' '.join(str(error).split())}") from None
     if state is not None:
         state[-1].pause()
 
@@ -437,7 +441,7 @@ def _restore(
 
 def _forget_metrics(path: Path, stage: str, step: int) -> None:
     """Drop what a stage logged after `step`: it is about to be done again."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     events = [json.loads(line) for line in lines]
     kept = [s for s, e in zip(lines, events, strict=True) if e.get("stage") != stage or e.get("step", 0) <= step]
     write_atomically(path, "".join(kept))

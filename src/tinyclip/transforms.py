@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def open_image(source: str | Path | object) -> Image.Image:
         raise ValueError(f"{name}not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # the last of broken EXIF
         raise ValueError(f"{name}damaged picture ({error})") from None
 
 
@@ -77,7 +78,10 @@ def plain_mode(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None
         return converted
-    return image.convert("RGB")
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
+        return image.convert(image.mode.upper())
+    # By way of RGBA, since Pillow warns of a palette with transparency that becomes RGB.
+    return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
