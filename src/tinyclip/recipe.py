@@ -13,6 +13,7 @@ from tinyclip.augment import Augment
 from tinyclip.config import Activation, CLIPConfig, Count, Positive, Strict, VisionConfig, explain
 from tinyclip.distributed import Precision
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
 
 
@@ -26,21 +27,23 @@ class TowerShape(Strict):
 
 
 class VisionShape(TowerShape):
-    image_size: Positive | None = Field(None, description="pixels")
+    image_size: Positive | None = Field(
+        None, description="side of the picture, pixels; position embeddings are interpolated"
+    )
 
 
 class TextShape(TowerShape):
-    context_length: Positive | None = Field(None, description="tokens")
+    context_length: Positive | None = Field(None, description="longest text, tokens")
 
 
 class StudentShape(Strict):
     """The student relative to the model it starts from."""
 
     like: str | None = Field(None, description="shape of a known model, by name; excludes the rest")
-    embed_dim: Positive | None = None
-    vision: VisionShape = VisionShape()
-    text: TextShape = TextShape()
-    activation: Activation | None = Field(None, description="default: the teacher's")
+    embed_dim: Positive | None = Field(None, description="size of the shared embedding")
+    vision: VisionShape = Field(VisionShape(), description="image tower")
+    text: TextShape = Field(TextShape(), description="text tower")
+    activation: Activation | None = Field(None, description="gelu or quick_gelu; default: the teacher's")
 
     def apply(self, base: CLIPConfig) -> CLIPConfig:
         """The whole config; `ValueError` when the base has unequal blocks or another family."""
@@ -105,10 +108,10 @@ class Optimizer(Strict):
     """AdamW with linear warm-up and cosine decay to 0."""
 
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="decay of the gradient's mean and square")
+    eps: float = Field(1e-6, gt=0, description="added to the root of the mean square")
     weight_decay: float = Field(0.2, ge=0, description="on matrices only; not on norms, biases, gains, logit scale")
-    warmup_steps: Count = Field(0, description="steps")
+    warmup_steps: Count = Field(0, description="steps of linear warm-up")
     grad_clip: float = Field(5.0, gt=0, description="largest gradient norm")
 
 
@@ -119,11 +122,11 @@ class Stage(Strict):
     student: StudentShape = Field(StudentShape(), description="shape relative to what it starts from")
     inherit: Literal["manual", "none"] = Field("manual", description="manual rule, or none: random weights")
     start: str = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
-    steps: Positive
-    batch_size: Annotated[int, Field(ge=2)] = 256
-    loss: Loss = Loss()
-    optimizer: Optimizer = Optimizer()
-    augment: Augment = Augment()
+    steps: Positive = Field(description="optimiser steps")
+    batch_size: int = Field(256, ge=2, description="pairs a step")
+    loss: Loss = Field(Loss(), description="terms and scales of the loss")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW and its schedule")
+    augment: Augment = Field(Augment(), description="random views of the pictures")
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Stage:
@@ -155,12 +158,14 @@ class Recipe(Strict):
     vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
     data: str = Field(description="folder of training shards")
     output: str = Field(description="folder of the run, made by it")
-    evaluation: Evaluation | None = None
-    stages: Annotated[list[Stage], Field(min_length=1)]
-    seed: Count = 0
+    evaluation: Evaluation | None = Field(None, description="data to judge students by")
+    stages: list[Stage] = Field(min_length=1, description="one after the other")
+    seed: Count = Field(0, description="of weights, order of the data, and views")
     workers: Count = Field(1, description="processes that decode images")
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto"] | Precision = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA, else MPS, else the CPU")
+    precision: Literal["auto"] | Precision = Field(
+        "auto", description="bfloat16, float16 or float32; auto: the fastest that the device computes in"
+    )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
     save_dtype: Literal["float32", "float16"] = Field("float32", description="of the stages' final checkpoints")

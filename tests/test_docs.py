@@ -1,0 +1,85 @@
+"""Every snippet of the README and the docs runs, in a folder that holds what it names."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+from test_data import picture
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The repository as a reader has it, with small data of their own and recipes of two steps."""
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "recipes").mkdir()
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        shorten_recipe(path, tmp_path / "recipes" / path.name)
+    for place in ("photos", "classes/red_fox"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in range(30):
+            (tmp_path / place / f"{i}.jpg").write_bytes(picture(i))
+            (tmp_path / place / f"{i}.txt").write_text("a red apple\na dog\n")
+    (tmp_path / "photo.jpg").write_bytes(picture(1))
+    (tmp_path / "products.csv").write_text("picture,title\nphotos/1.jpg,a red apple\n")
+    (tmp_path / "templates.txt").write_text("a photo of a {c}\n")
+    shutil.copytree(ROOT / "assets" / "emoji-teacher", tmp_path / "my-clip")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shorten_recipe(source: Path, target: Path) -> None:
+    recipe = yaml.safe_load(source.read_text())
+    recipe.pop("evaluation", None)
+    for stage in recipe["stages"]:
+        stage |= {"steps": 2, "batch_size": 8}
+        stage["optimizer"]["warmup_steps"] = 0
+    target.write_text(yaml.safe_dump(recipe))
+
+
+def run(command: list[str]) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_snippets_run(page: Path, workplace: Path) -> None:
+    for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            (workplace / "snippet.py").write_text(code)
+            run([sys.executable, "snippet.py"])
+        elif language == "yaml":
+            (workplace / "full.yaml").write_text(code)
+            shorten_recipe(workplace / "full.yaml", workplace / "recipe.yaml")
+        elif language == "bash":
+            for line in code.splitlines():
+                assert line.startswith("tinyclip "), f"{page.name}: a command that no test runs: {line}"
+                if "distill recipes/emoji-25" in line:  # goes on from the other recipe
+                    run(["tinyclip", "distill", "recipes/emoji-50.yaml"])
+                run(shlex.split(line))
+        else:
+            raise AssertionError(f"{page.name}: a block of {language!r} that no test runs")
+
+
+def test_recipe_tables_are_up_to_date() -> None:
+    run([sys.executable, str(ROOT / "scripts" / "document_recipes.py"), "--check"])
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):
+            link = target[0] or target[1]
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
