@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.config import CLIPConfig
-from tinyclip.data import TOO_MANY_BAD, Batch, captions_of, find_shards, read_shards, training_loader
+from tinyclip.data import TOO_MANY_BAD, Batch, captions_of, close_loader, find_shards, read_shards, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.inheritance import inherit, manual_masks
@@ -173,7 +173,7 @@ def run(run: Run) -> list[dict[str, Any]]:
             continue
         student = _starting_student(run, i, student)
         run.emit({"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps})
-        student, result = _train_stage(run, stage, student.to(run.device), folder)
+        student, result = _train_stage(run, i, student.to(run.device), folder)
         results.append(result)
     assert student is not None
     with atomic_directory(run.folder / "student") as place:
@@ -211,17 +211,17 @@ def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
 # --- one stage --------------------------------------------------------------------------------------------------
 
 
-def _train_stage(run: Run, stage: Stage, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
-    torch.manual_seed(run.recipe.seed)
+def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
+    stage = run.recipe.stages[i]
     optimizer = make_optimizer(student, stage)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.precision == "float16")
-    loader = _loader(run, stage, student.config)
+    loader = _loader(run, i, student.config)
     progress = Progress()
     if (folder / "last" / "state.pt").exists():
         student = _restore(run, stage.name, folder / "last", student, optimizer, scaler, loader, progress)
     batches = iter(loader)
     student.train()
-    with _stop_signals() as stop, _attention(run.device):
+    with _stop_signals() as stop, _attention(run.device), _closing(loader):
         while progress.step < stage.steps:
             batch = _next_batch(run, batches)
             metrics = _step(run, stage, student, optimizer, scaler, batch, progress.step)
@@ -235,14 +235,28 @@ def _train_stage(run: Run, stage: Stage, student: CLIP, folder: Path) -> tuple[C
             if progress.step == stage.steps or (every and progress.step % every == 0):
                 _evaluate(run, stage, student, progress, folder)
             if stop or progress.step % run.recipe.save_every == 0 or progress.step == stage.steps:
-                done = progress.step == stage.steps
-                _save(run, folder / "last", student, None if done else (optimizer, scaler, loader, progress))
-            if stop and progress.step < stage.steps:
+                _save(run, folder / "last", student, (optimizer, scaler, loader, progress))
+            if stop:
                 raise Interrupted(stop[0], progress.step)
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    (folder / "last" / "state.pt").unlink()  # only now is it of no use
     return student.eval(), result
+
+
+@contextmanager
+def _closing(loader: Any) -> Iterator[None]:
+    """Stop the loader's workers at the end; a worker that died is an error for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        text = str(error).splitlines()[0]
+        raise ValueError(f"{text} The last checkpoint is kept: go on with --resume") from None
+    finally:
+        close_loader(loader)
 
 
 @dataclass
@@ -358,7 +372,8 @@ def learning_rate(step: int, stage: Stage) -> float:
     return settings.lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def _loader(run: Run, stage: Stage, config: CLIPConfig) -> Any:
+def _loader(run: Run, i: int, config: CLIPConfig) -> Any:
+    stage = run.recipe.stages[i]
     teacher = run.teacher.model.config if run.teacher else config
     return training_loader(
         run.recipe.data,
@@ -368,7 +383,7 @@ def _loader(run: Run, stage: Stage, config: CLIPConfig) -> Any:
         augment=stage.augment,
         batch_size=stage.batch_size,
         workers=run.recipe.workers,
-        seed=run.recipe.seed,
+        seed=run.recipe.seed + i,  # stages see the data in different orders
     )
 
 
