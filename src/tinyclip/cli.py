@@ -324,7 +324,7 @@ def _lines(path: Path) -> list[str]:
 def _print_table(columns: Any, rows: Any) -> None:
     table = Table(box=None, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

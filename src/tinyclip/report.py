@@ -24,12 +24,12 @@ from tinyclip.pipeline import Pipeline, load
 COLUMNS = (
     "model",
     "params",
-    "% of teacher",
+    "% size",
     "GMACs",
     "pairs/s",
     "top-1 %",
     "top-5 %",
-    "retrieval R@1 %",
+    "R@1 %",
     "unseen R@5 %",
 )
 COLOURS = ("#4c566a", "#2a7de1", "#12a37f", "#d9822b", "#c23b5a", "#7a4fd0", "#8a8a00")
@@ -183,6 +183,7 @@ def write_report(
         f"{measured['batch_size']}, texts of full context, all models in one process."
     )
     svg = figure.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
     write_atomically(
         path,
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
@@ -190,9 +191,10 @@ def write_report(
 <main><h1>{html.escape(title)}</h1>
 <h2>Models</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p class="note">{html.escape(note)}</p>
-<h2>Training</h2><div class="figure">{svg[svg.index("<svg") :]}</div>
-<h2>What the models see</h2><p class="note">Pictures of a style that no model was trained on, evenly spread over the
-evaluation data; each model's three best classes with their cosine similarity. Green: the right one.</p>
+<h2>Training</h2><p class="note">Stages one after the other. Losses of different terms cannot be compared.</p>
+<div class="figure">{svg}</div>
+<h2>What the models see</h2><p class="note">Pictures evenly spread over the evaluation data, with each model's three best
+classes and their cosine similarity. Green: the right one.</p>
 <div class="grid">{"".join(_card(g) for g in grid)}</div></main></html>
 """,
     )
