@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from tinyclip.augment import Augment, jitter, on_colour
-from tinyclip.data import captions_of, find_shards, prepare, read_shards, training_loader
+from tinyclip.data import captions_of, close_loader, find_shards, prepare, read_shards, training_loader
 from tinyclip.tokenizer import clip_tokenizer
 
 WORDS = [f"{a}{b}" for a in "abcdef" for b in "aeiou"]
@@ -42,6 +43,9 @@ def good(i: int, ending: str = "jpg", **info: Any) -> dict[str, Any]:
     return {"key": f"{i:05d}", ending: picture(i, ending), "json": json.dumps(data).encode()}
 
 
+LOADERS: list[Any] = []
+
+
 def loader(folder: Path, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
         "tokenizer": clip_tokenizer(),
@@ -52,7 +56,16 @@ def loader(folder: Path, **changes: Any) -> Any:
         "workers": 0,
         "seed": 0,
     }
-    return training_loader(folder, **(arguments | changes))
+    made = training_loader(folder, **(arguments | changes))
+    LOADERS.append(made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def close_loaders() -> Iterator[None]:
+    yield
+    while LOADERS:
+        close_loader(LOADERS.pop())
 
 
 def test_batches_hold_uint8_images_tokens_and_class_groups(tmp_path: Path) -> None:
@@ -171,12 +184,14 @@ def test_folders_that_are_no_data(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [good(i) for i in range(30)])
     data = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "0.tar").write_bytes(b"this is no tar" * 100)
-    with pytest.raises(ValueError, match=r"0\.tar: damaged shard"):
-        prepare(tmp_path)
+    for read in (prepare, lambda folder: list(read_shards(folder))):
+        with pytest.raises(ValueError, match=r"0\.tar: damaged shard"):
+            read(tmp_path)
     (tmp_path / "0.tar").unlink()
     (tmp_path / "0.tar.gz").write_bytes(data[:1000])
-    with pytest.raises(ValueError, match=r"0\.tar\.gz: damaged shard"):
-        prepare(tmp_path)
+    for read in (prepare, lambda folder: list(read_shards(folder))):
+        with pytest.raises(ValueError, match=r"0\.tar\.gz: damaged shard"):
+            read(tmp_path)
     (tmp_path / "0.tar.gz").unlink()
     write_shard(tmp_path / "0.tar", [])
     with pytest.raises(ValueError, match=r"0\.tar: an empty shard"):

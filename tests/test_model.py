@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import (
+    TEXTS,
+    fill,
     filled,
     golden,
     images,
@@ -22,7 +24,9 @@ from conftest import (
 )
 from tinyclip.axes import axis_sizes
 from tinyclip.config import NAMED, Activation, CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.inheritance import compact
 from tinyclip.model import CLIP
+from tinyclip.pipeline import tokenize
 
 # --- the whole forward pass against other people's code
 
@@ -262,3 +266,35 @@ class SlowCLIP:
             head = F.softmax(scores, 1) @ v * mask[h]
             written = written + head @ self.weights[f"{key}.out_proj.weight"][:, h * d : (h + 1) * d].T
         return written
+
+
+def learned_masks(config: CLIPConfig, salt: int) -> dict[str, torch.Tensor]:
+    """The deterministic masks of METHOD 3 for `fill.py`'s log-alphas."""
+
+    def values(log_alpha: torch.Tensor) -> torch.Tensor:
+        kept = 1 - torch.sigmoid(math.log((0.1 / 1.2) / (1.1 / 1.2)) * 2 / 3 - log_alpha)
+        mask = torch.sigmoid(log_alpha / (2 / 3) * 0.8)
+        mask[mask.argsort()[: round((1 - kept).sum().item())]] = 0
+        return mask
+
+    masks = {}
+    for tower, part in (("visual", config.vision), ("text", config.text)):
+        assert isinstance(part, TransformerConfig)
+        masks[f"{tower}.hidden"] = values(torch.from_numpy(fill.log_alpha(tower, "hidden", (part.width,), salt)))
+        for kind, name, size in (("heads", "heads", part.heads[0]), ("mlp", "intermediate", part.mlp_width[0])):
+            rows = torch.from_numpy(fill.log_alpha(tower, name, (part.layers, size or 0), salt))
+            masks |= {f"{tower}.{kind}.{i}": values(row) for i, row in enumerate(rows)}
+    return masks
+
+
+def test_a_masked_model_and_its_cut_match_the_authors_masked_features() -> None:
+    numbers, config = golden("auto-ViT-B-32.json"), CLIPConfig.named("ViT-B-32")
+    model, masks = filled(config, numbers["salt"]), learned_masks(config, numbers["salt"])
+    assert masks["visual.hidden"].tolist() == pytest.approx(numbers["visual"]["hidden_values"], abs=1e-6)
+    tokens, pixels = tokenize(TEXTS), images(config, numbers["salt"])
+    for network, given in ((model, masks), (compact(model, masks), None)):
+        with torch.no_grad():
+            image_features = network.encode_image(pixels, masks=given, normalize=True)
+            text_features = network.encode_text(tokens, masks=given, normalize=True)
+        np.testing.assert_allclose(image_features, numbers["image_features"], atol=1e-5)
+        np.testing.assert_allclose(text_features, numbers["text_features"], atol=1e-5)

@@ -229,7 +229,10 @@ def measure(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     place = resolve_device(device)
-    network = load(model).model if Path(model).exists() else CLIP(CLIPConfig.named(model)).eval()
+    path = Path(model)
+    if not path.exists() and len(path.parts) > 1:
+        raise ValueError(f"{model}: no such checkpoint directory")
+    network = load(model).model if path.exists() else CLIP(CLIPConfig.named(model)).eval()
     result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
     if as_json:
         _print_json(result)

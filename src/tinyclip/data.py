@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,8 +183,16 @@ def info_of(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_shards(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every raw sample of a folder's shards once, in order: `__key__`, `__url__`, and bytes by file ending."""
-    yield from webdataset.WebDataset([str(p) for p in find_shards(folder)], shardshuffle=False, empty_check=False)
+    """Every raw sample of a folder's shards once, in order: `__key__`, `__url__`, and bytes by file ending.
+
+    Raises:
+        ValueError: when the folder holds no shards, or naming one that is damaged.
+    """
+    for shard in find_shards(folder):
+        try:
+            yield from webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
+        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+            raise ValueError(f"{shard}: damaged shard ({error.args[0] if error.args else error})") from None
 
 
 # --- batches for training ---------------------------------------------------------------------------------------

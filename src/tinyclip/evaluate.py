@@ -75,7 +75,8 @@ class Dataset:
             except ValueError as error:
                 self.skipped.append(f"{sample['__key__']}: {error}")
                 continue
-            yield Example(sample["__key__"], image, label, captions, info.get("subset"))
+            subset = str(info["subset"]) if info.get("subset") else None
+            yield Example(sample["__key__"], image, label, captions, subset)
 
 
 def open_dataset(path: str | Path, templates: str | Path | None = None) -> Dataset:

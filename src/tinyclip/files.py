@@ -67,6 +67,7 @@ def write_atomically(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
         ) as file:

@@ -189,11 +189,14 @@ def write_report(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
 <main><h1>{html.escape(title)}</h1>
-<h2>Models</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<h2>Models</h2>
+<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p class="note">{html.escape(note)}</p>
-<h2>Training</h2><p class="note">Stages one after the other. Losses of different terms cannot be compared.</p>
+<h2>Training</h2>
+<p class="note">Stages one after the other. Losses of different terms cannot be compared.</p>
 <div class="figure">{svg}</div>
-<h2>What the models see</h2><p class="note">Pictures evenly spread over the evaluation data, with each model's three best
+<h2>What the models see</h2>
+<p class="note">Pictures evenly spread over the evaluation data, with each model's three best
 classes and their cosine similarity. Green: the right one.</p>
 <div class="grid">{"".join(_card(g) for g in grid)}</div></main></html>
 """,
