@@ -160,7 +160,10 @@ def add_pictures(emojis: list[Emoji], style: str, path: Path, quality: int) -> N
         flag = code.startswith(("1f1e", "1f1f")) or "-e00" in code
         if code in files and not (style == "fluent" and flag):
             image = Image.open(io.BytesIO(files[code])).convert("RGBA")
-            emoji.pictures[style] = encode(fit(image, reference=222), quality)
+            image = fit(image, reference=222)
+            if style == EVAL_STYLE:  # evaluation shows pictures as they are, so they need a background
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            emoji.pictures[style] = encode(image, quality)
 
 
 def add_openmoji(emojis: list[Emoji], path: Path, quality: int) -> None:

@@ -33,7 +33,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        fail(str(error), 2)
+    except (ValueError, OSError) as error:
+        fail(f"{error} (remove the folder runs to start the demo anew)", 2)
     except KeyboardInterrupt:
         sys.exit(130)

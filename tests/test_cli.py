@@ -71,6 +71,7 @@ def test_distill_then_use_the_student(place: Path) -> None:
     figures = json.loads(tinyclip("measure", student, "--json"))
     names = ("params_image", "params_text", "params_embedding", "macs_image", "macs_text", "pairs_per_s")
     assert all(figures[name] > 0 for name in names)
+    assert "[/x] dog" in tinyclip("classify", student, place / "photo.jpg", "[/x] dog", "words")
     assert "50" in tinyclip("report", place / "run", "-o", place / "all.html")
 
 
@@ -106,6 +107,8 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("classify", "teacher", "recipe.yaml", "a"), "not a picture"),
         (("classify", "teacher", "photo.jpg", "a", "--device", "warp"), "warp"),
         (("classify", "teacher", "photo.jpg"), "Missing argument"),
+        (("evaluate", "teacher", "eval", "--templates", "eval"), "no file of templates"),
+        (("vocab", "prune", "teacher", "data", "--texts", "data", "--overwrite"), "data is no checkpoint"),
         (("evaluate", "teacher", "nowhere"), "nowhere: no such data folder"),
         (("measure", "ViT-Z"), "no model named 'ViT-Z'"),
         (("measure", "TinyCLIP-ViT-45M-32-Text-18M"), "cut automatically"),
@@ -153,5 +156,10 @@ def test_interrupting_a_run_saves_it_and_exits_130(place: Path, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "saved in" in error and "--resume" in error and len(error.strip().splitlines()) == 1
+    assert (
+        "saved in" in error
+        and f"output={tmp_path / 'run'}" in error
+        and error.strip().endswith("--resume")
+        and len(error.strip().splitlines()) == 1
+    )
     assert (tmp_path / "run" / "stages" / "50" / "last" / "state.pt").exists()

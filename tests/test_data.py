@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +153,8 @@ def test_captions_of_the_usual_forms() -> None:
     assert captions_of({"json": b'{"width": 3}', "txt": b"from text"}) == ["from text"]
     assert captions_of({"json": b'{"captions": ["a", 3, " b "]}'}) == ["a", "b"]
     assert captions_of({}) == []
+    with pytest.raises(ValueError, match="caption is int, not text"):
+        captions_of({"json": b'{"caption": 12}'})
 
 
 def test_prepare_follows_the_shards(tmp_path: Path) -> None:
@@ -174,6 +177,14 @@ def test_gzipped_shards_are_unpacked_once(tmp_path: Path) -> None:
     assert (tmp_path / "0.tar").read_bytes() == data
     assert [p.name for p in find_shards(tmp_path)] == ["0.tar"]
     assert [s["__key__"] for s in read_shards(tmp_path)] == ["00000", "00001", "00002"]
+    write_shard(tmp_path / "new.tar", [good(i) for i in range(4)])
+    (tmp_path / "0.tar.gz").write_bytes(gzip.compress((tmp_path / "new.tar").read_bytes()))
+    (tmp_path / "new.tar").unlink()
+    later = (tmp_path / "0.tar").stat().st_mtime + 10
+    os.utime(tmp_path / "0.tar.gz", (later, later))
+    assert [p.name for p in find_shards(tmp_path)] == ["0.tar.gz"]
+    assert prepare(tmp_path) == 4
+    assert [p.name for p in find_shards(tmp_path)] == ["0.tar"]
 
 
 def test_folders_that_are_no_data(tmp_path: Path) -> None:

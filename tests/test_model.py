@@ -268,6 +268,11 @@ class SlowCLIP:
         return written
 
 
+def test_unknown_masks_are_refused(small_model: CLIP) -> None:
+    with pytest.raises(ValueError, match=r"visual\.head\.0"):
+        small_model.encode_image(torch.rand(1, 3, 32, 32), masks={"visual.head.0": torch.ones(4)})
+
+
 def learned_masks(config: CLIPConfig, salt: int) -> dict[str, torch.Tensor]:
     """The deterministic masks of METHOD 3 for `fill.py`'s log-alphas."""
 

@@ -35,6 +35,8 @@ def test_sidecar_captions(tmp_path: Path) -> None:
     (source / "e.txt").write_text("of e")
     (source / "broken.jpg").write_bytes((source / "a.jpg").read_bytes()[:300])
     (source / "broken.txt").write_text("broken")
+    picture(source / "wrong.jpg")
+    (source / "wrong.txt").write_bytes(b"\xff\xfe")
     report = pack(find_items(source), tmp_path / "out", shard_size=2)
     assert packed(tmp_path / "out") == [
         ("a.jpg", ["first", "second"]),
@@ -45,9 +47,10 @@ def test_sidecar_captions(tmp_path: Path) -> None:
     ]
     assert (report.packed, report.captions, report.shards) == (5, 6, 3)
     skipped = {Path(file).name: reason for file, reason in report.skipped}
+    assert "cannot be read" in skipped["wrong.jpg"]
     assert skipped["nothing.jpg"] == "no caption" and skipped["broken.jpg"].startswith("damaged picture")
     lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
-    assert {Path(json.loads(line)["file"]).name for line in lines} == {"nothing.jpg", "broken.jpg"}
+    assert {Path(json.loads(line)["file"]).name for line in lines} == {"nothing.jpg", "broken.jpg", "wrong.jpg"}
     first = next(iter(read_shards(tmp_path / "out")))
     assert first["jpg"] == (source / "a.jpg").read_bytes()
     assert next(iter(loader(tmp_path / "out", batch_size=5))).images.shape == (5, 3, 16, 16)
@@ -80,6 +83,7 @@ def test_class_folders(tmp_path: Path) -> None:
     pack(find_items(tmp_path / "in", templates=["a photo of a {c}", "the {c}"]), tmp_path / "out")
     samples = list(read_shards(tmp_path / "out"))
     assert [info_of(s)["class"] for s in samples] == ["owl", "red fox"]
+    assert (tmp_path / "out" / "classnames.txt").read_text() == "owl\nred fox\n"
     assert captions_of(samples[1]) == ["a photo of a red fox", "the red fox"]
 
 
@@ -141,5 +145,7 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.jpg")
     with pytest.raises(ValueError, match="cannot write"):
         pack(items, tmp_path / "file" / "out")
+    with pytest.raises(ValueError, match="holds the pictures to pack"):
+        pack(items, tmp_path, overwrite=True)
     pack(items, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "precious").exists()

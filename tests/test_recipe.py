@@ -96,6 +96,14 @@ def test_a_shape_changes_only_what_it_says() -> None:
     assert (config.vision.heads, config.vision.mlp_width, config.text.context_length) == ((1,) * 3, (5,) * 3, 6)
 
 
+def test_aliases_are_set_apart(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    stages = "stages: [{name: a, steps: 9, optimizer: &o {lr: 0.1}}, {name: b, steps: 9, optimizer: *o}]"
+    path.write_text(f"teacher: t\ndata: d\noutput: o\n{stages}\n")
+    rates = [s.optimizer.lr for s in load_recipe(path, ["stages.0.optimizer.lr=0.2"]).stages]
+    assert rates == [0.2, 0.1]
+
+
 def test_a_shape_on_unequal_blocks() -> None:
     base = small_config()
     vision = base.vision.model_copy(update={"heads": (4, None, 2)})

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tinyclip.config import Strict
 from tinyclip.transforms import plain_mode
@@ -30,6 +30,12 @@ class Augment(Strict):
     shrink: Strength = Field(0.0, description="largest share of its side that the picture loses, set on background")
     colour: Strength = Field(0.0, description="strength of random brightness, contrast and saturation")
     background: bool = Field(False, description="put pictures with transparency on a random plain colour")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale: {self.scale[0]} exceeds {self.scale[1]}")
+        return self
 
     def view(self, image: Image.Image, size: int, rng: Random) -> np.ndarray:
         """A random view, uint8 (3, size, size)."""

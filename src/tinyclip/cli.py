@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.
 app.add_typer(data_app, name="data")
 app.add_typer(vocab_app, name="vocab")
 # Piped output is wide enough for every table.
-console = Console(width=None if sys.stdout.isatty() else 140)
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -35,22 +36,24 @@ def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
     try:
         app()
-    except ValueError as error:
-        fail(str(error), 2)
-    except KeyboardInterrupt:
-        fail("stopped", 128 + signal.SIGINT)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
+    except (ValueError, OSError) as error:
+        fail(str(error), 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        fail("out of memory on the device; a lower batch_size may help", 2)
 
 
 def say(text: str) -> None:
     """Print a line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def fail(text: str, code: int) -> None:
-    errors.print(f"tinyclip: {' '.join(text.split())}", markup=False)
+    errors.print(f"tinyclip: {' '.join(text.split())}")
     sys.exit(code)
 
 
@@ -83,7 +86,9 @@ def _train(path: Path, sets: list[str], overwrite: bool, resume: bool, distil: b
     if distil != (recipe.teacher is not None):
         other = "train" if distil else "distill"
         raise ValueError(f"{path} has {'no' if distil else 'a'} teacher: use `tinyclip {other}`")
-    folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=f"tinyclip {sys.argv[1]} {path}")
+    command = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
+    hint = shlex.join(["tinyclip", *command, "--resume"])
+    folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=hint)
     write_run_report([folder], folder / "report.html", folder.name)
 
 
@@ -92,6 +97,7 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
     from tinyclip import train as training
     from tinyclip.display import Display
     from tinyclip.report import evaluator
+    from tinyclip.resume import Interrupted
 
     evaluation = recipe.evaluation
     check = evaluator(evaluation.data, evaluation.templates) if evaluation else None
@@ -101,10 +107,12 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
         run.listener = display
         try:
             training.run(run)
-        except training.Interrupted as stop:
-            again = f"go on with: {hint} --resume"
+        except Interrupted as stop:
             display.stop()
-            fail(f"{stop} and saved in {run.folder}; {again}", 128 + stop.signal_number)
+            fail(f"{stop} and saved in {run.folder}; go on with: {hint}", 128 + stop.signal_number)
+        except KeyboardInterrupt:
+            display.stop()
+            fail(f"stopped; go on with: {hint}", 128 + signal.SIGINT)
     return run.folder
 
 
@@ -158,6 +166,8 @@ def inherit(
 def _free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists():
+        raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
 
 
 # --- use and judge ----------------------------------------------------------------------------------------------
@@ -194,7 +204,7 @@ def evaluate(
     dataset = evaluation.open_dataset(data, templates)
     result = {"model": str(model)} | evaluation.evaluate(load(model, device=device), dataset)
     for reason in dataset.skipped[:10]:
-        errors.print(f"skipped {reason}", markup=False)
+        errors.print(f"skipped {reason}")
     if output:
         write_atomically(output, json.dumps(result, indent=2) + "\n")
     if as_json:
@@ -299,14 +309,14 @@ def vocab_prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
-    from tinyclip.data import captions_of, read_shards
+    from tinyclip.data import all_captions
     from tinyclip.inheritance import prune_vocabulary
     from tinyclip.pipeline import Pipeline, load
 
     _free(output, overwrite)
     clip = load(model)
     if texts.is_dir():
-        kept = clip.tokenizer.kept_ids(c for sample in read_shards(texts) for c in captions_of(sample))
+        kept = clip.tokenizer.kept_ids(all_captions(texts))
     else:
         kept = clip.tokenizer.kept_ids(_lines(texts))
     small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)

@@ -35,7 +35,7 @@ def explain(error: ValidationError) -> str:
 class Strict(BaseModel):
     """Base of every config here: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TransformerConfig(Strict):

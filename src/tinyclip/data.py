@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+import yaml
 from filelock import FileLock
 from megatron.energon import (
     Cooker,
@@ -55,7 +56,7 @@ TOO_MANY_BAD = "more than half of the first"
 
 
 def find_shards(folder: str | Path) -> list[Path]:
-    """The `.tar` (and `.tar.gz`) shards of a folder, sorted; of `x.tar` and `x.tar.gz` only `x.tar`.
+    """The `.tar` and `.tar.gz` shards of a folder, sorted; of `x.tar` and `x.tar.gz` the one that is newer.
 
     Raises:
         ValueError: when the folder is missing or holds no shards.
@@ -63,11 +64,18 @@ def find_shards(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such data folder")
-    plain = sorted(folder.glob("*.tar"))
-    packed = [p for p in sorted(folder.glob("*.tar.gz")) if p.with_suffix("") not in plain]
-    if not plain and not packed:
+    packed = [p for p in folder.glob("*.tar.gz") if not _unpacked(p)]
+    stale = {p.with_suffix("") for p in packed}
+    shards = sorted([*packed, *(p for p in folder.glob("*.tar") if p not in stale)])
+    if not shards:
         raise ValueError(f"{folder}: no .tar shards in it; make some with `tinyclip data pack`")
-    return sorted([*plain, *packed])
+    return shards
+
+
+def _unpacked(packed: Path) -> bool:
+    """Whether a `.tar.gz` has its plain `.tar` beside it, no older than itself."""
+    plain = packed.with_suffix("")
+    return plain.exists() and plain.stat().st_mtime >= packed.stat().st_mtime
 
 
 def prepare(folder: str | Path) -> int:
@@ -79,7 +87,9 @@ def prepare(folder: str | Path) -> int:
         ValueError: naming a shard that is damaged, empty, or repeats a key, or a folder that cannot be written.
     """
     folder = Path(folder)
-    find_shards(folder)
+    shards = find_shards(folder)
+    if _is_current(folder / ".nv-meta", shards):  # also where the folder cannot be written
+        return sum(_indexed(folder / ".nv-meta").values())
     try:
         with FileLock(folder / ".prepare.lock"):
             return _prepare(folder)
@@ -90,21 +100,20 @@ def prepare(folder: str | Path) -> int:
 def _prepare(folder: Path) -> int:
     for packed in folder.glob("*.tar.gz"):
         plain = packed.with_suffix("")
-        if not plain.exists():
+        if not _unpacked(packed):
             temporary = plain.with_name(f".{plain.name}.tmp")
             try:
                 with gzip.open(packed) as source, temporary.open("wb") as target:
                     shutil.copyfileobj(source, target)
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 temporary.unlink()
                 raise ValueError(f"{packed}: damaged shard ({error})") from None
+            os.utime(temporary, ns=(packed.stat().st_mtime_ns,) * 2)
             temporary.rename(plain)
     shards = sorted(folder.glob("*.tar"))
     meta = folder / ".nv-meta"
-    counts = _indexed(meta)
-    newest = max(p.stat().st_mtime for p in shards)
-    if set(counts) == {p.name for p in shards} and (meta / "ready").stat().st_mtime >= newest:
-        return sum(counts.values())
+    if _is_current(meta, shards):  # another process was faster
+        return sum(_indexed(meta).values())
     for shard in shards:
         _check_shard(shard)
     shutil.rmtree(meta, ignore_errors=True)
@@ -118,8 +127,19 @@ def _prepare(folder: Path) -> int:
         shutil.rmtree(meta, ignore_errors=True)
         raise ValueError(f"{folder}: cannot be indexed ({error})") from None
     (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8")
-    (meta / "ready").touch()
+    (meta / "ready").write_text(json.dumps(_state(shards)), encoding="utf-8")
     return sum(_indexed(meta).values())
+
+
+def _state(shards: list[Path]) -> dict[str, list[int]]:
+    """Size and time of every shard."""
+    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in shards}
+
+
+def _is_current(meta: Path, shards: list[Path]) -> bool:
+    """Whether the index is whole, of just these shards as they are now."""
+    ready = meta / "ready"
+    return ready.exists() and ready.read_text(encoding="utf-8") == json.dumps(_state(shards))
 
 
 def _indexed(meta: Path) -> dict[str, int]:
@@ -128,8 +148,6 @@ def _indexed(meta: Path) -> dict[str, int]:
         return {}
     for name in (".info.json", ".info.yaml"):
         if (meta / name).exists():
-            import yaml
-
             return dict(yaml.safe_load((meta / name).read_text(encoding="utf-8"))["shard_counts"])
     return {}
 
@@ -165,7 +183,16 @@ def captions_of(sample: dict[str, Any]) -> list[str]:
         raise ValueError(f"caption cannot be read ({error})") from None
     if isinstance(found, str):
         found = [found]
+    if not isinstance(found, list | None):
+        raise ValueError(f"caption is {type(found).__name__}, not text")
     return [c.strip() for c in found or [] if isinstance(c, str) and c.strip()]
+
+
+def all_captions(folder: str | Path) -> Iterator[str]:
+    """Every readable caption of a folder's shards; samples without one are what training would skip too."""
+    for sample in read_shards(folder):
+        with contextlib.suppress(ValueError):
+            yield from captions_of(sample)
 
 
 def image_of(sample: dict[str, Any]) -> Image.Image:
@@ -255,7 +282,7 @@ class Encoder(TaskEncoder):
             if not captions:
                 raise ValueError("no caption")
             pixels = self.augment.view(image_of(sample), self.image_size, rng)
-            group = str(info_of(sample).get("class", sample["__key__"]))
+            group = str(info_of(sample).get("class") or sample["__key__"])
         except ValueError as error:
             self._skip(sample, str(error))
             raise SkipSample from None

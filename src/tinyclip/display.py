@@ -46,7 +46,7 @@ class Display:
         self.progress.stop()
 
     def print(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def __call__(self, event: dict[str, Any]) -> None:
         getattr(self, f"_{event['event']}")(event)

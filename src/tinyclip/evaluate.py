@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyclip.augment import on_colour
 from tinyclip.data import captions_of, image_of, info_of, read_shards
 from tinyclip.transforms import open_image
 
@@ -67,9 +66,9 @@ class Dataset:
         for sample in read_shards(self.path):
             try:
                 info = info_of(sample)
-                image = on_colour(image_of(sample), (255, 255, 255))
-                label = labels.get(str(info["class"])) if "class" in info else None
-                if "class" in info and label is None:
+                image = image_of(sample)
+                label = labels.get(str(info["class"])) if info.get("class") else None
+                if labels and info.get("class") and label is None:
                     raise ValueError(f"class {info['class']!r} is not in classnames.txt")
                 captions = tuple(captions_of(sample))
             except ValueError as error:
@@ -117,6 +116,8 @@ def _read_templates(path: Path, templates: str | Path | None) -> list[str]:
         if templates:
             raise ValueError(f"{file}: no such file of templates")
         return list(DEFAULT_TEMPLATES)
+    if not file.is_file():
+        raise ValueError(f"{file}: no file of templates")
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     bad = next((line for line in lines if "{c}" not in line), None)
     if not lines or bad is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
@@ -46,7 +47,22 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _exchange(one: Path, two: Path) -> None:
-    """Swap two directories in one step, so that a kill at any moment leaves a whole one in each place."""
+    """Swap two directories in one step, so that a kill at any moment leaves a whole one in each place.
+
+    Where the file system cannot (NFS, exFAT), in three steps; a kill between them leaves the old one as `*.old`.
+    """
+    try:
+        _swap(one, two)
+    except (OSError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        aside = one.with_suffix(".old")
+        two.rename(aside)
+        one.rename(two)
+        aside.rename(one)
+
+
+def _swap(one: Path, two: Path) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(two)
     if sys.platform == "darwin":
@@ -55,7 +71,7 @@ def _exchange(one: Path, two: Path) -> None:
         here = -100  # AT_FDCWD
         failed = library.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
     if failed:
-        raise OSError(ctypes.get_errno(), f"the file system cannot swap folders: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -71,7 +71,7 @@ def _seconds(call: Any, device: torch.device, seconds: float) -> float:
     while len(times) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])

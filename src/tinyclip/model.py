@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
-from tinyclip.masks import Masks
+from tinyclip.masks import Masks, validate
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -215,6 +215,8 @@ class CLIP(nn.Module):
         Raises:
             ValueError: for another shape.
         """
+        if masks:
+            validate(masks, self.config)
         size = self.config.vision.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (n, 3, {size}, {size})")
@@ -226,6 +228,8 @@ class CLIP(nn.Module):
         Raises:
             ValueError: for another shape, or more tokens than the context.
         """
+        if masks:
+            validate(masks, self.config)
         context = self.config.text.context_length
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= context:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (n, 1 to {context})")

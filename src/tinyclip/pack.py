@@ -31,6 +31,7 @@ class Item:
     path: Path
     captions: tuple[str, ...]
     name: str | None = None
+    problem: str = "no caption"  # why there are none
 
 
 @dataclass
@@ -75,7 +76,7 @@ def find_items(
     elif templates is not None:
         items = _from_class_folders(source, templates)
     else:
-        items = [Item(path, tuple(_sidecar(path))) for path in _pictures(source)]
+        items = [_with_sidecar(path) for path in _pictures(source)]
         if items and not any(item.captions for item in items):
             raise ValueError(
                 f"{source}: no picture has a caption beside it (photo.txt or photo.json); "
@@ -113,9 +114,11 @@ def pack(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
+    if any(out.resolve() in item.path.resolve().parents for item in items):
+        raise ValueError(f"{out} holds the pictures to pack; choose another folder")
     report = Report(0, 0, 0, [])
     with atomic_directory(out) as folder:
-        pattern = str(folder / "shard-%05d.tar").replace("\\", "/")
+        pattern = str(folder).replace("%", "%%") + "/shard-%05d.tar"
         with webdataset.ShardWriter(pattern, maxcount=shard_size, maxsize=4e9, verbose=0, mtime=0) as writer:
             for item in items:
                 _pack_one(item, writer, resize, report)
@@ -123,6 +126,9 @@ def pack(
         if report.packed == 0:
             reasons = "; ".join(f"{reason} ({n})" for reason, n in report.reasons.most_common(3))
             raise ValueError(f"nothing to pack, all {len(items)} pictures were skipped: {reasons}")
+        names = sorted({item.name for item in items if item.name is not None})
+        if names:
+            (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         skipped = (json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in report.skipped)
         (folder / "skipped.jsonl").write_text("".join(skipped), encoding="utf-8")
         report.shards = len(list(folder.glob("*.tar")))
@@ -133,7 +139,7 @@ def pack(
 def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> None:
     try:
         if not item.captions:
-            raise ValueError("no caption")
+            raise ValueError(item.problem)
         ending, data = _stored(item.path, resize)
     except ValueError as error:
         reason = str(error).removeprefix(f"{item.path}: ")
@@ -175,14 +181,15 @@ def _pictures(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _sidecar(path: Path) -> list[str]:
+def _with_sidecar(path: Path) -> Item:
     from tinyclip.data import captions_of
 
     files = {ending: path.with_suffix(f".{ending}") for ending in ("txt", "json")}
     try:
-        return captions_of({ending: file.read_bytes() for ending, file in files.items() if file.is_file()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        found = captions_of({ending: file.read_bytes() for ending, file in files.items() if file.is_file()})
+    except (ValueError, OSError) as error:
+        return Item(path, (), problem=str(error))
+    return Item(path, tuple(found))
 
 
 def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,8 +67,8 @@ def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]
     layers, width = shape.layers or len(base["heads"]), shape.width or base["width"]
     changed: dict[str, Any] = {"width": width}
     for key, default in (
-        ("heads", lambda v: v if width == base["width"] else max(1, width // base["head_dim"])),
-        ("mlp_width", lambda v: max(1, v * width // base["width"])),
+        ("heads", lambda v: v if width == base["width"] else v and max(1, width // base["head_dim"])),
+        ("mlp_width", lambda v: v and max(1, v * width // base["width"])),
     ):
         given, values = getattr(shape, key), base[key]
         if given is not None:
@@ -168,7 +169,7 @@ class Recipe(Strict):
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
-    save_dtype: Literal["float32", "float16"] = Field("float32", description="of the stages' final checkpoints")
+    save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -180,6 +181,8 @@ class Recipe(Strict):
         for i, stage in enumerate(self.stages):
             if self.teacher is None and stage.loss.affinity > 0:
                 raise ValueError(f"stages.{i}.loss.affinity: needs a teacher; set it to 0")
+            if self.teacher is None and stage.start == "teacher":
+                raise ValueError(f"stages.{i}.start: there is no teacher")
             if self.teacher is None and i == 0 and stage.inherit != "none":
                 raise ValueError(f"stages.{i}.inherit: there is no teacher to inherit from; set it to none")
         return self
@@ -201,6 +204,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys, see docs/recipes.md")
+    data = json.loads(json.dumps(data, default=str))  # so that what YAML aliases share can be set apart
     for override in overrides:
         _override(data, override)
     try:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _percent(figures: dict[str, Any], name: str) -> str:
 
 def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Figure name -> run -> (step, value) of `acc1` in percent and of the loss, stages one after the other."""
-    result: dict[str, dict[str, list[tuple[int, float]]]] = {"top-1, %": {}, "loss": {}}
+    result: dict[str, dict[str, list[tuple[int, float]]]] = {"top-1, %": {}, "retrieval R@1, %": {}, "loss": {}}
     for folder in map(Path, runs):
         offsets: dict[str, int] = {}  # where each stage starts; a resumed stage is announced twice
         before = 0
@@ -123,20 +123,21 @@ def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, fl
             event = json.loads(line)
             if event["event"] == "stage":
                 offset = offsets.setdefault(event["stage"], before)
-            elif event["event"] == "evaluation" and "acc1" in event:
-                points = result["top-1, %"].setdefault(folder.name, [])
-                points.append((offset + event["step"], 100 * event["acc1"]))
+            elif event["event"] == "evaluation":
+                for quantity, name in (("top-1, %", "acc1"), ("retrieval R@1, %", "image_retrieval_recall@1")):
+                    if name in event:
+                        points = result[quantity].setdefault(folder.name, [])
+                        points.append((offset + event["step"], 100 * event[name]))
             elif event["event"] == "step":
                 result["loss"].setdefault(folder.name, []).append((offset + event["step"], event["loss"]))
                 before = offset + event["step"]
-    return result
+    return {quantity: points for quantity, points in result.items() if points}
 
 
 def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, count: int = 12) -> list[Guess]:
     """A sample of evaluation pictures, evenly spread over the data, with each model's three best classes."""
     dataset = evaluate.open_dataset(data, templates)
-    examples = [e for e in dataset if e.label is not None]
-    chosen = [examples[i] for i in np.linspace(0, len(examples) - 1, min(count, len(examples))).astype(int)]
+    chosen = _spread((e for e in dataset if e.label is not None), count)
     result = [Guess(e.image, dataset.classnames[e.label or 0], {}) for e in chosen]
     for entry in entries:
         clip = load(entry.path)
@@ -146,6 +147,18 @@ def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, c
             named = [(dataset.classnames[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
             guess.guesses[entry.name] = named
     return result
+
+
+def _spread(examples: Iterable[evaluate.Example], count: int) -> list[evaluate.Example]:
+    """About `count` examples at equal distances, without holding more than twice as many."""
+    kept: list[evaluate.Example] = []
+    distance = 1
+    for i, example in enumerate(examples):
+        if i % distance == 0:
+            kept.append(example)
+        if len(kept) == 2 * count:
+            kept, distance = kept[::2], 2 * distance
+    return kept[:: max(1, len(kept) // count)][:count]
 
 
 def curve_figure(series: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure:

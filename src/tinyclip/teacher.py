@@ -23,8 +23,8 @@ class Teacher:
         self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def features(self, images: Tensor, tokens: Tensor, end_id: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised image_features, text_features (n, embed_dim) in float32, and exp(logit_scale).
+    def features(self, images: Tensor, tokens: Tensor, end_id: int) -> tuple[Tensor, Tensor]:
+        """Normalised image_features and text_features, (n, embed_dim) in float32.
 
         Args:
             images: uint8 (n, 3, s, s).
@@ -34,7 +34,12 @@ class Teacher:
         tokens = shorten(tokens, end_id, self.model.config.text.context_length).to(device)
         image_features = self.model.encode_image(image_input(images, self.preprocess), normalize=True)
         text_features = self.model.encode_text(tokens, normalize=True)
-        return image_features.float(), text_features.float(), self.model.logit_scale.exp()
+        return image_features.float(), text_features.float()
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(logit_scale)"""
+        return self.model.logit_scale.exp()
 
 
 def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:

@@ -1,0 +1,157 @@
+"""What a stage needs to be stopped at any step and to go on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyclip.checkpoint import load_checkpoint, save_into
+from tinyclip.data import Skipped
+from tinyclip.files import atomic_directory, write_atomically
+from tinyclip.step import Trainee
+
+STATE = "state.pt"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself; `signal_number` says by what."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.signal_number, self.step = signal_number, step
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; saved with it."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_score: float = -1.0
+    evaluation: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+        self._recent: list[tuple[float, int]] = []
+
+    def advance(self, count: int, skipped: list[Skipped], log: Path) -> None:
+        """After a step on `count` samples; what was left out goes to the log."""
+        now = time.perf_counter()
+        self._recent = [*self._recent[-49:], (now - self._since, count)]
+        self.seconds += now - self._since
+        self._since = now
+        self.step += 1
+        self.samples += count
+        self.skipped += len(skipped)
+        if skipped:
+            with log.open("a") as file:
+                file.writelines(json.dumps(asdict(s)) + "\n" for s in skipped)
+
+    def pause(self) -> None:
+        """Leave out of pairs/s what is not training (evaluation, saving)."""
+        self._since = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        seconds = sum(s for s, _ in self._recent)
+        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9), "skipped": self.skipped}
+
+
+def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress | None = None) -> None:
+    """Write the student, and with a loader and progress all that `restore` needs, in one piece.
+
+    Raises:
+        ValueError: when it cannot be written.
+    """
+    with atomic_directory(place) as temporary:
+        save_into(temporary, trainee.model, trainee.tokenizer, trainee.preprocess)
+        if progress is not None:
+            data = {
+                "optimizer": trainee.optimizer.state_dict(),
+                "scaler": trainee.scaler.state_dict(),
+                "loader": loader.save_state_rank(),
+                "progress": asdict(progress),
+                "random": torch.get_rng_state(),
+            }
+            try:
+                torch.save(data, temporary / STATE)
+            except RuntimeError as error:  # torch's own word for a full disk
+                raise ValueError(f"cannot write {place}: {' '.join(str(error).split())}") from None
+            progress.pause()
+
+
+def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> bool:
+    """Load what `save` wrote into the given objects; False when there is nothing to go on from.
+
+    Raises:
+        ValueError: when the checkpoint is damaged.
+    """
+    for leftover in place.parent.glob(".*.tmp"):  # of a run that was killed while it saved
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not (place / STATE).exists():
+        return False
+    trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
+    try:
+        # Not weights_only: Energon's state is made of its own classes. The file is this run's own. On the CPU,
+        # since the workers take their random states from it; the optimiser moves its own tensors.
+        data = torch.load(place / STATE, weights_only=False, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
+    trainee.optimizer.load_state_dict(data["optimizer"])
+    trainee.scaler.load_state_dict(data["scaler"])
+    loader.restore_state_rank(data["loader"])
+    torch.set_rng_state(data["random"])
+    for name, value in data["progress"].items():
+        setattr(progress, name, value)
+    return True
+
+
+def forget_metrics(path: Path, stage: str, step: int) -> None:
+    """Drop what a stage logged after `step`, which is about to be done again, and a line torn by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("stage") != stage or 0 < event.get("step", 0) <= step:
+            kept.append(line)
+    write_atomically(path, "".join(kept))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save. A second SIGINT
+    raises. Workers are forked with these handlers, so a Ctrl-C in a terminal does not kill them first."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
