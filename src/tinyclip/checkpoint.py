@@ -56,6 +56,7 @@ def save_into(
     tokenizer.save(folder / "tokenizer.json")
     try:
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private
     except SafetensorError as error:  # a full disk, for one
         raise ValueError(f"cannot write {folder.parent}: {error}") from None
 
