@@ -33,6 +33,7 @@ from megatron.energon import (
     SkipSample,
     TaskEncoder,
     WorkerConfig,
+    basic_sample_keys,
     edataclass,
     get_savable_loader,
     get_train_dataset,
@@ -250,6 +251,13 @@ class Batch:
 
 
 @edataclass
+class Raw(Sample):
+    """A sample as it stands in the shard: bytes by file ending."""
+
+    files: dict[str, Any]
+
+
+@edataclass
 class Pair(Sample):
     """One decoded image-text pair."""
 
@@ -259,22 +267,27 @@ class Pair(Sample):
 
 
 class Encoder(TaskEncoder):
-    """Turns raw samples into `Pair`s in the worker process, and pairs into a `Batch`."""
+    """Turns raw samples into `Pair`s in the worker process, and pairs into a `Batch`.
+
+    Decoding waits for `encode_sample`, which comes after the shuffle buffer: the buffer then holds small files, and
+    the first batch need not wait until thousands of pictures are decoded.
+    """
 
     decoder = None
 
     def __init__(self, tokenizer: CLIPTokenizer, context_length: int, image_size: int, augment: Augment, checked: int):
         super().__init__()
-        self.cookers = [Cooker(self.cook)]
+        self.cookers = [Cooker(_raw)]
         self.tokenizer, self.context_length = tokenizer, context_length
         self.image_size, self.augment = image_size, augment
         self.checked, self.seen, self.bad = checked, 0, 0
         self.skipped: list[Skipped] = []
 
     @stateless
-    def cook(self, sample: dict[str, Any]) -> Pair:
+    def encode_sample(self, raw: Raw) -> Pair:
         """Raises `SkipSample` for a bad sample, `FatalSampleError` when over half of the first ones are bad."""
         self.seen += 1
+        sample = raw.files
         # Energon's own `restore_seeds` seeds torch for every sample, which costs more than decoding does.
         rng = Random(f"{self.worker_seed()}:{self.current_sample_index}:{sample['__key__']}")
         try:
@@ -287,7 +300,7 @@ class Encoder(TaskEncoder):
             self._skip(sample, str(error))
             raise SkipSample from None
         tokens = self.tokenizer([rng.choice(captions)], self.context_length)[0]
-        return Pair.derive_from(_Base.of(sample), pixels=pixels, tokens=tokens, group=stable_hash(group))
+        return Pair.derive_from(raw, pixels=pixels, tokens=tokens, group=stable_hash(group))
 
     @staticmethod
     def worker_seed() -> int:
@@ -316,14 +329,9 @@ class Encoder(TaskEncoder):
         )
 
 
-@edataclass
-class _Base(Sample):
-    """Energon's bookkeeping fields of a raw sample."""
-
-    @classmethod
-    def of(cls, sample: dict[str, Any]) -> _Base:
-        names = ("__key__", "__restore_key__", "__subflavors__", "__sources__")
-        return cls(**{name: sample[name] for name in names if name in sample})
+@stateless
+def _raw(sample: dict[str, Any]) -> Raw:
+    return Raw(**basic_sample_keys(sample), files=dict(sample))
 
 
 def stable_hash(text: str) -> int:
