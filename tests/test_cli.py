@@ -11,6 +11,7 @@ import yaml
 
 from conftest import small_config
 from test_data import good, picture, write_shard
+from tinyclip.cli import main
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
 from tinyclip.tokenizer import clip_tokenizer
@@ -126,13 +127,20 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    place: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    named: str,
 ) -> None:
     monkeypatch.chdir(place)
-    output = tinyclip(*arguments, code=2)
-    assert named in output
-    if not output.startswith("Usage"):
-        assert len(output.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["tinyclip", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and named in error
+    if "Usage" not in error:  # of the command line itself
+        assert len(error.splitlines()) == 1
     assert not (place / "x").exists()
 
 
