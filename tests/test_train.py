@@ -163,7 +163,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(place: Path, tmp_path: Pa
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(place, killed, stages=[long]).model_dump(mode="json")))
     command = [sys.executable, "-m", "tinyclip.cli", "distill", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on the number of threads
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
     while not (killed / "stages" / "50" / "last").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
