@@ -35,6 +35,8 @@ def test_sidecar_captions(tmp_path: Path) -> None:
     (source / "e.txt").write_text("of e")
     (source / "broken.jpg").write_bytes((source / "a.jpg").read_bytes()[:300])
     (source / "broken.txt").write_text("broken")
+    (source / "phone.heic").write_bytes(b"heic")
+    (source / "phone.txt").write_text("of a phone")
     picture(source / "wrong.jpg")
     (source / "wrong.txt").write_bytes(b"\xff\xfe")
     report = pack(find_items(source), tmp_path / "out", shard_size=2)
@@ -50,7 +52,12 @@ def test_sidecar_captions(tmp_path: Path) -> None:
     assert "cannot be read" in skipped["wrong.jpg"]
     assert skipped["nothing.jpg"] == "no caption" and skipped["broken.jpg"].startswith("damaged picture")
     lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
-    assert {Path(json.loads(line)["file"]).name for line in lines} == {"nothing.jpg", "broken.jpg", "wrong.jpg"}
+    assert {Path(json.loads(line)["file"]).name for line in lines} == {
+        "nothing.jpg",
+        "broken.jpg",
+        "wrong.jpg",
+        "phone.heic",
+    }
     first = next(iter(read_shards(tmp_path / "out")))
     assert first["jpg"] == (source / "a.jpg").read_bytes()
     assert next(iter(loader(tmp_path / "out", batch_size=5))).images.shape == (5, 3, 16, 16)

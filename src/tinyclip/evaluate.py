@@ -118,7 +118,10 @@ def _read_templates(path: Path, templates: str | Path | None) -> list[str]:
         return list(DEFAULT_TEMPLATES)
     if not file.is_file():
         raise ValueError(f"{file}: no file of templates")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no UTF-8 text ({error.reason})") from None
     bad = next((line for line in lines if "{c}" not in line), None)
     if not lines or bad is not None:
         raise ValueError(f"{file}: each line needs {{c}} for the class name{f', {bad!r} has none' if bad else ''}")

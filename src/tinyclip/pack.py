@@ -19,6 +19,7 @@ from tinyclip.transforms import open_image, plain_mode, resize_shorter
 
 COPIED = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
 CONVERTED = {".bmp", ".gif", ".tif", ".tiff"}  # stored as PNG
+OTHERS = {".avif", ".heic", ".heif", ".jxl"}  # stored as PNG if this Pillow reads them, else reported
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
@@ -177,7 +178,7 @@ def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
 
 def _pictures(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in COPIED or path.suffix.lower() in CONVERTED:
+        if path.suffix.lower() in {*COPIED, *CONVERTED, *OTHERS}:
             yield path
 
 

@@ -93,10 +93,12 @@ class Pipeline:
         """Probability of each label for each image, (images, labels): softmax of scaled similarities.
 
         Raises:
-            ValueError: without labels.
+            ValueError: without labels, or for an empty one.
         """
         if not labels:
             raise ValueError("no labels to choose from")
+        if not all(label.strip() for label in ([labels] if isinstance(labels, str) else labels)):
+            raise ValueError("a label is empty")
         logits = self.similarity(images, labels) * self.model.logit_scale.detach().exp()
         return logits.float().softmax(1)
 

@@ -217,6 +217,8 @@ def shape_from(overrides: Sequence[str]) -> StudentShape:
     """A shape from `vision.width=128` and the like; `ValueError` for an unknown key or value."""
     data: dict[str, Any] = {}
     for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"--shape {override}: write e.g. vision.width=128")
         _override(data, override)
     try:
         return StudentShape.model_validate(data)

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.config import CLIPConfig
-from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, find_shards, training_loader
+from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.inheritance import inherit, manual_masks
@@ -75,7 +75,12 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     Raises:
         ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
     """
-    find_shards(recipe.data)
+    samples = prepare(recipe.data)
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size > samples:
+            raise ValueError(
+                f"stages.{i}.batch_size: {stage.batch_size} exceeds the {samples} samples of {recipe.data}"
+            )
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher = None
@@ -298,8 +303,8 @@ def _closing(loader: Any) -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        text = str(error).splitlines()[0]
-        raise ValueError(f"{text} The last checkpoint is kept: go on with --resume") from None
+        text = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{text}; go on from the last checkpoint with --resume") from None
     finally:
         close_loader(loader)
 

@@ -58,6 +58,8 @@ def open_image(source: str | Path | object) -> Image.Image:
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f"{name}no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{name}a folder, not a picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name}not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
