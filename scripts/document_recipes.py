@@ -19,6 +19,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "`student`": recipe.StudentShape,
     "`student.vision`": recipe.VisionShape,
     "`student.text`": recipe.TextShape,
+    "`auto`": recipe.Auto,
+    "`calibrated`": recipe.Calibrated,
     "`loss`": recipe.Loss,
     "`optimizer`": recipe.Optimizer,
     "`augment`": augment.Augment,

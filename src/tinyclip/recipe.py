@@ -16,6 +16,7 @@ from tinyclip.distributed import Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TowerShape(Strict):
@@ -85,6 +86,52 @@ def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]
     return changed
 
 
+class TowerSparsity(Strict):
+    """A budget for each tower."""
+
+    image: Sparsity = Field(description="fraction to remove of the image tower")
+    text: Sparsity = Field(description="fraction to remove of the text tower")
+
+
+class Target(Strict):
+    """How much learned or measured masks remove."""
+
+    target_sparsity: Sparsity | TowerSparsity | None = Field(
+        None,
+        description="fraction of the original teacher to remove, embeddings and norms not counted: one number is a "
+        "budget that the towers share, {image: .., text: ..} is one each",
+    )
+    unit: Literal["params", "macs"] = Field("params", description="what is counted")
+    latency_ms: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="instead of target_sparsity: milliseconds a pair on the run's device, batch of 32"
+    )
+    gates: bool = Field(False, description="also remove whole attention and MLP branches")
+    align: Positive = Field(1, description="round kept neurons and channels up to a multiple of this")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Target:
+        if (self.target_sparsity is None) == (self.latency_ms is None):
+            raise ValueError("give either target_sparsity or latency_ms")
+        return self
+
+
+class Auto(Target):
+    """Masks learned while distilling (TinyCLIP's automatic inheritance), then cut."""
+
+    steps: Positive = Field(description="optimiser steps with masks, the first ones of the stage")
+    ramp_steps: Positive = Field(1000, description="steps over which the target rises from the stage's start")
+    lr: float = Field(0.02, gt=0, le=1, description="learning rate of masks and multipliers")
+
+
+class Calibrated(Target):
+    """Masks of 0 and 1 from the importance of heads, neurons and channels, measured on the training data."""
+
+    score: Literal["taylor", "activation", "magnitude"] = Field(
+        "taylor", description="first-order change of the affinity loss, mean activation, or weights alone"
+    )
+    batches: Positive = Field(200, description="batches measured")
+
+
 class Loss(Strict):
     """Weights of the loss terms and the scales of the affinity."""
 
@@ -121,7 +168,14 @@ class Stage(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the stage's checkpoint")
     student: StudentShape = Field(StudentShape(), description="shape relative to what it starts from")
-    inherit: Literal["manual", "none"] = Field("manual", description="manual rule, or none: random weights")
+    inherit: Literal["manual", "auto", "calibrated", "none"] = Field(
+        "manual", description="manual rule, learned masks, measured importance, or none: random weights"
+    )
+    auto: Auto | None = Field(None, description="with `inherit: auto`")
+    calibrated: Calibrated | None = Field(None, description="with `inherit: calibrated`")
+    towers: Literal["both", "image", "text"] = Field(
+        "both", description="towers that are compressed and trained; the other stays the teacher's, untouched"
+    )
     start: str = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
     steps: Positive = Field(description="optimiser steps")
     batch_size: int = Field(256, ge=2, description="pairs a step")
@@ -133,6 +187,13 @@ class Stage(Strict):
     def _warmup_fits(self) -> Stage:
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
+        for name in ("auto", "calibrated"):
+            if (self.inherit == name) != (getattr(self, name) is not None):
+                raise ValueError(f"`inherit: {name}` and a section `{name}` need each other")
+        if self.auto is not None and self.auto.steps >= self.steps:
+            raise ValueError(
+                f"auto.steps {self.auto.steps} must be below steps {self.steps}, to train on after the cut"
+            )
         return self
 
 
