@@ -165,7 +165,11 @@ def test_sparsity_must_rise_from_stage_to_stage(place: Path, tmp_path: Path) -> 
 
 def test_masks_need_a_teacher(place: Path, tmp_path: Path) -> None:
     scratch = stage(inherit="none", loss={"affinity": 0, "contrastive": 1}, student={})
-    changed = {"teacher": None, "model": "ViT-B-32", "stages": [scratch, auto(loss={"affinity": 0, "contrastive": 1})]}
+    changed = {
+        "teacher": None,
+        "model": "ViT-B-32",
+        "stages": [scratch, auto("x", loss={"affinity": 0, "contrastive": 1})],
+    }
     with pytest.raises(ValueError, match=r"stages.1.inherit: needs a teacher"):
         Recipe.model_validate(recipe(place, tmp_path / "run").model_dump() | changed)
 

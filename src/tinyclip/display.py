@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from tinyclip.train import Run
 
-TERMS = ("loss", "affinity", "contrastive")
+TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
 
 
 def kept_lines(kept: dict[str, int]) -> list[str]:

@@ -137,24 +137,36 @@ class Calibrated(Target):
     batches: Positive = Field(200, description="batches measured")
 
 
+TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")
+
+
 class Loss(Strict):
     """Weights of the loss terms and the scales of the affinity."""
 
     affinity: float = Field(1.0, ge=0, description="weight of affinity mimicking (needs a teacher)")
     contrastive: float = Field(0.0, ge=0, description="weight of the image-text contrastive loss")
+    feature: float = Field(0.0, ge=0, description="weight of feature mimicking, through a learned projection")
+    interactive: float = Field(0.0, ge=0, description="weight of the contrastive loss between student and teacher")
+    image_affinity: float = Field(0.0, ge=0, description="weight of the affinity of pictures with pictures")
+    text_affinity: float = Field(0.0, ge=0, description="weight of the affinity of texts with texts")
     student_scale: Literal["teacher", "learned"] | Scale = Field(
         "teacher", description="exp(logit_scale) of the student in the affinity: the teacher's, its own, or a number"
     )
     teacher_scale: Literal["teacher"] | Scale = Field("teacher", description="the same for the teacher")
     positives: Literal["pair", "class"] = Field(
-        "pair", description="contrastive: only the pair itself, or all pairs of one `class` in the batch"
+        "pair", description="contrastive terms: only the pair itself, or all pairs of one `class` in the batch"
     )
 
     @model_validator(mode="after")
     def _something(self) -> Loss:
-        if self.affinity == 0 and self.contrastive == 0:
+        if self.contrastive == 0 and not self.distils:
             raise ValueError("all loss weights are 0")
         return self
+
+    @property
+    def distils(self) -> list[str]:
+        """The terms with a weight that need a teacher."""
+        return [name for name in TEACHER_TERMS if getattr(self, name) > 0]
 
 
 class Optimizer(Strict):
@@ -269,8 +281,8 @@ class Recipe(Strict):
         if (self.teacher is None) == (self.model is None):
             raise ValueError("give either `teacher` (to distil) or `model` (to train from scratch)")
         for i, stage in enumerate(self.stages):
-            if self.teacher is None and stage.loss.affinity > 0:
-                raise ValueError(f"stages.{i}.loss.affinity: needs a teacher; set it to 0")
+            if self.teacher is None and stage.loss.distils:
+                raise ValueError(f"stages.{i}.loss.{stage.loss.distils[0]}: needs a teacher; set it to 0")
             if self.teacher is None and stage.start == "teacher":
                 raise ValueError(f"stages.{i}.start: there is no teacher")
             if self.teacher is None and i == 0 and stage.inherit != "none":

@@ -82,6 +82,7 @@ def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress |
             if trainee.pruner is not None:
                 trainee.pruner.save(temporary)
             data = {
+                "projections": trainee.projections.state_dict(),
                 "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
                 "optimizer": trainee.optimizer.state_dict(),
                 "scaler": trainee.scaler.state_dict(),
@@ -109,6 +110,7 @@ def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> b
     trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
     data = _read_state(place)
     trainee.optimizer.load_state_dict(data["optimizer"])
+    trainee.projections.load_state_dict(data["projections"])
     if trainee.pruner is not None:
         trainee.pruner.load(place)
         trainee.pruner.optimizer.load_state_dict(data["masks"])

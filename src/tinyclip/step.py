@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyclip.data import Batch
-from tinyclip.loss import affinity_loss, contrastive_loss
+from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
 from tinyclip.masks import Masks
 from tinyclip.model import CLIP
 from tinyclip.pruning import Pruner
@@ -36,9 +38,14 @@ class Trainee:
     def __post_init__(self) -> None:
         self.device = self.model.logit_scale.device
         freeze_other_tower(self.model, self.stage.towers)
-        self.optimizer = make_optimizer(self.model, self.stage)
+        self.projections = make_projections(self.model, self.teacher, self.stage).to(self.device)
+        self.optimizer = make_optimizer(self.trained, self.stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self._fix_logit_scale()
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [*self.model.parameters(), *self.projections.parameters()]
 
     def _fix_logit_scale(self) -> None:
         """Where the scale is not learned, the saved model carries the one it was trained at."""
@@ -58,18 +65,37 @@ class Trainee:
     def loss_terms(self, batch: Batch, masks: Masks | None = None) -> dict[str, Tensor]:
         """The weighted sum as `loss`, and each term that has a weight. Only the towers run in lower precision."""
         settings = self.stage.loss
-        image_features, text_features, teacher_features = self._features(batch, masks)
+        image, text, theirs = self._features(batch, masks)
         terms: dict[str, Tensor] = {}
-        if settings.affinity:
-            assert teacher_features is not None, "the recipe's validation asks for a teacher here"
-            scales = self._scale(settings.student_scale), self._scale(settings.teacher_scale)
-            terms["affinity"] = affinity_loss(image_features, text_features, *teacher_features, *scales)
+        if theirs is not None:
+            terms |= self._teacher_terms(image, text, theirs, self._groups(batch))
         if settings.contrastive:
-            groups = batch.groups.to(self.device) if settings.positives == "class" else None
-            scale = self.model.logit_scale.exp()
-            terms["contrastive"] = contrastive_loss(image_features, text_features, scale, groups)
+            terms["contrastive"] = contrastive_loss(image, text, self.model.logit_scale.exp(), self._groups(batch))
         loss = torch.stack([getattr(settings, name) * term for name, term in terms.items()]).sum()
         return terms | {"loss": loss}
+
+    def _groups(self, batch: Batch) -> Tensor | None:
+        return batch.groups.to(self.device) if self.stage.loss.positives == "class" else None
+
+    def _teacher_terms(
+        self, image: Tensor, text: Tensor, theirs: tuple[Tensor, Tensor], groups: Tensor | None
+    ) -> dict[str, Tensor]:
+        settings = self.stage.loss
+        scales = self._scale(settings.student_scale), self._scale(settings.teacher_scale)
+        wanted, terms = settings.distils, {}
+        if "affinity" in wanted:
+            terms["affinity"] = affinity_loss(image, text, *theirs, *scales)
+        if self.projections:
+            projected = self.projections["image"](image), self.projections["text"](text)
+            if "feature" in wanted:
+                terms["feature"] = feature_loss(*projected, *theirs)
+            if "interactive" in wanted:
+                unit = (F.normalize(features, dim=-1) for features in projected)
+                terms["interactive"] = interactive_loss(*unit, *theirs, scales[0], groups)
+        for name, mine, other in (("image_affinity", image, theirs[0]), ("text_affinity", text, theirs[1])):
+            if name in wanted:
+                terms[name] = within_affinity_loss(mine, other, *scales)
+        return terms
 
     def _features(self, batch: Batch, masks: Masks | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Normalised image_features and text_features in float32, and the teacher's where they are needed."""
@@ -78,7 +104,7 @@ class Trainee:
         towers, settings = self.stage.towers, self.stage.loss
         theirs: tuple[Tensor, Tensor] | None = None
         with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
-            if self.teacher is not None and (settings.affinity or towers != "both"):
+            if self.teacher is not None and (settings.distils or towers != "both"):
                 theirs = self.teacher.features(images, batch.tokens, end_id)
             # A tower that is left alone is the teacher's, so its features are at hand.
             if towers == "text" and theirs is not None:
@@ -102,7 +128,7 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         optimizers = [self.optimizer]
-        parameters = list(self.model.parameters())
+        parameters = self.trained
         terms = self.loss_terms(batch, pruner.sample(step) if pruner else None)
         if pruner is not None:
             optimizers.append(pruner.optimizer)
@@ -136,10 +162,22 @@ class Trainee:
             )
 
 
-def make_optimizer(student: CLIP, stage: Stage) -> torch.optim.AdamW:
+def make_projections(student: CLIP, teacher: Teacher | None, stage: Stage) -> nn.ModuleDict:
+    """Learned maps from the student's embedding to the teacher's, for the terms that need them; they start as the
+    inherited one, the first dims. Not part of the student."""
+    projections = nn.ModuleDict()
+    if teacher is not None and {"feature", "interactive"} & set(stage.loss.distils):
+        for name in ("image", "text"):
+            projection = nn.Linear(student.config.embed_dim, teacher.model.config.embed_dim, bias=False)
+            nn.init.eye_(projection.weight)
+            projections[name] = projection
+    return projections
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     settings = stage.optimizer
-    parameters = [p for p in student.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

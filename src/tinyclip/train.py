@@ -307,6 +307,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
     # From here on it is a student like any other, with a new optimiser.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
+    after.projections.load_state_dict(trainee.projections.state_dict())
     loader = _loader(run, i, cut=True)
     save(last, after, loader, progress)
     close_loader(loader)
