@@ -44,7 +44,7 @@ def contrastive_loss(
             each pair is its own group.
     """
     logits = scale * image_features @ text_features.T
-    targets = _shares(len(logits), groups).to(logits)
+    targets = _shares(logits, groups)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
@@ -77,9 +77,9 @@ def interactive_loss(
         scale: exp(logit_scale).
         groups: as in `contrastive_loss`.
     """
-    targets = _shares(len(student_image), groups).to(student_image)
-    image = F.cross_entropy(scale * student_image @ teacher_text.T, targets)
-    return (image + F.cross_entropy(scale * student_text @ teacher_image.T, targets)) / 2
+    logits = scale * student_image @ teacher_text.T
+    targets = _shares(logits, groups)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(scale * student_text @ teacher_image.T, targets)) / 2
 
 
 def within_affinity_loss(
@@ -101,9 +101,9 @@ def within_affinity_loss(
     return F.cross_entropy(student_logits, teacher_logits.softmax(1))
 
 
-def _shares(n: int, groups: Tensor | None) -> Tensor:
+def _shares(logits: Tensor, groups: Tensor | None) -> Tensor:
     """(n, n): what each row's target gives to each column; pairs of one group share equally."""
     if groups is None:
-        return torch.eye(n)
-    same = (groups[:, None] == groups[None, :]).float()
+        groups = torch.arange(len(logits), device=logits.device)
+    same = (groups[:, None] == groups[None, :]).to(logits)
     return same / same.sum(1, keepdim=True)  # symmetric relation, so the same for both directions

@@ -90,7 +90,7 @@ class Trainee:
             if "feature" in wanted:
                 terms["feature"] = feature_loss(*projected, *theirs)
             if "interactive" in wanted:
-                unit = (F.normalize(features, dim=-1) for features in projected)
+                unit = F.normalize(projected[0], dim=-1), F.normalize(projected[1], dim=-1)
                 terms["interactive"] = interactive_loss(*unit, *theirs, scales[0], groups)
         for name, mine, other in (("image_affinity", image, theirs[0]), ("text_affinity", text, theirs[1])):
             if name in wanted:
