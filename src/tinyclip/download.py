@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from tinyclip.files import write_atomically
 
-CHUNK = 1 << 20
+CHUNK = 1 << 17  # bytes; what a broken connection can lose
 TIMEOUT_S = (10, 60)  # to connect, and between two reads
 ATTEMPTS = 4  # in a row that brought nothing new
 FIRST_WAIT_S = 0.5  # before the second attempt; doubles from there
@@ -213,7 +213,7 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, requests.exceptions.SSLError):
         return f"no trusted connection to {urlsplit(url).hostname}, whose certificate was not accepted"
     if isinstance(error, requests.ConnectionError):
-        return f"cannot reach {urlsplit(url).hostname}"
+        return f"no connection to {urlsplit(url).hostname}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection broke"
     return " ".join(str(error).split())
