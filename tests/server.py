@@ -47,16 +47,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, path = self.server, urlsplit(self.path).path
         if path.startswith("/release/"):
-            return self._answer(302, {"Location": f"/file/{path.removeprefix('/release/')}"})
+            self._answer(302, {"Location": f"/file/{path.removeprefix('/release/')}"})
+            return
         path = path.removeprefix("/file/").removeprefix("/")
-        wanted, condition = self.headers["Range"], self.headers["If-Range"]
-        server.log.append((path, wanted, condition))
+        server.log.append((path, self.headers["Range"], self.headers["If-Range"]))
         time.sleep(server.delay_s)
-        if server.answers and (status := server.answers.pop(0)) != 200:
-            return self._answer(status, {"Content-Length": "0"})
-        if path not in server.files:
-            return self._answer(404, {"Content-Length": "0"})
-        data = server.files[path]
+        status = server.answers.pop(0) if server.answers else 200
+        if status == 200 and path in server.files:
+            self._send(path, server.files[path])
+        else:
+            self._answer(404 if status == 200 else status, {"Content-Length": "0"})
+
+    def _send(self, path: str, data: bytes) -> None:
+        server, wanted, condition = self.server, self.headers["Range"], self.headers["If-Range"]
         tag = f'"{hashlib.md5(data).hexdigest()}"'
         fields = {"Content-Type": server.content_type} | ({"ETag": tag} if server.tags else {})
         start = 0
@@ -65,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
             assert found, wanted
             start = int(found[1])
             if start >= len(data):
-                return self._answer(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
+                self._answer(416, {"Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
+                return
             fields["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         fields |= {"Content-Length": str(len(data) - start)} | server.headers.get(path, {})
         self._answer(206 if "Content-Range" in fields else 200, fields)
