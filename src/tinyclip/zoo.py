@@ -117,9 +117,9 @@ ENTRIES = (
 )
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# Each is tried until there are weights: safetensors first, then pickles (which are read without running code).
+# Each is tried until there are weights: those of `transformers` first, OpenCLIP's after.
 HUB_SMALL = ("*.json", "*.txt")
-HUB_WEIGHTS = (("model*.safetensors",), ("open_clip_model.safetensors",), ("pytorch_model*.bin",), ("open_clip_*.bin",))
+HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors", "open_clip_*.bin")
 
 
 def find(name: str) -> Entry | None:
@@ -302,10 +302,9 @@ def _from_hub(identifier: str) -> Path:
     place = f"{constants.ENDPOINT}/{repository}"
     try:
         for weights in HUB_WEIGHTS:
-            folder = Path(
-                snapshot_download(repository, revision=revision or None, allow_patterns=[*HUB_SMALL, *weights])
-            )
-            if any(match for pattern in weights for match in folder.glob(pattern)):
+            patterns = [*HUB_SMALL, weights]
+            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+            if any(folder.glob(weights)):
                 return folder
     except HFValidationError:
         raise ValueError(f"{identifier}: no Hugging Face id; write org/name or hf:org/name@revision") from None
