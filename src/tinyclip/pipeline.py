@@ -130,17 +130,23 @@ def _as_list(images: Any) -> Any:
     return images if isinstance(images, (list, tuple)) else [images]
 
 
-def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
-    """A model ready to use, from a checkpoint directory.
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+) -> Pipeline:
+    """A model ready to use, from a checkpoint directory or a checkpoint of others (`docs/convert.md`).
 
     Args:
+        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
         device: where the weights go; "auto" takes CUDA, then MPS, then the CPU.
         dtype: of the weights; float32 by default.
 
     Raises:
         ValueError: when the directory is missing or anything in it does not fit.
     """
-    model, tokenizer, preprocessing = load_checkpoint(name_or_path)
+    model, tokenizer, preprocessing = load_checkpoint(name_or_path, activation)
     device = resolve_device(device)
     return Pipeline(model.to(device=device, dtype=dtype or torch.float32), tokenizer, preprocessing)
 
