@@ -166,8 +166,24 @@ def inherit(
 def _free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists():
+    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*config.json")):
         raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Bring a checkpoint to another format."""
+    from tinyclip.interchange import convert as converted
+
+    _free(output, overwrite)
+    model = converted(source, output, to, activation)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, activation {model.config.activation}: {output}")
 
 
 # --- use and judge ----------------------------------------------------------------------------------------------

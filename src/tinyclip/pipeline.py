@@ -135,11 +135,14 @@ def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    activation: str | None = None,
     cache: str | Path | None = None,
 ) -> Pipeline:
-    """A model ready to use, from a checkpoint, by its name in the zoo, or from the Hugging Face hub (`org/name`).
+    """A model ready to use, from a checkpoint of ours or of others (`docs/convert.md`), by its name in
+    the zoo (`docs/zoo.md`), or from the Hugging Face hub (`org/name`).
 
     Args:
+        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
         device: where the weights go; "auto" takes CUDA, then MPS, then the CPU.
         dtype: of the weights; float32 by default.
         cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
@@ -147,7 +150,7 @@ def load(
     Raises:
         ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
     """
-    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache))
+    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
     device = resolve_device(device)
     return Pipeline(model.to(device=device, dtype=dtype or torch.float32), tokenizer, preprocessing)
 
