@@ -21,6 +21,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.headers: dict[str, dict[str, str]] = {}  # more headers of a path
+        self.missing: dict[str, str] = {}  # headers of a 404
         self.log: list[tuple[str, str | None, str | None]] = []
         self.answers: list[int] = []  # statuses of the next requests
         self.cuts: list[int] = []  # bytes after which the next answers break off
@@ -56,7 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 200 and path in server.files:
             self._send(path, server.files[path])
         else:
-            self._answer(404 if status == 200 else status, {"Content-Length": "0"})
+            fields = {"Content-Length": "0"}
+            self._answer(*((404, fields | server.missing) if status == 200 else (status, fields)))
 
     def _send(self, path: str, data: bytes) -> None:
         server, wanted, condition = self.server, self.headers["Range"], self.headers["If-Range"]

@@ -3,6 +3,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,14 +20,18 @@ from torch import Tensor
 
 from conftest import TEXTS, filled, golden, images, random_model
 from server import FileServer, serving
-from test_cli import tinyclip
 from test_data import good, picture, write_shard
 from tinyclip import download, zoo
 from tinyclip.axes import axis_table
 from tinyclip.cli import main
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig, vit_clip
+from tinyclip.interchange import convert
 from tinyclip.model import CLIP
-from tinyclip.pipeline import load
+from tinyclip.pipeline import Pipeline, load
+from tinyclip.recipe import load_recipe
+from tinyclip.tokenizer import clip_tokenizer
+from tinyclip.train import start
+from tinyclip.transforms import Preprocess
 from tinyclip.zoo import ENTRIES, Entry, find, recount, resolve
 
 RELEASE = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints/"
@@ -332,6 +338,86 @@ def test_a_tampered_file_is_refused_until_it_is_deleted(server: FileServer, tmp_
         load(AUTO)
 
 
+# --- the Hugging Face hub ----------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+RESOLVE = "import sys; from tinyclip.zoo import resolve; assert 'torch' not in sys.modules; print(resolve(sys.argv[1]))"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FileServer]:
+    """The hub, with one model, `org/small`, as `transformers` saves it, beside files that nobody needs."""
+    config = vit_clip(32, (2, 64), (1, 64), 32)
+    (tmp_path / "hub").mkdir()
+    Pipeline(random_model(config, 0, torch.float32), clip_tokenizer(), Preprocess(image_size=224)).save(
+        tmp_path / "own"
+    )
+    convert(tmp_path / "own", tmp_path / "hub" / "small", "hf")
+    with serving() as running:
+        tree = []
+        files = {path.name: path.read_bytes() for path in (tmp_path / "hub" / "small").iterdir()}
+        for name, data in (files | {"flax_model.msgpack": b"big", "pytorch_model.bin": b"twice"}).items():
+            running.files[f"org/small/resolve/{COMMIT}/{name}"] = data
+            running.headers[f"org/small/resolve/{COMMIT}/{name}"] = {"X-Repo-Commit": COMMIT}
+            tree.append({"type": "file", "path": name, "size": len(data), "oid": "0" * 40})
+        siblings = [{"rfilename": entry["path"]} for entry in tree]
+        for revision in ("main", COMMIT):
+            path = f"api/models/org/small/revision/{revision}"
+            running.files[path] = json.dumps({"id": "org/small", "sha": COMMIT, "siblings": siblings}).encode()
+        running.files["api/models/org/small"] = running.files[path]
+        running.files[f"api/models/org/small/tree/{COMMIT}"] = json.dumps(tree).encode()
+        yield running
+
+
+def from_hub(server: FileServer, folder: Path, name: str, code: int = 0, **environment: str) -> str:
+    """Output of a new process that resolves a name; the hub's settings are read when it is imported."""
+    settings = {"HF_ENDPOINT": server.address, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", RESOLVE, name]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings | environment, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done.stdout.strip() if code == 0 else done.stderr.splitlines()[-1]
+
+
+def test_a_model_of_the_hub(hub: FileServer, tmp_path: Path) -> None:
+    folder = Path(from_hub(hub, tmp_path, "org/small"))
+    assert folder.is_relative_to(tmp_path / "hf")
+    assert "model.safetensors" in {path.name for path in folder.iterdir()}
+    assert not {"flax_model.msgpack", "pytorch_model.bin"} & {path.name for path in folder.iterdir()}
+    found, expected = load(folder), load(tmp_path / "own")
+    assert found.model.config == expected.model.config
+    assert torch.equal(found.encode_text("a dog"), expected.encode_text("a dog"))
+    hub.log.clear()
+    assert from_hub(hub, tmp_path, f"hf:org/small@{COMMIT}", HF_HUB_OFFLINE="1") == str(folder)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "message"),
+    [
+        ("org/other", {}, "org/other: no such checkpoint here, and .*/org/other cannot be read .HTTP 404"),
+        ("hf:org/small@v9", {}, "org/small@v9: no such checkpoint here, and .*/org/small cannot be read .HTTP 404"),
+        ("hf:a//b", {}, "a//b: no Hugging Face id; write org/name"),
+        ("org/small", {"HF_HUB_OFFLINE": "1"}, "the Hugging Face hub cannot be reached or is switched off"),
+        ("org/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hugging Face hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line(
+    name: str, environment: dict[str, str], message: str, hub: FileServer, tmp_path: Path
+) -> None:
+    hub.missing = {"X-Error-Code": "RevisionNotFound" if "@" in name else "RepoNotFound"}
+    assert re.match(f"ValueError: .*{message}", from_hub(hub, tmp_path, name, 1, **environment))
+
+
+def test_a_hub_model_without_weights(hub: FileServer, tmp_path: Path) -> None:
+    tree = [{"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}]
+    hub.files[f"api/models/org/small/tree/{COMMIT}"] = json.dumps(tree).encode()
+    for path in list(hub.files):
+        if path.startswith("api/models/org/small") and "/tree/" not in path:
+            siblings = [{"rfilename": "config.json"}]
+            hub.files[path] = json.dumps({"id": "org/small", "sha": COMMIT, "siblings": siblings}).encode()
+    assert "org/small: no weights in " in from_hub(hub, tmp_path, "org/small", 1)
+
+
 # --- the command line --------------------------------------------------------------------------------------------
 
 
@@ -382,7 +468,9 @@ def test_a_teacher_by_name(server: FileServer, tmp_path: Path) -> None:
     stage = {"name": "75", "steps": 2, "batch_size": 4, "student": {"vision": {"width": 30}}}
     recipe = {"teacher": AUTO, "data": str(tmp_path / "data"), "output": str(tmp_path / "run"), "stages": [stage]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert "teacher" in tinyclip("distill", tmp_path / "recipe.yaml")
+    run = start(load_recipe(tmp_path / "recipe.yaml"))
+    assert run.teacher is not None and run.teacher.model.config == CUT
+    assert run.configs[0].vision.width == 30
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["teacher"] == AUTO
 
 

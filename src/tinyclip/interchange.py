@@ -15,12 +15,14 @@ from tinyclip.hugging_face import hugging_face_config, to_hugging_face, write_pr
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
+from tinyclip.zoo import resolve
 
 
 def convert(source: str | Path, target: str | Path, to: str = "tinyclip", activation: str | None = None) -> CLIP:
     """Write the checkpoint `source`, whatever its layout, to the folder `target`; returns its model.
 
     Args:
+        source: also a name of the zoo or the hub.
         to: `tinyclip` (our own), `open_clip` (its `local-dir:` folders) or `hf` (`transformers.CLIPModel`).
         activation: as `load_checkpoint`.
 
@@ -30,7 +32,7 @@ def convert(source: str | Path, target: str | Path, to: str = "tinyclip", activa
     """
     if to not in WRITERS:
         raise ValueError(f"no format {to!r}; known: {', '.join(WRITERS)}")
-    model, tokenizer, preprocess = load_checkpoint(source, activation)
+    model, tokenizer, preprocess = load_checkpoint(resolve(source), activation)
     with atomic_directory(target) as folder:
         WRITERS[to](folder, model, tokenizer, preprocess)
     return model
