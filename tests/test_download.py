@@ -264,6 +264,15 @@ def test_a_file_put_there_by_hand_is_recorded(tmp_path: Path) -> None:
     assert read_record(tmp_path / "model.pt")
 
 
+def test_a_cache_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise ValueError(f"cannot write {path}")
+
+    (tmp_path / "model.pt").write_bytes(NEW)
+    monkeypatch.setattr(download, "write_atomically", refuse)
+    assert check(tmp_path / "model.pt")["sha256"] == sha256(NEW).hexdigest()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"sha256": 1'])
 def test_a_damaged_record_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(NEW)

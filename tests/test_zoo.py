@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from conftest import TEXTS, filled, golden, images, random_model
+from conftest import ROOT, TEXTS, filled, golden, images, random_model
 from server import FileServer, serving
 from test_data import good, picture, write_shard
 from tinyclip import download, zoo
@@ -434,6 +434,17 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert [facts["name"] for facts in listed] == [entry.name for entry in ENTRIES]
     assert listed[-1]["published"]["gmacs"] == 3.7
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_has_the_table(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
+    for entry in ENTRIES:
+        cells = [cell.strip() for cell in re.findall(rf"\| {entry.name} .*", page)[0].strip("|").split("|")]
+        row = zoo.row(zoo.describe(entry, tmp_path))[:-1]
+        if "-" not in row:
+            assert cells == row
+        else:  # a kind of tower that cannot be counted
+            assert [a for a, b in zip(cells, row, strict=True) if b != "-"] == [b for b in row if b != "-"]
 
 
 def test_download_verify_and_use_by_name(

@@ -296,12 +296,8 @@ def zoo(
     if as_json:
         _print_json(facts)
         return
-    published, counted = facts.pop("published"), facts.pop("recount")
-    facts |= {f"published {key}": value for key, value in published.items()}
-    facts |= {f"recounted {k}": f"{v:,}" for k, v in counted.items()} if isinstance(counted, dict) else {}
-    for key, value in facts.items():
-        if value:
-            say(f"{key:26} {value}")
+    for key, value in models.details(facts):
+        say(f"{key:26} {value}")
 
 
 # --- data and vocabulary ----------------------------------------------------------------------------------------

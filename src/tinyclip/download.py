@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -101,9 +101,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def add_to_record(path: Path, **items: Any) -> dict[str, Any]:
-    """Write more into a file's record; returns all of it."""
+    """Write more into a file's record; returns all of it, also where the cache is read only."""
     record = (read_record(path) or {}) | items
-    write_atomically(_beside(path, ".json"), json.dumps(record, indent=2) + "\n")
+    with suppress(ValueError):
+        write_atomically(_beside(path, ".json"), json.dumps(record, indent=2) + "\n")
     return record
 
 

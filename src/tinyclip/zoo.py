@@ -293,6 +293,18 @@ def row(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def details(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `describe` gives as lines of name and value."""
+    lines: dict[str, Any] = {key: value for key, value in facts.items() if key not in ("published", "recount")}
+    lines |= {f"published {key}": value for key, value in facts["published"].items()}
+    counts = facts["recount"]
+    if isinstance(counts, dict):
+        lines |= {f"recounted {key}": f"{value:,}" for key, value in counts.items()}
+    elif counts:
+        lines["problem"] = counts
+    return [(key, str(value)) for key, value in lines.items() if value]
+
+
 def _from_hub(identifier: str) -> Path:
     """A model's folder in the Hugging Face hub's own cache, downloaded when needed (see HF_HOME, HF_HUB_OFFLINE)."""
     from huggingface_hub import constants, snapshot_download
