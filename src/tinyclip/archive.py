@@ -10,6 +10,7 @@ import argparse
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -94,7 +95,8 @@ def _check_plain(path: Path, key: Any, value: Any) -> None:
 
 def _pytorch_tensors(path: Path, mapped: bool) -> Mapping[Any, Any]:
     # The authors' training files carry their arguments as a Namespace; its fields are plain values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickles in other protocols, which are refused or read all the same
         # Mapped, so that the optimiser of a training file is never read.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     for key in ("state_dict", "model_state_dict", "model"):
@@ -119,7 +121,7 @@ def _torchscript_tensors(path: Path, root: str) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
         # A code file may be compressed; the data is not, so nothing can unpack to more than the file's size.
         for item in archive.infolist():
-            if item.filename.startswith((f"{root}data/", f"{root}data.pkl")) and item.compress_type:
+            if item.filename.startswith((f"{root}data", f"{root}byteorder")) and item.compress_type:
                 raise Refused(f"{item.filename} is compressed, which PyTorch never does")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise Refused("its numbers are big-endian")

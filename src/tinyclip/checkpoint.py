@@ -18,7 +18,16 @@ from torch import Tensor
 
 from tinyclip.config import CLIPConfig, explain
 from tinyclip.files import atomic_directory, read_json_object
-from tinyclip.foreign import OPEN_CLIP_CONFIG, Foreign, agree, check_activation, read_file, read_open_clip
+from tinyclip.foreign import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    Foreign,
+    agree,
+    check_activation,
+    read_file,
+    read_open_clip,
+)
+from tinyclip.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
 from tinyclip.hugging_face import read_hugging_face
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer
@@ -79,11 +88,11 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     Raises:
         ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
     """
-    path = Path(path)
+    path = _whole(Path(path))
     if (foreign := read_foreign(path, activation)) is not None:
         with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the tensors
             shapes = CLIP(foreign.config)
-        check_state(shapes, foreign.state, str(path))
+        check_state(shapes, foreign.state, f"{path} is no whole CLIP")
         model = CLIP(foreign.config)
         model.load_state_dict(foreign.state)
         return model.eval(), foreign.tokenizer, foreign.preprocess
@@ -105,6 +114,12 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     model = CLIP(config)
     load_state(model, read_weights(path / WEIGHTS), str(path / WEIGHTS))
     return model.eval(), tokenizer, preprocess
+
+
+def _whole(path: Path) -> Path:
+    """The folder of a weights file whose config lies beside it: that knows more than the tensors."""
+    configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)
+    return path.parent if path.name in configs and (path.parent / configs[path.name]).is_file() else path
 
 
 def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
@@ -136,14 +151,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load weights whose keys and shapes must be exactly the model's; `ValueError` as `check_state`."""
-    check_state(model, state, where)
+    check_state(model, state, f"{where} does not fit its config")
     model.load_state_dict(dict(state))
 
 
-def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """
+def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: str) -> None:
+    """Whether weights are exactly what the model has.
+
     Raises:
-        ValueError: naming the first few keys that are missing, left over, of another shape, or not finite.
+        ValueError: `trouble`, naming the first few keys that are missing, left over, of another shape, or not finite.
     """
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
@@ -157,7 +173,7 @@ def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str)
             problems.append(f"{key} has non-finite values")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError(f"{where} does not fit its config: {'; '.join(problems[:5])}{more}")
+        raise ValueError(f"{trouble}: {'; '.join(problems[:5])}{more}")
 
 
 def _read_preprocess(path: Path) -> Preprocess:

@@ -163,10 +163,13 @@ def inherit(
     _print_table(("axis", "teacher", "student", "kept"), rows)
 
 
+CONFIGS = ("config.json", "open_clip_config.json")  # of checkpoints that may be replaced
+
+
 def _free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not any(path.glob("*config.json")):
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in CONFIGS):
         raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
 
 
@@ -181,6 +184,7 @@ def convert(
     """Bring a checkpoint to another format."""
     from tinyclip.interchange import convert as converted
 
+    _free(output, overwrite)
     _free(output, overwrite)
     model = converted(source, output, to, activation)
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters, activation {model.config.activation}: {output}")

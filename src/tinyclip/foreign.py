@@ -34,6 +34,10 @@ WRAPPERS = re.compile(
     r"((module|_orig_mod|model|_(image|text)_encoder|_logit_scale|(image|text)_encoder_without_ddp"
     r"|logit_scale_without_ddp)\.)+"
 )
+OPENAI = re.compile(
+    r"visual\.(conv|bn|layer|attnpool|class_|positional_|ln_p|transformer\.|proj$)"
+    r"|transformer\.resblocks|token_embedding|positional_embedding|ln_final|text_projection|logit_scale$"
+)
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # OpenCLIP's giants have image towers of wider heads than OpenAI's rule of 64: (layers, width) -> head_dim.
 WIDE_HEADS = {(32, 1280): 80, (40, 1408): 88, (48, 1664): 104, (56, 1792): 112}
@@ -151,8 +155,8 @@ def _check_family(state: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where}: {key} is {tuple(state[key].shape)}, it should have {axes} axes")
     if missing := [key for key in needed if key not in state]:
         family = next((text for mark, text in FAMILIES if any(key.startswith(mark) for key in state)), "")
-        others = [key for key in state if key not in needed and not key.startswith(("visual.tr", "transformer."))]
-        found = f"; it has {_some(others or list(state))}"
+        others = [key for key in state if not OPENAI.match(key)]
+        found = f"; it has {_some(others)}" if others else ""
         raise ValueError(f"{where} is no CLIP that can be read{family and f' ({family})'}: no {_some(missing)}{found}")
 
 

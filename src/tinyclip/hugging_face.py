@@ -67,12 +67,15 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     if data.get("model_type") != "clip":
         raise ValueError(f"{where}: a model of type {data.get('model_type')!r}, only 'clip' can be read")
     vision = _section(data, "vision_config", {"hidden_size": 768, "num_attention_heads": 12}, where)
-    text = _section(data, "text_config", {"hidden_size": 512, "num_attention_heads": 8}, where)
+    defaults = {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 49408, "eos_token_id": 49407}
+    text = _section(data, "text_config", defaults, where)
     if vision["hidden_act"] != text["hidden_act"]:
         raise ValueError(f"{where}: the towers' hidden_act differ, {vision['hidden_act']} and {text['hidden_act']}")
     head_dims = tuple(part["hidden_size"] // part["num_attention_heads"] for part in (vision, text))
     layers = (vision["num_hidden_layers"], text["num_hidden_layers"])
     size = vision.get("image_size", 224)
+    if text["eos_token_id"] not in (2, text["vocab_size"] - 1):  # 2: older files, read as the highest id there too
+        raise ValueError(f"{where}: text_config.eos_token_id is {text['eos_token_id']!r}, not the highest token id")
     state, _ = canonical(from_hugging_face(_weights(folder), str(folder)), str(folder))
     stated = Stated((head_dims[0], head_dims[1]), layers, size if isinstance(size, int) else None)
     config = config_from(state, str(folder), agree(activation, text["hidden_act"], str(where)), stated)
@@ -80,12 +83,12 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
 
 
 def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Path) -> dict[str, Any]:
-    """A tower's config with `transformers`' defaults; older files repeat it as `..._dict`, which wins there too."""
+    """A tower's config with `transformers`' defaults; in older files `..._dict` wins, as it does there."""
     section: dict[str, Any] = {"hidden_act": "quick_gelu", "num_hidden_layers": 12, "layer_norm_eps": 1e-5} | defaults
-    for part in (data.get(key), data.get(f"{key}_dict")):
-        if part is not None and not isinstance(part, dict):
-            raise ValueError(f"{where}: {key} should be an object")
-        section |= part or {}
+    said = data.get(key) if data.get(f"{key}_dict") is None else data[f"{key}_dict"]
+    if not isinstance(said or {}, dict):
+        raise ValueError(f"{where}: {key} should be an object")
+    section |= said or {}
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
         if not isinstance(section[name], int) or section[name] < 1:
             raise ValueError(f"{where}: {key}.{name} is {section[name]!r}, not a positive whole number")
@@ -149,12 +152,14 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
     Raises:
         ValueError: when it is another kind of tokenizer, or has another vocabulary than the model.
     """
-    whole, merges_file, vocabulary_file = (folder / n for n in ("tokenizer.json", "merges.txt", "vocab.json"))
+    whole, where = folder / "tokenizer.json", folder / "merges.txt"
+    vocabulary: Any
+    pairs: list[Any]
     try:
-        if merges_file.is_file() and vocabulary_file.is_file():
-            where, vocabulary = merges_file, read_json_object(vocabulary_file)
-            lines = merges_file.read_text(encoding="utf-8").splitlines()
-            pairs: list[Any] = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        if where.is_file() and (folder / "vocab.json").is_file():
+            vocabulary = read_json_object(folder / "vocab.json")
+            lines = where.read_text(encoding="utf-8").splitlines()
+            pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
         elif whole.is_file():
             where, model = whole, read_json_object(whole)["model"]
             vocabulary = model["vocab"]
@@ -162,8 +167,6 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
         else:
             return own_tokenizer(config, str(folder))
         tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length)
-    except ValueError:
-        raise
     except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
         raise ValueError(f"{where}: no tokenizer of CLIP's kind ({type(error).__name__}: {error})") from None
     if vocabulary != _vocabulary(tokenizer):
