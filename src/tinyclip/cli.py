@@ -163,11 +163,31 @@ def inherit(
     _print_table(("axis", "teacher", "student", "kept"), rows)
 
 
+CONFIGS = ("config.json", "open_clip_config.json")  # of checkpoints that may be replaced
+
+
 def _free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists():
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in CONFIGS):
         raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Bring a checkpoint to another format."""
+    from tinyclip.interchange import convert as converted
+
+    _free(output, overwrite)
+    _free(output, overwrite)
+    model = converted(source, output, to, activation)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, activation {model.config.activation}: {output}")
 
 
 # --- use and judge ----------------------------------------------------------------------------------------------
@@ -222,7 +242,7 @@ def _figure(value: Any) -> str:
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or the name of a published shape.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.")],
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: AsJson = False,
@@ -230,7 +250,7 @@ def measure(
     """Parameters, MACs and pairs/s of MODEL here."""
     import torch
 
-    from tinyclip.config import CLIPConfig
+    from tinyclip.config import NAMED, CLIPConfig
     from tinyclip.distributed import resolve_device
     from tinyclip.measurement import measure as measured
     from tinyclip.model import CLIP
@@ -239,10 +259,8 @@ def measure(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     place = resolve_device(device)
-    path = Path(model)
-    if not path.exists() and len(path.parts) > 1:
-        raise ValueError(f"{model}: no such checkpoint directory")
-    network = load(model).model if path.exists() else CLIP(CLIPConfig.named(model)).eval()
+    shape_only = model in NAMED and not Path(model).exists()
+    network = CLIP(CLIPConfig.named(model)).eval() if shape_only else load(model).model
     result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
     if as_json:
         _print_json(result)
@@ -251,6 +269,39 @@ def measure(
         [k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v] for k, v in result.items()
     ]
     _print_table(("figure", "value"), rows)
+
+
+@app.command()
+def zoo(
+    name: Annotated[str | None, typer.Argument(help="Details of this model alone.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read its file whole and check its SHA-256.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The published models, with their figures; or all that is known of NAME."""
+    from tinyclip import zoo as models
+
+    if name is None:
+        if download or verify:
+            raise ValueError("--download and --verify need the name of a model")
+        listed = [models.describe(entry, cache) for entry in models.ENTRIES]
+        if as_json:
+            _print_json({"models": listed})
+        else:
+            _print_table(models.COLUMNS, [models.row(facts) for facts in listed])
+        return
+    entry = models.get(name)
+    if download:
+        models.local_file(entry, cache)
+    if verify:
+        models.verify(entry, cache)
+    facts = models.describe(entry, cache)
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in models.details(facts):
+        say(f"{key:26} {value}")
 
 
 # --- data and vocabulary ----------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from tinyclip.step import Trainee
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
+from tinyclip.zoo import resolve
 
 Evaluator = Callable[[CLIP, CLIPTokenizer, Preprocess], dict[str, Any]]
 Listener = Callable[[dict[str, Any]], None]
@@ -88,7 +89,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher = None
     if recipe.teacher is not None:
-        model, tokenizer, preprocess = load_checkpoint(recipe.teacher)
+        model, tokenizer, preprocess = load_checkpoint(resolve(recipe.teacher))
         teacher = Teacher(model.to(device), preprocess)
         config = model.config
     else:
