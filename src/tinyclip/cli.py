@@ -261,7 +261,7 @@ def measure(
     place = resolve_device(device)
     path = Path(model)
     if not path.exists() and len(path.parts) > 1:
-        raise ValueError(f"{model}: no such checkpoint directory")
+        raise ValueError(f"{model}: no such checkpoint")
     network = load(model).model if path.exists() else CLIP(CLIPConfig.named(model)).eval()
     result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
     if as_json:
