@@ -77,6 +77,8 @@ def test_nothing_imports_the_command_line() -> None:
         ("tokenizer", set()),
         ("transforms", set()),
         ("files", set()),
+        ("archive", set()),
+        ("foreign", {"archive", "config", "files", "tokenizer", "transforms"}),
         ("axes", {"config"}),
         ("masks", {"axes", "config"}),
         ("loss", {"distributed"}),

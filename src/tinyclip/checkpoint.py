@@ -97,7 +97,7 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
         model.load_state_dict(foreign.state)
         return model.eval(), foreign.tokenizer, foreign.preprocess
     if not path.is_dir():
-        raise ValueError(f"{path}: no such checkpoint directory")
+        raise ValueError(f"{path}: no such checkpoint")
     config = CLIPConfig.from_json(path / "config.json")
     agree(activation, config.activation, str(path / "config.json"))
     tokenizer = CLIPTokenizer.from_file(path / "tokenizer.json")

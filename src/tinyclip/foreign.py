@@ -121,17 +121,12 @@ def config_from(state: Mapping[str, Tensor], where: str, activation: str, stated
     """
     _check_family(state, where)
     vision = _resnet(state, where) if _is_resnet(state) else _vit(state, where, stated)
-    text_width = state["token_embedding.weight"].shape[1]
     text = _blocks(state, "transformer.", stated.head_dim[1] or 64, where)
-    for tower, data, layers in zip(("image", "text"), (vision, text), stated.layers, strict=True):
-        found = len(data["heads"]) if "mlp_width" in data else layers
-        if layers is not None and layers != found:
-            raise ValueError(f"{where}: the {tower} tower has {found} blocks, its config says {layers}")
-    text |= {
-        "width": text_width,
-        "vocab_size": state["token_embedding.weight"].shape[0],
-        "context_length": state["positional_embedding"].shape[0],
-    }
+    for tower, blocks, layers in zip(("image", "text"), (vision, text), stated.layers, strict=True):
+        if layers is not None and layers != len(blocks["heads"]):
+            raise ValueError(f"{where}: the {tower} tower has {len(blocks['heads'])} blocks, its config says {layers}")
+    vocab_size, width = state["token_embedding.weight"].shape
+    text |= {"width": width, "vocab_size": vocab_size, "context_length": state["positional_embedding"].shape[0]}
     embed_dim = state["text_projection"].shape[1]
     data = {"embed_dim": embed_dim, "vision": vision, "text": text, "activation": activation}
     return CLIPConfig.from_dict(data, where)

@@ -57,10 +57,6 @@ def save_open_clip(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preproce
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     """OpenCLIP's `model_cfg`; `ValueError` when it cannot say this shape."""
-    check_even(config.text, "text")
-    text: dict[str, Any] = {"context_length": config.text.context_length, "vocab_size": config.text.vocab_size}
-    text |= {"width": config.text.width, "heads": config.text.heads[0], "layers": config.text.layers}
-    text |= {"mlp_ratio": mlp_ratio(config.text)}
     image = config.vision
     if isinstance(image, ResNetConfig):
         if image.heads * 64 != image.width * 32:
@@ -74,6 +70,10 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
         vision = {"layers": image.layers, "width": image.width, "head_width": image.head_dim}
         vision |= {"patch_size": image.patch_size, "mlp_ratio": mlp_ratio(image)}
     vision["image_size"] = image.image_size
+    check_even(config.text, "text")
+    text: dict[str, Any] = {"context_length": config.text.context_length, "vocab_size": config.text.vocab_size}
+    text |= {"width": config.text.width, "heads": config.text.heads[0], "layers": config.text.layers}
+    text |= {"mlp_ratio": mlp_ratio(config.text)}
     quick = config.activation == "quick_gelu"
     return {"embed_dim": config.embed_dim, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
 
