@@ -231,7 +231,7 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
         run.emit({"event": "resumed", "stage": stage.name, "step": progress.step})
     batches = iter(loader)
     student.train()
-    with stop_signals() as stop, _attention(run.device), _closing(loader):
+    with stop_signals() as stop, attention(run.device), _closing(loader):
         while progress.step < stage.steps:
             batch = _next_batch(run, batches)
             metrics = trainee.step(batch, progress.step)
@@ -309,7 +309,7 @@ def _closing(loader: Any) -> Iterator[None]:
         close_loader(loader)
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
+def attention(device: torch.device) -> AbstractContextManager[None]:
     """The attention kernel to train with. On CPUs the fused kernel's backward pass is the slower one
     (`benchmarks/attention.py`)."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
