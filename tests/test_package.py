@@ -30,6 +30,7 @@ def test_public_names() -> None:
     assert sorted(tinyclip.__all__) == [
         "CLIP",
         "CLIPConfig",
+        "HardConcrete",
         "Pipeline",
         "affinity_loss",
         "compact",

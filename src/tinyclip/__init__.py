@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tinyclip.inheritance import inherit as inherit
     from tinyclip.loss import affinity_loss as affinity_loss
     from tinyclip.loss import contrastive_loss as contrastive_loss
+    from tinyclip.masks import HardConcrete as HardConcrete
     from tinyclip.measurement import measure as measure
     from tinyclip.model import CLIP as CLIP
     from tinyclip.pipeline import Pipeline as Pipeline
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "CLIP": "model",
     "CLIPConfig": "config",
+    "HardConcrete": "masks",
     "Pipeline": "pipeline",
     "affinity_loss": "loss",
     "compact": "inheritance",
