@@ -13,20 +13,24 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.checkpoint import load_checkpoint
-from tinyclip.config import CLIPConfig, TransformerConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.data import known_samples
 from tinyclip.inheritance import manual_masks
+from tinyclip.masks import Tower, sparsity, tower_of
 from tinyclip.measurement import macs
 from tinyclip.recipe import Recipe, Stage, Target, TowerSparsity
+from tinyclip.resnet import ModifiedResNet
 
 # (n, n) float32 matrices alive at once in a distillation loss: both models' logits, two softmaxes, two
 # log-softmaxes, two gradients (see `loss.affinity_loss`).
 LOSS_MATRICES = 8
 
-Tower = Literal["image", "text"]
-TOWERS: tuple[Tower, Tower] = ("image", "text")
+TOWERS: dict[str, Tower] = {"image": "visual", "text": "text"}
 Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s a device of a stage's student of that shape
 
 
@@ -104,47 +108,30 @@ def expected_shape(
     """
     if target.target_sparsity is None:
         return start
-    chosen: tuple[Tower, ...] = TOWERS if towers == "both" else (towers,)
-    goals: list[tuple[tuple[Tower, ...], float]]
+    masked: tuple[Tower, ...] = ("visual", "text") if towers == "both" else (TOWERS[towers],)
+    budgets: list[tuple[tuple[Tower, ...], float]] = [(masked, target.target_sparsity)]  # type: ignore[list-item]
     if isinstance(target.target_sparsity, TowerSparsity):
-        goals = [((tower,), getattr(target.target_sparsity, tower)) for tower in chosen]
-    else:
-        goals = [(chosen, target.target_sparsity)]
+        goals = {"visual": target.target_sparsity.image, "text": target.target_sparsity.text}
+        budgets = [((tower,), goals[tower]) for tower in masked]
     shape = start
-    for group, sparsity in goals:
-        budget = (1 - sparsity) * sum(prunable(original, tower, target.unit) for tower in group)
+    for group, goal in budgets:
 
-        def over(thousandths: int, group: tuple[Tower, ...] = group, budget: float = budget) -> bool:
+        def large(thousandths: int, group: tuple[Tower, ...] = group, goal: float = goal) -> bool:
             smaller = shrunk(start, thousandths / 1000, group)
-            return sum(prunable(smaller, tower, target.unit) for tower in group) > budget
+            return sparsity(smaller, original, {}, group, target.unit).item() < goal
 
-        shape = shrunk(shape, bisect_right(range(1, 1001), False, key=over) / 1000, group)
+        shape = shrunk(shape, bisect_right(range(1, 1001), False, key=large) / 1000, group)
     return shape
-
-
-def prunable(config: CLIPConfig, tower: Tower, unit: Literal["params", "macs"]) -> int:
-    """What a sparsity is a fraction of: parameters in a tower's branches, norms left out, or its MACs."""
-    if unit == "macs":
-        return macs(config)[tower]
-    table = {
-        key: entry
-        for key, entry in axis_table(config).items()
-        if entry.branch is not None and ".ln_" not in key and key.startswith("visual.") == (tower == "image")
-    }
-    return count_parameters(table)[tower]
 
 
 def shrunk(config: CLIPConfig, ratio: float, towers: tuple[Tower, ...]) -> CLIPConfig:
     """Width, heads and neurons of the towers times `ratio`, at least 1 of each; heads are taken evenly over blocks."""
-    parts = {"image": "vision", "text": "text"}
     update = {}
     for tower in towers:
-        part = getattr(config, parts[tower])
-        if not isinstance(part, TransformerConfig):
-            raise ValueError(f"a plan knows no learned shape of a {part.kind} image tower")
+        part = tower_of(config, tower)
         totals = [0, *accumulate(heads or 0 for heads in part.heads)]
         kept = [round(after * ratio) - round(before * ratio) for before, after in pairwise(totals)]
-        update[parts[tower]] = part.model_copy(
+        update["vision" if tower == "visual" else "text"] = part.model_copy(
             update={
                 "width": max(1, round(part.width * ratio)),
                 "heads": tuple(None if h is None else min(h, max(1, k)) for h, k in zip(part.heads, kept, strict=True)),
@@ -157,8 +144,13 @@ def shrunk(config: CLIPConfig, ratio: float, towers: tuple[Tower, ...]) -> CLIPC
 def shape_text(config: CLIPConfig) -> str:
     """`12 x 512, text 6 x 512`: layers and width of both towers."""
     vision, text = config.vision, config.text
-    layers = vision.layers if isinstance(vision.layers, int) else list(vision.layers)
-    return f"{layers} x {vision.width}, text {text.layers} x {text.width}"
+    image = f"{vision.layers} x {vision.width}" if isinstance(vision, VisionConfig) else _resnet_text(vision)
+    return f"{image}, text {text.layers} x {text.width}"
+
+
+def _resnet_text(vision: ResNetConfig) -> str:
+    """`[3, 4, 6, 3] x 56`; the first stage's inner channels stand for all."""
+    return f"{list(vision.layers)} x {vision.conv2[0][0]}"
 
 
 # --- operations, memory, hours ----------------------------------------------------------------------------------
@@ -168,8 +160,7 @@ def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None) -> 
     """MACs a pair in training: forward and backward of the student (3x its forward), forward of an untrained tower
     and of the teacher; texts at full context, which training cuts to the longest of the batch."""
     counts = macs(student)
-    trained = TOWERS if stage.towers == "both" else (stage.towers,)
-    total = sum(counts[tower] * (3 if tower in trained else 1) for tower in TOWERS)
+    total = sum(count * (3 if stage.towers in ("both", tower) else 1) for tower, count in counts.items())
     return total + (sum(macs(teacher).values()) if teacher is not None and stage.loss.affinity else 0)
 
 
@@ -203,14 +194,34 @@ def memory(
 def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int) -> int:
     """Bytes kept for the backward pass, a pair. A token of a block keeps the residual stream before both norms in
     float32, and in the autocast dtype both norms' outputs, q, k, v and the attention's output, and the neurons before
-    and after the activation; attention is fused, without checkpointing."""
+    and after the activation; attention is fused, without checkpointing. A ResNet keeps each convolution's output and
+    what its batch norm and activation make of it."""
     vision, text = config.vision, config.text
     total = 0
-    if towers != "text":
-        assert isinstance(vision, TransformerConfig)
+    if towers != "text" and isinstance(vision, VisionConfig):
         total += _kept(vision, vision.grid**2 + 1, dtype_bytes)
+    elif towers != "text":
+        total += 2 * dtype_bytes * _convolved(config)
     if towers != "image":
         total += _kept(text, text.context_length, dtype_bytes)
+    return total
+
+
+def _convolved(config: CLIPConfig) -> int:
+    """Outputs of a ResNet's convolutions for one image."""
+    assert isinstance(config.vision, ResNetConfig)
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel()
+
+    with torch.device("meta"):
+        tower = ModifiedResNet(config.vision, config.embed_dim).eval()
+        for module in tower.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count)
+        tower(torch.empty(1, 3, config.vision.image_size, config.vision.image_size))
     return total
 
 

@@ -243,6 +243,8 @@ class Recipe(Strict):
             raise ValueError("two stages have one name")
         if (self.teacher is None) == (self.model is None):
             raise ValueError("give either `teacher` (to distil) or `model` (to train from scratch)")
+        if self.teacher is None and self.teacher_shape is not None:
+            raise ValueError("teacher_shape: there is no teacher")
         for i, stage in enumerate(self.stages):
             if self.teacher is None and stage.loss.affinity > 0:
                 raise ValueError(f"stages.{i}.loss.affinity: needs a teacher; set it to 0")

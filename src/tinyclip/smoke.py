@@ -14,7 +14,7 @@ from PIL import Image
 
 from tinyclip import train
 from tinyclip.checkpoint import save_checkpoint
-from tinyclip.config import CLIPConfig, TransformerConfig
+from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.data import Batch
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.model import CLIP
@@ -107,19 +107,24 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
 def reduced(config: CLIPConfig) -> CLIPConfig:
     """The same model at a quarter of every width, with two patches a side, 16 tokens and a small vocabulary."""
 
-    def quarter(part: TransformerConfig) -> dict[str, Any]:
-        mlp = tuple(m and max(1, m // 4) for m in part.mlp_width)
-        return {"width": max(1, part.width // 4), "head_dim": max(1, part.head_dim // 4), "mlp_width": mlp}
-
     vision, text = config.vision, config.text
-    if isinstance(vision, TransformerConfig):
-        small = vision.model_copy(update=quarter(vision) | {"image_size": 2 * vision.patch_size})
+    if isinstance(vision, VisionConfig):
+        vision = vision.model_copy(update=_quarter(vision) | {"image_size": 2 * vision.patch_size})
     else:
-        raise ValueError("todo")
+        sizes = {name: _each(getattr(vision, name)) for name in ("stem", "channels", "conv1", "conv2", "head_dim")}
+        vision = vision.model_copy(update=sizes | {"image_size": 64})
     tokens = {"context_length": min(text.context_length, 16), "vocab_size": min(text.vocab_size, SMALL_VOCABULARY)}
-    smaller = text.model_copy(update=quarter(text) | tokens)
-    embed_dim = max(1, config.embed_dim // 4)
-    return config.model_copy(update={"embed_dim": embed_dim, "vision": small, "text": smaller})
+    text = text.model_copy(update=_quarter(text) | tokens)
+    return config.model_copy(update={"embed_dim": _each(config.embed_dim), "vision": vision, "text": text})
+
+
+def _quarter(part: TransformerConfig) -> dict[str, Any]:
+    return {name: _each(getattr(part, name)) for name in ("width", "head_dim", "mlp_width")}
+
+
+def _each(size: Any) -> Any:
+    """A quarter of a size, or of each in a tuple, at least 1; None and 0 stay."""
+    return tuple(map(_each, size)) if isinstance(size, tuple) else size and max(1, size // 4)
 
 
 def make_pictures(folder: Path) -> Path:
