@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 TERMS = ("loss", "affinity", "contrastive")
 
 
+def kept_lines(kept: dict[str, int]) -> list[str]:
+    """What masks keep, a line a tower and kind: `visual heads 6 5 6`."""
+    rows: dict[str, list[str]] = {}
+    for name, count in kept.items():
+        tower, kind, *_ = name.split(".")
+        rows.setdefault(f"{tower} {kind}", []).append(str(count))
+    return [f"{name} {' '.join(counts)}" for name, counts in rows.items()]
+
+
 class Display:
     """Listens to a run's events (see `train.Run.emit`)."""
 
@@ -66,12 +75,24 @@ class Display:
     def _step(self, event: dict[str, Any]) -> None:
         terms = ", ".join(f"{name} {event[name]:.3f}" for name in TERMS if name in event)
         figures = f"{terms}, lr {event['lr']:.1e}, {event['pairs_per_s']:.0f} pairs/s"
+        for name, now in event.get("sparsity", {}).items():
+            what = "" if name == "both" else f"{name} "
+            figures += f", {what}sparsity {100 * now:.1f} % (target {100 * event['target_sparsity'][name]:.1f})"
         if event["skipped"]:
             figures += f", {event['skipped']} skipped"
         if self.live:
             self.progress.update(self.task, completed=event["step"], figures=figures)
         else:
             self.print(f"  step {event['step']}: {figures}")
+
+    def _cut(self, event: dict[str, Any]) -> None:
+        self.print(f"  masks cut after {event['step']} steps; kept:")
+        for line in kept_lines(event["kept"]):
+            self.print(f"    {line}")
+
+    def _latency(self, event: dict[str, Any]) -> None:
+        share = 100 * event["macs_removed"]
+        self.print(f"  {event['latency_ms']:g} ms a pair needs about {share:.0f} % of the MACs removed")
 
     def _evaluation(self, event: dict[str, Any]) -> None:
         names = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,6 +83,32 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
         result |= {"pairs_per_s": batch_size / (image_s + text_s), "batch_size": batch_size}
         result |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
     return result
+
+
+def pair_latency_ms(model: CLIP, batch_size: int = 32) -> float:
+    """Milliseconds an image-text pair, in a batch, texts of full context; median of a few runs."""
+    return 1000 / float(measure(model, batch_size=batch_size, seconds=0.5)["pairs_per_s"])
+
+
+def fraction_for_latency(latency_ms: Callable[[float], float], wanted_ms: float, tries: int = 6) -> float:
+    """The smallest fraction to remove whose latency is at most `wanted_ms`, by bisection.
+
+    Args:
+        latency_ms: measures a model with that fraction of its MACs removed.
+
+    Raises:
+        ValueError: when removing 97 % is not enough, or nothing needs to be removed.
+    """
+    low, high = 0.0, 0.97
+    whole, least = latency_ms(low), latency_ms(high)
+    if wanted_ms < least:
+        raise ValueError(f"latency_ms {wanted_ms:g} cannot be reached: {least:.3g} with 97 % of the MACs removed")
+    if wanted_ms >= whole:
+        raise ValueError(f"latency_ms {wanted_ms:g} is nothing to do: it takes {whole:.3g} as it is")
+    for _ in range(tries):
+        middle = (low + high) / 2
+        low, high = (low, middle) if latency_ms(middle) <= wanted_ms else (middle, high)
+    return high
 
 
 @torch.inference_mode()

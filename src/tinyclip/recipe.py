@@ -121,6 +121,11 @@ class Target(Strict):
             raise ValueError("give either target_sparsity or latency_ms")
         return self
 
+    @property
+    def counted(self) -> Literal["params", "macs"]:
+        """What sparsity counts; a latency is found by way of MACs."""
+        return self.unit if self.latency_ms is None else "macs"
+
 
 class Auto(Target):
     """Masks learned while distilling (TinyCLIP's automatic inheritance), then cut."""
@@ -197,11 +202,35 @@ class Stage(Strict):
         for name in ("auto", "calibrated"):
             if (self.inherit == name) != (getattr(self, name) is not None):
                 raise ValueError(f"`inherit: {name}` and a section `{name}` need each other")
-        if self.auto is not None and self.auto.steps >= self.steps:
-            raise ValueError(
-                f"auto.steps {self.auto.steps} must be below steps {self.steps}, to train on after the cut"
-            )
+        if self.target is not None:
+            self._shape_is_found(self.target)
+        if self.towers != "both":
+            other = "text" if self.towers == "image" else "vision"
+            given = [key for key in (other, "embed_dim", "activation") if key in self.student.model_fields_set]
+            if given or self.student.like:
+                name = f"student.{(given or ['like'])[0]}"
+                raise ValueError(f"towers: {self.towers} leaves the other tower as it is; leave {name} out")
         return self
+
+    @property
+    def target(self) -> Target | None:
+        """What masks are to remove, where the shape is not given."""
+        return self.auto or self.calibrated
+
+    def _shape_is_found(self, target: Target) -> None:
+        if self.student != StudentShape():
+            raise ValueError(f"inherit: {self.inherit} finds the student's shape; leave `student` out")
+        if isinstance(target.target_sparsity, TowerSparsity) and self.towers != "both":
+            raise ValueError(f"{self.inherit}.target_sparsity: one number, since towers is {self.towers}")
+        if self.auto is not None:
+            if self.auto.steps >= self.steps:
+                raise ValueError(
+                    f"auto.steps {self.auto.steps} must be below steps {self.steps}, to train on after the cut"
+                )
+            if self.optimizer.warmup_steps:
+                raise ValueError(
+                    "optimizer.warmup_steps: the learning rate rises while masks are learned; leave it out"
+                )
 
 
 class Evaluation(Strict):
@@ -252,7 +281,24 @@ class Recipe(Strict):
                 raise ValueError(f"stages.{i}.start: there is no teacher")
             if self.teacher is None and i == 0 and stage.inherit != "none":
                 raise ValueError(f"stages.{i}.inherit: there is no teacher to inherit from; set it to none")
+            if self.teacher is None and (stage.target is not None or stage.towers != "both"):
+                key = "towers" if stage.towers != "both" else "inherit"
+                raise ValueError(f"stages.{i}.{key}: needs a teacher")
+            _check_rise(i, stage, self.stages[i - 1] if i else None)
         return self
+
+
+def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
+    """Sparsity counts from the original teacher, so it must rise from stage to stage."""
+    if before is None or stage.start != "previous" or stage.target is None or before.target is None:
+        return
+    now, then = stage.target.target_sparsity, before.target.target_sparsity
+    comparable = stage.towers == before.towers and stage.target.counted == before.target.counted
+    if comparable and isinstance(now, float) and isinstance(then, float) and now <= then:
+        raise ValueError(
+            f"stages.{i}.{stage.inherit}.target_sparsity: {now} must exceed the {then} of the stage before, since both "
+            "count from the original teacher"
+        )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

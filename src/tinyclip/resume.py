@@ -79,7 +79,10 @@ def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress |
     with atomic_directory(place) as temporary:
         save_into(temporary, trainee.model, trainee.tokenizer, trainee.preprocess)
         if progress is not None:
+            if trainee.pruner is not None:
+                trainee.pruner.save(temporary)
             data = {
+                "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
                 "optimizer": trainee.optimizer.state_dict(),
                 "scaler": trainee.scaler.state_dict(),
                 "loader": loader.save_state_rank(),
@@ -112,6 +115,9 @@ def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> b
         text = " ".join(str(error).split())
         raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
     trainee.optimizer.load_state_dict(data["optimizer"])
+    if trainee.pruner is not None:
+        trainee.pruner.load(place)
+        trainee.pruner.optimizer.load_state_dict(data["masks"])
     trainee.scaler.load_state_dict(data["scaler"])
     loader.restore_state_rank(data["loader"])
     torch.set_rng_state(data["random"])
@@ -130,7 +136,7 @@ def forget_metrics(path: Path, stage: str, step: int) -> None:
             event = json.loads(line)
         except ValueError:
             continue
-        if event.get("stage") != stage or 0 < event.get("step", 0) <= step:
+        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= step):
             kept.append(line)
     write_atomically(path, "".join(kept))
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from tinyclip.data import Batch
 from tinyclip.loss import affinity_loss, contrastive_loss
+from tinyclip.masks import Masks
 from tinyclip.model import CLIP
+from tinyclip.pruning import Pruner
 from tinyclip.recipe import Stage
 from tinyclip.teacher import Teacher, image_input, shorten
 from tinyclip.tokenizer import CLIPTokenizer
@@ -29,9 +31,11 @@ class Trainee:
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
     precision: str
+    pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
         self.device = self.model.logit_scale.device
+        freeze_other_tower(self.model, self.stage.towers)
         self.optimizer = make_optimizer(self.model, self.stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self._fix_logit_scale()
@@ -51,22 +55,13 @@ class Trainee:
             return self.teacher.scale
         return float(setting)
 
-    def loss_terms(self, batch: Batch) -> dict[str, Tensor]:
+    def loss_terms(self, batch: Batch, masks: Masks | None = None) -> dict[str, Tensor]:
         """The weighted sum as `loss`, and each term that has a weight. Only the towers run in lower precision."""
-        images = batch.images.to(self.device, non_blocking=True)
-        context, end_id = self.model.config.text.context_length, self.tokenizer.end_id
-        tokens = shorten(batch.tokens, end_id, context).to(self.device)
-        settings, teacher_features = self.stage.loss, None
-        dtype = getattr(torch, self.precision)
-        with torch.autocast(self.device.type, dtype, enabled=self.precision != "float32"):
-            image_features = self.model.encode_image(image_input(images, self.preprocess), normalize=True)
-            text_features = self.model.encode_text(tokens, normalize=True)
-            if settings.affinity:
-                assert self.teacher is not None, "the recipe's validation asks for a teacher here"
-                teacher_features = self.teacher.features(images, batch.tokens, end_id)
-        image_features, text_features = image_features.float(), text_features.float()
+        settings = self.stage.loss
+        image_features, text_features, teacher_features = self._features(batch, masks)
         terms: dict[str, Tensor] = {}
-        if teacher_features is not None:
+        if settings.affinity:
+            assert teacher_features is not None, "the recipe's validation asks for a teacher here"
             scales = self._scale(settings.student_scale), self._scale(settings.teacher_scale)
             terms["affinity"] = affinity_loss(image_features, text_features, *teacher_features, *scales)
         if settings.contrastive:
@@ -76,27 +71,60 @@ class Trainee:
         loss = torch.stack([getattr(settings, name) * term for name, term in terms.items()]).sum()
         return terms | {"loss": loss}
 
+    def _features(self, batch: Batch, masks: Masks | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Normalised image_features and text_features in float32, and the teacher's where they are needed."""
+        images = batch.images.to(self.device, non_blocking=True)
+        context, end_id = self.model.config.text.context_length, self.tokenizer.end_id
+        towers, settings = self.stage.towers, self.stage.loss
+        theirs: tuple[Tensor, Tensor] | None = None
+        with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
+            if self.teacher is not None and (settings.affinity or towers != "both"):
+                theirs = self.teacher.features(images, batch.tokens, end_id)
+            # A tower that is left alone is the teacher's, so its features are at hand.
+            if towers == "text" and theirs is not None:
+                image_features = theirs[0]
+            else:
+                image_features = self.model.encode_image(image_input(images, self.preprocess), masks, normalize=True)
+            if towers == "image" and theirs is not None:
+                text_features = theirs[1]
+            else:
+                tokens = shorten(batch.tokens, end_id, context).to(self.device)
+                text_features = self.model.encode_text(tokens, masks, normalize=True)
+        return image_features.float(), text_features.float(), theirs
+
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step; returns the loss terms, the gradient norm and the learning rate.
 
         Raises:
             ValueError: when the loss or the gradient is not finite; the weights are then those before the step.
         """
-        lr = learning_rate(step, self.stage)
+        lr, pruner = learning_rate(step, self.stage), self.pruner
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        terms = self.loss_terms(batch)
+        optimizers = [self.optimizer]
+        parameters = list(self.model.parameters())
+        terms = self.loss_terms(batch, pruner.sample(step) if pruner else None)
+        if pruner is not None:
+            optimizers.append(pruner.optimizer)
+            parameters += pruner.parameters()
+            terms["constraint"] = pruner.constraint(pruner.hard, step).to(self.device)
+            terms["loss"] = terms["loss"] + terms["constraint"]
         self._check("loss", terms["loss"], batch, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(terms["loss"]).backward()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.stage.optimizer.grad_clip)
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.grad_clip)
         if not self.scaler.is_enabled():  # the scaler skips such steps and lowers its scale
             self._check("gradient", norm, batch, step)
-        self.scaler.step(self.optimizer)
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+            if pruner is not None:
+                pruner.hard.clamp_()
         return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm, "lr": torch.tensor(lr)}
 
     def _check(self, what: str, value: Tensor, batch: Batch, step: int) -> None:
@@ -119,10 +147,18 @@ def make_optimizer(student: CLIP, stage: Stage) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
+def freeze_other_tower(model: CLIP, towers: str) -> None:
+    """With `towers: image` the text tower gets no gradients, and the other way round."""
+    for key, parameter in model.named_parameters():
+        tower = "image" if key.startswith("visual.") else "text"
+        parameter.requires_grad_(towers in ("both", tower) or key == "logit_scale")
+
+
 def learning_rate(step: int, stage: Stage) -> float:
-    """Linear warm-up, then cosine to 0; `step` counts from 0."""
+    """Linear warm-up (while masks are learned, if they are), then cosine to 0; `step` counts from 0."""
     settings = stage.optimizer
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, stage.steps - settings.warmup_steps)
+    warmup_steps = stage.auto.steps if stage.auto else settings.warmup_steps
+    if step < warmup_steps:
+        return settings.lr * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, stage.steps - warmup_steps)
     return settings.lr * (1 + math.cos(math.pi * done)) / 2

@@ -32,9 +32,12 @@ from tinyclip.config import CLIPConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
-from tinyclip.inheritance import inherit, manual_masks
+from tinyclip.inheritance import compact, inherit, manual_masks
+from tinyclip.masks import sparsity, tower_of
+from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
-from tinyclip.recipe import Recipe
+from tinyclip.pruning import MASKS, TOWERS, Pruner, budgets, saved_targets, thinner
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, stop_signals
 from tinyclip.step import Trainee
 from tinyclip.teacher import Teacher
@@ -113,9 +116,10 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
                 base = CLIPConfig.from_json(Path(stage.start) / "config.json")
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
-            config = stage.student.apply(base)
+            config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
             if stage.inherit == "manual":
                 manual_masks(base, config)
+            _check_towers(stage, base, first)
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
@@ -123,6 +127,17 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
         configs.append(config)
     return configs
+
+
+def _check_towers(stage: Stage, base: CLIPConfig, teacher: CLIPConfig) -> None:
+    """Early errors for a tower that is to stay the teacher's, and for one that takes no learned masks."""
+    kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
+    for name in kept:
+        if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
+            raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
+    if stage.auto is not None:
+        for tower in TOWERS[stage.towers]:
+            tower_of(base, tower)
 
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
@@ -191,25 +206,48 @@ def run(run: Run) -> list[dict[str, Any]]:
 
 
 def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
-    stage, config = run.recipe.stages[i], run.configs[i]
-    torch.manual_seed(run.recipe.seed + i)
-    if stage.inherit == "none":
-        return CLIP(config)
-    if stage.start == "previous" and previous is not None:
-        base = previous
-    elif stage.start in ("previous", "teacher"):
-        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
-        base = run.teacher.model
-    else:
-        base, tokenizer, _ = load_checkpoint(stage.start)
-        if tokenizer.merges != run.tokenizer.merges:
-            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+    stage, recipe = run.recipe.stages[i], run.recipe
+    torch.manual_seed(recipe.seed + i)
+    if recipe.teacher is None and i == 0:
+        return CLIP(run.configs[i])
+    base = _base(run, i, previous)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        student = inherit(base, config)
+        if stage.inherit == "none":
+            student = CLIP(stage.student.apply(base.config)).to(run.device)
+        elif stage.inherit == "manual":
+            student = inherit(base, stage.student.apply(base.config))
+        else:  # auto cuts it later
+            student = compact(base, {})
     for warning in caught:
         run.emit({"event": "warning", "stage": stage.name, "text": str(warning.message)})
+    if stage.towers != "both":
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        _keep_tower(student, run.teacher.model, stage.towers)
     return student
+
+
+def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    """The model that a stage starts from; the caller must not change it."""
+    stage = run.recipe.stages[i]
+    if stage.start == "previous" and previous is not None:
+        return previous
+    if stage.start in ("previous", "teacher"):
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        return run.teacher.model
+    base, tokenizer, _ = load_checkpoint(stage.start)
+    if tokenizer.merges != run.tokenizer.merges:
+        raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+    return base.to(run.device)
+
+
+@torch.no_grad()
+def _keep_tower(student: CLIP, teacher: CLIP, towers: str) -> None:
+    """Give the student the teacher's own weights in the tower that is left alone."""
+    own = student.state_dict()
+    for key, value in teacher.state_dict().items():
+        if key != "logit_scale" and key.startswith("visual.") != (towers == "image"):
+            own[key].copy_(value)
 
 
 def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
@@ -220,26 +258,91 @@ def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
 
 
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
-    stage, every = run.recipe.stages[i], run.recipe.evaluation.every if run.recipe.evaluation else None
-    preprocess = _preprocess_for(run, student)
-    trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess, run.precision)
-    loader, progress, last = _loader(run, i), Progress(), folder / "last"
+    stage, last = run.recipe.stages[i], folder / "last"
+    to_cut = stage.auto is not None and not _is_cut(last)
+    if to_cut:
+        _learn_masks(run, i, student, folder)
+    if (last / STATE).exists():
+        student = load_checkpoint(last)[0].to(run.device)
+    trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision)
+    progress = _loop(run, i, trainee, folder, stage.steps, new=not to_cut)
+    _evaluate(run, trainee, progress, folder)
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
+    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    (last / STATE).unlink()  # only now is it of no use
+    return student.eval(), result
+
+
+def _is_cut(last: Path) -> bool:
+    """Whether an auto stage's masks have already been folded into its student."""
+    return (last / STATE).exists() and not (last / MASKS).exists()
+
+
+def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
+    """The first part of an auto stage; leaves the cut student in `last`, ready for the second."""
+    stage, last = run.recipe.stages[i], folder / "last"
+    assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    try:
+        targets = saved_targets(last) if (last / MASKS).exists() else _targets(run, stage, student)
+        original = run.teacher.model.config
+        pruner = Pruner(student.config, original, stage, targets, run.recipe.seed + i, run.device)
+    except ValueError as error:
+        raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
+    trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision, pruner)
+    progress = _loop(run, i, trainee, folder, stage.auto.steps)
+    cut = pruner.cut(student)
+    figures = pruner.figures(progress.step)
+    run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
+    # From here on it is a student like any other, with a new optimiser.
+    after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
+    loader = _loader(run, i, cut=True)
+    save(last, after, loader, progress)
+    close_loader(loader)
+
+
+def _targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
+    assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    targets = budgets(stage.auto, stage.towers)
+    if targets is not None:
+        return targets
+    assert stage.auto.latency_ms is not None, "the recipe's validation asks for one of the two"
+    config, towers = student.config, TOWERS[stage.towers]
+
+    def latency_ms(removed: float) -> float:
+        return pair_latency_ms(CLIP(thinner(config, removed, towers)).eval().to(run.device))
+
+    removed = fraction_for_latency(latency_ms, stage.auto.latency_ms)
+    run.emit({"event": "latency", "stage": stage.name, "latency_ms": stage.auto.latency_ms, "macs_removed": removed})
+    start = sparsity(config, run.teacher.model.config, {}, towers, "macs").item()
+    return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}
+
+
+def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, new: bool = True) -> Progress:
+    """Train until a step of the stage, from where its last checkpoint stands; `new`: the stage just began or goes
+    on after an interruption, which is announced."""
+    stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
+    cut = stage.auto is not None and trainee.pruner is None
+    loader, progress, last = _loader(run, i, cut), Progress(), folder / "last"
     resumed = restore(last, trainee, loader, progress)
-    forget_metrics(run.folder / "metrics.jsonl", stage.name, progress.step)
-    run.emit({"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps})
-    if resumed:
+    if new:
+        forget_metrics(run.folder / "metrics.jsonl", stage.name, progress.step)
+        event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
+        (run.listener if resumed else run.emit)(event)
+    if new and resumed:
         run.emit({"event": "resumed", "stage": stage.name, "step": progress.step})
     batches = iter(loader)
-    student.train()
+    trainee.model.train()
     with stop_signals() as stop, attention(run.device), _closing(loader):
-        while progress.step < stage.steps:
+        while progress.step < until:
             batch = _next_batch(run, batches)
             metrics = trainee.step(batch, progress.step)
             progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl")
-            done = progress.step == stage.steps
+            done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
-                figures = {name: value.item() for name, value in metrics.items()}
-                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures | progress.figures())
+                figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
+                figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
             else:
                 run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
             evaluate = every is not None and progress.step % every == 0 and not done
@@ -249,15 +352,10 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
                 raise Interrupted(stop[0], progress.step)
             if evaluate:
                 _evaluate(run, trainee, progress, folder)
-    _evaluate(run, trainee, progress, folder)
-    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
-    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    (last / STATE).unlink()  # only now is it of no use
-    return student.eval(), result
+    return progress
 
 
-def _loader(run: Run, i: int) -> Any:
+def _loader(run: Run, i: int, cut: bool = False) -> Any:
     stage, config = run.recipe.stages[i], run.configs[i]
     teacher = run.teacher.model.config if run.teacher else config
     return training_loader(
@@ -268,7 +366,7 @@ def _loader(run: Run, i: int) -> Any:
         augment=stage.augment,
         batch_size=stage.batch_size,
         workers=run.recipe.workers,
-        seed=run.recipe.seed + i,  # stages see the data in different orders
+        seed=run.recipe.seed + i + 1000 * cut,  # stages, and their parts, see the data in different orders
     )
 
 
@@ -284,12 +382,13 @@ def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
 def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
     if run.evaluator is None:
         return
-    progress.evaluation = run.evaluator(trainee.model.eval(), run.tokenizer, trainee.preprocess)
+    student = trainee.pruner.cut(trainee.model) if trainee.pruner else trainee.model
+    progress.evaluation = run.evaluator(student.eval(), run.tokenizer, trainee.preprocess)
     trainee.model.train()
     event = {"event": "evaluation", "stage": trainee.stage.name, "step": progress.step}
     run.emit(event | progress.evaluation)
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
-    if score > progress.best_score:
+    if score > progress.best_score and trainee.pruner is None:  # masks that still move make no student
         progress.best_score, progress.best_step = score, progress.step
         save(folder / "best", trainee)
     progress.pause()
