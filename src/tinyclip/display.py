@@ -127,7 +127,9 @@ def _sizes(entry: dict[str, Any]) -> list[str]:
 
 
 def _costs(entry: dict[str, Any], memory_bytes: float) -> list[str]:
-    epochs, hours = ("" if entry[k] is None else f"{entry[k]:,.1f}" for k in ("epochs", "hours"))
+    epochs, hours = (
+        "" if entry[k] is None else f"{entry[k]:,.{1 if entry[k] >= 1 else 3}f}" for k in ("epochs", "hours")
+    )
     steps, memory = f"{entry['steps']:,}", f"{memory_bytes / 1e9:,.1f}"
     return [steps, _prefixed(entry["samples"]), epochs, _prefixed(entry["flops"]), memory, hours]
 

@@ -6,10 +6,9 @@ measured is not known before: it is planned as if every width of its start shran
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +20,16 @@ from tinyclip.checkpoint import load_checkpoint
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.data import known_samples
 from tinyclip.inheritance import manual_masks
-from tinyclip.masks import Tower, sparsity, tower_of
+from tinyclip.masks import Tower, sparsity
 from tinyclip.measurement import macs
-from tinyclip.recipe import Recipe, Stage, Target, TowerSparsity
+from tinyclip.pruning import budgets, thinner
+from tinyclip.recipe import Recipe, Stage, Target
 from tinyclip.resnet import ModifiedResNet
 
 # (n, n) float32 matrices alive at once in a distillation loss: both models' logits, two softmaxes, two
 # log-softmaxes, two gradients (see `loss.affinity_loss`).
 LOSS_MATRICES = 8
 
-TOWERS: dict[str, Tower] = {"image": "visual", "text": "text"}
 Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s a device of a stage's student of that shape
 
 
@@ -88,7 +87,7 @@ def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes]
             if stage.inherit == "manual":
                 manual_masks(start, student)
             elif stage.inherit != "none":
-                target = stage.auto or stage.calibrated
+                target = stage.target
                 assert target is not None, "the recipe's validation asks for the section"
                 start, student = student, expected_shape(student, teacher, target, stage.towers)
                 if target.latency_ms is not None:
@@ -106,39 +105,16 @@ def expected_shape(
 
     The budget counts from `original`, as in training: a shared one over both towers, or one for each.
     """
-    if target.target_sparsity is None:
-        return start
-    masked: tuple[Tower, ...] = ("visual", "text") if towers == "both" else (TOWERS[towers],)
-    budgets: list[tuple[tuple[Tower, ...], float]] = [(masked, target.target_sparsity)]  # type: ignore[list-item]
-    if isinstance(target.target_sparsity, TowerSparsity):
-        goals = {"visual": target.target_sparsity.image, "text": target.target_sparsity.text}
-        budgets = [((tower,), goals[tower]) for tower in masked]
     shape = start
-    for group, goal in budgets:
+    for name, goal in (budgets(target, towers) or {}).items():
+        group: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
 
-        def large(thousandths: int, group: tuple[Tower, ...] = group, goal: float = goal) -> bool:
-            smaller = shrunk(start, thousandths / 1000, group)
-            return sparsity(smaller, original, {}, group, target.unit).item() < goal
+        def reached(thousandths: int, group: tuple[Tower, ...] = group, goal: float = goal) -> bool:
+            smaller = thinner(start, thousandths / 1000, group)
+            return sparsity(smaller, original, {}, group, target.counted).item() >= goal
 
-        shape = shrunk(shape, bisect_right(range(1, 1001), False, key=large) / 1000, group)
+        shape = thinner(shape, bisect_left(range(1000), True, key=reached) / 1000, group)
     return shape
-
-
-def shrunk(config: CLIPConfig, ratio: float, towers: tuple[Tower, ...]) -> CLIPConfig:
-    """Width, heads and neurons of the towers times `ratio`, at least 1 of each; heads are taken evenly over blocks."""
-    update = {}
-    for tower in towers:
-        part = tower_of(config, tower)
-        totals = [0, *accumulate(heads or 0 for heads in part.heads)]
-        kept = [round(after * ratio) - round(before * ratio) for before, after in pairwise(totals)]
-        update["vision" if tower == "visual" else "text"] = part.model_copy(
-            update={
-                "width": max(1, round(part.width * ratio)),
-                "heads": tuple(None if h is None else min(h, max(1, k)) for h, k in zip(part.heads, kept, strict=True)),
-                "mlp_width": tuple(m and max(1, round(m * ratio)) for m in part.mlp_width),
-            }
-        )
-    return config.model_copy(update=update)
 
 
 def shape_text(config: CLIPConfig) -> str:
