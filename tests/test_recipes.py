@@ -236,6 +236,7 @@ def test_what_is_absent_is_said() -> None:
 
 def test_a_teacher_that_is_here_gives_its_shape(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(small_config().model_dump_json())
+    (tmp_path / "preprocess.json").write_text("{}")  # weights are not needed
     result = plan(recipe([{"name": "a", "steps": 5}], teacher=str(tmp_path)))
     assert result["teacher"]["shape"] == "3 x 32, text 2 x 24" and not result["notes"]
 

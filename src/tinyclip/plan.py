@@ -63,8 +63,9 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
 
 
 def _config_of(path: Path) -> CLIPConfig:
-    config = path / "config.json"
-    return CLIPConfig.from_json(config) if config.exists() else load_checkpoint(path)[0].config
+    """Of our own checkpoints the config alone is read; of others, whose config.json is another, the weights say it."""
+    ours = (path / "preprocess.json").exists()
+    return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
 
 
 def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes], list[str]]:
