@@ -244,16 +244,13 @@ class Constraint(nn.Module):
 
     Args:
         targets: for `visual`, `text` or `both`; one budget each.
-
-    Raises:
-        ValueError: for a target that cannot be reached, or that the model has already passed.
     """
 
     def __init__(self, hard: HardConcrete, targets: Mapping[str, float], ramp_steps: int) -> None:
         super().__init__()
         self.targets, self.ramp_steps = dict(targets), ramp_steps
         self.multipliers = nn.ParameterDict({name: torch.full((2,), 10.0) for name in targets})
-        self.start = {name: _bounds(hard, name, target)[0] for name, target in targets.items()}
+        self.start = {name: budget_bounds(hard, name)[0] for name in targets}
 
     def target(self, name: str, step: int) -> float:
         """Target sparsity at a step, counted from 0."""
@@ -270,20 +267,29 @@ class Constraint(nn.Module):
 
 
 @torch.no_grad()
-def _bounds(hard: HardConcrete, name: str, target: float) -> tuple[float, float]:
-    """Sparsity before anything is masked, and the largest that the clamp allows."""
+def budget_bounds(hard: HardConcrete, name: str) -> tuple[float, float]:
+    """Sparsity of a budget before anything is masked, and the largest that the clamp allows."""
     towers: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
 
     def at(keep: Masks) -> float:
         return sparsity(hard.config, hard.original, keep, towers, hard.unit).item()
 
     least = probability_kept(torch.tensor(-LARGEST))
-    start, largest = at({}), at({key: least.expand(len(value)) for key, value in hard.named_log_alpha()})
-    what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
-    if target > largest:
-        raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
-    if target <= start:
-        raise ValueError(
-            f"target_sparsity {target} of {what} is nothing to do: {start:.3f} of the original teacher is already gone"
-        )
-    return start, largest
+    return at({}), at({key: least.expand(len(value)) for key, value in hard.named_log_alpha()})
+
+
+def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
+    """Refuse what masks cannot do.
+
+    Raises:
+        ValueError: for a target that cannot be reached, or that the model has already passed.
+    """
+    for name, target in targets.items():
+        what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
+        start, largest = budget_bounds(hard, name)
+        if target > largest:
+            raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
+        if target <= start:
+            raise ValueError(
+                f"target_sparsity {target} of {what} is nothing to do: {start:.3f} of the teacher is gone already"
+            )

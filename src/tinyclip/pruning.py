@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -110,9 +110,12 @@ def budgets(target: Target, towers: str) -> dict[str, float] | None:
 
 
 def saved_targets(folder: Path) -> dict[str, float]:
-    """The targets in a checkpoint that has masks."""
-    with safe_open(folder / MASKS, "pt") as file:
-        return dict(json.loads(file.metadata()["targets"]))
+    """The targets in a checkpoint that has masks; `ValueError` when the file is damaged."""
+    try:
+        with safe_open(folder / MASKS, "pt") as file:
+            return dict(json.loads(file.metadata()["targets"]))
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MASKS}: damaged ({error}); remove {folder} to start the stage anew") from None
 
 
 def thinner(config: CLIPConfig, removed: float, towers: tuple[Tower, ...]) -> CLIPConfig:

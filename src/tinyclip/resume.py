@@ -107,13 +107,7 @@ def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> b
     if not (place / STATE).exists():
         return False
     trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
-    try:
-        # Not weights_only: Energon's state is made of its own classes. The file is this run's own. On the CPU,
-        # since the workers take their random states from it; the optimiser moves its own tensors.
-        data = torch.load(place / STATE, weights_only=False, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
+    data = _read_state(place)
     trainee.optimizer.load_state_dict(data["optimizer"])
     if trainee.pruner is not None:
         trainee.pruner.load(place)
@@ -124,6 +118,21 @@ def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> b
     for name, value in data["progress"].items():
         setattr(progress, name, value)
     return True
+
+
+def saved_step(place: Path) -> int:
+    """The step that a checkpoint of a stage stands at; 0 when there is nothing to go on from."""
+    return int(_read_state(place)["progress"]["step"]) if (place / STATE).exists() else 0
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    try:
+        # Not weights_only: Energon's state is made of its own classes. The file is this run's own. On the CPU,
+        # since the workers take their random states from it; the optimiser moves its own tensors.
+        return dict(torch.load(place / STATE, weights_only=False, map_location="cpu"))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
 
 
 def forget_metrics(path: Path, stage: str, step: int) -> None:

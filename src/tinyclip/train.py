@@ -33,12 +33,12 @@ from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepa
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.inheritance import compact, inherit, manual_masks
-from tinyclip.masks import sparsity, tower_of
+from tinyclip.masks import HardConcrete, check_targets, sparsity
 from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, TOWERS, Pruner, budgets, saved_targets, thinner
 from tinyclip.recipe import Recipe, Stage
-from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, stop_signals
+from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
 from tinyclip.step import Trainee
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
@@ -130,14 +130,15 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
 
 
 def _check_towers(stage: Stage, base: CLIPConfig, teacher: CLIPConfig) -> None:
-    """Early errors for a tower that is to stay the teacher's, and for one that takes no learned masks."""
+    """Early errors for a tower that is to stay the teacher's, and for masks that cannot do what is asked."""
     kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
     for name in kept:
         if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
             raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
     if stage.auto is not None:
-        for tower in TOWERS[stage.towers]:
-            tower_of(base, tower)
+        auto = stage.auto
+        hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
+        check_targets(hard, budgets(auto, stage.towers) or {})
 
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
@@ -195,6 +196,7 @@ def run(run: Run) -> list[dict[str, Any]]:
             student = load_checkpoint(folder / "last")[0]
             results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
             continue
+        _announce(run, i, saved_step(folder / "last"))
         student = _starting_student(run, i, student)
         student, result = _train_stage(run, i, student.to(run.device), folder)
         results.append(result)
@@ -203,6 +205,16 @@ def run(run: Run) -> list[dict[str, Any]]:
         dtype = getattr(torch, run.recipe.save_dtype)
         save_into(place, student, run.tokenizer, _preprocess_for(run, student), dtype)
     return results
+
+
+def _announce(run: Run, i: int, step: int) -> None:
+    """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
+    stage = run.recipe.stages[i]
+    forget_metrics(run.folder / "metrics.jsonl", stage.name, step)
+    event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
+    (run.listener if step else run.emit)(event)
+    if step:
+        run.emit({"event": "resumed", "stage": stage.name, "step": step})
 
 
 def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
@@ -259,13 +271,12 @@ def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
 
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
     stage, last = run.recipe.stages[i], folder / "last"
-    to_cut = stage.auto is not None and not _is_cut(last)
-    if to_cut:
+    if stage.auto is not None and not _is_cut(last):
         _learn_masks(run, i, student, folder)
     if (last / STATE).exists():
         student = load_checkpoint(last)[0].to(run.device)
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision)
-    progress = _loop(run, i, trainee, folder, stage.steps, new=not to_cut)
+    progress = _loop(run, i, trainee, folder, stage.steps)
     _evaluate(run, trainee, progress, folder)
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
@@ -283,12 +294,12 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     """The first part of an auto stage; leaves the cut student in `last`, ready for the second."""
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
-    try:
-        targets = saved_targets(last) if (last / MASKS).exists() else _targets(run, stage, student)
-        original = run.teacher.model.config
-        pruner = Pruner(student.config, original, stage, targets, run.recipe.seed + i, run.device)
-    except ValueError as error:
-        raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
+    targets = saved_targets(last) if (last / MASKS).exists() else _targets(run, stage, student)
+    pruner = Pruner(student.config, run.teacher.model.config, stage, targets, run.recipe.seed + i, run.device)
+    for name, start in pruner.constraint.start.items():
+        if start >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
+            text = f"{start:.3f} of the original teacher is gone already, target_sparsity {targets[name]:.3f} adds none"
+            run.emit({"event": "warning", "stage": stage.name, "text": text})
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision, pruner)
     progress = _loop(run, i, trainee, folder, stage.auto.steps)
     cut = pruner.cut(student)
@@ -318,19 +329,12 @@ def _targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
     return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}
 
 
-def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, new: bool = True) -> Progress:
-    """Train until a step of the stage, from where its last checkpoint stands; `new`: the stage just began or goes
-    on after an interruption, which is announced."""
+def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
+    """Train until a step of the stage, from where its last checkpoint stands."""
     stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
     cut = stage.auto is not None and trainee.pruner is None
     loader, progress, last = _loader(run, i, cut), Progress(), folder / "last"
-    resumed = restore(last, trainee, loader, progress)
-    if new:
-        forget_metrics(run.folder / "metrics.jsonl", stage.name, progress.step)
-        event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
-        (run.listener if resumed else run.emit)(event)
-    if new and resumed:
-        run.emit({"event": "resumed", "stage": stage.name, "step": progress.step})
+    restore(last, trainee, loader, progress)
     batches = iter(loader)
     trainee.model.train()
     with stop_signals() as stop, attention(run.device), _closing(loader):
