@@ -62,10 +62,17 @@ def workplace(tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def shorten_recipe(source: Path, target: Path) -> None:
     recipe = yaml.safe_load(source.read_text())
+    if "teacher_shape" in recipe:  # its teacher and data are not here: pages plan it or smoke it
+        shutil.copy(source, target)
+        return
     recipe.pop("evaluation", None)
     for stage in recipe["stages"]:
         stage |= {"steps": 2, "batch_size": 8}
-        stage["optimizer"]["warmup_steps"] = 0
+        stage.setdefault("optimizer", {})["warmup_steps"] = 0
+        if "auto" in stage:
+            stage["auto"]["steps"] = 1
+        if "calibrated" in stage:
+            stage["calibrated"]["batches"] = 2
     target.write_text(yaml.safe_dump(recipe))
 
 

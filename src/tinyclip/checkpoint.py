@@ -61,8 +61,9 @@ def save_into(
 ) -> None:
     """Write a checkpoint's files into a folder that exists (see `save_checkpoint`)."""
     state = model.state_dict()
-    if dtype is not None:
-        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    if dtype is not None:  # of weights; batch-norm statistics keep theirs, as variances may leave float16's range
+        weights = {key for key, _ in model.named_parameters()}
+        state = {key: value.to(dtype) if key in weights else value for key, value in state.items()}
     (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "preprocess.json").write_text(preprocess.model_dump_json(indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")

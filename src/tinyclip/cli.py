@@ -28,6 +28,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Try every stage for two steps: random weights, made-up data.")]
+Small = Annotated[bool, typer.Option("--small", help="With --smoke: at a quarter of every width, in seconds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
 
@@ -68,28 +70,69 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def distill(recipe: Path, sets: Sets = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+def distill(
+    recipe: Path,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    small: Small = False,
+) -> None:
     """Compress a teacher in the stages of a RECIPE; ends with a table and report.html."""
-    _train(recipe, sets or [], overwrite, resume, distil=True)
+    chosen = _recipe_for(recipe, sets or [], distil=True)
+    if smoke or small:
+        _smoke(chosen, smoke, small)
+    else:
+        _train(chosen, overwrite, resume)
 
 
 @app.command()
-def train(recipe: Path, sets: Sets = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+def train(
+    recipe: Path,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    small: Small = False,
+) -> None:
     """Train a model from scratch by a RECIPE without teacher."""
-    _train(recipe, sets or [], overwrite, resume, distil=False)
+    chosen = _recipe_for(recipe, sets or [], distil=False)
+    if smoke or small:
+        _smoke(chosen, smoke, small)
+    else:
+        _train(chosen, overwrite, resume)
 
 
-def _train(path: Path, sets: list[str], overwrite: bool, resume: bool, distil: bool) -> None:
+def _recipe_for(path: Path, sets: list[str], distil: bool) -> Any:
     from tinyclip.recipe import load_recipe
 
     recipe = load_recipe(path, sets)
     if distil != (recipe.teacher is not None):
         other = "train" if distil else "distill"
         raise ValueError(f"{path} has {'no' if distil else 'a'} teacher: use `tinyclip {other}`")
+    return recipe
+
+
+def _train(recipe: Any, overwrite: bool, resume: bool) -> None:
     command = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     hint = shlex.join(["tinyclip", *command, "--resume"])
     folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=hint)
     write_run_report([folder], folder / "report.html", folder.name)
+
+
+def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
+    from tinyclip.report import evaluator
+    from tinyclip.resume import Interrupted
+    from tinyclip.smoke import smoke as tried
+
+    if not smoke:
+        raise ValueError("--small goes with --smoke")
+    try:
+        results = tried(recipe, small, lambda data: evaluator(data, None))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        fail("the dry run was stopped", 128 + getattr(stop, "signal_number", signal.SIGINT))
+    for result in results:
+        say(f"stage {result['stage']}: ok, {result['shape']}, {result['seconds']:.1f} s")
 
 
 def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path:
@@ -122,6 +165,39 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
     entries = report(runs, path, title)
     _print_table(COLUMNS, table(entries))
     say(f"report: {path}")
+
+
+@app.command()
+def plan(
+    recipe: Path,
+    sets: Sets = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share each batch.")] = 1,
+    samples: Annotated[int | None, typer.Option(min=1, help="Pairs of the data, where it is not here.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=1e-6, help="Hours at these sustained TFLOP/s a device.")] = None,
+    pairs_per_s: Annotated[float | None, typer.Option(min=1e-6, help="Hours at this speed a device.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Hours at the speed of a few steps timed here.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a RECIPE would take: shapes, parameters, MACs, steps, memory, FLOPs, hours. Runs and writes nothing."""
+    from tinyclip.display import plan_table
+    from tinyclip.plan import plan as planned
+    from tinyclip.recipe import load_recipe
+
+    if (tflops is not None) + (pairs_per_s is not None) + measure > 1:
+        raise ValueError("give only one of --tflops, --pairs-per-s and --measure")
+    chosen = load_recipe(recipe, sets or [])
+    speed: Any = (lambda stage, config: pairs_per_s) if pairs_per_s is not None else None
+    if measure:
+        from tinyclip.smoke import measured_speed
+
+        speed = measured_speed(chosen)
+    result = planned(chosen, devices=devices, samples=samples, tflops=tflops, speed=speed)
+    if as_json:
+        _print_json(result)
+        return
+    _print_table(*plan_table(result))
+    for note in result["notes"]:
+        say(f"note: {note}")
 
 
 @app.command("report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -105,3 +106,36 @@ class Display:
 
     def _warning(self, event: dict[str, Any]) -> None:
         self.print(f"  warning: {event['text']}")
+
+
+def plan_table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows of what `plan.plan` found."""
+    columns = ["stage", "shape", "params M", "GMACs", "steps", "pairs", "epochs", "FLOPs", "GB a device", "hours"]
+    rows = [["teacher", plan["teacher"]["shape"], *_sizes(plan["teacher"]), *[""] * 6]] if plan["teacher"] else []
+    for stage in plan["stages"]:
+        shape = f"about {stage['shape']}" if stage["estimated"] else stage["shape"]
+        rows.append([stage["stage"], shape, *_sizes(stage), *_costs(stage, stage["memory_bytes"]["total"])])
+    rows.append(["total", "", "", "", *_costs(plan["total"], plan["total"]["memory_bytes"])])
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return tuple(columns[i] for i in used), [[row[i] for i in used] for row in rows]
+
+
+def _sizes(entry: dict[str, Any]) -> list[str]:
+    parameters = [f"{entry[f'params_{tower}'] / 1e6:.1f}" for tower in ("image", "text")]
+    operations = [f"{entry[f'macs_{tower}'] / 1e9:.3g}" for tower in ("image", "text")]
+    return [" + ".join(parameters), " + ".join(operations)]
+
+
+def _costs(entry: dict[str, Any], memory_bytes: float) -> list[str]:
+    epochs, hours = (
+        "" if entry[k] is None else f"{entry[k]:,.{1 if entry[k] >= 1 else 3}f}" for k in ("epochs", "hours")
+    )
+    steps, memory = f"{entry['steps']:,}", f"{memory_bytes / 1e9:,.1f}"
+    return [steps, _prefixed(entry["samples"]), epochs, _prefixed(entry["flops"]), memory, hours]
+
+
+def _prefixed(number: float) -> str:
+    """Three digits with an SI prefix: 2.4 G."""
+    number = float(f"{number:.3g}")  # so that 999.9 becomes 1 k
+    power = min(6, max(0, int(math.log10(max(number, 1))) // 3))
+    return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".rstrip()

@@ -10,24 +10,45 @@ from typing import Any
 import torch
 
 from tinyclip.axes import axis_table, count_parameters
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.model import CLIP
 
 
 def macs(config: CLIPConfig) -> dict[str, int]:
     """Multiply-accumulates of one image and one text of full context, `image` and `text`.
 
-    Matrix products and the patch convolution count, both products of the attention included; norms,
-    activations and additions do not.
+    Matrix products and convolutions count, both products of the attention included; norms, activations and
+    additions do not.
     """
     vision, text = config.vision, config.text
-    assert isinstance(vision, VisionConfig)
-    patches = vision.grid**2
-    image = patches * vision.width * 3 * vision.patch_size**2 + _transformer(vision, patches + 1)
+    image = _vit(vision, config.embed_dim) if isinstance(vision, VisionConfig) else _resnet(vision, config.embed_dim)
     return {
-        "image": image + vision.width * config.embed_dim,
+        "image": image,
         "text": _transformer(text, text.context_length) + text.width * config.embed_dim,
     }
+
+
+def _vit(config: VisionConfig, embed_dim: int) -> int:
+    patches = config.grid**2
+    convolution = patches * config.width * 3 * config.patch_size**2
+    return convolution + _transformer(config, patches + 1) + config.width * embed_dim
+
+
+def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+    side = (config.image_size + 1) // 2
+    first, second, inputs = config.stem
+    total = side**2 * 9 * (3 * first + first * second + second * inputs)
+    side //= 2
+    for stage, (outputs, ones, twos) in enumerate(zip(config.channels, config.conv1, config.conv2, strict=True), 1):
+        for i, (one, two) in enumerate(zip(ones, twos, strict=True)):
+            total += side**2 * (inputs * one + 9 * one * two)
+            if i == 0:
+                side //= 2 if stage > 1 else 1
+                total += side**2 * inputs * outputs  # the shortcut
+            total += side**2 * two * outputs
+            inputs = outputs
+    length, inner = config.grid**2 + 1, config.heads * config.head_dim
+    return total + inputs * inner * (1 + 2 * length) + 2 * length * inner + inner * embed_dim
 
 
 def _transformer(config: TransformerConfig, length: int) -> int:

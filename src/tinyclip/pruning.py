@@ -15,7 +15,7 @@ from tinyclip.config import CLIPConfig, TransformerConfig
 from tinyclip.inheritance import compact
 from tinyclip.masks import Constraint, HardConcrete, Tower
 from tinyclip.model import CLIP
-from tinyclip.recipe import Auto, Stage, TowerSparsity
+from tinyclip.recipe import Stage, Target, TowerSparsity
 
 MASKS = "masks.safetensors"  # in a checkpoint: the student beside it is not cut yet
 TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("visual",), "text": ("text",)}
@@ -99,14 +99,14 @@ class Pruner:
         return dict(self.hard.named_log_alpha()) | multipliers
 
 
-def budgets(auto: Auto, towers: str) -> dict[str, float] | None:
+def budgets(target: Target, towers: str) -> dict[str, float] | None:
     """Target sparsity by budget; None when a latency is the target."""
-    target = auto.target_sparsity
-    if target is None:
+    goal = target.target_sparsity
+    if goal is None:
         return None
-    if isinstance(target, TowerSparsity):
-        return {"visual": target.image, "text": target.text}
-    return {"both": target} if towers == "both" else {TOWERS[towers][0]: target}
+    if isinstance(goal, TowerSparsity):
+        return {"visual": goal.image, "text": goal.text}
+    return {"both": goal} if towers == "both" else {TOWERS[towers][0]: goal}
 
 
 def saved_targets(folder: Path) -> dict[str, float]:

@@ -19,6 +19,13 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _named(value: Any) -> Any:
+    return CLIPConfig.named(value) if isinstance(value, str) else value
+
+
+Shape = Annotated[CLIPConfig | None, BeforeValidator(_named)]
+
+
 class TowerShape(Strict):
     """What to change of a tower; what is left out stays as in the model before."""
 
@@ -41,7 +48,7 @@ class TextShape(TowerShape):
 class StudentShape(Strict):
     """The student relative to the model it starts from."""
 
-    like: str | None = Field(None, description="shape of a known model, by name; excludes the rest")
+    like: Shape = Field(None, description="a whole config, or the name of a known model; excludes the rest")
     embed_dim: Positive | None = Field(None, description="size of the shared embedding")
     vision: VisionShape = Field(VisionShape(), description="image tower")
     text: TextShape = Field(TextShape(), description="text tower")
@@ -52,7 +59,7 @@ class StudentShape(Strict):
         if self.like is not None:
             if self != StudentShape(like=self.like):
                 raise ValueError("student.like: excludes every other key of the shape")
-            return CLIPConfig.named(self.like)
+            return self.like
         if not isinstance(base.vision, VisionConfig):
             raise ValueError(f"student: cannot change the shape of a {base.vision.kind} image tower")
         data = base.model_dump()
@@ -246,18 +253,15 @@ class Evaluation(Strict):
     every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
 
 
-def _named(value: Any) -> Any:
-    return CLIPConfig.named(value) if isinstance(value, str) else value
-
-
 class Recipe(Strict):
     """A whole run."""
 
     description: str = Field("", description="what it does, its command, expected time and result")
     teacher: str | None = Field(None, description="checkpoint of the teacher; none: train from scratch")
-    model: Annotated[CLIPConfig | None, BeforeValidator(_named)] = Field(
-        None, description="without a teacher: a whole config, or a model name"
+    teacher_shape: Shape = Field(
+        None, description="a whole config, or a model name: what `plan` and `--smoke` take while the teacher is absent"
     )
+    model: Shape = Field(None, description="without a teacher: a whole config, or a model name")
     vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
     data: str = Field(description="folder of training shards")
     output: str = Field(description="folder of the run, made by it")
@@ -280,6 +284,8 @@ class Recipe(Strict):
             raise ValueError("two stages have one name")
         if (self.teacher is None) == (self.model is None):
             raise ValueError("give either `teacher` (to distil) or `model` (to train from scratch)")
+        if self.teacher is None and self.teacher_shape is not None:
+            raise ValueError("teacher_shape: there is no teacher")
         for i, stage in enumerate(self.stages):
             if self.teacher is None and stage.loss.distils:
                 raise ValueError(f"stages.{i}.loss.{stage.loss.distils[0]}: needs a teacher; set it to 0")

@@ -339,7 +339,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
     restore(last, trainee, loader, progress)
     batches = iter(loader)
     trainee.model.train()
-    with stop_signals() as stop, _attention(run.device), _closing(loader):
+    with stop_signals() as stop, attention(run.device), _closing(loader):
         while progress.step < until:
             batch = _next_batch(run, batches)
             metrics = trainee.step(batch, progress.step)
@@ -414,7 +414,7 @@ def _closing(loader: Any) -> Iterator[None]:
         close_loader(loader)
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
+def attention(device: torch.device) -> AbstractContextManager[None]:
     """The attention kernel to train with. On CPUs the fused kernel's backward pass is the slower one
     (`benchmarks/attention.py`)."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
