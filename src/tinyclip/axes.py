@@ -65,9 +65,7 @@ def axis_table(config: CLIPConfig) -> dict[str, Entry]:
     sizes = axis_sizes(config)
     table: dict[str, Entry] = {}
 
-    def add(
-        key: str, *axes: Axis | int, branch: str | None = None, gated: bool = False, buffer: bool = False
-    ) -> None:
+    def add(key: str, *axes: Axis | int, branch: str | None = None, gated: bool = False, buffer: bool = False) -> None:
         shape = tuple(a if isinstance(a, int) else a.outer * sizes[a.name] * a.inner for a in axes)
         table[key] = Entry(shape, tuple(None if isinstance(a, int) else a for a in axes), branch, gated, buffer)
 

@@ -84,3 +84,6 @@ class Display:
 
     def _warning(self, event: dict[str, Any]) -> None:
         self.print(f"  warning: {event['text']}")
+
+    def _batch_norm(self, event: dict[str, Any]) -> None:
+        self.print(f"  batch-norm statistics re-estimated on {event['batches']} batches")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinyclip.batch_norm import freeze
 from tinyclip.data import Batch
 from tinyclip.loss import affinity_loss, contrastive_loss
 from tinyclip.model import CLIP
@@ -35,6 +36,12 @@ class Trainee:
         self.optimizer = make_optimizer(self.model, self.stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self._fix_logit_scale()
+
+    def train(self) -> None:
+        """Training mode, but for batch norm whose statistics the stage keeps."""
+        self.model.train()
+        if self.stage.freezes_batch_norm:
+            freeze(self.model)
 
     def _fix_logit_scale(self) -> None:
         """Where the scale is not learned, the saved model carries the one it was trained at."""

@@ -27,8 +27,9 @@ import yaml
 from megatron.energon.errors import FatalSampleError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.config import CLIPConfig
+from tinyclip.config import CLIPConfig, VisionConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
@@ -37,7 +38,7 @@ from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, stop_signals
 from tinyclip.step import Trainee
-from tinyclip.teacher import Teacher
+from tinyclip.teacher import Teacher, image_input
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
 
@@ -116,6 +117,8 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             config = stage.student.apply(base)
             if stage.inherit == "manual":
                 manual_masks(base, config)
+            if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
+                raise ValueError("batch_norm: a ViT has none; leave the key out")
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
@@ -222,6 +225,7 @@ def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
     stage, every = run.recipe.stages[i], run.recipe.evaluation.every if run.recipe.evaluation else None
     preprocess = _preprocess_for(run, student)
+    synchronise(student, run.device)
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess, run.precision)
     loader, progress, last = _loader(run, i), Progress(), folder / "last"
     resumed = restore(last, trainee, loader, progress)
@@ -229,8 +233,10 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     run.emit({"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps})
     if resumed:
         run.emit({"event": "resumed", "stage": stage.name, "step": progress.step})
+    elif stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
+        _reestimate(run, i, trainee)
     batches = iter(loader)
-    student.train()
+    trainee.train()
     with stop_signals() as stop, _attention(run.device), _closing(loader):
         while progress.step < stage.steps:
             batch = _next_batch(run, batches)
@@ -255,6 +261,16 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (last / STATE).unlink()  # only now is it of no use
     return student.eval(), result
+
+
+def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
+    """Batch-norm statistics from the first batches of the stage's data. They come from a loader of their own, so
+    that the training's starts at its first batch and a resumed run finds it where it was."""
+    batches, loader = trainee.stage.batch_norm_batches or 20, _loader(run, i)
+    with _closing(loader):
+        chosen = (_next_batch(run, source).images for source in [iter(loader)] * batches)
+        reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
+    run.emit({"event": "batch_norm", "stage": trainee.stage.name, "batches": batches})
 
 
 def _loader(run: Run, i: int) -> Any:
@@ -285,7 +301,7 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
     if run.evaluator is None:
         return
     progress.evaluation = run.evaluator(trainee.model.eval(), run.tokenizer, trainee.preprocess)
-    trainee.model.train()
+    trainee.train()
     event = {"event": "evaluation", "stage": trainee.stage.name, "step": progress.step}
     run.emit(event | progress.evaluation)
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
