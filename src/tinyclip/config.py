@@ -25,7 +25,11 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         # Pydantic also names the member of a union that it tried; people know only the key.
-        path = ".".join(str(p) for p in item["loc"] if not re.match(r"(vit|resnet|float|constrained-|tuple\[|function-|literal\[)", str(p)))
+        path = ".".join(
+            str(p)
+            for p in item["loc"]
+            if not re.match(r"(vit|resnet|float|constrained-|tuple\[|function-|literal\[)", str(p))
+        )
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
