@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -457,9 +459,6 @@ def test_a_resumed_stage_is_the_same_to_the_bit(place: Path, tmp_path: Path, mod
 
     def stop(event: dict[str, Any]) -> None:
         if event.get("step") == 3:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     run.listener = stop
@@ -508,6 +507,12 @@ def test_batch_norm_keys_that_contradict_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         recipe(place, tmp_path, **changes)
+
+
+def test_masks_of_a_resnet_are_not_learned(place: Path, tmp_path: Path) -> None:
+    auto = {"inherit": "auto", "auto": {"target_sparsity": 0.5, "steps": 3}}
+    with pytest.raises(ValueError, match="masks of a ResNet tower are not learned; use manual or calibrated"):
+        train.start(recipe(place, tmp_path / "run", **auto))
 
 
 def test_a_vit_has_no_batch_norm(place: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Activation = Literal["gelu", "quick_gelu"]
+UNION_MEMBERS = r"vit|resnet|float|constrained-|tuple\[|function-|literal\["  # in pydantic's paths
 
 
 def explain(error: ValidationError) -> str:
@@ -25,11 +26,7 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         # Pydantic also names the member of a union that it tried; people know only the key.
-        path = ".".join(
-            str(p)
-            for p in item["loc"]
-            if not re.match(r"(vit|resnet|float|constrained-|tuple\[|function-|literal\[)", str(p))
-        )
+        path = ".".join(str(p) for p in item["loc"] if not re.match(UNION_MEMBERS, str(p)))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.config import CLIPConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
@@ -119,6 +119,8 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
                 manual_masks(base, config)
             if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
                 raise ValueError("batch_norm: a ViT has none; leave the key out")
+            if isinstance(config.vision, ResNetConfig) and stage.inherit == "auto" and stage.towers != "text":
+                raise ValueError("inherit: auto: masks of a ResNet tower are not learned; use manual or calibrated")
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
