@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Activation = Literal["gelu", "quick_gelu"]
+UNION_MEMBERS = r"vit|resnet|float|constrained-|tuple\[|function-|literal\["  # in pydantic's paths
 
 
 def explain(error: ValidationError) -> str:
@@ -25,7 +26,7 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         # Pydantic also names the member of a union that it tried; people know only the key.
-        path = ".".join(str(p) for p in item["loc"] if not re.match(r"(vit|resnet|float|function-|literal\[)", str(p)))
+        path = ".".join(str(p) for p in item["loc"] if not re.match(UNION_MEMBERS, str(p)))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
@@ -105,18 +106,18 @@ class ResNetConfig(Strict):
     def _from_width(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not data.keys() & {"layers", "width"}:
             return data
-        layers, width = data.get("layers"), data.get("width")
+        stated = {key: value for key, value in data.items() if key not in ("layers", "width")}
+        layers, width, head_dim = data.get("layers"), data.get("width"), data.get("head_dim", 64)
         if not isinstance(layers, list | tuple) or len(layers) != 4 or not all(_is_positive(n) for n in layers):
-            raise ValueError(f"layers are four numbers of blocks, e.g. [3, 4, 6, 3], not {layers}")
-        if not _is_positive(width):
-            raise ValueError(f"width is a number of channels, not {width}")
+            raise ValueError(f"layers are the blocks of four stages, e.g. [3, 4, 6, 3], not {layers}")
+        if not isinstance(width, int) or not _is_positive(width):
+            raise ValueError(f"width is the channels of the first bottleneck, not {width}")
         inner = [[width * 2**i] * n for i, n in enumerate(layers)]
-        derived = {"stem": [max(1, width // 2)] * 2 + [width], "channels": [width * 2**i * 4 for i in range(4)]}
-        derived |= {"conv1": inner, "conv2": inner}
-        head_dim = data.get("head_dim", 64)
-        if _is_positive(head_dim):
-            derived["heads"] = max(1, width * 32 // head_dim)
-        return derived | {key: value for key, value in data.items() if key not in ("layers", "width")}
+        derived: dict[str, Any] = {"stem": [max(1, width // 2)] * 2 + [width], "conv1": inner, "conv2": inner}
+        derived["channels"] = [width * 2**i * 4 for i in range(4)]
+        if isinstance(head_dim, int) and _is_positive(head_dim):
+            derived["heads"] = max(1, derived["channels"][3] // head_dim)
+        return derived | stated
 
     @model_validator(mode="after")
     def _blocks_agree(self) -> ResNetConfig:

@@ -107,6 +107,9 @@ class Display:
     def _warning(self, event: dict[str, Any]) -> None:
         self.print(f"  warning: {event['text']}")
 
+    def _batch_norm(self, event: dict[str, Any]) -> None:
+        self.print(f"  batch-norm statistics re-estimated on {event['batches']} batches")
+
 
 def plan_table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
     """Columns and rows of what `plan.plan` found."""

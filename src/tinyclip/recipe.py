@@ -11,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tinyclip.augment import Augment
-from tinyclip.config import Activation, CLIPConfig, Count, Positive, Strict, VisionConfig, explain
+from tinyclip.config import Activation, CLIPConfig, Count, Positive, ResNetConfig, Strict, explain
 from tinyclip.distributed import Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -24,6 +24,7 @@ def _named(value: Any) -> Any:
 
 
 Shape = Annotated[CLIPConfig | None, BeforeValidator(_named)]
+StageLayers = tuple[Positive, Positive, Positive, Positive]
 
 
 class TowerShape(Strict):
@@ -36,6 +37,13 @@ class TowerShape(Strict):
 
 
 class VisionShape(TowerShape):
+    layers: Positive | StageLayers | None = Field(  # type: ignore[assignment]
+        None, description="number of blocks; of a ResNet four, one a stage"
+    )
+    width: Positive | None = Field(
+        None,
+        description="channels of the residual stream; of a ResNet those of its first bottleneck, others in proportion",
+    )
     image_size: Positive | None = Field(
         None, description="side of the picture, pixels; position embeddings are interpolated"
     )
@@ -60,12 +68,13 @@ class StudentShape(Strict):
             if self != StudentShape(like=self.like):
                 raise ValueError("student.like: excludes every other key of the shape")
             return self.like
-        if not isinstance(base.vision, VisionConfig):
-            raise ValueError(f"student: cannot change the shape of a {base.vision.kind} image tower")
         data = base.model_dump()
         data["embed_dim"] = self.embed_dim or base.embed_dim
         data["activation"] = self.activation or base.activation
-        data["vision"] |= _tower(self.vision, data["vision"], "vision")
+        if isinstance(base.vision, ResNetConfig):
+            data["vision"] |= _resnet(self.vision, data["vision"])
+        else:
+            data["vision"] |= _tower(self.vision, data["vision"], "vision")
         data["text"] |= _tower(self.text, data["text"], "text")
         return CLIPConfig.from_dict(data, "student")
 
@@ -73,6 +82,8 @@ class StudentShape(Strict):
 def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]:
     """Fields of the base that the shape changes. A tower that keeps its layers keeps unequal blocks as well."""
     layers, width = shape.layers or len(base["heads"]), shape.width or base["width"]
+    if not isinstance(layers, int):
+        raise ValueError(f"student.{name}.layers: one number of blocks, not {len(layers)}; only a ResNet has stages")
     changed: dict[str, Any] = {"width": width}
     for key, default in (
         ("heads", lambda v: v if width == base["width"] else v and max(1, width // base["head_dim"])),
@@ -91,6 +102,32 @@ def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]
         if getattr(shape, key, None) is not None:
             changed[key] = getattr(shape, key)
     return changed
+
+
+def _resnet(shape: VisionShape, base: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a ResNet that the shape changes: every channel count scales as the first bottleneck's does."""
+    if shape.mlp_width is not None:
+        raise ValueError("student.vision.mlp_width: a ResNet has no MLPs")
+    old = base["conv1"][0][0]
+    new = shape.width or old
+
+    def scale(values: Sequence[Any]) -> list[Any]:
+        return [max(1, v * new // old) if isinstance(v, int) else scale(v) for v in values]
+
+    changed: dict[str, Any] = {key: scale(base[key]) for key in ("stem", "channels", "conv1", "conv2")}
+    changed["heads"] = shape.heads or scale([base["heads"]])[0]
+    if isinstance(shape.layers, int):
+        raise ValueError("student.vision.layers: a ResNet has four stages, e.g. [3, 4, 6, 3]")
+    for key in ("conv1", "conv2"):
+        stages = zip(changed[key], shape.layers or map(len, changed[key]), strict=True)
+        changed[key] = [_repeated(values, layers, f"vision.{key}") for values, layers in stages]
+    return changed | ({"image_size": shape.image_size} if shape.image_size else {})
+
+
+def _repeated(values: list[int], layers: int, name: str) -> list[int]:
+    if layers != len(values) and len(set(values)) > 1:
+        raise ValueError(f"student.{name}: the blocks before are unequal, so a stage cannot be made shorter")
+    return values if layers == len(values) else values[:1] * layers
 
 
 class TowerSparsity(Strict):
@@ -206,6 +243,28 @@ class Stage(Strict):
     loss: Loss = Field(Loss(), description="terms and scales of the loss")
     optimizer: Optimizer = Field(Optimizer(), description="AdamW and its schedule")
     augment: Augment = Field(Augment(), description="random views of the pictures")
+    batch_norm: Literal["frozen", "train"] | None = Field(
+        None,
+        description="of a ResNet: keep the batch-norm statistics, re-estimated before the first step, or go on with "
+        "each batch's; default: frozen, with `inherit: none` train",
+    )
+    batch_norm_batches: Positive | None = Field(
+        None, description="training batches of the re-estimation with `batch_norm: frozen`; default: 20"
+    )
+
+    @property
+    def freezes_batch_norm(self) -> bool:
+        return (
+            self.towers == "text" or (self.batch_norm or ("train" if self.inherit == "none" else "frozen")) == "frozen"
+        )
+
+    @model_validator(mode="after")
+    def _batch_norm_fits(self) -> Stage:
+        if self.inherit == "none" and self.batch_norm == "frozen":
+            raise ValueError("batch_norm: random weights have no statistics to freeze; set it to train")
+        if self.batch_norm_batches is not None and not self.freezes_batch_norm:
+            raise ValueError("batch_norm_batches: only with `batch_norm: frozen`")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Stage:

@@ -57,17 +57,18 @@ class AttentionPool(nn.Module):
         self.v_proj = nn.Linear(channels, heads * head_dim)
         self.c_proj = nn.Linear(heads * head_dim, embed_dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (n, channels, grid, grid) -> (n, embed_dim); mask: (heads,)."""
+    def forward(self, x: Tensor, stage: Tensor | None = None, heads: Tensor | None = None) -> Tensor:
+        """x: (n, channels, grid, grid) -> (n, embed_dim); masks: stage (channels,), heads (heads,)."""
         x = x.flatten(2).transpose(1, 2)
-        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding  # (n, grid^2 + 1, channels)
+        positions = self.positional_embedding if stage is None else self.positional_embedding * stage
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + positions  # (n, grid^2 + 1, channels)
         n, length, _ = x.shape
         q = self.q_proj(x[:, :1]).view(n, 1, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(n, length, self.heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(n, length, self.heads, self.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v)  # (n, heads, 1, head_dim)
-        if mask is not None:
-            y = y * mask.view(-1, 1, 1)
+        if heads is not None:
+            y = y * heads.view(-1, 1, 1)
         return self.c_proj(y.reshape(n, self.heads * self.head_dim))
 
 
@@ -97,6 +98,7 @@ class ModifiedResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
                 module.reset_parameters()
+        for module in self.modules():
             if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)
         std = self.attnpool.q_proj.in_features**-0.5
@@ -106,7 +108,8 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
-        masks, x = masks or {}, images
+        masks = masks or {}
+        x = images.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
         for i in (1, 2, 3):
             x = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(x))
             x = _masked(F.relu(x), masks.get(f"visual.stem.{i}"))
@@ -114,7 +117,7 @@ class ModifiedResNet(nn.Module):
         for stage in (1, 2, 3, 4):
             for i, block in enumerate(self.get_submodule(f"layer{stage}").children()):
                 x = block(x, _block_masks(masks, stage, i))
-        return self.attnpool(x, masks.get("visual.pool_heads"))
+        return self.attnpool(x, masks.get("visual.stage.4"), masks.get("visual.pool_heads"))
 
 
 def _block_masks(masks: Masks, stage: int, block: int) -> dict[str, Tensor]:

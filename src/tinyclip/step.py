@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyclip.batch_norm import freeze
 from tinyclip.data import Batch
 from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
 from tinyclip.masks import Masks
@@ -46,6 +47,12 @@ class Trainee:
     @property
     def trained(self) -> list[nn.Parameter]:
         return [*self.model.parameters(), *self.projections.parameters()]
+
+    def train(self) -> None:
+        """Training mode, but for batch norm whose statistics the stage keeps."""
+        self.model.train()
+        if self.stage.freezes_batch_norm:
+            freeze(self.model)
 
     def _fix_logit_scale(self) -> None:
         """Where the scale is not learned, the saved model carries the one it was trained at."""

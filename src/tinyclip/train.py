@@ -27,8 +27,9 @@ import yaml
 from megatron.energon.errors import FatalSampleError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.config import CLIPConfig
+from tinyclip.config import CLIPConfig, VisionConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
@@ -40,7 +41,7 @@ from tinyclip.pruning import MASKS, TOWERS, Pruner, budgets, saved_targets, thin
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
 from tinyclip.step import Trainee
-from tinyclip.teacher import Teacher
+from tinyclip.teacher import Teacher, image_input
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
@@ -121,6 +122,8 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             if stage.inherit == "manual":
                 manual_masks(base, config)
             _check_towers(stage, base, first)
+            if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
+                raise ValueError("batch_norm: a ViT has none; leave the key out")
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
@@ -274,9 +277,13 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     stage, last = run.recipe.stages[i], folder / "last"
     if stage.auto is not None and not _is_cut(last):
         _learn_masks(run, i, student, folder)
-    if (last / STATE).exists():
+    resumed = (last / STATE).exists()
+    if resumed:
         student = load_checkpoint(last)[0].to(run.device)
+    synchronise(student, run.device)
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision)
+    if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
+        _reestimate(run, i, trainee)
     progress = _loop(run, i, trainee, folder, stage.steps)
     _evaluate(run, trainee, progress, folder)
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
@@ -338,7 +345,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
     loader, progress, last = _loader(run, i, cut), Progress(), folder / "last"
     restore(last, trainee, loader, progress)
     batches = iter(loader)
-    trainee.model.train()
+    trainee.train()
     with stop_signals() as stop, attention(run.device), _closing(loader):
         while progress.step < until:
             batch = _next_batch(run, batches)
@@ -359,6 +366,16 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
             if evaluate:
                 _evaluate(run, trainee, progress, folder)
     return progress
+
+
+def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
+    """Batch-norm statistics from the first batches of the stage's data. They come from a loader of their own, so
+    that the training's starts at its first batch and a resumed run finds it where it was."""
+    batches, loader = trainee.stage.batch_norm_batches or 20, _loader(run, i)
+    with _closing(loader):
+        chosen = (_next_batch(run, source).images for source in [iter(loader)] * batches)
+        reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
+    run.emit({"event": "batch_norm", "stage": trainee.stage.name, "batches": batches})
 
 
 def _loader(run: Run, i: int, cut: bool = False) -> Any:
@@ -390,7 +407,7 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
         return
     student = trainee.pruner.cut(trainee.model) if trainee.pruner else trainee.model
     progress.evaluation = run.evaluator(student.eval(), run.tokenizer, trainee.preprocess)
-    trainee.model.train()
+    trainee.train()
     event = {"event": "evaluation", "stage": trainee.stage.name, "step": progress.step}
     run.emit(event | progress.evaluation)
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
