@@ -28,7 +28,7 @@ def main(rounds: int = 8, batch_size: int = 256, text_length: int = 14) -> None:
     device = torch.device("cpu")  # elsewhere training uses the fused kernel anyway
     precision = best_precision(device)
     model = load(ROOT / "assets/emoji-teacher", device=device).model.train()
-    optimizer = make_optimizer(model, load_recipe(ROOT / "recipes/emoji-teacher.yaml").stages[0])
+    optimizer = make_optimizer(model.parameters(), load_recipe(ROOT / "recipes/emoji-teacher.yaml").stages[0])
     size, vocabulary = model.config.vision.image_size, model.config.text.vocab_size
     images = torch.rand(batch_size, 3, size, size, device=device)
     tokens = torch.randint(vocabulary - 1, (batch_size, text_length), device=device)

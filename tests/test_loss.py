@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import golden
-from tinyclip.loss import affinity_loss, contrastive_loss
+from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
 
 # The golden file calls them logit scales, but they multiply the similarities as they are.
 SCALES = ("student_logit_scale", "teacher_logit_scale")
@@ -71,3 +71,48 @@ def test_a_perfect_student_has_the_teachers_entropy_and_no_gradient() -> None:
     loss.backward()
     assert student_image.grad is not None
     assert student_image.grad.abs().max() < 1e-12
+
+
+# --- further terms, against loops written from their papers
+
+
+def test_feature_mimicking_is_the_squared_distance() -> None:
+    si, st, ti, tt = (features(5, 8, seed) for seed in range(4))
+    expected = sum(
+        (float(((si[k] - ti[k]) ** 2).sum()) + float(((st[k] - tt[k]) ** 2).sum())) / 5 for k in range(5)
+    )  # fmt: skip
+    assert feature_loss(si, st, ti, tt).item() == pytest.approx(expected, abs=1e-12)
+    assert feature_loss(ti, tt, ti, tt).item() == 0
+
+
+def test_interactive_contrasts_with_the_teacher() -> None:
+    si, st, ti, tt = (features(5, 8, seed) for seed in range(4))
+    expected = 0.0
+    for k in range(5):
+        image = torch.stack([20 * si[k] @ tt[b] for b in range(5)])
+        text = torch.stack([20 * st[k] @ ti[b] for b in range(5)])
+        expected -= float(image[k] - image.logsumexp(0) + text[k] - text.logsumexp(0)) / 10
+    assert interactive_loss(si, st, ti, tt, 20.0).item() == pytest.approx(expected, abs=1e-12)
+    assert interactive_loss(ti, tt, ti, tt, 20.0).item() == pytest.approx(contrastive_loss(ti, tt, 20.0).item())
+    groups = torch.tensor([0, 1, 0, 2, 3])
+    same = interactive_loss(ti, tt, ti, tt, 20.0, groups).item()
+    assert same == pytest.approx(contrastive_loss(ti, tt, 20.0, groups).item())
+
+
+def test_affinity_within_a_modality_leaves_out_the_diagonal() -> None:
+    student, teacher = features(5, 6, 0), features(5, 8, 1)
+    expected = 0.0
+    for k in range(5):
+        others = [b for b in range(5) if b != k]
+        target = torch.stack([50 * teacher[k] @ teacher[b] for b in others]).softmax(0)
+        expected -= (
+            float((target * torch.stack([30 * student[k] @ student[b] for b in others]).log_softmax(0)).sum()) / 5
+        )
+    assert within_affinity_loss(student, teacher, 30.0, 50.0).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_teacher_itself_has_the_least_affinity_loss_within() -> None:
+    teacher = features(6, 8, 1)
+    student = teacher.clone().requires_grad_()
+    within_affinity_loss(student, teacher, 30.0, 30.0).backward()
+    assert student.grad is not None and student.grad.abs().max() < 1e-9

@@ -17,6 +17,7 @@ from tinyclip.masks import (
     LARGEST,
     Constraint,
     HardConcrete,
+    check_targets,
     deterministic_value,
     lagrangian,
     probability_kept,
@@ -259,14 +260,14 @@ def test_the_multipliers_ascend_only_while_something_is_missing() -> None:
 )
 def test_a_target_out_of_reach_is_an_error(targets: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Constraint(HardConcrete(small_config(vocab_size=60)), targets, 100)
+        check_targets(HardConcrete(small_config(vocab_size=60)), targets)
 
 
 def test_a_target_that_is_already_passed_is_an_error() -> None:
     config = small_config(vocab_size=60)
     cut = compact(random_model(config), {"visual.hidden": (torch.arange(32) < 8).float()}).config
-    with pytest.raises(ValueError, match=r"nothing to do: 0.7\d+ of the original teacher is already gone"):
-        Constraint(HardConcrete(cut, config), {"visual": 0.5}, 100)
+    with pytest.raises(ValueError, match=r"nothing to do: 0.7\d+ of the teacher is gone already"):
+        check_targets(HardConcrete(cut, config), {"visual": 0.5})
 
 
 def test_a_resnet_takes_no_learned_masks() -> None:

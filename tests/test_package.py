@@ -56,7 +56,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes"]
+    "module",
+    ["tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes", "tinyclip.zoo"],
 )
 def test_the_core_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
@@ -76,6 +77,8 @@ def test_nothing_imports_the_command_line() -> None:
         ("tokenizer", set()),
         ("transforms", set()),
         ("files", set()),
+        ("archive", set()),
+        ("foreign", {"archive", "config", "files", "tokenizer", "transforms"}),
         ("axes", {"config"}),
         ("masks", {"axes", "config"}),
         ("loss", {"distributed"}),

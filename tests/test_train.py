@@ -109,6 +109,23 @@ def test_an_inherited_student_starts_as_the_teachers_slice(place: Path, tmp_path
     assert not torch.allclose(weights(tmp_path / "random" / "student")[key], teacher[key][:16], atol=1e-3)
 
 
+def test_every_term_trains_through_its_projection_and_resumes(place: Path, tmp_path: Path) -> None:
+    terms = {"affinity": 1, "contrastive": 0.5, "feature": 2, "interactive": 1, "image_affinity": 1, "text_affinity": 1}
+    shape = {"embed_dim": 12, "vision": {"width": 16}}
+    stages = [stage(loss=terms, student=shape, steps=6, optimizer={"lr": 3e-3})]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _, events = run(recipe(place, whole, stages=stages))
+    for event in (e for e in events if e["event"] == "step"):
+        assert event["loss"] == pytest.approx(sum(weight * event[name] for name, weight in terms.items()), rel=1e-5)
+    started = train.start(recipe(place, parts, stages=stages))
+    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
+    with pytest.raises(Interrupted):
+        train.run(started)
+    run(recipe(place, parts, stages=stages), resume=True)
+    one, two = weights(whole / "student"), weights(parts / "student")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
 def test_a_stage_can_start_from_a_checkpoint_or_the_teacher(place: Path, tmp_path: Path) -> None:
     first = stage("first", steps=1)
     second = stage("second", steps=1, start="teacher", student={"text": {"layers": 1}})
@@ -290,7 +307,7 @@ def test_schedule_and_weight_decay() -> None:
     assert rates[0] == pytest.approx(2e-4) and rates[9] == rates[10] == pytest.approx(2e-3)
     assert rates[60] == pytest.approx(1e-3) and rates[-1] < 1e-6
     model = CLIP(small_config())
-    decayed, plain = make_optimizer(model, shaped).param_groups
+    decayed, plain = make_optimizer(model.parameters(), shaped).param_groups
     assert decayed["weight_decay"] == 0.2 and all(p.ndim >= 2 for p in decayed["params"])
     assert plain["weight_decay"] == 0 and any(p is model.logit_scale for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))

@@ -9,6 +9,14 @@ Every dimension of every parameter has a named axis or none. Axes with one name 
     text.context, text.vocab        positions and tokens
 
 and every parameter of a residual branch names its gate: `visual.attn.3`, `text.ffn.3`.
+A ResNet image tower (stages 1 to 4 and their blocks from 0, as in its keys) has instead
+
+    visual.stem.1                   outputs of the stem's first convolution, likewise 2 and 3
+    visual.stage.3                  channels between the blocks of stage 3
+    visual.conv1.3.4                inner channels of block 4 of stage 3, likewise conv2
+    visual.pool_heads               heads of the attention pool
+
+and gates `visual.block.3.4`; the first block of a stage changes its shape and has none.
 Parameter counts, cuts and mask folding all read this one table.
 """
 
@@ -17,9 +25,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 
 TOWERS = {"visual": "visual.transformer.resblocks", "text": "transformer.resblocks"}
+GATES = ("attn", "ffn", "block")
+# Kinds of axes of which something must stay; a block that is to go whole has a gate.
+NEEDED = ("embed", "hidden", "context", "vocab", "stem", "stage", "conv1", "conv2", "pool_heads")
+
+
+def axis_kind(name: str) -> str:
+    """`heads` of `visual.heads.3`, `embed` of `embed`."""
+    return name.split(".")[1] if "." in name else name
 
 
 @dataclass(frozen=True)
@@ -34,41 +50,30 @@ class Axis:
 
 @dataclass(frozen=True)
 class Entry:
-    """A parameter: its shape, the axis of each dimension, and the branch it belongs to."""
+    """A parameter or buffer: its shape, the axis of each dimension, and the branch it belongs to."""
 
     shape: tuple[int, ...]
     axes: tuple[Axis | None, ...]
     branch: str | None = None
     gated: bool = False  # the branch's gate multiplies this parameter
+    buffer: bool = False  # statistics, not a parameter
 
 
 def axis_table(config: CLIPConfig) -> dict[str, Entry]:
-    """Every parameter of the model, by its OpenAI/OpenCLIP key.
-
-    Raises:
-        ValueError: for a tower that has no table.
-    """
-    vision, text = config.vision, config.text
-    if not isinstance(vision, VisionConfig):
-        raise ValueError(f"a {vision.kind} image tower has no axis table yet; only ViT towers can be built")
+    """Every parameter and buffer of the model, by its OpenAI/OpenCLIP key."""
+    text = config.text
     sizes = axis_sizes(config)
     table: dict[str, Entry] = {}
 
-    def add(key: str, *axes: Axis | int, branch: str | None = None, gated: bool = False) -> None:
+    def add(key: str, *axes: Axis | int, branch: str | None = None, gated: bool = False, buffer: bool = False) -> None:
         shape = tuple(a if isinstance(a, int) else a.outer * sizes[a.name] * a.inner for a in axes)
-        table[key] = Entry(shape, tuple(None if isinstance(a, int) else a for a in axes), branch, gated)
+        table[key] = Entry(shape, tuple(None if isinstance(a, int) else a for a in axes), branch, gated, buffer)
 
-    hidden, write = Axis("visual.hidden"), Axis("visual.hidden", scaled=True)
     embed = Axis("embed", scaled=True)
-    add("visual.class_embedding", write)
-    add("visual.positional_embedding", vision.grid**2 + 1, write)
-    add("visual.proj", hidden, embed)
-    add("visual.conv1.weight", write, 3, vision.patch_size, vision.patch_size)
-    for norm in ("ln_pre", "ln_post"):
-        add(f"visual.{norm}.weight", hidden)
-        add(f"visual.{norm}.bias", hidden)
-    _add_blocks(add, "visual", vision)
-
+    if isinstance(config.vision, VisionConfig):
+        _add_vit(add, config.vision)
+    else:
+        _add_resnet(add, config.vision)
     hidden, write = Axis("text.hidden"), Axis("text.hidden", scaled=True)
     add("token_embedding.weight", Axis("text.vocab"), write)
     add("positional_embedding", Axis("text.context"), write)
@@ -78,6 +83,54 @@ def axis_table(config: CLIPConfig) -> dict[str, Entry]:
     _add_blocks(add, "text", text)
     add("logit_scale")
     return table
+
+
+def _add_vit(add, vision: VisionConfig) -> None:  # type: ignore[no-untyped-def]
+    hidden, write = Axis("visual.hidden"), Axis("visual.hidden", scaled=True)
+    add("visual.class_embedding", write)
+    add("visual.positional_embedding", vision.grid**2 + 1, write)
+    add("visual.proj", hidden, Axis("embed", scaled=True))
+    add("visual.conv1.weight", write, 3, vision.patch_size, vision.patch_size)
+    for norm in ("ln_pre", "ln_post"):
+        add(f"visual.{norm}.weight", hidden)
+        add(f"visual.{norm}.bias", hidden)
+    _add_blocks(add, "visual", vision)
+
+
+def _add_resnet(add, vision: ResNetConfig) -> None:  # type: ignore[no-untyped-def]
+    """Masks of a ResNet are 0 or 1, so there is nothing to fold: no axis but `embed` is scaled."""
+
+    def convolution(place: str, conv: str, norm: str, out: Axis, inputs: Axis | int, side: int, **branch: str) -> None:
+        add(f"{place}.{conv}.weight", out, inputs, side, side, **branch)
+        for name in ("weight", "bias"):
+            add(f"{place}.{norm}.{name}", out, **branch)
+        for name in ("running_mean", "running_var"):
+            add(f"{place}.{norm}.{name}", out, buffer=True, **branch)
+        add(f"{place}.{norm}.num_batches_tracked", buffer=True, **branch)
+
+    before: Axis | int = 3
+    for i in (1, 2, 3):
+        out = Axis(f"visual.stem.{i}")
+        convolution("visual", f"conv{i}", f"bn{i}", out, before, 3)
+        before = out
+    for stage, layers in enumerate(vision.layers, 1):
+        out = Axis(f"visual.stage.{stage}")
+        for i in range(layers):
+            place, branch = f"visual.layer{stage}.{i}", {"branch": f"visual.block.{stage}.{i}"} if i else {}
+            one, two = (Axis(f"visual.conv{n}.{stage}.{i}") for n in (1, 2))
+            convolution(place, "conv1", "bn1", one, before, 1, **branch)
+            convolution(place, "conv2", "bn2", two, one, 3, **branch)
+            convolution(place, "conv3", "bn3", out, two, 1, **branch)
+            if i == 0:
+                convolution(place, "downsample.0", "downsample.1", out, before, 1)
+            before = out
+    heads = Axis("visual.pool_heads", 1, vision.head_dim)
+    add("visual.attnpool.positional_embedding", vision.grid**2 + 1, before)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        add(f"visual.attnpool.{name}.weight", heads, before)
+        add(f"visual.attnpool.{name}.bias", heads)
+    add("visual.attnpool.c_proj.weight", Axis("embed", scaled=True), heads)
+    add("visual.attnpool.c_proj.bias", Axis("embed", scaled=True))
 
 
 def _add_blocks(add, tower: str, config: TransformerConfig) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +161,8 @@ def axis_sizes(config: CLIPConfig) -> dict[str, int]:
     sizes = {"embed": config.embed_dim, "text.context": text.context_length, "text.vocab": text.vocab_size}
     towers = {"visual": config.vision, "text": config.text}
     for tower, part in towers.items():
-        if not isinstance(part, TransformerConfig):
+        if isinstance(part, ResNetConfig):
+            sizes |= resnet_sizes(part)
             continue
         sizes[f"{tower}.hidden"] = part.width
         for i, (heads, mlp) in enumerate(zip(part.heads, part.mlp_width, strict=True)):
@@ -119,10 +173,24 @@ def axis_sizes(config: CLIPConfig) -> dict[str, int]:
     return sizes
 
 
+def resnet_sizes(vision: ResNetConfig) -> dict[str, int]:
+    """Length of every named axis of a ResNet tower."""
+    sizes = {f"visual.stem.{i}": channels for i, channels in enumerate(vision.stem, 1)}
+    for stage, (channels, ones, twos) in enumerate(zip(vision.channels, vision.conv1, vision.conv2, strict=True), 1):
+        sizes[f"visual.stage.{stage}"] = channels
+        for i, (one, two) in enumerate(zip(ones, twos, strict=True)):
+            sizes |= {f"visual.conv1.{stage}.{i}": one, f"visual.conv2.{stage}.{i}": two}
+            if i > 0:
+                sizes[f"visual.block.{stage}.{i}"] = 1
+    return sizes | {"visual.pool_heads": vision.heads}
+
+
 def count_parameters(table: Mapping[str, Entry]) -> dict[str, int]:
     """Parameters by part: `image`, `text` (both without the token embedding), `embedding` (the token embedding)."""
     counts = {"image": 0, "text": 0, "embedding": 0}
     for key, entry in table.items():
+        if entry.buffer:
+            continue
         part = "image" if key.startswith("visual.") else "embedding" if key == "token_embedding.weight" else "text"
         size = 1
         for length in entry.shape:

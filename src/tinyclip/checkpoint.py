@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tinyclip.config import CLIPConfig, explain
-from tinyclip.files import atomic_directory
+from tinyclip.files import atomic_directory, read_json_object
+from tinyclip.foreign import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    Foreign,
+    agree,
+    check_activation,
+    read_file,
+    read_open_clip,
+)
+from tinyclip.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
+from tinyclip.hugging_face import read_hugging_face
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
@@ -48,29 +60,47 @@ def save_into(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a checkpoint's files into a folder that exists (see `save_checkpoint`)."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    if dtype is not None:
-        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    state = model.state_dict()
+    if dtype is not None:  # of weights; batch-norm statistics keep theirs, as variances may leave float16's range
+        weights = {key for key, _ in model.named_parameters()}
+        state = {key: value.to(dtype) if key in weights else value for key, value in state.items()}
     (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / "preprocess.json").write_text(preprocess.model_dump_json(indent=2) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer.json")
+    write_weights(folder / WEIGHTS, state)
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file into the new folder of a checkpoint."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)  # safetensors makes it private
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it private
     except SafetensorError as error:  # a full disk, for one
-        raise ValueError(f"cannot write {folder.parent}: {error}") from None
+        raise ValueError(f"cannot write {path.parent.parent}: {error}") from None
 
 
-def load_checkpoint(path: str | Path) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
-    """Read and validate what `save_checkpoint` wrote; weights come back in float32.
+def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
+    """Read and validate what `save_checkpoint` wrote, or a checkpoint of others; weights come back in float32.
+
+    Args:
+        activation: that of a file which cannot say it (see `foreign.read_file`).
 
     Raises:
         ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
     """
-    path = Path(path)
+    path = _whole(Path(path))
+    if (foreign := read_foreign(path, activation)) is not None:
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the tensors
+            shapes = CLIP(foreign.config)
+        check_state(shapes, foreign.state, f"{path} is no whole CLIP")
+        model = CLIP(foreign.config)
+        model.load_state_dict(foreign.state)
+        return model.eval(), foreign.tokenizer, foreign.preprocess
     if not path.is_dir():
-        raise ValueError(f"{path}: no such checkpoint directory")
+        raise ValueError(f"{path}: no such checkpoint")
     config = CLIPConfig.from_json(path / "config.json")
+    agree(activation, config.activation, str(path / "config.json"))
     tokenizer = CLIPTokenizer.from_file(path / "tokenizer.json")
     preprocess = _read_preprocess(path / "preprocess.json")
     if tokenizer.vocab_size != config.text.vocab_size:
@@ -87,6 +117,29 @@ def load_checkpoint(path: str | Path) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
     return model.eval(), tokenizer, preprocess
 
 
+def _whole(path: Path) -> Path:
+    """The folder of a weights file whose config lies beside it: that knows more than the tensors."""
+    configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)
+    return path.parent if path.name in configs and (path.parent / configs[path.name]).is_file() else path
+
+
+def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
+    """A checkpoint of others, file or folder; None for a folder of ours, or nothing."""
+    check_activation(activation, str(path))
+    if path.is_file():
+        return read_file(path, activation)
+    if not path.is_dir():
+        return None
+    config, open_clip = path / "config.json", path / OPEN_CLIP_CONFIG
+    kind = ""
+    if config.is_file():
+        with suppress(ValueError):  # damaged: taken for ours, whose reader says what is wrong
+            kind = str(read_json_object(config).get("model_type", ""))
+    if open_clip.is_file() and kind != "clip":  # hub folders may have both
+        return read_open_clip(path, activation)
+    return read_hugging_face(path, activation) if kind else None
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file; `ValueError` when it is missing or damaged."""
     if not path.is_file():
@@ -98,10 +151,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load weights whose keys and shapes must be exactly the model's.
+    """Load weights whose keys and shapes must be exactly the model's; `ValueError` as `check_state`."""
+    check_state(model, state, f"{where} does not fit its config")
+    model.load_state_dict(dict(state))
+
+
+def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: str) -> None:
+    """Whether weights are exactly what the model has.
 
     Raises:
-        ValueError: naming the first few keys that are missing, left over, of another shape, or not finite.
+        ValueError: `trouble`, naming the first few keys that are missing, left over, of another shape, or not finite.
     """
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
@@ -115,8 +174,7 @@ def load_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) 
             problems.append(f"{key} has non-finite values")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError(f"{where} does not fit its config: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(dict(state))
+        raise ValueError(f"{trouble}: {'; '.join(problems[:5])}{more}")
 
 
 def _read_preprocess(path: Path) -> Preprocess:

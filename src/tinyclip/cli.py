@@ -28,6 +28,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Try every stage for two steps: random weights, made-up data.")]
+Small = Annotated[bool, typer.Option("--small", help="With --smoke: at a quarter of every width, in seconds.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
 
@@ -68,28 +70,69 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def distill(recipe: Path, sets: Sets = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+def distill(
+    recipe: Path,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    small: Small = False,
+) -> None:
     """Compress a teacher in the stages of a RECIPE; ends with a table and report.html."""
-    _train(recipe, sets or [], overwrite, resume, distil=True)
+    chosen = _recipe_for(recipe, sets or [], distil=True)
+    if smoke or small:
+        _smoke(chosen, smoke, small)
+    else:
+        _train(chosen, overwrite, resume)
 
 
 @app.command()
-def train(recipe: Path, sets: Sets = None, overwrite: Overwrite = False, resume: Resume = False) -> None:
+def train(
+    recipe: Path,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    small: Small = False,
+) -> None:
     """Train a model from scratch by a RECIPE without teacher."""
-    _train(recipe, sets or [], overwrite, resume, distil=False)
+    chosen = _recipe_for(recipe, sets or [], distil=False)
+    if smoke or small:
+        _smoke(chosen, smoke, small)
+    else:
+        _train(chosen, overwrite, resume)
 
 
-def _train(path: Path, sets: list[str], overwrite: bool, resume: bool, distil: bool) -> None:
+def _recipe_for(path: Path, sets: list[str], distil: bool) -> Any:
     from tinyclip.recipe import load_recipe
 
     recipe = load_recipe(path, sets)
     if distil != (recipe.teacher is not None):
         other = "train" if distil else "distill"
         raise ValueError(f"{path} has {'no' if distil else 'a'} teacher: use `tinyclip {other}`")
+    return recipe
+
+
+def _train(recipe: Any, overwrite: bool, resume: bool) -> None:
     command = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     hint = shlex.join(["tinyclip", *command, "--resume"])
     folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=hint)
     write_run_report([folder], folder / "report.html", folder.name)
+
+
+def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
+    from tinyclip.report import evaluator
+    from tinyclip.resume import Interrupted
+    from tinyclip.smoke import smoke as tried
+
+    if not smoke:
+        raise ValueError("--small goes with --smoke")
+    try:
+        results = tried(recipe, small, lambda data: evaluator(data, None))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        fail("the dry run was stopped", 128 + getattr(stop, "signal_number", signal.SIGINT))
+    for result in results:
+        say(f"stage {result['stage']}: ok, {result['shape']}, {result['seconds']:.1f} s")
 
 
 def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path:
@@ -122,6 +165,39 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
     entries = report(runs, path, title)
     _print_table(COLUMNS, table(entries))
     say(f"report: {path}")
+
+
+@app.command()
+def plan(
+    recipe: Path,
+    sets: Sets = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share each batch.")] = 1,
+    samples: Annotated[int | None, typer.Option(min=1, help="Pairs of the data, where it is not here.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=1e-6, help="Hours at these sustained TFLOP/s a device.")] = None,
+    pairs_per_s: Annotated[float | None, typer.Option(min=1e-6, help="Hours at this speed a device.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Hours at the speed of a few steps timed here.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a RECIPE would take: shapes, parameters, MACs, steps, memory, FLOPs, hours. Runs and writes nothing."""
+    from tinyclip.display import plan_table
+    from tinyclip.plan import plan as planned
+    from tinyclip.recipe import load_recipe
+
+    if (tflops is not None) + (pairs_per_s is not None) + measure > 1:
+        raise ValueError("give only one of --tflops, --pairs-per-s and --measure")
+    chosen = load_recipe(recipe, sets or [])
+    speed: Any = (lambda stage, config: pairs_per_s) if pairs_per_s is not None else None
+    if measure:
+        from tinyclip.smoke import measured_speed
+
+        speed = measured_speed(chosen)
+    result = planned(chosen, devices=devices, samples=samples, tflops=tflops, speed=speed)
+    if as_json:
+        _print_json(result)
+        return
+    _print_table(*plan_table(result))
+    for note in result["notes"]:
+        say(f"note: {note}")
 
 
 @app.command("report")
@@ -163,11 +239,31 @@ def inherit(
     _print_table(("axis", "teacher", "student", "kept"), rows)
 
 
+CONFIGS = ("config.json", "open_clip_config.json")  # of checkpoints that may be replaced
+
+
 def _free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").exists():
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in CONFIGS):
         raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Bring a checkpoint to another format."""
+    from tinyclip.interchange import convert as converted
+
+    _free(output, overwrite)
+    _free(output, overwrite)
+    model = converted(source, output, to, activation)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, activation {model.config.activation}: {output}")
 
 
 # --- use and judge ----------------------------------------------------------------------------------------------
@@ -222,7 +318,7 @@ def _figure(value: Any) -> str:
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or the name of a published shape.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.")],
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: AsJson = False,
@@ -230,7 +326,7 @@ def measure(
     """Parameters, MACs and pairs/s of MODEL here."""
     import torch
 
-    from tinyclip.config import CLIPConfig
+    from tinyclip.config import NAMED, CLIPConfig
     from tinyclip.distributed import resolve_device
     from tinyclip.measurement import measure as measured
     from tinyclip.model import CLIP
@@ -239,10 +335,8 @@ def measure(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     place = resolve_device(device)
-    path = Path(model)
-    if not path.exists() and len(path.parts) > 1:
-        raise ValueError(f"{model}: no such checkpoint directory")
-    network = load(model).model if path.exists() else CLIP(CLIPConfig.named(model)).eval()
+    shape_only = model in NAMED and not Path(model).exists()
+    network = CLIP(CLIPConfig.named(model)).eval() if shape_only else load(model).model
     result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
     if as_json:
         _print_json(result)
@@ -251,6 +345,39 @@ def measure(
         [k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v] for k, v in result.items()
     ]
     _print_table(("figure", "value"), rows)
+
+
+@app.command()
+def zoo(
+    name: Annotated[str | None, typer.Argument(help="Details of this model alone.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read its file whole and check its SHA-256.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The published models, with their figures; or all that is known of NAME."""
+    from tinyclip import zoo as models
+
+    if name is None:
+        if download or verify:
+            raise ValueError("--download and --verify need the name of a model")
+        listed = [models.describe(entry, cache) for entry in models.ENTRIES]
+        if as_json:
+            _print_json({"models": listed})
+        else:
+            _print_table(models.COLUMNS, [models.row(facts) for facts in listed])
+        return
+    entry = models.get(name)
+    if download:
+        models.local_file(entry, cache)
+    if verify:
+        models.verify(entry, cache)
+    facts = models.describe(entry, cache)
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in models.details(facts):
+        say(f"{key:26} {value}")
 
 
 # --- data and vocabulary ----------------------------------------------------------------------------------------

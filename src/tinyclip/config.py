@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Activation = Literal["gelu", "quick_gelu"]
+UNION_MEMBERS = r"vit|resnet|float|constrained-|tuple\[|function-|literal\["  # in pydantic's paths
 
 
 def explain(error: ValidationError) -> str:
@@ -24,7 +26,7 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         # Pydantic also names the member of a union that it tried; people know only the key.
-        path = ".".join(str(p) for p in item["loc"] if not re.match(r"(vit|resnet|float|function-|literal\[)", str(p)))
+        path = ".".join(str(p) for p in item["loc"] if not re.match(UNION_MEMBERS, str(p)))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
@@ -79,14 +81,69 @@ class VisionConfig(TransformerConfig):
         return self.image_size // self.patch_size
 
 
+Blocks = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
 class ResNetConfig(Strict):
-    """CLIP's modified ResNet with its attention pool."""
+    """CLIP's modified ResNet with its attention pool.
+
+    An uncut tower is written as `layers` (bottlenecks of each stage) and `width` alone; what is not stated follows
+    from them as in OpenAI's: stem width/2, width/2, width; stage i has bottlenecks of width * 2^i and 4 times as
+    many channels between them; the pool has as many heads of `head_dim` as fit into the last stage.
+    """
 
     kind: Literal["resnet"] = "resnet"
-    image_size: Positive = Field(224, description="side of the square input, pixels")
-    layers: tuple[Positive, Positive, Positive, Positive] = Field(description="bottlenecks of each stage")
-    width: Positive = Field(description="channels of the first stage's bottlenecks")
+    image_size: int = Field(224, ge=31, description="side of the square input, pixels")
+    stem: tuple[Positive, Positive, Positive] = Field(description="channels of the three first convolutions")
+    channels: tuple[Positive, Positive, Positive, Positive] = Field(description="channels between a stage's blocks")
+    conv1: tuple[Blocks, Blocks, Blocks, Blocks] = Field(description="of each stage's blocks: first inner channels")
+    conv2: tuple[Blocks, Blocks, Blocks, Blocks] = Field(description="of each stage's blocks: second inner channels")
     heads: Positive = Field(description="heads of the attention pool")
+    head_dim: Positive = Field(64, description="channels of one of its heads")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_width(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.keys() & {"layers", "width"}:
+            return data
+        stated = {key: value for key, value in data.items() if key not in ("layers", "width")}
+        layers, width, head_dim = data.get("layers"), data.get("width"), data.get("head_dim", 64)
+        if not isinstance(layers, list | tuple) or len(layers) != 4 or not all(_is_positive(n) for n in layers):
+            raise ValueError(f"layers are the blocks of four stages, e.g. [3, 4, 6, 3], not {layers}")
+        if not isinstance(width, int) or not _is_positive(width):
+            raise ValueError(f"width is the channels of the first bottleneck, not {width}")
+        inner = [[width * 2**i] * n for i, n in enumerate(layers)]
+        derived: dict[str, Any] = {"stem": [max(1, width // 2)] * 2 + [width], "conv1": inner, "conv2": inner}
+        derived["channels"] = [width * 2**i * 4 for i in range(4)]
+        if isinstance(head_dim, int) and _is_positive(head_dim):
+            derived["heads"] = max(1, derived["channels"][3] // head_dim)
+        return derived | stated
+
+    @model_validator(mode="after")
+    def _blocks_agree(self) -> ResNetConfig:
+        for stage, (one, two) in enumerate(zip(self.conv1, self.conv2, strict=True), 1):
+            if len(one) != len(two):
+                raise ValueError(f"conv1 has {len(one)} blocks in stage {stage} and conv2 {len(two)}")
+        return self
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks of each stage."""
+        return tuple(len(stage) for stage in self.conv1)
+
+    @property
+    def width(self) -> int:
+        """Channels of the first bottleneck; in an uncut tower all others follow from it."""
+        return self.conv1[0][0]
+
+    @property
+    def grid(self) -> int:
+        """Side of the last feature map: the stem halves twice, stages 2 to 4 once each."""
+        return (self.image_size + 1) // 2 // 16
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class TextConfig(TransformerConfig):
@@ -179,10 +236,13 @@ def _text(layers: int, width: int, head_dim: int = 64, vocab_size: int = 49408, 
     )
 
 
+def resnet_tower(layers: Sequence[int], width: int, **fields: Any) -> ResNetConfig:
+    """A ResNet tower from what OpenAI's names say (see `ResNetConfig`); `fields` state what differs."""
+    return ResNetConfig.model_validate({"layers": layers, "width": width} | fields)
+
+
 def _resnet(width: int, text_layers: int) -> CLIPConfig:
-    # The attention pool's width is 32 * width, in heads of 64 (OpenAI's RN50: 64 * 32 / 64 = 32 heads).
-    vision = ResNetConfig(layers=(3, 4, 6, 3), width=width, heads=width * 32 // 64)
-    return CLIPConfig(embed_dim=1024, vision=vision, text=_text(text_layers, 512))
+    return CLIPConfig(embed_dim=1024, vision=resnet_tower((3, 4, 6, 3), width), text=_text(text_layers, 512))
 
 
 # METHOD of the TinyCLIP paper, table of models; OpenCLIP's ViT-B-32 of LAION-2B uses GELU, OpenAI's own QuickGELU.

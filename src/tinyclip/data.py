@@ -132,6 +132,12 @@ def _prepare(folder: Path) -> int:
     return sum(_indexed(meta).values())
 
 
+def known_samples(folder: str | Path) -> int | None:
+    """Samples of a folder that is indexed as it stands, else None; writes nothing."""
+    meta = Path(folder) / ".nv-meta"
+    return sum(_indexed(meta).values()) if meta.exists() and _is_current(meta, find_shards(folder)) else None
+
+
 def _state(shards: list[Path]) -> dict[str, list[int]]:
     """Size and time of every shard."""
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in shards}

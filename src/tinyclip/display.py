@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from tinyclip.train import Run
 
-TERMS = ("loss", "affinity", "contrastive")
+TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
+
+
+def kept_lines(kept: dict[str, int]) -> list[str]:
+    """What masks keep, a line a tower and kind: `visual heads 6 5 6`."""
+    rows: dict[str, list[str]] = {}
+    for name, count in kept.items():
+        tower, kind, *_ = name.split(".")
+        rows.setdefault(f"{tower} {kind}", []).append(str(count))
+    return [f"{name} {' '.join(counts)}" for name, counts in rows.items()]
 
 
 class Display:
@@ -65,12 +75,24 @@ class Display:
     def _step(self, event: dict[str, Any]) -> None:
         terms = ", ".join(f"{name} {event[name]:.3f}" for name in TERMS if name in event)
         figures = f"{terms}, lr {event['lr']:.1e}, {event['pairs_per_s']:.0f} pairs/s"
+        for name, now in event.get("sparsity", {}).items():
+            what = "" if name == "both" else f"{name} "
+            figures += f", {what}sparsity {100 * now:.1f} % (target {100 * event['target_sparsity'][name]:.1f})"
         if event["skipped"]:
             figures += f", {event['skipped']} skipped"
         if self.live:
             self.progress.update(self.task, completed=event["step"], figures=figures)
         else:
             self.print(f"  step {event['step']}: {figures}")
+
+    def _cut(self, event: dict[str, Any]) -> None:
+        self.print(f"  masks cut after {event['step']} steps; kept:")
+        for line in kept_lines(event["kept"]):
+            self.print(f"    {line}")
+
+    def _latency(self, event: dict[str, Any]) -> None:
+        share = 100 * event["macs_removed"]
+        self.print(f"  {event['latency_ms']:g} ms a pair needs about {share:.0f} % of the MACs removed")
 
     def _evaluation(self, event: dict[str, Any]) -> None:
         names = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")
@@ -84,3 +106,39 @@ class Display:
 
     def _warning(self, event: dict[str, Any]) -> None:
         self.print(f"  warning: {event['text']}")
+
+    def _batch_norm(self, event: dict[str, Any]) -> None:
+        self.print(f"  batch-norm statistics re-estimated on {event['batches']} batches")
+
+
+def plan_table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and rows of what `plan.plan` found."""
+    columns = ["stage", "shape", "params M", "GMACs", "steps", "pairs", "epochs", "FLOPs", "GB a device", "hours"]
+    rows = [["teacher", plan["teacher"]["shape"], *_sizes(plan["teacher"]), *[""] * 6]] if plan["teacher"] else []
+    for stage in plan["stages"]:
+        shape = f"about {stage['shape']}" if stage["estimated"] else stage["shape"]
+        rows.append([stage["stage"], shape, *_sizes(stage), *_costs(stage, stage["memory_bytes"]["total"])])
+    rows.append(["total", "", "", "", *_costs(plan["total"], plan["total"]["memory_bytes"])])
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return tuple(columns[i] for i in used), [[row[i] for i in used] for row in rows]
+
+
+def _sizes(entry: dict[str, Any]) -> list[str]:
+    parameters = [f"{entry[f'params_{tower}'] / 1e6:.1f}" for tower in ("image", "text")]
+    operations = [f"{entry[f'macs_{tower}'] / 1e9:.3g}" for tower in ("image", "text")]
+    return [" + ".join(parameters), " + ".join(operations)]
+
+
+def _costs(entry: dict[str, Any], memory_bytes: float) -> list[str]:
+    epochs, hours = (
+        "" if entry[k] is None else f"{entry[k]:,.{1 if entry[k] >= 1 else 3}f}" for k in ("epochs", "hours")
+    )
+    steps, memory = f"{entry['steps']:,}", f"{memory_bytes / 1e9:,.1f}"
+    return [steps, _prefixed(entry["samples"]), epochs, _prefixed(entry["flops"]), memory, hours]
+
+
+def _prefixed(number: float) -> str:
+    """Three digits with an SI prefix: 2.4 G."""
+    number = float(f"{number:.3g}")  # so that 999.9 becomes 1 k
+    power = min(6, max(0, int(math.log10(max(number, 1))) // 3))
+    return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".rstrip()

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyclip.axes import Axis, Entry, axis_sizes, axis_table
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.axes import GATES, NEEDED, Axis, Entry, axis_kind, axis_sizes, axis_table, resnet_sizes
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.masks import Masks, validate
 from tinyclip.model import CLIP
 
@@ -17,16 +17,15 @@ from tinyclip.model import CLIP
 def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
     """The student as a slice of the teacher by the manual rule (TinyCLIP, ICCV 2023, section 3.2).
 
-    Channels, heads, neurons and embedding: the first k. Blocks: 0, step, 2*step, ... with
-    step = teacher_layers // student_layers. Across image sizes the position embeddings are interpolated;
+    Channels, heads, neurons and embedding: the first k. Blocks (of a ResNet: of each stage): 0, step, 2*step, ...
+    with step = teacher_layers // student_layers. Across image sizes the position embeddings are interpolated;
     a shorter context keeps the first positions. The teacher is not changed. Warns when the activations differ.
 
     Raises:
         ValueError: naming what the teacher has too little of, or a family that differs.
     """
     masks = manual_masks(teacher.config, student_config)
-    source = resize_positions(teacher, student_config) if isinstance(student_config.vision, VisionConfig) else teacher
-    student = compact(source, masks)
+    student = compact(resize_positions(teacher, student_config), masks)
     if student.config.activation != student_config.activation:
         text = f"the student's activation is {student_config.activation}, the teacher's {student.config.activation}"
         warnings.warn(text, stacklevel=2)
@@ -58,9 +57,13 @@ def manual_masks(teacher: CLIPConfig, student: CLIPConfig) -> dict[str, Tensor]:
         raise ValueError(f"a {student.vision.kind} student cannot inherit from a {teacher.vision.kind} teacher")
     pairs = [("visual", teacher.vision, student.vision), ("text", teacher.text, student.text)]
     for tower, big, small in pairs:
-        assert isinstance(big, TransformerConfig) and isinstance(small, TransformerConfig)
         if big.head_dim != small.head_dim:
             problems.append(f"{tower}.head_dim {small.head_dim}, not {big.head_dim}")
+        if isinstance(big, ResNetConfig):
+            assert isinstance(small, ResNetConfig)
+            _resnet_masks(masks, problems, big, small, first)
+            continue
+        assert isinstance(big, TransformerConfig) and isinstance(small, TransformerConfig)
         if isinstance(big, VisionConfig) and isinstance(small, VisionConfig) and big.patch_size != small.patch_size:
             problems.append(f"visual.patch_size {small.patch_size}, not {big.patch_size}")
         first(f"{tower}.hidden", big.width, small.width)
@@ -91,15 +94,35 @@ def _block_masks(masks, problems, tower: str, big: TransformerConfig, small: Tra
                 first(f"{tower}.{axis}.{i}", size, keep)
 
 
+def _resnet_masks(masks, problems, big: ResNetConfig, small: ResNetConfig, first) -> None:  # type: ignore[no-untyped-def]
+    """The block rule in every stage; the first block of a stage always stays."""
+    sizes, wanted = resnet_sizes(big), resnet_sizes(small)
+    for name, size in sizes.items():
+        if axis_kind(name) not in ("conv1", "conv2", "block"):
+            first(name, size, wanted[name])
+    for stage, (layers, fewer) in enumerate(zip(big.layers, small.layers, strict=True), 1):
+        if fewer > layers:
+            problems.append(f"visual.layers of stage {stage} {fewer} > {layers}")
+            continue
+        kept = kept_blocks(layers, fewer)
+        for i in range(layers):
+            if i not in kept:
+                masks[f"visual.block.{stage}.{i}"] = torch.zeros(1)
+                continue
+            for axis in (f"visual.conv1.{stage}", f"visual.conv2.{stage}"):
+                first(f"{axis}.{i}", sizes[f"{axis}.{i}"], wanted[f"{axis}.{kept.index(i)}"])
+
+
 def describe(config: CLIPConfig, masks: Masks) -> list[list[str]]:
     """What masks of 0 and 1 keep, for people: rows of (axis, before, after, what); equal blocks on one row."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, size in axis_sizes(config).items():
-        tower, kind, block = [*name.split("."), "", ""][:3]
-        if kind in ("attn", "ffn"):
+        tower, kind, block = [*name.split(".", 2), "", ""][:3]
+        if kind in GATES:
             continue
-        gate = f"{tower}.{'attn' if kind == 'heads' else 'ffn'}.{block}"
-        kept = 0 if block and gate in masks else int(masks[name].count_nonzero()) if name in masks else size
+        if kind in ("stem", "stage"):  # of the tower, not of a block
+            kind, block = f"{kind} {block}", ""
+        kept = 0 if block and _gate_of(name) in masks else int(masks[name].count_nonzero()) if name in masks else size
         label = f"{tower} {kind}".strip()
         what = "removed" if kept == 0 else "all" if kept == size else f"the first {kept}"
         rows.setdefault((label, str(size), str(kept), what), []).append(block)
@@ -107,6 +130,13 @@ def describe(config: CLIPConfig, masks: Masks) -> list[list[str]]:
         [f"{key[0]} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}" if blocks[0] else key[0], *key[1:]]
         for key, blocks in rows.items()
     ]
+
+
+def _gate_of(name: str) -> str:
+    """The gate of the branch that an axis is within: `visual.attn.3` of `visual.heads.3`; of no branch: the name."""
+    kinds = {"heads": "attn", "mlp": "ffn", "conv1": "block", "conv2": "block"}
+    tower, kind, block = [*name.split(".", 2), "", ""][:3]
+    return f"{tower}.{kinds[kind]}.{block}" if kind in kinds else name
 
 
 def kept_blocks(teacher_layers: int, student_layers: int) -> list[int]:
@@ -128,23 +158,23 @@ def compact(model: CLIP, masks: Masks) -> CLIP:
     validate(masks, model.config)
     masks = {name: mask.detach() for name, mask in masks.items()}
     kept = {name: mask.nonzero().flatten() for name, mask in masks.items()}
+    closed = {name for name in kept if axis_kind(name) in GATES and len(kept[name]) == 0}
     for name, indices in kept.items():
-        if len(indices) == 0 and name.endswith((".hidden", ".context", ".vocab", "embed")):
+        if len(indices) == 0 and axis_kind(name) in NEEDED and _gate_of(name) not in closed:
             raise ValueError(f"mask {name!r} removes everything")
-    closed = {name for name in kept if name.split(".")[1:2] in (["attn"], ["ffn"]) and len(kept[name]) == 0}
     config, block_of = _cut_config(model.config, kept, closed)
-    state = {}
+    weights, state = model.state_dict(), {}
     with torch.no_grad():
         for key, entry in axis_table(model.config).items():
             if entry.branch in closed:
                 continue
-            tensor = _cut(model.get_parameter(key), entry, masks, kept)
+            tensor = _cut(weights[key], entry, masks, kept)
             state[_renumbered(key, entry.branch, block_of)] = tensor
     return _load(config, state, model)
 
 
 def _cut(tensor: Tensor, entry: Entry, masks: Masks, kept: dict[str, Tensor]) -> Tensor:
-    """One parameter, mask values folded in and closed elements cut; always a copy."""
+    """One parameter or buffer, mask values folded in and closed elements cut; always a copy."""
     tensor = tensor.detach().clone()
     for dim, axis in enumerate(entry.axes):
         if axis is None or axis.name not in masks:
@@ -167,12 +197,14 @@ def _expand(mask: Tensor, axis: Axis) -> Tensor:
 
 
 def _cut_config(config: CLIPConfig, kept: dict[str, Tensor], closed: set[str]) -> tuple[CLIPConfig, dict[str, int]]:
-    """The config after the cut, and the new number of every block that stays (`visual.3` -> 2)."""
+    """The config after the cut, and the new number of every block that stays (`visual.3` -> 2, `visual.4.2` -> 1)."""
     sizes = axis_sizes(config) | {name: len(indices) for name, indices in kept.items()}
     block_of: dict[str, int] = {}
-    towers: dict[str, TransformerConfig] = {}
+    towers: dict[str, TransformerConfig | ResNetConfig] = {}
     for tower, part in (("visual", config.vision), ("text", config.text)):
-        assert isinstance(part, TransformerConfig)
+        if isinstance(part, ResNetConfig):
+            towers[tower] = _cut_resnet(part, sizes, closed, block_of)
+            continue
         heads: list[int | None] = []
         mlp_width: list[int | None] = []
         for i in range(part.layers):
@@ -190,10 +222,26 @@ def _cut_config(config: CLIPConfig, kept: dict[str, Tensor], closed: set[str]) -
     return CLIPConfig.model_validate(config.model_copy(update=data).model_dump()), block_of
 
 
+def _cut_resnet(part: ResNetConfig, sizes: dict[str, int], closed: set[str], block_of: dict[str, int]) -> ResNetConfig:
+    inner: dict[str, list[list[int]]] = {"conv1": [], "conv2": []}
+    for stage, layers in enumerate(part.layers, 1):
+        kept = [i for i in range(layers) if f"visual.block.{stage}.{i}" not in closed]
+        block_of |= {f"visual.{stage}.{i}": j for j, i in enumerate(kept)}
+        for kind, stages in inner.items():
+            stages.append([sizes[f"visual.{kind}.{stage}.{i}"] for i in kept])
+    channels = [sizes[f"visual.stage.{stage}"] for stage in (1, 2, 3, 4)]
+    stem = [sizes[f"visual.stem.{i}"] for i in (1, 2, 3)]
+    update = {"stem": stem, "channels": channels, "heads": sizes["visual.pool_heads"]} | inner
+    return ResNetConfig.model_validate(part.model_dump() | update)
+
+
 def _renumbered(key: str, branch: str | None, block_of: dict[str, int]) -> str:
     if branch is None:
         return key
-    tower, _, block = branch.split(".")
+    tower, _, block = branch.split(".", 2)
+    if "." in block:  # a ResNet's: stage and block
+        stage = block.partition(".")[0]
+        return key.replace(f".layer{block}.", f".layer{stage}.{block_of[f'{tower}.{block}']}.", 1)
     return key.replace(f".resblocks.{block}.", f".resblocks.{block_of[f'{tower}.{block}']}.", 1)
 
 
@@ -206,19 +254,20 @@ def _load(config: CLIPConfig, state: dict[str, Tensor], like: CLIP) -> CLIP:
 
 
 def resize_positions(model: CLIP, student: CLIPConfig) -> CLIP:
-    """The model at the student's image size: position embeddings of the patches interpolated (bicubic,
-    antialiased), the class token's kept. Returns the model itself when the size is the same."""
+    """The model at the student's image size: position embeddings of the patches (of a ResNet: in its attention
+    pool) interpolated (bicubic, antialiased), the first token's kept. Returns the model itself when the size is the
+    same."""
     vision, target = model.config.vision, student.vision
-    assert isinstance(vision, VisionConfig) and isinstance(target, VisionConfig)
     if vision.image_size == target.image_size:
         return model
-    positions = model.visual.positional_embedding.detach()
-    grid = positions[1:].T.reshape(1, vision.width, vision.grid, vision.grid)
+    key = f"visual.{'' if isinstance(vision, VisionConfig) else 'attnpool.'}positional_embedding"
+    positions = model.get_parameter(key).detach()
+    grid = positions[1:].T.reshape(1, -1, vision.grid, vision.grid)
     size = (target.grid, target.grid)
     grid = F.interpolate(grid.float(), size, mode="bicubic", antialias=True, align_corners=False).to(positions)
     resized = torch.cat([positions[:1], grid.flatten(2)[0].T])
     config = model.config.model_copy(update={"vision": vision.model_copy(update={"image_size": target.image_size})})
-    return _load(config, {**model.state_dict(), "visual.positional_embedding": resized}, model)
+    return _load(config, {**model.state_dict(), key: resized}, model)
 
 
 def prune_vocabulary(model: CLIP, kept: list[int]) -> CLIP:

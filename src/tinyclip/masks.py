@@ -1,7 +1,8 @@
 """Masks: one multiplier for each element of a named axis, and one for each branch.
 
 `Masks` maps axis names (see `axes`) to 1-D tensors. A name that is absent is not masked; an element at 0 is
-removed, one between is graded. Gates (`visual.attn.3`, `text.ffn.3`) have one element.
+removed, one between is graded. Gates (`visual.attn.3`, `text.ffn.3`) have one element. The masks of a ResNet
+image tower are 0 or 1 only, as batch norm and shared channels leave no one place to fold a grade into.
 
 `HardConcrete` are masks that are learned (TinyCLIP, ICCV 2023, section 3.2, after CoFi pruning), and `Constraint`
 is what drives them to a size.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.axes import axis_sizes
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 
 Masks = Mapping[str, Tensor]
 Tower = Literal["visual", "text"]
@@ -33,7 +34,7 @@ def validate(masks: Masks, config: CLIPConfig) -> None:
     """Check that every mask belongs to the model and has its length.
 
     Raises:
-        ValueError: naming the mask, its shape, and what the model has.
+        ValueError: naming the mask, its shape, and what the model has; a graded mask for a ResNet tower.
     """
     sizes = axis_sizes(config)
     for name, mask in masks.items():
@@ -41,6 +42,10 @@ def validate(masks: Masks, config: CLIPConfig) -> None:
             raise ValueError(f"mask {name!r}: the model has no such axis")
         if tuple(mask.shape) != (sizes[name],):
             raise ValueError(f"mask {name!r}: shape {tuple(mask.shape)}, expected ({sizes[name]},)")
+        if isinstance(config.vision, ResNetConfig) and name.startswith("visual."):
+            values = mask.detach()
+            if not ((values == 0) | (values == 1)).all():
+                raise ValueError(f"mask {name!r}: a ResNet tower takes masks of 0 and 1 only")
 
 
 # --- size under masks -------------------------------------------------------------------------------------------
@@ -239,16 +244,13 @@ class Constraint(nn.Module):
 
     Args:
         targets: for `visual`, `text` or `both`; one budget each.
-
-    Raises:
-        ValueError: for a target that cannot be reached, or that the model has already passed.
     """
 
     def __init__(self, hard: HardConcrete, targets: Mapping[str, float], ramp_steps: int) -> None:
         super().__init__()
         self.targets, self.ramp_steps = dict(targets), ramp_steps
         self.multipliers = nn.ParameterDict({name: torch.full((2,), 10.0) for name in targets})
-        self.start = {name: _bounds(hard, name, target)[0] for name, target in targets.items()}
+        self.start = {name: budget_bounds(hard, name)[0] for name in targets}
 
     def target(self, name: str, step: int) -> float:
         """Target sparsity at a step, counted from 0."""
@@ -265,20 +267,29 @@ class Constraint(nn.Module):
 
 
 @torch.no_grad()
-def _bounds(hard: HardConcrete, name: str, target: float) -> tuple[float, float]:
-    """Sparsity before anything is masked, and the largest that the clamp allows."""
+def budget_bounds(hard: HardConcrete, name: str) -> tuple[float, float]:
+    """Sparsity of a budget before anything is masked, and the largest that the clamp allows."""
     towers: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
 
     def at(keep: Masks) -> float:
         return sparsity(hard.config, hard.original, keep, towers, hard.unit).item()
 
     least = probability_kept(torch.tensor(-LARGEST))
-    start, largest = at({}), at({key: least.expand(len(value)) for key, value in hard.named_log_alpha()})
-    what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
-    if target > largest:
-        raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
-    if target <= start:
-        raise ValueError(
-            f"target_sparsity {target} of {what} is nothing to do: {start:.3f} of the original teacher is already gone"
-        )
-    return start, largest
+    return at({}), at({key: least.expand(len(value)) for key, value in hard.named_log_alpha()})
+
+
+def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
+    """Refuse what masks cannot do.
+
+    Raises:
+        ValueError: for a target that cannot be reached, or that the model has already passed.
+    """
+    for name, target in targets.items():
+        what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
+        start, largest = budget_bounds(hard, name)
+        if target > largest:
+            raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
+        if target <= start:
+            raise ValueError(
+                f"target_sparsity {target} of {what} is nothing to do: {start:.3f} of the teacher is gone already"
+            )

@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tinyclip.axes import axis_table, count_parameters
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.model import CLIP
 
 
 def macs(config: CLIPConfig) -> dict[str, int]:
     """Multiply-accumulates of one image and one text of full context, `image` and `text`.
 
-    Matrix products and the patch convolution count, both products of the attention included; norms,
-    activations and additions do not.
+    Matrix products and convolutions count, both products of the attention included; norms, activations and
+    additions do not.
     """
     vision, text = config.vision, config.text
-    assert isinstance(vision, VisionConfig)
-    patches = vision.grid**2
-    image = patches * vision.width * 3 * vision.patch_size**2 + _transformer(vision, patches + 1)
+    image = _vit(vision, config.embed_dim) if isinstance(vision, VisionConfig) else _resnet(vision, config.embed_dim)
     return {
-        "image": image + vision.width * config.embed_dim,
+        "image": image,
         "text": _transformer(text, text.context_length) + text.width * config.embed_dim,
     }
+
+
+def _vit(config: VisionConfig, embed_dim: int) -> int:
+    patches = config.grid**2
+    convolution = patches * config.width * 3 * config.patch_size**2
+    return convolution + _transformer(config, patches + 1) + config.width * embed_dim
+
+
+def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+    side = (config.image_size + 1) // 2
+    first, second, inputs = config.stem
+    total = side**2 * 9 * (3 * first + first * second + second * inputs)
+    side //= 2
+    for stage, (outputs, ones, twos) in enumerate(zip(config.channels, config.conv1, config.conv2, strict=True), 1):
+        for i, (one, two) in enumerate(zip(ones, twos, strict=True)):
+            total += side**2 * (inputs * one + 9 * one * two)
+            if i == 0:
+                side //= 2 if stage > 1 else 1
+                total += side**2 * inputs * outputs  # the shortcut
+            total += side**2 * two * outputs
+            inputs = outputs
+    length, inner = config.grid**2 + 1, config.heads * config.head_dim
+    return total + inputs * inner * (1 + 2 * length) + 2 * length * inner + inner * embed_dim
 
 
 def _transformer(config: TransformerConfig, length: int) -> int:
@@ -61,6 +83,32 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
         result |= {"pairs_per_s": batch_size / (image_s + text_s), "batch_size": batch_size}
         result |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
     return result
+
+
+def pair_latency_ms(model: CLIP, batch_size: int = 32) -> float:
+    """Milliseconds an image-text pair, in a batch, texts of full context; median of a few runs."""
+    return 1000 / float(measure(model, batch_size=batch_size, seconds=0.5)["pairs_per_s"])
+
+
+def fraction_for_latency(latency_ms: Callable[[float], float], wanted_ms: float, tries: int = 6) -> float:
+    """The smallest fraction to remove whose latency is at most `wanted_ms`, by bisection.
+
+    Args:
+        latency_ms: measures a model with that fraction of its MACs removed.
+
+    Raises:
+        ValueError: when removing 97 % is not enough, or nothing needs to be removed.
+    """
+    low, high = 0.0, 0.97
+    whole, least = latency_ms(low), latency_ms(high)
+    if wanted_ms < least:
+        raise ValueError(f"latency_ms {wanted_ms:g} cannot be reached: {least:.3g} with 97 % of the MACs removed")
+    if wanted_ms >= whole:
+        raise ValueError(f"latency_ms {wanted_ms:g} is nothing to do: it takes {whole:.3g} as it is")
+    for _ in range(tries):
+        middle = (low + high) / 2
+        low, high = (low, middle) if latency_ms(middle) <= wanted_ms else (middle, high)
+    return high
 
 
 @torch.inference_mode()

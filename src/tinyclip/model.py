@@ -1,4 +1,4 @@
-"""CLIP with ViT image tower and text transformer, any shape a `CLIPConfig` can state.
+"""CLIP with a ViT or ResNet image tower and a text transformer, any shape a `CLIPConfig` can state.
 
 State-dict keys are OpenAI's and OpenCLIP's. Everything is batch-first. `masks` (see `masks.py`) scale the
 residual writes, heads, neurons and branches; `inheritance.compact` cuts what they close, outputs unchanged.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.masks import Masks, validate
+from tinyclip.resnet import ModifiedResNet
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -170,10 +171,12 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         vision, text = config.vision, config.text
-        if not isinstance(vision, VisionConfig):
-            raise ValueError(f"image towers of kind {vision.kind!r} cannot be built yet, only 'vit'")
         self.config = config
-        self.visual = VisionTransformer(vision, config.embed_dim, config.activation)
+        self.visual: VisionTransformer | ModifiedResNet
+        if isinstance(vision, VisionConfig):
+            self.visual = VisionTransformer(vision, config.embed_dim, config.activation)
+        else:
+            self.visual = ModifiedResNet(vision, config.embed_dim)
         self.token_embedding = nn.Embedding(text.vocab_size, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
         self.transformer = Transformer(text, config.activation, "text")
@@ -186,14 +189,19 @@ class CLIP(nn.Module):
     def reset_parameters(self) -> None:
         """Random weights as OpenCLIP initialises them (scaled by width and depth)."""
         vision, text = self.config.vision, self.config.text
-        assert isinstance(vision, VisionConfig)
-        nn.init.normal_(self.visual.class_embedding, std=vision.width**-0.5)
-        nn.init.normal_(self.visual.positional_embedding, std=vision.width**-0.5)
-        nn.init.normal_(self.visual.proj, std=vision.width**-0.5)
+        transformers: list[tuple[Transformer, TransformerConfig]] = [(self.transformer, text)]
+        if isinstance(self.visual, VisionTransformer):
+            assert isinstance(vision, VisionConfig)
+            nn.init.normal_(self.visual.class_embedding, std=vision.width**-0.5)
+            nn.init.normal_(self.visual.positional_embedding, std=vision.width**-0.5)
+            nn.init.normal_(self.visual.proj, std=vision.width**-0.5)
+            transformers.insert(0, (self.visual.transformer, vision))
+        else:
+            self.visual.reset_parameters()
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=text.width**-0.5)
-        for tower, config in ((self.visual.transformer, vision), (self.transformer, text)):
+        for tower, config in transformers:
             out_std = config.width**-0.5 * (2 * max(1, config.layers)) ** -0.5
             for block in tower.resblocks:
                 assert isinstance(block, Block)

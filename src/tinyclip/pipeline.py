@@ -17,6 +17,7 @@ from tinyclip.distributed import resolve_device
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess, open_image
+from tinyclip.zoo import resolve
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -130,17 +131,26 @@ def _as_list(images: Any) -> Any:
     return images if isinstance(images, (list, tuple)) else [images]
 
 
-def load(name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pipeline:
-    """A model ready to use, from a checkpoint directory.
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    cache: str | Path | None = None,
+) -> Pipeline:
+    """A model ready to use, from a checkpoint of ours or of others (`docs/convert.md`), by its name in
+    the zoo (`docs/zoo.md`), or from the Hugging Face hub (`org/name`).
 
     Args:
+        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
         device: where the weights go; "auto" takes CUDA, then MPS, then the CPU.
         dtype: of the weights; float32 by default.
+        cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
 
     Raises:
-        ValueError: when the directory is missing or anything in it does not fit.
+        ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
     """
-    model, tokenizer, preprocessing = load_checkpoint(name_or_path)
+    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
     device = resolve_device(device)
     return Pipeline(model.to(device=device, dtype=dtype or torch.float32), tokenizer, preprocessing)
 

@@ -11,12 +11,20 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tinyclip.augment import Augment
-from tinyclip.config import Activation, CLIPConfig, Count, Positive, Strict, VisionConfig, explain
+from tinyclip.config import Activation, CLIPConfig, Count, Positive, ResNetConfig, Strict, explain
 from tinyclip.distributed import Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _named(value: Any) -> Any:
+    return CLIPConfig.named(value) if isinstance(value, str) else value
+
+
+Shape = Annotated[CLIPConfig | None, BeforeValidator(_named)]
+StageLayers = tuple[Positive, Positive, Positive, Positive]
 
 
 class TowerShape(Strict):
@@ -29,6 +37,13 @@ class TowerShape(Strict):
 
 
 class VisionShape(TowerShape):
+    layers: Positive | StageLayers | None = Field(  # type: ignore[assignment]
+        None, description="number of blocks; of a ResNet four, one a stage"
+    )
+    width: Positive | None = Field(
+        None,
+        description="channels of the residual stream; of a ResNet those of its first bottleneck, others in proportion",
+    )
     image_size: Positive | None = Field(
         None, description="side of the picture, pixels; position embeddings are interpolated"
     )
@@ -41,7 +56,7 @@ class TextShape(TowerShape):
 class StudentShape(Strict):
     """The student relative to the model it starts from."""
 
-    like: str | None = Field(None, description="shape of a known model, by name; excludes the rest")
+    like: Shape = Field(None, description="a whole config, or the name of a known model; excludes the rest")
     embed_dim: Positive | None = Field(None, description="size of the shared embedding")
     vision: VisionShape = Field(VisionShape(), description="image tower")
     text: TextShape = Field(TextShape(), description="text tower")
@@ -52,13 +67,14 @@ class StudentShape(Strict):
         if self.like is not None:
             if self != StudentShape(like=self.like):
                 raise ValueError("student.like: excludes every other key of the shape")
-            return CLIPConfig.named(self.like)
-        if not isinstance(base.vision, VisionConfig):
-            raise ValueError(f"student: cannot change the shape of a {base.vision.kind} image tower")
+            return self.like
         data = base.model_dump()
         data["embed_dim"] = self.embed_dim or base.embed_dim
         data["activation"] = self.activation or base.activation
-        data["vision"] |= _tower(self.vision, data["vision"], "vision")
+        if isinstance(base.vision, ResNetConfig):
+            data["vision"] |= _resnet(self.vision, data["vision"])
+        else:
+            data["vision"] |= _tower(self.vision, data["vision"], "vision")
         data["text"] |= _tower(self.text, data["text"], "text")
         return CLIPConfig.from_dict(data, "student")
 
@@ -66,6 +82,8 @@ class StudentShape(Strict):
 def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]:
     """Fields of the base that the shape changes. A tower that keeps its layers keeps unequal blocks as well."""
     layers, width = shape.layers or len(base["heads"]), shape.width or base["width"]
+    if not isinstance(layers, int):
+        raise ValueError(f"student.{name}.layers: one number of blocks, not {len(layers)}; only a ResNet has stages")
     changed: dict[str, Any] = {"width": width}
     for key, default in (
         ("heads", lambda v: v if width == base["width"] else v and max(1, width // base["head_dim"])),
@@ -84,6 +102,32 @@ def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]
         if getattr(shape, key, None) is not None:
             changed[key] = getattr(shape, key)
     return changed
+
+
+def _resnet(shape: VisionShape, base: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a ResNet that the shape changes: every channel count scales as the first bottleneck's does."""
+    if shape.mlp_width is not None:
+        raise ValueError("student.vision.mlp_width: a ResNet has no MLPs")
+    old = base["conv1"][0][0]
+    new = shape.width or old
+
+    def scale(values: Sequence[Any]) -> list[Any]:
+        return [max(1, v * new // old) if isinstance(v, int) else scale(v) for v in values]
+
+    changed: dict[str, Any] = {key: scale(base[key]) for key in ("stem", "channels", "conv1", "conv2")}
+    changed["heads"] = shape.heads or scale([base["heads"]])[0]
+    if isinstance(shape.layers, int):
+        raise ValueError("student.vision.layers: a ResNet has four stages, e.g. [3, 4, 6, 3]")
+    for key in ("conv1", "conv2"):
+        stages = zip(changed[key], shape.layers or map(len, changed[key]), strict=True)
+        changed[key] = [_repeated(values, layers, f"vision.{key}") for values, layers in stages]
+    return changed | ({"image_size": shape.image_size} if shape.image_size else {})
+
+
+def _repeated(values: list[int], layers: int, name: str) -> list[int]:
+    if layers != len(values) and len(set(values)) > 1:
+        raise ValueError(f"student.{name}: the blocks before are unequal, so a stage cannot be made shorter")
+    return values if layers == len(values) else values[:1] * layers
 
 
 class TowerSparsity(Strict):
@@ -114,6 +158,11 @@ class Target(Strict):
             raise ValueError("give either target_sparsity or latency_ms")
         return self
 
+    @property
+    def counted(self) -> Literal["params", "macs"]:
+        """What sparsity counts; a latency is found by way of MACs."""
+        return self.unit if self.latency_ms is None else "macs"
+
 
 class Auto(Target):
     """Masks learned while distilling (TinyCLIP's automatic inheritance), then cut."""
@@ -132,24 +181,36 @@ class Calibrated(Target):
     batches: Positive = Field(200, description="batches measured")
 
 
+TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")
+
+
 class Loss(Strict):
     """Weights of the loss terms and the scales of the affinity."""
 
     affinity: float = Field(1.0, ge=0, description="weight of affinity mimicking (needs a teacher)")
     contrastive: float = Field(0.0, ge=0, description="weight of the image-text contrastive loss")
+    feature: float = Field(0.0, ge=0, description="weight of feature mimicking, through a learned projection")
+    interactive: float = Field(0.0, ge=0, description="weight of the contrastive loss between student and teacher")
+    image_affinity: float = Field(0.0, ge=0, description="weight of the affinity of pictures with pictures")
+    text_affinity: float = Field(0.0, ge=0, description="weight of the affinity of texts with texts")
     student_scale: Literal["teacher", "learned"] | Scale = Field(
         "teacher", description="exp(logit_scale) of the student in the affinity: the teacher's, its own, or a number"
     )
     teacher_scale: Literal["teacher"] | Scale = Field("teacher", description="the same for the teacher")
     positives: Literal["pair", "class"] = Field(
-        "pair", description="contrastive: only the pair itself, or all pairs of one `class` in the batch"
+        "pair", description="contrastive terms: only the pair itself, or all pairs of one `class` in the batch"
     )
 
     @model_validator(mode="after")
     def _something(self) -> Loss:
-        if self.affinity == 0 and self.contrastive == 0:
+        if self.contrastive == 0 and not self.distils:
             raise ValueError("all loss weights are 0")
         return self
+
+    @property
+    def distils(self) -> list[str]:
+        """The terms with a weight that need a teacher."""
+        return [name for name in TEACHER_TERMS if getattr(self, name) > 0]
 
 
 class Optimizer(Strict):
@@ -182,6 +243,28 @@ class Stage(Strict):
     loss: Loss = Field(Loss(), description="terms and scales of the loss")
     optimizer: Optimizer = Field(Optimizer(), description="AdamW and its schedule")
     augment: Augment = Field(Augment(), description="random views of the pictures")
+    batch_norm: Literal["frozen", "train"] | None = Field(
+        None,
+        description="of a ResNet: keep the batch-norm statistics, re-estimated before the first step, or go on with "
+        "each batch's; default: frozen, with `inherit: none` train",
+    )
+    batch_norm_batches: Positive | None = Field(
+        None, description="training batches of the re-estimation with `batch_norm: frozen`; default: 20"
+    )
+
+    @property
+    def freezes_batch_norm(self) -> bool:
+        return (
+            self.towers == "text" or (self.batch_norm or ("train" if self.inherit == "none" else "frozen")) == "frozen"
+        )
+
+    @model_validator(mode="after")
+    def _batch_norm_fits(self) -> Stage:
+        if self.inherit == "none" and self.batch_norm == "frozen":
+            raise ValueError("batch_norm: random weights have no statistics to freeze; set it to train")
+        if self.batch_norm_batches is not None and not self.freezes_batch_norm:
+            raise ValueError("batch_norm_batches: only with `batch_norm: frozen`")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Stage:
@@ -190,11 +273,35 @@ class Stage(Strict):
         for name in ("auto", "calibrated"):
             if (self.inherit == name) != (getattr(self, name) is not None):
                 raise ValueError(f"`inherit: {name}` and a section `{name}` need each other")
-        if self.auto is not None and self.auto.steps >= self.steps:
-            raise ValueError(
-                f"auto.steps {self.auto.steps} must be below steps {self.steps}, to train on after the cut"
-            )
+        if self.target is not None:
+            self._shape_is_found(self.target)
+        if self.towers != "both":
+            other = "text" if self.towers == "image" else "vision"
+            given = [key for key in (other, "embed_dim", "activation") if key in self.student.model_fields_set]
+            if given or self.student.like:
+                name = f"student.{(given or ['like'])[0]}"
+                raise ValueError(f"towers: {self.towers} leaves the other tower as it is; leave {name} out")
         return self
+
+    @property
+    def target(self) -> Target | None:
+        """What masks are to remove, where the shape is not given."""
+        return self.auto or self.calibrated
+
+    def _shape_is_found(self, target: Target) -> None:
+        if self.student != StudentShape():
+            raise ValueError(f"inherit: {self.inherit} finds the student's shape; leave `student` out")
+        if isinstance(target.target_sparsity, TowerSparsity) and self.towers != "both":
+            raise ValueError(f"{self.inherit}.target_sparsity: one number, since towers is {self.towers}")
+        if self.auto is not None:
+            if self.auto.steps >= self.steps:
+                raise ValueError(
+                    f"auto.steps {self.auto.steps} must be below steps {self.steps}, to train on after the cut"
+                )
+            if self.optimizer.warmup_steps:
+                raise ValueError(
+                    "optimizer.warmup_steps: the learning rate rises while masks are learned; leave it out"
+                )
 
 
 class Evaluation(Strict):
@@ -205,18 +312,15 @@ class Evaluation(Strict):
     every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
 
 
-def _named(value: Any) -> Any:
-    return CLIPConfig.named(value) if isinstance(value, str) else value
-
-
 class Recipe(Strict):
     """A whole run."""
 
     description: str = Field("", description="what it does, its command, expected time and result")
     teacher: str | None = Field(None, description="checkpoint of the teacher; none: train from scratch")
-    model: Annotated[CLIPConfig | None, BeforeValidator(_named)] = Field(
-        None, description="without a teacher: a whole config, or a model name"
+    teacher_shape: Shape = Field(
+        None, description="a whole config, or a model name: what `plan` and `--smoke` take while the teacher is absent"
     )
+    model: Shape = Field(None, description="without a teacher: a whole config, or a model name")
     vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
     data: str = Field(description="folder of training shards")
     output: str = Field(description="folder of the run, made by it")
@@ -239,14 +343,33 @@ class Recipe(Strict):
             raise ValueError("two stages have one name")
         if (self.teacher is None) == (self.model is None):
             raise ValueError("give either `teacher` (to distil) or `model` (to train from scratch)")
+        if self.teacher is None and self.teacher_shape is not None:
+            raise ValueError("teacher_shape: there is no teacher")
         for i, stage in enumerate(self.stages):
-            if self.teacher is None and stage.loss.affinity > 0:
-                raise ValueError(f"stages.{i}.loss.affinity: needs a teacher; set it to 0")
+            if self.teacher is None and stage.loss.distils:
+                raise ValueError(f"stages.{i}.loss.{stage.loss.distils[0]}: needs a teacher; set it to 0")
             if self.teacher is None and stage.start == "teacher":
                 raise ValueError(f"stages.{i}.start: there is no teacher")
             if self.teacher is None and i == 0 and stage.inherit != "none":
                 raise ValueError(f"stages.{i}.inherit: there is no teacher to inherit from; set it to none")
+            if self.teacher is None and (stage.target is not None or stage.towers != "both"):
+                key = "towers" if stage.towers != "both" else "inherit"
+                raise ValueError(f"stages.{i}.{key}: needs a teacher")
+            _check_rise(i, stage, self.stages[i - 1] if i else None)
         return self
+
+
+def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
+    """Sparsity counts from the original teacher, so it must rise from stage to stage."""
+    if before is None or stage.start != "previous" or stage.target is None or before.target is None:
+        return
+    now, then = stage.target.target_sparsity, before.target.target_sparsity
+    comparable = stage.towers == before.towers and stage.target.counted == before.target.counted
+    if comparable and isinstance(now, float) and isinstance(then, float) and now <= then:
+        raise ValueError(
+            f"stages.{i}.{stage.inherit}.target_sparsity: {now} must exceed the {then} of the stage before, since both "
+            "count from the original teacher"
+        )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -79,7 +79,11 @@ def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress |
     with atomic_directory(place) as temporary:
         save_into(temporary, trainee.model, trainee.tokenizer, trainee.preprocess)
         if progress is not None:
+            if trainee.pruner is not None:
+                trainee.pruner.save(temporary)
             data = {
+                "projections": trainee.projections.state_dict(),
+                "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
                 "optimizer": trainee.optimizer.state_dict(),
                 "scaler": trainee.scaler.state_dict(),
                 "loader": loader.save_state_rank(),
@@ -104,20 +108,33 @@ def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> b
     if not (place / STATE).exists():
         return False
     trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
-    try:
-        # Not weights_only: Energon's state is made of its own classes. The file is this run's own. On the CPU,
-        # since the workers take their random states from it; the optimiser moves its own tensors.
-        data = torch.load(place / STATE, weights_only=False, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
+    data = _read_state(place)
     trainee.optimizer.load_state_dict(data["optimizer"])
+    trainee.projections.load_state_dict(data["projections"])
+    if trainee.pruner is not None:
+        trainee.pruner.load(place)
+        trainee.pruner.optimizer.load_state_dict(data["masks"])
     trainee.scaler.load_state_dict(data["scaler"])
     loader.restore_state_rank(data["loader"])
     torch.set_rng_state(data["random"])
     for name, value in data["progress"].items():
         setattr(progress, name, value)
     return True
+
+
+def saved_step(place: Path) -> int:
+    """The step that a checkpoint of a stage stands at; 0 when there is nothing to go on from."""
+    return int(_read_state(place)["progress"]["step"]) if (place / STATE).exists() else 0
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    try:
+        # Not weights_only: Energon's state is made of its own classes. The file is this run's own. On the CPU,
+        # since the workers take their random states from it; the optimiser moves its own tensors.
+        return dict(torch.load(place / STATE, weights_only=False, map_location="cpu"))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
 
 
 def forget_metrics(path: Path, stage: str, step: int) -> None:
@@ -130,7 +147,7 @@ def forget_metrics(path: Path, stage: str, step: int) -> None:
             event = json.loads(line)
         except ValueError:
             continue
-        if event.get("stage") != stage or 0 < event.get("step", 0) <= step:
+        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= step):
             kept.append(line)
     write_atomically(path, "".join(kept))
 

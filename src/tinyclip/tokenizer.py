@@ -41,7 +41,7 @@ class CLIPTokenizer:
     def __init__(self, merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
         self.merges = list(merges)
         self.context_length = context_length
-        tokens = self._tokens()
+        tokens = self.tokens()
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             raise ValueError("the merges produce one token twice")
@@ -63,7 +63,7 @@ class CLIPTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; start, end and what follows the end are left out."""
         table = {symbol: byte for byte, symbol in _symbol_of_byte().items()}
-        tokens, words = self._tokens(), []
+        tokens, words = self.tokens(), []
         for i in ids:
             if i == self.end_id:
                 break
@@ -97,7 +97,7 @@ class CLIPTokenizer:
         """Ids to keep so that `texts` encode exactly as before: their tokens and, recursively, the tokens these
         are merged from; always the byte tokens, start and end. Ascending."""
         needed = set(range(BYTE_TOKENS)) | {self.start_id, self.end_id}
-        ids = {token: i for i, token in enumerate(self._tokens())}
+        ids = {token: i for i, token in enumerate(self.tokens())}
         stack = [i for text in texts for i in set(self.encode(text))]
         while stack:
             i = stack.pop()
@@ -111,7 +111,8 @@ class CLIPTokenizer:
         merges = [self.merges[i - BYTE_TOKENS] for i in kept if BYTE_TOKENS <= i < self.start_id]
         return CLIPTokenizer(merges, self.context_length)
 
-    def _tokens(self) -> list[str]:
+    def tokens(self) -> list[str]:
+        """The token of every id."""
         symbols = list(_symbol_of_byte().values())
         return [*symbols, *(s + WORD_END for s in symbols), *(a + b for a, b in self.merges), START, END]
 

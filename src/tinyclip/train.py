@@ -27,19 +27,24 @@ import yaml
 from megatron.energon.errors import FatalSampleError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.config import CLIPConfig
+from tinyclip.config import CLIPConfig, VisionConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
-from tinyclip.inheritance import inherit, manual_masks
+from tinyclip.inheritance import compact, inherit, manual_masks
+from tinyclip.masks import HardConcrete, check_targets, sparsity
+from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
-from tinyclip.recipe import Recipe
-from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, stop_signals
+from tinyclip.pruning import MASKS, TOWERS, Pruner, budgets, saved_targets, thinner
+from tinyclip.recipe import Recipe, Stage
+from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
 from tinyclip.step import Trainee
-from tinyclip.teacher import Teacher
+from tinyclip.teacher import Teacher, image_input
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
+from tinyclip.zoo import resolve
 
 Evaluator = Callable[[CLIP, CLIPTokenizer, Preprocess], dict[str, Any]]
 Listener = Callable[[dict[str, Any]], None]
@@ -85,7 +90,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher = None
     if recipe.teacher is not None:
-        model, tokenizer, preprocess = load_checkpoint(recipe.teacher)
+        model, tokenizer, preprocess = load_checkpoint(resolve(recipe.teacher))
         teacher = Teacher(model.to(device), preprocess)
         config = model.config
     else:
@@ -113,9 +118,12 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
                 base = CLIPConfig.from_json(Path(stage.start) / "config.json")
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
-            config = stage.student.apply(base)
+            config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
             if stage.inherit == "manual":
                 manual_masks(base, config)
+            _check_towers(stage, base, first)
+            if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
+                raise ValueError("batch_norm: a ViT has none; leave the key out")
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
@@ -123,6 +131,18 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
         configs.append(config)
     return configs
+
+
+def _check_towers(stage: Stage, base: CLIPConfig, teacher: CLIPConfig) -> None:
+    """Early errors for a tower that is to stay the teacher's, and for masks that cannot do what is asked."""
+    kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
+    for name in kept:
+        if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
+            raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
+    if stage.auto is not None:
+        auto = stage.auto
+        hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
+        check_targets(hard, budgets(auto, stage.towers) or {})
 
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
@@ -180,6 +200,7 @@ def run(run: Run) -> list[dict[str, Any]]:
             student = load_checkpoint(folder / "last")[0]
             results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
             continue
+        _announce(run, i, saved_step(folder / "last"))
         student = _starting_student(run, i, student)
         student, result = _train_stage(run, i, student.to(run.device), folder)
         results.append(result)
@@ -190,26 +211,59 @@ def run(run: Run) -> list[dict[str, Any]]:
     return results
 
 
+def _announce(run: Run, i: int, step: int) -> None:
+    """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
+    stage = run.recipe.stages[i]
+    forget_metrics(run.folder / "metrics.jsonl", stage.name, step)
+    event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
+    (run.listener if step else run.emit)(event)
+    if step:
+        run.emit({"event": "resumed", "stage": stage.name, "step": step})
+
+
 def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
-    stage, config = run.recipe.stages[i], run.configs[i]
-    torch.manual_seed(run.recipe.seed + i)
-    if stage.inherit == "none":
-        return CLIP(config)
-    if stage.start == "previous" and previous is not None:
-        base = previous
-    elif stage.start in ("previous", "teacher"):
-        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
-        base = run.teacher.model
-    else:
-        base, tokenizer, _ = load_checkpoint(stage.start)
-        if tokenizer.merges != run.tokenizer.merges:
-            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+    stage, recipe = run.recipe.stages[i], run.recipe
+    torch.manual_seed(recipe.seed + i)
+    if recipe.teacher is None and i == 0:
+        return CLIP(run.configs[i])
+    base = _base(run, i, previous)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        student = inherit(base, config)
+        if stage.inherit == "none":
+            student = CLIP(stage.student.apply(base.config)).to(run.device)
+        elif stage.inherit == "manual":
+            student = inherit(base, stage.student.apply(base.config))
+        else:  # auto cuts it later
+            student = compact(base, {})
     for warning in caught:
         run.emit({"event": "warning", "stage": stage.name, "text": str(warning.message)})
+    if stage.towers != "both":
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        _keep_tower(student, run.teacher.model, stage.towers)
     return student
+
+
+def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    """The model that a stage starts from; the caller must not change it."""
+    stage = run.recipe.stages[i]
+    if stage.start == "previous" and previous is not None:
+        return previous
+    if stage.start in ("previous", "teacher"):
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        return run.teacher.model
+    base, tokenizer, _ = load_checkpoint(stage.start)
+    if tokenizer.merges != run.tokenizer.merges:
+        raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+    return base.to(run.device)
+
+
+@torch.no_grad()
+def _keep_tower(student: CLIP, teacher: CLIP, towers: str) -> None:
+    """Give the student the teacher's own weights in the tower that is left alone."""
+    own = student.state_dict()
+    for key, value in teacher.state_dict().items():
+        if key != "logit_scale" and key.startswith("visual.") != (towers == "image"):
+            own[key].copy_(value)
 
 
 def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
@@ -220,26 +274,88 @@ def _preprocess_for(run: Run, model: CLIP) -> Preprocess:
 
 
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
-    stage, every = run.recipe.stages[i], run.recipe.evaluation.every if run.recipe.evaluation else None
-    preprocess = _preprocess_for(run, student)
-    trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess, run.precision)
-    loader, progress, last = _loader(run, i), Progress(), folder / "last"
-    resumed = restore(last, trainee, loader, progress)
-    forget_metrics(run.folder / "metrics.jsonl", stage.name, progress.step)
-    run.emit({"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps})
+    stage, last = run.recipe.stages[i], folder / "last"
+    if stage.auto is not None and not _is_cut(last):
+        _learn_masks(run, i, student, folder)
+    resumed = (last / STATE).exists()
     if resumed:
-        run.emit({"event": "resumed", "stage": stage.name, "step": progress.step})
+        student = load_checkpoint(last)[0].to(run.device)
+    synchronise(student, run.device)
+    trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision)
+    if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
+        _reestimate(run, i, trainee)
+    progress = _loop(run, i, trainee, folder, stage.steps)
+    _evaluate(run, trainee, progress, folder)
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
+    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
+    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    (last / STATE).unlink()  # only now is it of no use
+    return student.eval(), result
+
+
+def _is_cut(last: Path) -> bool:
+    """Whether an auto stage's masks have already been folded into its student."""
+    return (last / STATE).exists() and not (last / MASKS).exists()
+
+
+def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
+    """The first part of an auto stage; leaves the cut student in `last`, ready for the second."""
+    stage, last = run.recipe.stages[i], folder / "last"
+    assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    targets = saved_targets(last) if (last / MASKS).exists() else _targets(run, stage, student)
+    pruner = Pruner(student.config, run.teacher.model.config, stage, targets, run.recipe.seed + i, run.device)
+    for name, start in pruner.constraint.start.items():
+        if start >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
+            text = f"{start:.3f} of the original teacher is gone already, target_sparsity {targets[name]:.3f} adds none"
+            run.emit({"event": "warning", "stage": stage.name, "text": text})
+    trainee = Trainee(student, stage, run.teacher, run.tokenizer, _preprocess_for(run, student), run.precision, pruner)
+    progress = _loop(run, i, trainee, folder, stage.auto.steps)
+    cut = pruner.cut(student)
+    figures = pruner.figures(progress.step)
+    run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
+    # From here on it is a student like any other, with a new optimiser.
+    after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
+    after.projections.load_state_dict(trainee.projections.state_dict())
+    loader = _loader(run, i, cut=True)
+    save(last, after, loader, progress)
+    close_loader(loader)
+
+
+def _targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
+    assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    targets = budgets(stage.auto, stage.towers)
+    if targets is not None:
+        return targets
+    assert stage.auto.latency_ms is not None, "the recipe's validation asks for one of the two"
+    config, towers = student.config, TOWERS[stage.towers]
+
+    def latency_ms(removed: float) -> float:
+        return pair_latency_ms(CLIP(thinner(config, removed, towers)).eval().to(run.device))
+
+    removed = fraction_for_latency(latency_ms, stage.auto.latency_ms)
+    run.emit({"event": "latency", "stage": stage.name, "latency_ms": stage.auto.latency_ms, "macs_removed": removed})
+    start = sparsity(config, run.teacher.model.config, {}, towers, "macs").item()
+    return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}
+
+
+def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
+    """Train until a step of the stage, from where its last checkpoint stands."""
+    stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
+    cut = stage.auto is not None and trainee.pruner is None
+    loader, progress, last = _loader(run, i, cut), Progress(), folder / "last"
+    restore(last, trainee, loader, progress)
     batches = iter(loader)
-    student.train()
-    with stop_signals() as stop, _attention(run.device), _closing(loader):
-        while progress.step < stage.steps:
+    trainee.train()
+    with stop_signals() as stop, attention(run.device), _closing(loader):
+        while progress.step < until:
             batch = _next_batch(run, batches)
             metrics = trainee.step(batch, progress.step)
             progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl")
-            done = progress.step == stage.steps
+            done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
-                figures = {name: value.item() for name, value in metrics.items()}
-                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures | progress.figures())
+                figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
+                figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
             else:
                 run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
             evaluate = every is not None and progress.step % every == 0 and not done
@@ -249,15 +365,20 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
                 raise Interrupted(stop[0], progress.step)
             if evaluate:
                 _evaluate(run, trainee, progress, folder)
-    _evaluate(run, trainee, progress, folder)
-    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
-    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    (last / STATE).unlink()  # only now is it of no use
-    return student.eval(), result
+    return progress
 
 
-def _loader(run: Run, i: int) -> Any:
+def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
+    """Batch-norm statistics from the first batches of the stage's data. They come from a loader of their own, so
+    that the training's starts at its first batch and a resumed run finds it where it was."""
+    batches, loader = trainee.stage.batch_norm_batches or 20, _loader(run, i)
+    with _closing(loader):
+        chosen = (_next_batch(run, source).images for source in [iter(loader)] * batches)
+        reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
+    run.emit({"event": "batch_norm", "stage": trainee.stage.name, "batches": batches})
+
+
+def _loader(run: Run, i: int, cut: bool = False) -> Any:
     stage, config = run.recipe.stages[i], run.configs[i]
     teacher = run.teacher.model.config if run.teacher else config
     return training_loader(
@@ -268,7 +389,7 @@ def _loader(run: Run, i: int) -> Any:
         augment=stage.augment,
         batch_size=stage.batch_size,
         workers=run.recipe.workers,
-        seed=run.recipe.seed + i,  # stages see the data in different orders
+        seed=run.recipe.seed + i + 1000 * cut,  # stages, and their parts, see the data in different orders
     )
 
 
@@ -284,12 +405,13 @@ def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
 def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
     if run.evaluator is None:
         return
-    progress.evaluation = run.evaluator(trainee.model.eval(), run.tokenizer, trainee.preprocess)
-    trainee.model.train()
+    student = trainee.pruner.cut(trainee.model) if trainee.pruner else trainee.model
+    progress.evaluation = run.evaluator(student.eval(), run.tokenizer, trainee.preprocess)
+    trainee.train()
     event = {"event": "evaluation", "stage": trainee.stage.name, "step": progress.step}
     run.emit(event | progress.evaluation)
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
-    if score > progress.best_score:
+    if score > progress.best_score and trainee.pruner is None:  # masks that still move make no student
         progress.best_score, progress.best_step = score, progress.step
         save(folder / "best", trainee)
     progress.pause()
@@ -309,7 +431,7 @@ def _closing(loader: Any) -> Iterator[None]:
         close_loader(loader)
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
+def attention(device: torch.device) -> AbstractContextManager[None]:
     """The attention kernel to train with. On CPUs the fused kernel's backward pass is the slower one
     (`benchmarks/attention.py`)."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
