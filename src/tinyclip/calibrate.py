@@ -1,138 +1,31 @@
 """Calibrated inheritance: masks of 0 and 1 from the importance of every element, measured on a few batches.
 
-Importance is what the affinity loss gains when an element goes, so heads, neurons and channels of both towers are
-comparable. A greedy cut then removes what matters least for the size that it saves, in several rounds: what is
-left is measured again before more of it goes.
+Importance (see `importance`) is what the affinity loss gains when an element goes, so heads, neurons and channels
+of both towers are comparable. A greedy cut removes what matters least for the size that it saves, in a few rounds:
+what is left is measured again before more of it goes. There is no training; `inheritance.compact` cuts by the masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain, islice
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tinyclip.axes import axis_sizes, axis_table
+from tinyclip.axes import GATES, NEEDED, axis_kind
 from tinyclip.config import CLIPConfig
-from tinyclip.loss import affinity_loss
+from tinyclip.importance import BOTH, Score, importance, prunable
+from tinyclip.importance import Sample as Sample
 from tinyclip.masks import Masks, Tower, Unit, prunable_size, sparsity, tower_size
 from tinyclip.model import CLIP
 
-Score = Literal["taylor", "activation", "magnitude"]
-TOWERS: tuple[Tower, ...] = ("visual", "text")
-BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": TOWERS}
+BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
-GATES = ("attn", "ffn")
-# Of what is still to be removed, the part that goes before costs are worked out anew.
+# Of what is still to go, the part that goes before costs are worked out anew.
 CHUNK = 1 / 16
-GATE_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A batch to calibrate on, on the model's device."""
-
-    images: Tensor  # (n, 3, s, s), as the model takes them
-    tokens: Tensor  # int64 (n, length)
-    teacher_image: Tensor  # (n, d) normalised features
-    teacher_text: Tensor  # (n, d)
-
-
-# --- importance -------------------------------------------------------------------------------------------------
-
-
-def prunable(config: CLIPConfig, towers: Iterable[Tower] = TOWERS, gates: bool = False) -> dict[str, int]:
-    """Axes that may be cut, with their lengths; gates last."""
-    skipped = {"context", "vocab"} if gates else {"context", "vocab", *GATES}
-    return {
-        name: size
-        for name, size in axis_sizes(config).items()
-        if name.split(".")[0] in towers and name.split(".")[1] not in skipped
-    }
-
-
-def importance(
-    model: CLIP, samples: Iterable[Sample], masks: Masks, *, score: Score, scale: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """What matters how much, for every element of every axis in `masks`.
-
-    Args:
-        masks: of ones for what is measured, zeros for what is gone.
-        scale: exp(logit_scale) of the affinity.
-    """
-    source = iter(samples)
-    few = list(islice(source, GATE_BATCHES))
-    gates = [name for name in masks if name.split(".")[1] in GATES]
-    return taylor(model, chain(few, source), masks, scale, generator) | removal(model, few, masks, gates, scale)
-
-
-def taylor(
-    model: CLIP, samples: Iterable[Sample], masks: Masks, scale: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Second-order Taylor estimate of what the affinity loss gains when an element's mask goes from 1 to 0.
-
-    gain = -g + h / 2 with g the loss's gradient in the mask and h its curvature. A first-order estimate alone is of
-    no use: for a student that still is its teacher, softmax(student) - softmax(teacher) is 0, so g is exactly 0. The
-    curvature is the Fisher information, E[gradient^2] of a cross-entropy whose labels are drawn from the student's
-    own affinity (Martens, "New insights and perspectives on the natural gradient method", 2020, section 5). With
-    n rows drawn independently, the mean loss has h = 2 n E[gradient^2] for the mean of both directions.
-
-    Args:
-        masks: of ones for what is measured, zeros for what is gone.
-    """
-    gains = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    count = 0
-    for sample in samples:
-        live = {name: mask.clone().requires_grad_() for name, mask in masks.items()}
-        image_features, text_features, _ = model(sample.images, sample.tokens, live)
-        features = image_features.float(), text_features.float()
-        loss = affinity_loss(*features, sample.teacher_image, sample.teacher_text, scale, scale)
-        first = torch.autograd.grad(loss, list(live.values()), retain_graph=True)
-        second = torch.autograd.grad(_drawn_loss(scale * features[0] @ features[1].T, generator), list(live.values()))
-        for name, g, d in zip(live, first, second, strict=True):
-            gains[name] += len(sample.tokens) * d.square() - g
-        count += 1
-    return {name: gain / count for name, gain in gains.items()}
-
-
-def _drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross-entropy in both directions against labels drawn from the logits' own distribution."""
-    chances = [x.detach().softmax(1).cpu() for x in (logits, logits.T)]
-    rows, columns = (p.multinomial(1, generator=generator).flatten().to(logits.device) for p in chances)
-    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, columns)) / 2
-
-
-@torch.no_grad()
-def removal(
-    model: CLIP, samples: Iterable[Sample], masks: Masks, names: Iterable[str], scale: float
-) -> dict[str, Tensor]:
-    """What the affinity loss gains when a gate is closed, by closing it."""
-    gains = {name: torch.zeros_like(masks[name]) for name in names}
-    count = 0
-    for sample in samples:
-        encoders = {
-            "visual": lambda z, s=sample: model.encode_image(s.images, z, normalize=True).float(),
-            "text": lambda z, s=sample: model.encode_text(s.tokens, z, normalize=True).float(),
-        }
-        before = {tower: encode(masks) for tower, encode in encoders.items()}
-
-        def loss(features: dict[str, Tensor], s: Sample = sample) -> Tensor:
-            return affinity_loss(features["visual"], features["text"], s.teacher_image, s.teacher_text, scale, scale)
-
-        base = loss(before)
-        for name in gains:
-            tower = name.split(".")[0]
-            features = before | {tower: encoders[tower]({**masks, name: torch.zeros_like(masks[name])})}
-            gains[name] += loss(features) - base
-        count += 1
-    return {name: gain / count for name, gain in gains.items()}
-
-
-# --- the greedy cut ---------------------------------------------------------------------------------------------
+ROUNDS = 4
+UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
 
 
 def fill_budget(
@@ -187,39 +80,39 @@ def _remove(
 ) -> bool:
     """Close masks of `kept`, least importance per size first, until `size` is `allowed`; whether it could be.
 
-    Sizes are linear in the length of each axis, so an element's cost is the gradient of the size in that length.
-    Elements go in units of `align`; a chunk of units goes before the costs are worked out at the new shape.
+    Sizes are linear in the length of each axis, so what an element costs is the gradient in that length. Elements
+    go in units of `align`, and a chunk of units goes before the costs are worked out at the new shape.
     """
-    orders, axis, score, count = {}, [], [], []
-    for i, (name, value) in enumerate(importance.items()):
-        kind = name.split(".")[1]
-        value = value.detach().double().cpu().masked_fill(kept[name] == 0, -torch.inf)
-        orders[name] = value.argsort(stable=True)
-        lengths = _units(int(kept[name].sum()), 1 if kind in ("heads", *GATES) else align)
-        ranked = value[orders[name]][len(value) - sum(lengths) :].split(lengths)
-        ranked = ranked[: len(ranked) - (kind == "hidden")]  # a tower keeps its last channels
-        axis += [i] * len(ranked)
-        score += [unit.mean() for unit in ranked]
-        count += [len(unit) for unit in ranked]
-    axes, scores, counts = torch.tensor(axis), torch.stack(score), torch.tensor(count)
-    left = torch.stack([kept[name].double().sum() for name in importance])
+    names, orders, axis, score, count = list(importance), [], [], [], []
+    for i, name in enumerate(names):
+        value = importance[name].detach().double().cpu().masked_fill(kept[name] == 0, -torch.inf)
+        orders.append(value.argsort(stable=True))
+        lengths = _units(int(kept[name].sum()), 1 if axis_kind(name) in UNALIGNED else align)
+        units = value[orders[i]][len(value) - sum(lengths) :].split(lengths)
+        units = units[: len(units) - (axis_kind(name) in NEEDED)]  # the last unit stays
+        axis += [i] * len(units)
+        score += [unit.mean().item() for unit in units]
+        count += [len(unit) for unit in units]
+    axes, scores, counts = torch.tensor(axis), torch.tensor(score, dtype=torch.double), torch.tensor(count)
+    left = torch.stack([kept[name].double().sum() for name in names])
     alive = torch.ones(len(axes), dtype=torch.bool)
     while True:
-        left.requires_grad_()
-        now = size(dict(kept) | dict(zip(importance, left[:, None], strict=True)))
-        cost = torch.autograd.grad(now, left)[0][axes] if left.requires_grad else left
-        excess, left = now.item() - allowed, left.detach()
-        saves = alive & (cost > 0)
-        if excess <= 0 or not saves.any():
+        lengths_now = left.clone().requires_grad_()
+        now = size(kept | dict(zip(names, lengths_now.unsqueeze(1), strict=True)))
+        excess = now.item() - allowed
+        if excess <= 0:
             break
-        ratio = torch.where(saves, scores / cost, torch.inf)
-        ranked_units = ratio.argsort(stable=True)[: int(saves.sum())]
-        within = (cost * counts)[ranked_units].cumsum(0) <= excess * CHUNK
-        chosen = ranked_units[: max(1, int(within.sum()))]
+        cost = torch.autograd.grad(now, lengths_now)[0][axes]
+        saves = alive & (cost > 0)  # nothing is saved in a branch whose gate is closed
+        if not saves.any():
+            break
+        ranked = torch.where(saves, scores / cost, torch.inf).argsort(stable=True)[: int(saves.sum())]
+        fits = (cost * counts)[ranked].cumsum(0) <= excess * CHUNK
+        chosen = ranked[: max(1, int(fits.sum()))]
         alive[chosen] = False
         left.index_add_(0, axes[chosen], -counts[chosen].double())
-    for (name, order), length in zip(orders.items(), left, strict=True):
-        kept[name] = torch.zeros(len(order)).index_fill(0, order[len(order) - int(length) :], 1.0)
+    for name, order, length in zip(names, orders, left.int().tolist(), strict=True):
+        kept[name] = torch.zeros(len(order)).index_fill(0, order[len(order) - length :], 1.0)
     return excess <= 0
 
 
@@ -227,9 +120,6 @@ def _units(length: int, align: int) -> list[int]:
     """Lengths of the units of an axis, least important first, so that multiples of `align` are left."""
     rest = [length % align] if length % align else []
     return rest + [align] * (length // align)
-
-
-# --- rounds -----------------------------------------------------------------------------------------------------
 
 
 def calibrate(
@@ -244,35 +134,53 @@ def calibrate(
     gates: bool = False,
     align: int = 1,
     batches: int = 200,
-    rounds: int = 8,
+    rounds: int = ROUNDS,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Masks of 0 and 1 for the model that meet the target; `inheritance.compact` cuts by them.
+    """Masks of 0 and 1 for the model that meet the target.
 
-    The sizes of the rounds fall by one factor each, and each round has its share of the batches.
+    The size falls by one factor a round, and each round measures on its share of the batches.
 
     Args:
+        model: left as it is; in evaluation mode.
+        samples: on the model's device; `batches` are taken.
+        target_sparsity: as in `fill_budget`.
         scale: exp(logit_scale) of the affinity.
         original: the teacher's config, which sparsity counts from; by default the model's.
-        batches: taken from `samples` in all.
+        seed: of the labels that the score `taylor` draws.
 
     Raises:
-        ValueError: for a target that is out of reach or already met, or too little data.
+        ValueError: for a target that is out of reach or already met, or no data.
     """
     original = original or model.config
-    generator, source = torch.Generator().manual_seed(seed), iter(samples)
-    towers = tuple(t for t in TOWERS if any(t in BUDGETS[budget] for budget in target_sparsity))
-    device = model.logit_scale.device
-    sizes = prunable(model.config, towers, gates)
-    masks = {name: torch.ones(size) for name, size in sizes.items()}
+    towers = tuple(tower for tower in BOTH if any(tower in BUDGETS[name] for name in target_sparsity))
+    masks = {name: torch.ones(size) for name, size in prunable(model.config, towers, gates).items()}
     start = {name: sparsity(model.config, original, {}, BUDGETS[name], unit).item() for name in target_sparsity}
+    check_reachable(model.config, target_sparsity, original=original, unit=unit, gates=gates, align=align)
+    generator, source = torch.Generator().manual_seed(seed), iter(samples)
+    rounds = min(rounds, batches)
     for r in range(1, rounds + 1):
         share = islice(source, batches * r // rounds - batches * (r - 1) // rounds)
-        live = {name: mask.to(device) for name, mask in masks.items()}
-        found = importance(model, share, live, score=score, scale=scale, generator=generator)
-        targets = {
+        placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
+        found = importance(model, share, placed, score=score, scale=scale, generator=generator)
+        goals = {
             name: 1 - (1 - start[name]) * ((1 - target) / (1 - start[name])) ** (r / rounds)
             for name, target in target_sparsity.items()
         }
-        masks = fill_budget(found, model.config, targets, original=original, masks=masks, unit=unit, align=align)
+        masks = fill_budget(found, model.config, goals, original=original, masks=masks, unit=unit, align=align)
     return masks
+
+
+def check_reachable(
+    config: CLIPConfig,
+    target_sparsity: Mapping[str, float],
+    *,
+    original: CLIPConfig | None = None,
+    unit: Unit = "params",
+    gates: bool = False,
+    align: int = 1,
+) -> None:
+    """`ValueError` for a target that no masks can meet, or that is already met; nothing is measured."""
+    for name, target in target_sparsity.items():
+        axes = {axis: torch.ones(size) for axis, size in prunable(config, BUDGETS[name], gates).items()}
+        fill_budget(axes, config, {name: target}, original=original, unit=unit, align=align)
