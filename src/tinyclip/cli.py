@@ -348,6 +348,30 @@ def measure(
 
 
 @app.command()
+def structure(
+    model: Path,
+    of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Width, and heads and neurons of each block, of MODEL."""
+    from tinyclip import structure as drawing
+    from tinyclip.pipeline import load
+
+    if output and output.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
+    config = load(model).model.config
+    if output:
+        picture = drawing.figure(config, load(of).model.config if of else None)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(output, dpi=150)
+    if as_json:
+        _print_json(config.model_dump(mode="json"))
+    else:
+        _print_table(("tower", "what", "in each block"), drawing.rows(config))
+
+
+@app.command()
 def zoo(
     name: Annotated[str | None, typer.Argument(help="Details of this model alone.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
