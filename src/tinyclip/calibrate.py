@@ -8,7 +8,9 @@ what is left is measured again before more of it goes. There is no training; `in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +19,16 @@ from tinyclip.axes import GATES, NEEDED, axis_kind
 from tinyclip.config import CLIPConfig
 from tinyclip.importance import BOTH, Score, importance, prunable
 from tinyclip.importance import Sample as Sample
+from tinyclip.inheritance import compact
 from tinyclip.masks import Masks, Tower, Unit, prunable_size, sparsity, tower_size
+from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
+from tinyclip.recipe import Calibrated
 
 BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
 # Of what is still to go, the part that goes before costs are worked out anew.
 CHUNK = 1 / 16
-ROUNDS = 4
 UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
 
 
@@ -122,65 +126,107 @@ def _units(length: int, align: int) -> list[int]:
     return rest + [align] * (length // align)
 
 
-def calibrate(
-    model: CLIP,
-    samples: Iterable[Sample],
-    target_sparsity: Mapping[str, float],
-    *,
-    scale: float,
-    original: CLIPConfig | None = None,
-    score: Score = "taylor",
-    unit: Unit = "params",
-    gates: bool = False,
-    align: int = 1,
-    batches: int = 200,
-    rounds: int = ROUNDS,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Masks of 0 and 1 for the model that meet the target.
-
-    The size falls by one factor a round, and each round measures on its share of the batches.
+@dataclass(frozen=True)
+class Calibration:
+    """How importance is measured and what may go.
 
     Args:
-        model: left as it is; in evaluation mode.
-        samples: on the model's device; `batches` are taken.
-        target_sparsity: as in `fill_budget`.
         scale: exp(logit_scale) of the affinity.
         original: the teacher's config, which sparsity counts from; by default the model's.
+        batches: measured in all.
+        rounds: the size falls by one factor each, and each measures on its share of the batches.
         seed: of the labels that the score `taylor` draws.
+        unit, gates, align: as in `fill_budget` and `prunable`.
+    """
+
+    scale: float
+    original: CLIPConfig | None = None
+    score: Score = "taylor"
+    unit: Unit = "params"
+    gates: bool = False
+    align: int = 1
+    batches: int = 200
+    rounds: int = 4
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: Calibrated, original: CLIPConfig, scale: float = 1.0, seed: int = 0) -> Calibration:
+        """As a recipe says; the scale matters only where something is measured."""
+        options = {name: getattr(settings, name) for name in ("score", "gates", "align", "batches")}
+        return cls(scale, original, unit=settings.counted, seed=seed, **options)
+
+    def measure(self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int) -> dict[str, Tensor]:
+        """Importance under masks, which may lie elsewhere than the model."""
+        placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
+        generator = torch.Generator().manual_seed(seed)
+        return importance(model, samples, placed, score=self.score, scale=self.scale, generator=generator)
+
+    def fill(
+        self, found: Mapping[str, Tensor], config: CLIPConfig, targets: Mapping[str, float], masks: Masks | None = None
+    ) -> dict[str, Tensor]:
+        settings: dict[str, Any] = {"original": self.original, "unit": self.unit, "align": self.align}
+        return fill_budget(found, config, targets, masks=masks, **settings)
+
+    def sparsity(self, config: CLIPConfig, masks: Masks, budget: str) -> float:
+        return sparsity(config, self.original or config, masks, BUDGETS[budget], self.unit).item()
+
+    def check(self, config: CLIPConfig, targets: Mapping[str, float]) -> None:
+        """`ValueError` for a target that no masks can meet, or that is already met; nothing is measured."""
+        for name, target in targets.items():
+            sizes = prunable(config, BUDGETS[name], self.gates)
+            self.fill({axis: torch.ones(size) for axis, size in sizes.items()}, config, {name: target})
+
+
+def calibrate(
+    model: CLIP, samples: Iterable[Sample], target_sparsity: Mapping[str, float], how: Calibration
+) -> dict[str, Tensor]:
+    """Masks of 0 and 1 for the model that meet the target; the model is left as it is.
+
+    Args:
+        model: in evaluation mode.
+        samples: on the model's device.
+        target_sparsity: as in `fill_budget`.
 
     Raises:
-        ValueError: for a target that is out of reach or already met, or no data.
+        ValueError: for a target that is out of reach or already met, or too few samples.
     """
-    original = original or model.config
+    config, source = model.config, iter(samples)
+    how.check(config, target_sparsity)
     towers = tuple(tower for tower in BOTH if any(tower in BUDGETS[name] for name in target_sparsity))
-    masks = {name: torch.ones(size) for name, size in prunable(model.config, towers, gates).items()}
-    start = {name: sparsity(model.config, original, {}, BUDGETS[name], unit).item() for name in target_sparsity}
-    check_reachable(model.config, target_sparsity, original=original, unit=unit, gates=gates, align=align)
-    generator, source = torch.Generator().manual_seed(seed), iter(samples)
-    rounds = min(rounds, batches)
+    masks = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
+    left = {name: 1 - how.sparsity(config, {}, name) for name in target_sparsity}
+    rounds = min(how.rounds, how.batches)
     for r in range(1, rounds + 1):
-        share = islice(source, batches * r // rounds - batches * (r - 1) // rounds)
-        placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
-        found = importance(model, share, placed, score=score, scale=scale, generator=generator)
-        goals = {
-            name: 1 - (1 - start[name]) * ((1 - target) / (1 - start[name])) ** (r / rounds)
-            for name, target in target_sparsity.items()
-        }
-        masks = fill_budget(found, model.config, goals, original=original, masks=masks, unit=unit, align=align)
+        share = islice(source, how.batches * r // rounds - how.batches * (r - 1) // rounds)
+        found = how.measure(model, share, masks, how.seed * 1000 + r)
+        goals = {}
+        for name, target in target_sparsity.items():
+            goal = 1 - left[name] * ((1 - target) / left[name]) ** (r / rounds) if r < rounds else target
+            if how.sparsity(config, masks, name) < goal:  # else the round before removed more than it had to
+                goals[name] = goal
+        masks = how.fill(found, config, goals, masks)
     return masks
 
 
-def check_reachable(
-    config: CLIPConfig,
-    target_sparsity: Mapping[str, float],
-    *,
-    original: CLIPConfig | None = None,
-    unit: Unit = "params",
-    gates: bool = False,
-    align: int = 1,
-) -> None:
-    """`ValueError` for a target that no masks can meet, or that is already met; nothing is measured."""
-    for name, target in target_sparsity.items():
-        axes = {axis: torch.ones(size) for axis, size in prunable(config, BUDGETS[name], gates).items()}
-        fill_budget(axes, config, {name: target}, original=original, unit=unit, align=align)
+def targets_for_latency(
+    model: CLIP, samples: Iterable[Sample], latency_ms: float, towers: tuple[Tower, ...], how: Calibration
+) -> tuple[dict[str, float], float]:
+    """The target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
+    the model's MACs that this removes. Importance is measured once, on the batches of one round.
+
+    Raises:
+        ValueError: when it cannot be reached, or nothing needs to be removed.
+    """
+    how, config = replace(how, unit="macs"), model.config
+    budget = "both" if len(towers) == 2 else towers[0]
+    ones = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
+    found = how.measure(model, islice(samples, max(1, how.batches // how.rounds)), ones, how.seed * 1000)
+    start = how.sparsity(config, {}, budget)
+
+    def measured(removed: float) -> float:
+        if removed == 0:
+            return pair_latency_ms(model)
+        return pair_latency_ms(compact(model, how.fill(found, config, {budget: start + (1 - start) * removed})))
+
+    removed = fraction_for_latency(measured, latency_ms)
+    return {budget: start + (1 - start) * removed}, removed

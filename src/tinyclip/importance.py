@@ -30,7 +30,7 @@ class Sample:
     tokens: Tensor  # int64 (n, length)
 
 
-def prunable(config: CLIPConfig, towers: Iterable[Tower] = BOTH, gates: bool = False) -> dict[str, int]:
+def prunable(config: CLIPConfig, towers: tuple[Tower, ...] = BOTH, gates: bool = False) -> dict[str, int]:
     """Axes that may be cut, with their lengths."""
     skipped = {"context", "vocab"} if gates else {"context", "vocab", *GATES}
     sizes = axis_sizes(config).items()
