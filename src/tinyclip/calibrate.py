@@ -71,7 +71,10 @@ def fill_budget(
         mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
         if not _remove(kept, mine, size, (1 - target) * full, align):
             reached = 1 - size(kept).item() / full
-            raise ValueError(f"{what} cannot be reached: without its last channel {reached:.3f} would be gone")
+            raise ValueError(f"{what} cannot be reached: at most {reached:.3f} can go")
+        for tower in towers:
+            if size(kept, (tower,)) == 0:
+                raise ValueError(f"{what} cannot be reached: nothing would be left of the blocks of {NAMES[tower]}")
     return kept
 
 
