@@ -28,7 +28,7 @@ from megatron.energon.errors import FatalSampleError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
-from tinyclip.checkpoint import load_checkpoint, save_into
+from tinyclip.checkpoint import load_checkpoint, read_config, save_into
 from tinyclip.config import CLIPConfig, VisionConfig
 from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
     for i, stage in enumerate(recipe.stages):
         try:
             if stage.start not in ("previous", "teacher"):
-                base = CLIPConfig.from_json(Path(stage.start) / "config.json")
+                base = read_config(resolve(stage.start))
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
             config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
@@ -251,7 +251,7 @@ def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
     if stage.start in ("previous", "teacher"):
         assert run.teacher is not None, "the recipe's validation asks for a teacher here"
         return run.teacher.model
-    base, tokenizer, _ = load_checkpoint(stage.start)
+    base, tokenizer, _ = load_checkpoint(resolve(stage.start))
     if tokenizer.merges != run.tokenizer.merges:
         raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
     return base.to(run.device)
