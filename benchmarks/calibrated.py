@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tinyclip import train
+from tinyclip import run, train
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.calibrate import Calibration, Sample, calibrate
 from tinyclip.config import CLIPConfig
@@ -124,7 +124,7 @@ def calibrated(teacher: Pipeline, recipe: Recipe, how: Calibration, limit: int, 
     kept: list[Sample] = [next(source) for _ in range(how.batches)]
     close_loader(loader)
     for _ in range(6):
-        with train.attention(model.logit_scale.device):
+        with run.attention(model.logit_scale.device):
             student = compact(model, calibrate(model, kept, {"both": target}, how))
         over = parameters(student.config) - limit
         if -0.01 * limit <= over <= 0:

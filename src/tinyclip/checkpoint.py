@@ -70,11 +70,11 @@ def save_into(
     write_weights(folder / WEIGHTS, state)
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file into the new folder of a checkpoint."""
+def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file into the new folder of a checkpoint; `ValueError` when it cannot be written."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
         path.chmod(0o644)  # safetensors makes it private
     except SafetensorError as error:  # a full disk, for one
         raise ValueError(f"cannot write {path.parent.parent}: {error}") from None
@@ -115,6 +115,17 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     model = CLIP(config)
     load_state(model, read_weights(path / WEIGHTS), str(path / WEIGHTS))
     return model.eval(), tokenizer, preprocess
+
+
+def read_config(path: str | Path) -> CLIPConfig:
+    """The shape of a checkpoint. Of our own the config alone is read; of others the weights say it.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    ours = (path / "preprocess.json").exists()
+    return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
 
 
 def _whole(path: Path) -> Path:

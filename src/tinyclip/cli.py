@@ -266,8 +266,8 @@ def _calibrate(
     from tinyclip.pipeline import Pipeline, load
     from tinyclip.pruning import TOWERS, budgets
     from tinyclip.recipe import calibrated_from
+    from tinyclip.run import attention
     from tinyclip.samples import plain_loader, samples
-    from tinyclip.train import attention
 
     if towers not in TOWERS:
         raise ValueError(f"--towers {towers}: choose {', '.join(TOWERS)}")
