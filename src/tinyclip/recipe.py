@@ -278,10 +278,10 @@ class Stage(Strict):
             self._shape_is_found(self.target)
         if self.towers != "both":
             other = "text" if self.towers == "image" else "vision"
-            given = [key for key in (other, "embed_dim", "activation") if key in self.student.model_fields_set]
-            if given or self.student.like:
-                name = f"student.{(given or ['like'])[0]}"
-                raise ValueError(f"towers: {self.towers} leaves the other tower as it is; leave {name} out")
+            default = StudentShape()
+            for key in (other, "embed_dim", "activation"):
+                if getattr(self.student, key) != getattr(default, key):
+                    raise ValueError(f"towers: {self.towers} leaves the other tower as it is; leave student.{key} out")
         return self
 
     @property

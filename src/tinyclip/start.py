@@ -74,7 +74,7 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
             if stage.inherit == "manual":
                 manual_masks(base, config)
-            _check_towers(stage, base, first)
+            _check_towers(stage, base, config, first)
             if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
                 raise ValueError("batch_norm: a ViT has none; leave the key out")
             if config.text.vocab_size != first.text.vocab_size:
@@ -86,10 +86,12 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
     return configs
 
 
-def _check_towers(stage: Stage, base: CLIPConfig, teacher: CLIPConfig) -> None:
+def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
     """Early errors for a tower that is to stay the teacher's, and for masks that cannot do what is asked."""
     kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
     for name in kept:
+        if getattr(student, name) != getattr(base, name) or student.embed_dim != base.embed_dim:
+            raise ValueError(f"towers: {stage.towers} leaves the {name} tower as it is, the student's differs")
         if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
             raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
     if stage.auto is not None:
