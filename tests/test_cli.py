@@ -122,6 +122,11 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("distill", "nowhere.yaml"), "no such recipe"),
         (("distill", "recipe.yaml", "--set", "stages.0.stepz=1"), "stages.0.stepz: unknown key"),
         (("train", "recipe.yaml"), "use `tinyclip distill`"),
+        (("inherit", "teacher", "x", "--shape", "text.layers=1", "--gates"), "go with --calibrate"),
+        (
+            ("inherit", "teacher", "x", "--shape", "text.layers=1", "--towers", "image"),
+            "--towers goes with --calibrate",
+        ),
         (("inherit", "teacher", "x"), "give one of --like, --shape and --calibrate"),
         (("inherit", "teacher", "x", "--like", "ViT-B-32"), "does not fit into the teacher"),
         (("inherit", "teacher", "data", "--like", "ViT-B-32"), "data exists"),

@@ -70,7 +70,7 @@ def shorten_recipe(source: Path, target: Path) -> None:
         stage |= {"steps": 2, "batch_size": 8}
         stage.setdefault("optimizer", {})["warmup_steps"] = 0
         if "auto" in stage:
-            stage["auto"]["steps"] = 1
+            stage["auto"] |= {"steps": 1, "ramp_steps": 1}
         if "calibrated" in stage:
             stage["calibrated"]["batches"] = 2
     target.write_text(yaml.safe_dump(recipe))

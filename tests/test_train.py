@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from test_data import good, write_shard
 from tinyclip import train
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.data import Batch
+from tinyclip.files import recover
 from tinyclip.loss import affinity_loss, contrastive_loss
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
@@ -124,6 +126,72 @@ def test_every_term_trains_through_its_projection_and_resumes(place: Path, tmp_p
     run(recipe(place, parts, stages=stages), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def judged(chosen: Recipe, stop_at: int | None, scores: dict[int, float], **options: Any) -> list[dict[str, Any]]:
+    """Run with made-up evaluations; returns every evaluation that the run has logged by then."""
+    started = train.start(chosen, **options)
+    step = 0
+
+    def follow(event: dict[str, Any]) -> None:
+        nonlocal step
+        step = event.get("step", step)
+        if event["event"] == "step" and step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    started.listener = follow
+    started.evaluator = lambda *_: {"acc1": scores[step]}
+    if stop_at is None:
+        train.run(started)
+    else:
+        with pytest.raises(Interrupted):
+            train.run(started)
+    events = [json.loads(line) for line in (Path(chosen.output) / "metrics.jsonl").read_text().splitlines()]
+    return [e for e in events if e["event"] == "evaluation"]
+
+
+@pytest.mark.parametrize("stop_at", [4, 5])
+def test_evaluations_and_the_best_survive_a_stop(place: Path, tmp_path: Path, stop_at: int) -> None:
+    """Also one that falls between saving and judging."""
+    chosen = recipe(place, tmp_path / "run", stages=[stage(steps=8)], evaluation={"data": "unused", "every": 2})
+    scores = {2: 0.1, 4: 0.9, 6: 0.2, 8: 0.3}
+    judged(chosen, stop_at, scores)
+    found = judged(chosen, None, scores, resume=True)
+    assert {e["step"]: e["acc1"] for e in found} == scores and len(found) == 4
+    assert json.loads((tmp_path / "run" / "stages" / "50" / "result.json").read_text())["best_step"] == 4
+
+
+def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) -> None:
+    chosen = recipe(place, tmp_path / "run", stages=[stage()])
+    started = train.start(chosen)
+    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
+    with pytest.raises(Interrupted):
+        train.run(started)
+    state = tmp_path / "run" / "stages" / "50" / "last" / "state.pt"
+    whole = torch.load(state, weights_only=True)
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    hostile = torch.frombuffer(bytearray(pickle.dumps(Hostile(), protocol=4)), dtype=torch.uint8)
+    for damaged in ({"optimizer": Hostile()}, whole | {"loader": hostile}, whole | {"loader": hostile[:9]}):
+        torch.save(damaged, state)
+        with pytest.raises(ValueError, match=r"state.pt: damaged"):
+            run(chosen, resume=True)
+        assert not (tmp_path / "ran").exists()
+    torch.save({"optimizer": {}}, state)
+    with pytest.raises(ValueError, match=r"state.pt: damaged \(no loader, masks, progress"):
+        run(chosen, resume=True)
+
+
+def test_a_checkpoint_left_aside_by_a_kill_is_put_back(tmp_path: Path) -> None:
+    (tmp_path / ".last.abc.old").mkdir()
+    recover(tmp_path / "last")
+    assert (tmp_path / "last").is_dir()
+    (tmp_path / ".last.xyz.old").mkdir()
+    recover(tmp_path / "last")
+    assert (tmp_path / ".last.xyz.old").exists()
 
 
 def test_a_stage_can_start_from_a_checkpoint_or_the_teacher(place: Path, tmp_path: Path) -> None:

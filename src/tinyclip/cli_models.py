@@ -46,15 +46,20 @@ def inherit(
     from tinyclip.inheritance import describe, manual_masks
     from tinyclip.inheritance import inherit as cut
     from tinyclip.pipeline import Pipeline, load
-    from tinyclip.recipe import shape_from
+    from tinyclip.recipe import Calibrated, shape_from
 
     check_free(output, overwrite)
     if [like is not None, bool(shape), calibrate is not None].count(True) != 1:
         raise ValueError("give one of --like, --shape and --calibrate")
+    settings = {"target_sparsity": target, "unit": unit, "gates": gates, "align": align, "score": score}
+    settings |= {"batches": batches}
     if calibrate is not None:
-        settings = {"target_sparsity": target, "unit": unit, "gates": gates, "align": align, "score": score}
-        _calibrate(teacher, output, calibrate, settings | {"batches": batches}, towers, batch_size, device)
+        _calibrate(teacher, output, calibrate, settings, towers, batch_size, device)
         return
+    if settings != {"target_sparsity": 0.5} | Calibrated(target_sparsity=0.5).model_dump(include=set(settings)):
+        raise ValueError("--target, --unit, --gates, --align, --score and --batches go with --calibrate")
+    if towers != "both":
+        raise ValueError("--towers goes with --calibrate")
     clip = load(teacher)
     config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
     student = cut(clip.model, config)
@@ -71,12 +76,11 @@ def _calibrate(
 
     from tinyclip.axes import axis_table, count_parameters
     from tinyclip.calibrate import Calibration, calibrate
-    from tinyclip.data import close_loader
     from tinyclip.inheritance import compact, describe
     from tinyclip.pipeline import Pipeline, load
     from tinyclip.pruning import TOWERS, budgets
     from tinyclip.recipe import calibrated_from
-    from tinyclip.run import attention
+    from tinyclip.run import attention, closing
     from tinyclip.samples import plain_loader, samples
 
     if towers not in TOWERS:
@@ -88,11 +92,8 @@ def _calibrate(
     loader = plain_loader(data, clip, batch_size)
     source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
     shown = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
-    try:
-        with attention(model.logit_scale.device):
-            masks = calibrate(model.requires_grad_(False), shown, targets, how)
-    finally:
-        close_loader(loader)
+    with attention(model.logit_scale.device), closing(loader):
+        masks = calibrate(model.requires_grad_(False), shown, targets, how)
     student = compact(clip.model, masks)
     Pipeline(student, clip.tokenizer, clip.preprocessing).save(output)
     print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))

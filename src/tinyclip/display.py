@@ -118,7 +118,8 @@ class Display:
             self.print(f"  step {event['step']}: {figures}")
 
     def _cut(self, event: dict[str, Any]) -> None:
-        self.print(f"  masks cut after {event['step']} steps; kept:")
+        when = f"after {event['step']} steps" if event["step"] else "by importance"
+        self.print(f"  cut {when}; kept:")
         for line in kept_lines(event["kept"]):
             self.print(f"    {line}")
 

@@ -64,6 +64,13 @@ def _exchange(one: Path, two: Path) -> None:
         aside.rename(one)
 
 
+def recover(path: Path) -> None:
+    """Put back a directory that a kill between the three steps left as `*.old`."""
+    aside = sorted(path.parent.glob(f".{path.name}.*.old"))
+    if aside and not path.exists():
+        aside[-1].rename(path)
+
+
 def _swap(one: Path, two: Path) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(two)

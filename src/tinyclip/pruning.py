@@ -18,6 +18,7 @@ from tinyclip.masks import Constraint, HardConcrete, Tower
 from tinyclip.model import CLIP
 from tinyclip.recipe import Stage, Target, TowerSparsity
 
+DEFAULT_RAMP = 1000  # steps, the released recipes'
 MASKS = "masks.safetensors"  # in a checkpoint: the student beside it is not cut yet
 TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("visual",), "text": ("text",)}
 
@@ -50,7 +51,7 @@ class Pruner:
         towers = TOWERS[stage.towers]
         self.auto, self.seed = auto, seed
         self.hard = HardConcrete(config, original, towers=towers, gates=auto.gates, unit=auto.counted)
-        self.constraint = Constraint(self.hard, targets, auto.ramp_steps)
+        self.constraint = Constraint(self.hard, targets, auto.ramp_steps or min(DEFAULT_RAMP, auto.steps))
         self.hard.to(device)
         settings: dict[str, Any] = {"lr": auto.lr, "weight_decay": 0.0}
         groups = [

@@ -168,8 +168,18 @@ class Auto(Target):
     """Masks learned while distilling (TinyCLIP's automatic inheritance), then cut."""
 
     steps: Positive = Field(description="optimiser steps with masks, the first ones of the stage")
-    ramp_steps: Positive = Field(1000, description="steps over which the target rises from the stage's start")
+    ramp_steps: Positive | None = Field(
+        None, description="steps over which the target rises from the stage's start; default: 1000, at most `steps`"
+    )
     lr: float = Field(0.02, gt=0, le=1, description="learning rate of masks and multipliers")
+
+    @model_validator(mode="after")
+    def _ramp_fits(self) -> Auto:
+        if self.ramp_steps is not None and self.ramp_steps > self.steps:
+            raise ValueError(
+                f"ramp_steps {self.ramp_steps} exceeds steps {self.steps}: the target would not be reached"
+            )
+        return self
 
 
 class Calibrated(Target):
@@ -361,8 +371,16 @@ class Recipe(Strict):
 
 
 def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
-    """Sparsity counts from the original teacher, so it must rise from stage to stage."""
-    if before is None or stage.start != "previous" or stage.target is None or before.target is None:
+    """Sparsity counts from the original teacher, so it must rise from stage to stage. A shape cannot be given relative
+    to one that is yet to be found."""
+    if before is None or stage.start != "previous" or before.target is None:
+        return
+    if stage.inherit == "manual" and stage.student != StudentShape():
+        raise ValueError(
+            f"stages.{i}.student: the stage before finds its shape, so that of this one cannot be given; "
+            "take `inherit: auto` or `calibrated`, or `start` from the result in a recipe of its own"
+        )
+    if stage.target is None:
         return
     now, then = stage.target.target_sparsity, before.target.target_sparsity
     comparable = stage.towers == before.towers and stage.target.counted == before.target.counted

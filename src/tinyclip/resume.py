@@ -11,10 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.rng import SystemRngState
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
+from megatron.energon.state import FlexState
 
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.data import Skipped
@@ -22,6 +28,13 @@ from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.step import Trainee
 
 STATE = "state.pt"
+PARTS = {"optimizer", "scaler", "loader", "progress", "random", "projections", "masks"}  # of it
+# What Energon's part of it is made of; nothing else is unpickled.
+LOADER_PARTS: tuple[Any, ...] = (
+    *(SavableDatasetCheckpoint, SavableDataLoaderState, SavableDatasetState, SliceState, SystemRngState, FlexState),
+    *(np.ndarray, np.dtype, np.empty(0).__reduce__()[0]),
+)
+LOADER_STATE = {(part.__module__, part.__qualname__): part for part in LOADER_PARTS}
 
 
 class Interrupted(Exception):
@@ -40,6 +53,7 @@ class Progress:
     samples: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    evaluated_step: int = 0
     best_step: int | None = None
     best_score: float = -1.0
     evaluation: dict[str, Any] | None = None
@@ -86,7 +100,9 @@ def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress |
                 "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
                 "optimizer": trainee.optimizer.state_dict(),
                 "scaler": trainee.scaler.state_dict(),
-                "loader": loader.save_state_rank(),
+                "loader": torch.frombuffer(
+                    bytearray(pickle.dumps(loader.save_state_rank(), protocol=4)), dtype=torch.uint8
+                ),
                 "progress": asdict(progress),
                 "random": torch.get_rng_state(),
             }
@@ -129,12 +145,26 @@ def saved_step(place: Path) -> int:
 
 def _read_state(place: Path) -> dict[str, Any]:
     try:
-        # Not weights_only: Energon's state is made of its own classes. The file is this run's own. On the CPU,
-        # since the workers take their random states from it; the optimiser moves its own tensors.
-        return dict(torch.load(place / STATE, weights_only=False, map_location="cpu"))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())
+        # On the CPU, since the workers take their random states from it; the optimiser moves its own tensors.
+        data = dict(torch.load(place / STATE, weights_only=True, map_location="cpu"))
+        if not (missing := PARTS - data.keys()):
+            data["loader"] = _LoaderState(BytesIO(data["loader"].numpy().tobytes())).load()
+    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        text = " ".join(str(error).split())[:120]
         raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
+    if missing:
+        parts = ", ".join(sorted(missing))
+        raise ValueError(f"{place / STATE}: damaged (no {parts}); remove {place} to start the stage anew")
+    return data
+
+
+class _LoaderState(pickle.Unpickler):
+    """Reads what Energon's state is made of, and refuses every other name before anything is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in LOADER_STATE:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return LOADER_STATE[module, name]
 
 
 def forget_metrics(path: Path, stage: str, step: int) -> None:

@@ -92,7 +92,7 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
         short |= {"steps": 2, "batch_size": min(stage.batch_size, BATCH)}
         short["optimizer"]["warmup_steps"] = min(stage.optimizer.warmup_steps, 1)
         if stage.auto:
-            short["auto"]["steps"] = 1
+            short["auto"] |= {"steps": 1, "ramp_steps": None}
         if stage.calibrated:
             short["calibrated"]["batches"] = 2
         if stage.start not in ("previous", "teacher"):

@@ -94,6 +94,8 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
             raise ValueError(f"towers: {stage.towers} leaves the {name} tower as it is, the student's differs")
         if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
             raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
+        if len({student.activation, base.activation, teacher.activation}) > 1:
+            raise ValueError(f"towers: {stage.towers} keeps the teacher's activation, {teacher.activation}")
     if stage.auto is not None:
         auto = stage.auto
         hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
@@ -118,6 +120,8 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             if not known.exists():
                 raise ValueError(f"{folder}: no run to resume")
             before = yaml.safe_load(known.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError(f"{known}: damaged, so the run cannot be resumed")
             changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_TO_CHANGE]
             if changed:
                 raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
@@ -136,7 +140,7 @@ def _check_replaceable(folder: Path, recipe: Recipe) -> None:
     """Refuse to delete what is no run, or what this run reads."""
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} is no run of tinyclip; remove it by hand or choose another output")
-    evaluation = recipe.evaluation.data if recipe.evaluation else None
-    for source in (recipe.teacher, recipe.data, evaluation, *(stage.start for stage in recipe.stages)):
+    evaluation = (recipe.evaluation.data, recipe.evaluation.templates) if recipe.evaluation else ()
+    for source in (recipe.teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")

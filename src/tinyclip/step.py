@@ -151,11 +151,13 @@ class Trainee:
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.grad_clip)
         if not self.scaler.is_enabled():  # the scaler skips such steps and lowers its scale
             self._check("gradient", norm, batch, step)
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
+        if torch.isfinite(norm):  # else none may step: what overflowed in one has spread to all through the norm
+            for optimizer in optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
         with torch.no_grad():
-            self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
+            if self.model.logit_scale.grad is not None:  # it is learned
+                self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
             if pruner is not None:
                 pruner.hard.clamp_()
         return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm, "lr": torch.tensor(lr)}

@@ -60,7 +60,15 @@ def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
             targets, removed = targets_for_latency(model, source, settings.latency_ms, towers, how)
             figures = {"latency_ms": settings.latency_ms, "macs_removed": removed}
             run.emit({"event": "latency", "stage": stage.name} | figures)
-        masks = calibrate(model, source, targets, how)
+        left = {}
+        for name, target in targets.items():
+            gone = how.sparsity(model.config, {}, name)
+            if gone < target:
+                left[name] = target
+            else:
+                text = f"{gone:.3f} of the teacher is gone already, target_sparsity {target:.3f} adds none"
+                run.emit({"event": "warning", "stage": stage.name, "text": text})
+        masks = calibrate(model, source, left, how) if left else {}
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": stage.name, "step": 0, "kept": kept})
     return compact(model, masks)

@@ -21,7 +21,7 @@ import torch
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.data import close_loader, next_batch
-from tinyclip.files import atomic_directory, write_atomically
+from tinyclip.files import atomic_directory, recover, write_atomically
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, Pruner, saved_targets
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
@@ -30,6 +30,8 @@ from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
 from tinyclip.teacher import image_input
+
+NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
 def run(run: Run) -> list[dict[str, Any]]:
@@ -44,9 +46,10 @@ def run(run: Run) -> list[dict[str, Any]]:
     for i, stage in enumerate(run.recipe.stages):
         folder = run.folder / "stages" / stage.name
         if (folder / "result.json").exists():
-            student = load_checkpoint(folder / "last")[0]
+            student = load_checkpoint(folder / "last")[0].to(run.device)
             results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
             continue
+        recover(folder / "last")
         _announce(run, i, saved_step(folder / "last"))
         student = starting_student(run, i, student)
         student, result = _train_stage(run, i, student.to(run.device), folder)
@@ -109,14 +112,19 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision, pruner)
     progress = _loop(run, i, trainee, folder, stage.auto.steps)
     cut = pruner.cut(student)
-    figures = pruner.figures(progress.step)
-    run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
     # From here on it is a student like any other, with a new optimiser.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
     loader = loader_of(run, i, cut=True)
     save(last, after, loader, progress)
     close_loader(loader)
+    figures = pruner.figures(progress.step)
+    run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
+    for name, target in targets.items():
+        reached = figures["sparsity"][name]
+        if abs(reached - target) > NEAR and target > pruner.constraint.start[name]:
+            text = f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: see auto.steps and auto.lr"
+            run.emit({"event": "warning", "stage": stage.name, "text": text})
 
 
 def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
@@ -125,9 +133,17 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
     cut = stage.auto is not None and trainee.pruner is None
     loader, progress, last = loader_of(run, i, cut), Progress(), folder / "last"
     restore(last, trainee, loader, progress)
+
+    def judge() -> None:
+        _evaluate(run, trainee, progress, folder)
+        save(last, trainee, loader, progress)
+
     batches = iter(loader)
     trainee.train()
     with stop_signals() as stop, attention(run.device), closing(loader):
+        due = every is not None and 0 < progress.step < until and progress.step % every == 0
+        if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
+            judge()
         while progress.step < until:
             batch = next_batch(batches, run.recipe.data)
             metrics = trainee.step(batch, progress.step)
@@ -145,7 +161,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
             if stop:
                 raise Interrupted(stop[0], progress.step)
             if evaluate:
-                _evaluate(run, trainee, progress, folder)
+                judge()
     return progress
 
 
@@ -164,6 +180,7 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
         return
     student = trainee.pruner.cut(trainee.model) if trainee.pruner else trainee.model
     progress.evaluation = run.evaluator(student.eval(), run.tokenizer, trainee.preprocess)
+    progress.evaluated_step = progress.step
     trainee.train()
     event = {"event": "evaluation", "stage": trainee.stage.name, "step": progress.step}
     run.emit(event | progress.evaluation)
