@@ -23,6 +23,7 @@ import evidence_page
 
 from tinyclip.files import write_atomically
 from tinyclip.recipe import Recipe, load_recipe
+from tinyclip.resume import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -103,7 +104,11 @@ def run_all(names: list[str], seeds: list[int], jobs: int) -> list[str]:
         for name in names:
             for seed in seeds:
                 done[name, seed] = pool.submit(one, name, seed)
-    return [f"{name}, seed {seed}" for (name, seed), future in done.items() if not future.result()]
+        try:
+            return [f"{name}, seed {seed}" for (name, seed), future in done.items() if not future.result()]
+        except KeyboardInterrupt:  # the runs that are under way got it too, and save
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 # --- the page ---------------------------------------------------------------------------------------------------
@@ -179,4 +184,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"evidence: {error}")
+    except (Interrupted, KeyboardInterrupt):
+        sys.exit("evidence: stopped; the same command goes on")
