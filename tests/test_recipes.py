@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from conftest import ROOT, small_config
@@ -26,10 +25,9 @@ from tinyclip.report import evaluator
 from tinyclip.smoke import measured_speed, smoke
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-BIG = [path for path in RECIPES if "teacher_shape" in yaml.safe_load(path.read_text())]
+BIG = [path for path in RECIPES if not path.stem.startswith("emoji")]
 STEPS = re.compile(r"steps: (\d+)  # (\d+) epochs x ([\d,]+) pairs / ([\d,]+) a step")
-# METHOD 6: parameters in millions (image, text), MACs in G (the published column). What the authors counted of a
-# ResNet (norms and activations as well) is some 4 % more than its convolutions and products.
+# METHOD 6: parameters in millions (image, text), MACs in G (the published column).
 PUBLISHED = {
     "vit-b-32-manual": [(61.4, 28.7, 5.3), (39.7, 19.2, 3.5)],
     "vit-39m-16-yfcc": [None, (38.6, 19.2, 9.5)],
@@ -94,7 +92,7 @@ def test_manual_recipes_make_the_published_models(name: str) -> None:
             image, text, operations = published
             assert round(stage["params_image"] / 1e6, 1) == image and round(stage["params_text"] / 1e6, 1) == text
             counted = (stage["macs_image"] + stage["macs_text"]) / 1e9
-            assert counted == pytest.approx(operations, rel=0.05 if "resnet" in name else 0.015)
+            assert counted == pytest.approx(operations, rel=0.015)
 
 
 def test_the_automatic_recipe_is_planned_near_the_published_sizes() -> None:

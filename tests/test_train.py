@@ -251,7 +251,7 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
             {"stages": [stage(student={"like": "ViT-B-32"}, inherit="none")]},
             "vocabulary has 49408 tokens",
         ),
-        ({"stages": [stage(start="nowhere")]}, r"stages.0 \(50\): nowhere/config.json: no such file"),
+        ({"stages": [stage(start="nowhere")]}, r"stages.0 \(50\): nowhere: no such checkpoint"),
     ],
 )
 def test_misfits_are_found_before_anything_is_written(

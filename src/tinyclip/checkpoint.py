@@ -117,6 +117,17 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     return model.eval(), tokenizer, preprocess
 
 
+def read_config(path: str | Path) -> CLIPConfig:
+    """The shape of a checkpoint. Of our own the config alone is read; of others the weights say it.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    ours = (path / "preprocess.json").exists()
+    return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
+
+
 def _whole(path: Path) -> Path:
     """The folder of a weights file whose config lies beside it: that knows more than the tensors."""
     configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)

@@ -218,9 +218,20 @@ def inherit(
     shape: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
     ] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="Choose by importance, measured on these shards.")] = None,
+    target: Annotated[float, typer.Option(help="With --calibrate: fraction of the blocks to remove.")] = 0.5,
+    unit: Annotated[str, typer.Option(help="What --target counts: params or macs.")] = "params",
+    towers: Annotated[str, typer.Option(help="What is cut: both (one budget), image or text.")] = "both",
+    gates: Annotated[bool, typer.Option("--gates", help="Also remove whole attention and MLP branches.")] = False,
+    align: Annotated[int, typer.Option(help="Keep multiples of this of neurons and channels.")] = 1,
+    score: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
+    batches: Annotated[int, typer.Option(help="Batches to measure.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs a batch.")] = 128,
+    device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Cut a student out of TEACHER by the manual rule, without training, and write it to OUTPUT."""
+    """Cut a student out of TEACHER, without training, and write it to OUTPUT: by the manual rule (--like or --shape)
+    or by measured importance (--calibrate)."""
     from tinyclip.config import CLIPConfig
     from tinyclip.inheritance import describe, manual_masks
     from tinyclip.inheritance import inherit as cut
@@ -228,8 +239,12 @@ def inherit(
     from tinyclip.recipe import shape_from
 
     _free(output, overwrite)
-    if (like is None) == (not shape):
-        raise ValueError("give either --like or --shape")
+    if [like is not None, bool(shape), calibrate is not None].count(True) != 1:
+        raise ValueError("give one of --like, --shape and --calibrate")
+    if calibrate is not None:
+        settings = {"target_sparsity": target, "unit": unit, "gates": gates, "align": align, "score": score}
+        _calibrate(teacher, output, calibrate, settings | {"batches": batches}, towers, batch_size, device)
+        return
     clip = load(teacher)
     config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
     student = cut(clip.model, config)
@@ -237,6 +252,43 @@ def inherit(
     Pipeline(student, clip.tokenizer, preprocessing).save(output)
     rows = describe(clip.model.config, manual_masks(clip.model.config, config))
     _print_table(("axis", "teacher", "student", "kept"), rows)
+
+
+def _calibrate(
+    teacher: Path, output: Path, data: Path, settings: dict[str, Any], towers: str, batch_size: int, device: str
+) -> None:
+    from rich.progress import track
+
+    from tinyclip.axes import axis_table, count_parameters
+    from tinyclip.calibrate import Calibration, calibrate
+    from tinyclip.data import close_loader
+    from tinyclip.inheritance import compact, describe
+    from tinyclip.pipeline import Pipeline, load
+    from tinyclip.pruning import TOWERS, budgets
+    from tinyclip.recipe import calibrated_from
+    from tinyclip.samples import plain_loader, samples
+    from tinyclip.train import attention
+
+    if towers not in TOWERS:
+        raise ValueError(f"--towers {towers}: choose {', '.join(TOWERS)}")
+    chosen, clip = calibrated_from(settings), load(teacher, device=device)
+    model, targets = clip.model, budgets(chosen, towers) or {}
+    how = Calibration.of(chosen, model.config, model.logit_scale.exp().item())
+    how.check(model.config, targets)
+    loader = plain_loader(data, clip, batch_size)
+    source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
+    shown = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
+    try:
+        with attention(model.logit_scale.device):
+            masks = calibrate(model.requires_grad_(False), shown, targets, how)
+    finally:
+        close_loader(loader)
+    student = compact(clip.model, masks)
+    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output)
+    _print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))
+    counts = [count_parameters(axis_table(m.config)) for m in (clip.model, student)]
+    before, after = (c["image"] + c["text"] for c in counts)
+    say(f"{before:,} parameters before, {after:,} after ({100 * after / before:.1f} %), token embedding not counted")
 
 
 CONFIGS = ("config.json", "open_clip_config.json")  # of checkpoints that may be replaced
@@ -345,6 +397,30 @@ def measure(
         [k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v] for k, v in result.items()
     ]
     _print_table(("figure", "value"), rows)
+
+
+@app.command()
+def structure(
+    model: Path,
+    of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Width, and heads and neurons of each block, of MODEL."""
+    from tinyclip import structure as drawing
+    from tinyclip.pipeline import load
+
+    if output and output.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
+    config = load(model).model.config
+    if output:
+        picture = drawing.figure(config, load(of).model.config if of else None)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(output, dpi=150)
+    if as_json:
+        _print_json(config.model_dump(mode="json"))
+    else:
+        _print_table(("tower", "what", "in each block"), drawing.rows(config))
 
 
 @app.command()

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import tarfile
 import zlib
@@ -375,6 +376,16 @@ def training_loader(
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
     loader.pin_memory = torch.cuda.is_available()  # Energon asks for it always, and torch warns without a GPU
     return loader
+
+
+def next_batch(batches: Iterator[Batch], folder: str | Path) -> Batch:
+    """The next batch of a loader over this folder; `ValueError` when too many of its samples are bad."""
+    try:
+        return next(batches)
+    except FatalSampleError as error:
+        # Energon wraps the message of our Encoder in the sample's description.
+        found = re.search(f"{TOO_MANY_BAD}.*", str(error))
+        raise ValueError(f"{folder}: {found.group().rstrip('.') if found else error}") from None
 
 
 def close_loader(loader: Any) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from tinyclip.axes import axis_sizes
 
 if TYPE_CHECKING:
     from tinyclip.train import Run
@@ -24,13 +28,38 @@ def kept_lines(kept: dict[str, int]) -> list[str]:
     return [f"{name} {' '.join(counts)}" for name, counts in rows.items()]
 
 
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def kept_bars(kept: dict[str, int], full: dict[str, int]) -> str:
+    """The same as a line of bars, a character a block: `visual heads █▇▅  mlp ▇▇▆`."""
+    rows: dict[str, str] = {}
+    for name, count in kept.items():
+        tower, kind, *block = name.split(".")
+        share = count / max(full.get(name, count), 1)
+        label = f"{tower} {kind}"
+        rows[label] = rows.get(label, "") + (BARS[round(8 * min(share, 1))] if block else f"{100 * share:.0f} %")
+    return "  ".join(f"{label} {bars}" for label, bars in rows.items())
+
+
+class Bars(Progress):
+    """A progress bar with a line of its own below."""
+
+    line = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.line:
+            yield Text(self.line, style="dim")
+
+
 class Display:
     """Listens to a run's events (see `train.Run.emit`)."""
 
     def __init__(self, console: Console, run: Run) -> None:
         self.console, self.run = console, run
         self.live = console.is_terminal
-        self.progress = Progress(
+        self.progress = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -40,6 +69,7 @@ class Display:
             disable=not self.live,
         )
         self.task: Any = None
+        self.full: dict[str, int] = {}
 
     def __enter__(self) -> Display:
         run = self.run
@@ -63,6 +93,7 @@ class Display:
 
     def _stage(self, event: dict[str, Any]) -> None:
         text = f"stage {event['stage']}"
+        self.full = axis_sizes(self.run.configs[event["index"]])
         if self.live:
             self.task = self.progress.add_task(text, total=event["steps"], figures="")
         else:
@@ -81,6 +112,7 @@ class Display:
         if event["skipped"]:
             figures += f", {event['skipped']} skipped"
         if self.live:
+            self.progress.line = kept_bars(event["kept"], self.full) if "kept" in event else ""
             self.progress.update(self.task, completed=event["step"], figures=figures)
         else:
             self.print(f"  step {event['step']}: {figures}")

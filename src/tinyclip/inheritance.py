@@ -113,8 +113,12 @@ def _resnet_masks(masks, problems, big: ResNetConfig, small: ResNetConfig, first
                 first(f"{axis}.{i}", sizes[f"{axis}.{i}"], wanted[f"{axis}.{kept.index(i)}"])
 
 
-def describe(config: CLIPConfig, masks: Masks) -> list[list[str]]:
-    """What masks of 0 and 1 keep, for people: rows of (axis, before, after, what); equal blocks on one row."""
+def describe(config: CLIPConfig, masks: Masks, which: str = "the first {}") -> list[list[str]]:
+    """What masks of 0 and 1 keep, for people: rows of (axis, before, after, what); equal blocks on one row.
+
+    Args:
+        which: says which ones of an axis are kept, {} for how many.
+    """
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, size in axis_sizes(config).items():
         tower, kind, block = [*name.split(".", 2), "", ""][:3]
@@ -124,7 +128,7 @@ def describe(config: CLIPConfig, masks: Masks) -> list[list[str]]:
             kind, block = f"{kind} {block}", ""
         kept = 0 if block and _gate_of(name) in masks else int(masks[name].count_nonzero()) if name in masks else size
         label = f"{tower} {kind}".strip()
-        what = "removed" if kept == 0 else "all" if kept == size else f"the first {kept}"
+        what = "removed" if kept == 0 else "all" if kept == size else which.format(kept)
         rows.setdefault((label, str(size), str(kept), what), []).append(block)
     return [
         [f"{key[0]} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}" if blocks[0] else key[0], *key[1:]]

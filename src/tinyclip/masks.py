@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tinyclip.axes import axis_sizes
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.sizes import resnet_size
 
 Masks = Mapping[str, Tensor]
 Tower = Literal["visual", "text"]
@@ -68,11 +69,13 @@ def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tow
 
     In parameters: sum(hidden x heads) * 4 * head_dim * (1 + 1/d) + 2 * sum(hidden x mlp), over all blocks, with d
     the original width (reference code, `l0_module`). In MACs: the products of one image, or of one text of full
-    context. Embeddings and norms are left out.
+    context. Embeddings and norms are left out. For a ResNet: `sizes.resnet_size`.
 
     Args:
         keep: by axis name, as masks; what is absent is kept whole.
     """
+    if tower == "visual" and isinstance(config.vision, ResNetConfig):
+        return resnet_size(config, keep, unit)
     part, width = tower_of(config, tower), tower_of(original, tower).width
     sizes = axis_sizes(config)
 
@@ -95,9 +98,9 @@ def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tow
 
 def prunable_size(original: CLIPConfig, tower: Tower, unit: Unit) -> int:
     """What `tower_size` is compared with: all blocks of the original tower, in parameters biases included."""
-    part = tower_of(original, tower)
-    if unit == "macs":
+    if unit == "macs" or (tower == "visual" and isinstance(original.vision, ResNetConfig)):
         return int(tower_size(original, original, {}, tower, unit).item())
+    part = tower_of(original, tower)
     inner = [(heads or 0) * part.head_dim for heads in part.heads]
     mlp = [m or 0 for m in part.mlp_width]
     d = part.width

@@ -18,7 +18,7 @@ def macs(config: CLIPConfig) -> dict[str, int]:
     """Multiply-accumulates of one image and one text of full context, `image` and `text`.
 
     Matrix products and convolutions count, both products of the attention included; norms, activations and
-    additions do not.
+    additions do not. Counted as published: what a shortcut spares (an output that nobody reads) counts too.
     """
     vision, text = config.vision, config.text
     image = _vit(vision, config.embed_dim) if isinstance(vision, VisionConfig) else _resnet(vision, config.embed_dim)
@@ -48,7 +48,8 @@ def _resnet(config: ResNetConfig, embed_dim: int) -> int:
             total += side**2 * two * outputs
             inputs = outputs
     length, inner = config.grid**2 + 1, config.heads * config.head_dim
-    return total + inputs * inner * (1 + 2 * length) + 2 * length * inner + inner * embed_dim
+    # The pool as published computes an output for every position; ours only for the first, which is read.
+    return total + length * (3 * inputs * inner + 2 * length * inner + inner * embed_dim)
 
 
 def _transformer(config: TransformerConfig, length: int) -> int:

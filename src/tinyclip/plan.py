@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.axes import axis_table, count_parameters
-from tinyclip.checkpoint import load_checkpoint
+from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.data import known_samples
 from tinyclip.inheritance import manual_masks
@@ -56,16 +56,10 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
         return recipe.model, []
     path = Path(recipe.teacher)
     if path.exists():
-        return _config_of(path), []
+        return read_config(path), []
     if recipe.teacher_shape is None:
         raise ValueError(f"{path}: no such checkpoint; put it there, or set `teacher_shape` to a model name")
     return recipe.teacher_shape, [f"{path} is not here: its shape is taken from teacher_shape"]
-
-
-def _config_of(path: Path) -> CLIPConfig:
-    """Of our own checkpoints the config alone is read; of others, whose config.json is another, the weights say it."""
-    ours = (path / "preprocess.json").exists()
-    return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
 
 
 def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes], list[str]]:
@@ -80,7 +74,7 @@ def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes]
         start = shapes[-1].student if stage.start == "previous" and shapes else teacher
         if stage.start not in ("previous", "teacher"):
             if Path(stage.start).exists():
-                start = _config_of(Path(stage.start))
+                start = read_config(Path(stage.start))
             else:
                 notes.append(f"{stage.start}, where stage {stage.name} starts, is not here: planned from the teacher")
         try:

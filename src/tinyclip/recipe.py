@@ -176,7 +176,8 @@ class Calibrated(Target):
     """Masks of 0 and 1 from the importance of heads, neurons and channels, measured on the training data."""
 
     score: Literal["taylor", "activation", "magnitude"] = Field(
-        "taylor", description="first-order change of the affinity loss, mean activation, or weights alone"
+        "taylor",
+        description="change of the affinity loss to second order, mean square of activations, or weights alone",
     )
     batches: Positive = Field(200, description="batches measured")
 
@@ -408,6 +409,14 @@ def shape_from(overrides: Sequence[str]) -> StudentShape:
         return StudentShape.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"shape: {explain(error)}") from None
+
+
+def calibrated_from(settings: dict[str, Any]) -> Calibrated:
+    """Settings of calibrated inheritance given on the command line; `ValueError` for a bad value."""
+    try:
+        return Calibrated.model_validate(settings)
+    except ValidationError as error:
+        raise ValueError(f"--calibrate: {explain(error)}") from None
 
 
 def _override(data: Any, override: str) -> None:

@@ -18,8 +18,11 @@ from PIL import Image
 
 from tinyclip import evaluate
 from tinyclip.augment import on_colour
+from tinyclip.config import CLIPConfig
 from tinyclip.measurement import measure
 from tinyclip.pipeline import Pipeline, load
+from tinyclip.structure import figure as structure_figure
+from tinyclip.structure import parts
 
 COLUMNS = (
     "model",
@@ -195,8 +198,6 @@ def write_report(
     """One HTML file that needs nothing else."""
     from tinyclip.files import write_atomically
 
-    figure = io.BytesIO()
-    curve_figure(series).savefig(figure, format="svg")
     head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table(entries))
     measured = entries[0].measured
@@ -204,8 +205,7 @@ def write_report(
         f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
         f"{measured['batch_size']}, texts of full context, the models turn by turn in one process."
     )
-    svg = figure.getvalue().decode()
-    svg = svg[svg.index("<svg") :]
+    structures = _structures(entries)
     write_atomically(
         path,
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
@@ -216,13 +216,36 @@ def write_report(
 <p class="note">{html.escape(note)}</p>
 <h2>Training</h2>
 <p class="note">Stages one after the other. Losses of different terms cannot be compared.</p>
-<div class="figure">{svg}</div>
-<h2>What the models see</h2>
+<div class="figure">{_svg(curve_figure(series))}</div>
+{structures}<h2>What the models see</h2>
 <p class="note">Pictures evenly spread over the evaluation data, with each model's three best
 classes by the first prompt, and their cosine similarity. Green: the right one.</p>
 <div class="grid">{"".join(_card(g) for g in grid)}</div></main></html>
 """,
     )
+
+
+def _structures(entries: Sequence[Entry]) -> str:
+    """A picture of every model whose blocks are unequal, beside the teacher's."""
+    configs = {e.name: CLIPConfig.from_json(e.path / "config.json") for e in entries if e.name != "teacher"}
+    teacher = next((e for e in entries if e.name == "teacher"), None)
+    original = load(teacher.path).model.config if teacher else None
+    found = {name: config for name, config in configs.items() if any(len(set(p.counts)) > 1 for p in parts(config))}
+    if not found:
+        return ""
+    note = "Heads and neurons of each block that learned or measured masks kept; grey: the teacher's."
+    pictures = (
+        f"<h3>{html.escape(name)}</h3><div class='figure'>{_svg(structure_figure(config, original))}</div>"
+        for name, config in found.items()
+    )
+    return f'<h2>Structure</h2><p class="note">{note}</p>{"".join(pictures)}'
+
+
+def _svg(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    text = file.getvalue().decode()
+    return text[text.index("<svg") :]
 
 
 STYLE = """

@@ -13,7 +13,6 @@ A run's folder:
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,13 +23,13 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.energon.errors import FatalSampleError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
-from tinyclip.checkpoint import load_checkpoint, save_into
+from tinyclip.calibrate import Calibration, calibrate, targets_for_latency
+from tinyclip.checkpoint import load_checkpoint, read_config, save_into
 from tinyclip.config import CLIPConfig, VisionConfig
-from tinyclip.data import TOO_MANY_BAD, Batch, all_captions, close_loader, prepare, training_loader
+from tinyclip.data import all_captions, close_loader, next_batch, prepare, training_loader
 from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.inheritance import compact, inherit, manual_masks
@@ -40,6 +39,7 @@ from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, TOWERS, Pruner, budgets, saved_targets, thinner
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
+from tinyclip.samples import samples
 from tinyclip.step import Trainee
 from tinyclip.teacher import Teacher, image_input
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
     for i, stage in enumerate(recipe.stages):
         try:
             if stage.start not in ("previous", "teacher"):
-                base = CLIPConfig.from_json(Path(stage.start) / "config.json")
+                base = read_config(resolve(stage.start))
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
             config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
@@ -143,6 +143,8 @@ def _check_towers(stage: Stage, base: CLIPConfig, teacher: CLIPConfig) -> None:
         auto = stage.auto
         hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
         check_targets(hard, budgets(auto, stage.towers) or {})
+    if stage.calibrated is not None:
+        Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
 
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
@@ -233,7 +235,9 @@ def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
             student = CLIP(stage.student.apply(base.config)).to(run.device)
         elif stage.inherit == "manual":
             student = inherit(base, stage.student.apply(base.config))
-        else:  # auto cuts it later
+        elif stage.inherit == "calibrated" and not (run.folder / "stages" / stage.name / "last" / STATE).exists():
+            student = calibrated_student(run, i, base)
+        else:  # auto cuts it later; a calibrated one that is resumed is already cut in its checkpoint
             student = compact(base, {})
     for warning in caught:
         run.emit({"event": "warning", "stage": stage.name, "text": str(warning.message)})
@@ -241,6 +245,28 @@ def _starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
         assert run.teacher is not None, "the recipe's validation asks for a teacher here"
         _keep_tower(student, run.teacher.model, stage.towers)
     return student
+
+
+def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
+    """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
+    stage = run.recipe.stages[i]
+    settings, preprocess = stage.calibrated, _preprocess_for(run, base)
+    assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
+    model, targets, loader = compact(base, {}).eval(), budgets(settings, stage.towers), _loader(run, i)
+    source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
+    how = Calibration.of(settings, run.teacher.model.config, float(scale), run.recipe.seed + i)
+    with attention(run.device), _closing(loader):
+        if targets is None:
+            assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
+            towers = TOWERS[stage.towers]
+            targets, removed = targets_for_latency(model, source, settings.latency_ms, towers, how)
+            figures = {"latency_ms": settings.latency_ms, "macs_removed": removed}
+            run.emit({"event": "latency", "stage": stage.name} | figures)
+        masks = calibrate(model, source, targets, how)
+    kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    run.emit({"event": "cut", "stage": stage.name, "step": 0, "kept": kept})
+    return compact(model, masks)
 
 
 def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
@@ -251,7 +277,7 @@ def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
     if stage.start in ("previous", "teacher"):
         assert run.teacher is not None, "the recipe's validation asks for a teacher here"
         return run.teacher.model
-    base, tokenizer, _ = load_checkpoint(stage.start)
+    base, tokenizer, _ = load_checkpoint(resolve(stage.start))
     if tokenizer.merges != run.tokenizer.merges:
         raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
     return base.to(run.device)
@@ -348,7 +374,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
     trainee.train()
     with stop_signals() as stop, attention(run.device), _closing(loader):
         while progress.step < until:
-            batch = _next_batch(run, batches)
+            batch = next_batch(batches, run.recipe.data)
             metrics = trainee.step(batch, progress.step)
             progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl")
             done = progress.step == until
@@ -373,7 +399,7 @@ def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
     that the training's starts at its first batch and a resumed run finds it where it was."""
     batches, loader = trainee.stage.batch_norm_batches or 20, _loader(run, i)
     with _closing(loader):
-        chosen = (_next_batch(run, source).images for source in [iter(loader)] * batches)
+        chosen = (next_batch(source, run.recipe.data).images for source in [iter(loader)] * batches)
         reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
     run.emit({"event": "batch_norm", "stage": trainee.stage.name, "batches": batches})
 
@@ -391,15 +417,6 @@ def _loader(run: Run, i: int, cut: bool = False) -> Any:
         workers=run.recipe.workers,
         seed=run.recipe.seed + i + 1000 * cut,  # stages, and their parts, see the data in different orders
     )
-
-
-def _next_batch(run: Run, batches: Iterator[Batch]) -> Batch:
-    try:
-        return next(batches)
-    except FatalSampleError as error:
-        # Energon wraps the message of our Encoder in the sample's description.
-        found = re.search(f"{TOO_MANY_BAD}.*", str(error))
-        raise ValueError(f"{run.recipe.data}: {found.group().rstrip('.') if found else error}") from None
 
 
 def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:

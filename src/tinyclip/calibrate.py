@@ -1,0 +1,232 @@
+"""Calibrated inheritance: masks of 0 and 1 from the importance of every element, measured on a few batches.
+
+Importance (see `importance`) is what the affinity loss gains when an element goes, so heads, neurons and channels
+of both towers are comparable. A greedy cut removes what matters least for the size that it saves, in a few rounds:
+what is left is measured again before more of it goes. There is no training; `inheritance.compact` cuts by the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyclip.axes import GATES, NEEDED, axis_kind
+from tinyclip.config import CLIPConfig
+from tinyclip.importance import BOTH, Score, importance, prunable
+from tinyclip.importance import Sample as Sample
+from tinyclip.inheritance import compact
+from tinyclip.masks import Masks, Tower, Unit, prunable_size, sparsity, tower_size
+from tinyclip.measurement import fraction_for_latency, pair_latency_ms
+from tinyclip.model import CLIP
+from tinyclip.recipe import Calibrated
+
+BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
+NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
+# Of what is still to go, the part that goes before costs are worked out anew.
+CHUNK = 1 / 16
+UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
+
+
+def fill_budget(
+    importance: Mapping[str, Tensor],
+    config: CLIPConfig,
+    target_sparsity: Mapping[str, float],
+    *,
+    original: CLIPConfig | None = None,
+    masks: Masks | None = None,
+    unit: Unit = "params",
+    align: int = 1,
+) -> dict[str, Tensor]:
+    """Remove what is least important for the size it saves until the target is met: masks of 0 and 1.
+
+    Args:
+        importance: by axis name; elements of axes that are absent stay.
+        target_sparsity: fraction of the original to remove (see `masks.sparsity`), of `visual`, `text` or `both`.
+        original: the teacher's config, which sparsity counts from; by default the model itself.
+        masks: of 0 for what is gone already.
+        unit: what sparsity counts.
+        align: neurons and channels go so that a multiple of this is left.
+
+    Raises:
+        ValueError: for a target that is out of reach, or already met.
+    """
+    original, kept = original or config, {name: torch.ones(len(value)) for name, value in importance.items()}
+    kept |= {name: mask.detach().cpu().float() for name, mask in (masks or {}).items()}
+    for budget, target in target_sparsity.items():
+        towers = BUDGETS[budget]
+        full = sum(prunable_size(original, tower, unit) for tower in towers)
+
+        def size(keep: Masks, towers: tuple[Tower, ...] = towers) -> Tensor:
+            return torch.stack([tower_size(config, original, keep, tower, unit) for tower in towers]).sum()
+
+        reached = 1 - size(kept).item() / full
+        what = f"target_sparsity {target} of {NAMES[budget]}"
+        if reached >= target:
+            raise ValueError(f"{what} is nothing to do: {reached:.3f} of the original teacher is already gone")
+        mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
+        if not _remove(kept, mine, size, (1 - target) * full, align):
+            reached = 1 - size(kept).item() / full
+            raise ValueError(f"{what} cannot be reached: without its last channel {reached:.3f} would be gone")
+    return kept
+
+
+def _remove(
+    kept: dict[str, Tensor],
+    importance: Mapping[str, Tensor],
+    size: Callable[[Masks], Tensor],
+    allowed: float,
+    align: int,
+) -> bool:
+    """Close masks of `kept`, least importance per size first, until `size` is `allowed`; whether it could be.
+
+    Sizes are linear in the length of each axis, so what an element costs is the gradient in that length. Elements
+    go in units of `align`, and a chunk of units goes before the costs are worked out at the new shape.
+    """
+    names, orders, axis, score, count = list(importance), [], [], [], []
+    for i, name in enumerate(names):
+        value = importance[name].detach().double().cpu().masked_fill(kept[name] == 0, -torch.inf)
+        orders.append(value.argsort(stable=True))
+        lengths = _units(int(kept[name].sum()), 1 if axis_kind(name) in UNALIGNED else align)
+        units = value[orders[i]][len(value) - sum(lengths) :].split(lengths)
+        units = units[: len(units) - (axis_kind(name) in NEEDED)]  # the last unit stays
+        axis += [i] * len(units)
+        score += [unit.mean().item() for unit in units]
+        count += [len(unit) for unit in units]
+    axes, scores, counts = torch.tensor(axis), torch.tensor(score, dtype=torch.double), torch.tensor(count)
+    left = torch.stack([kept[name].double().sum() for name in names])
+    alive = torch.ones(len(axes), dtype=torch.bool)
+    while True:
+        lengths_now = left.clone().requires_grad_()
+        now = size(kept | dict(zip(names, lengths_now.unsqueeze(1), strict=True)))
+        excess = now.item() - allowed
+        if excess <= 0:
+            break
+        cost = torch.autograd.grad(now, lengths_now)[0][axes]
+        saves = alive & (cost > 0)  # nothing is saved in a branch whose gate is closed
+        if not saves.any():
+            break
+        ranked = torch.where(saves, scores / cost, torch.inf).argsort(stable=True)[: int(saves.sum())]
+        fits = (cost * counts)[ranked].cumsum(0) <= excess * CHUNK
+        chosen = ranked[: max(1, int(fits.sum()))]
+        alive[chosen] = False
+        left.index_add_(0, axes[chosen], -counts[chosen].double())
+    for name, order, length in zip(names, orders, left.int().tolist(), strict=True):
+        kept[name] = torch.zeros(len(order)).index_fill(0, order[len(order) - length :], 1.0)
+    return excess <= 0
+
+
+def _units(length: int, align: int) -> list[int]:
+    """Lengths of the units of an axis, least important first, so that multiples of `align` are left."""
+    rest = [length % align] if length % align else []
+    return rest + [align] * (length // align)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How importance is measured and what may go.
+
+    Args:
+        scale: exp(logit_scale) of the affinity.
+        original: the teacher's config, which sparsity counts from; by default the model's.
+        batches: measured in all.
+        rounds: the size falls by one factor each, and each measures on its share of the batches.
+        seed: of the labels that the score `taylor` draws.
+        unit, gates, align: as in `fill_budget` and `prunable`.
+    """
+
+    scale: float
+    original: CLIPConfig | None = None
+    score: Score = "taylor"
+    unit: Unit = "params"
+    gates: bool = False
+    align: int = 1
+    batches: int = 200
+    rounds: int = 4
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: Calibrated, original: CLIPConfig, scale: float = 1.0, seed: int = 0) -> Calibration:
+        """As a recipe says; the scale matters only where something is measured."""
+        options = {name: getattr(settings, name) for name in ("score", "gates", "align", "batches")}
+        return cls(scale, original, unit=settings.counted, seed=seed, **options)
+
+    def measure(self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int) -> dict[str, Tensor]:
+        """Importance under masks, which may lie elsewhere than the model."""
+        placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
+        generator = torch.Generator().manual_seed(seed)
+        return importance(model, samples, placed, score=self.score, scale=self.scale, generator=generator)
+
+    def fill(
+        self, found: Mapping[str, Tensor], config: CLIPConfig, targets: Mapping[str, float], masks: Masks | None = None
+    ) -> dict[str, Tensor]:
+        settings: dict[str, Any] = {"original": self.original, "unit": self.unit, "align": self.align}
+        return fill_budget(found, config, targets, masks=masks, **settings)
+
+    def sparsity(self, config: CLIPConfig, masks: Masks, budget: str) -> float:
+        return sparsity(config, self.original or config, masks, BUDGETS[budget], self.unit).item()
+
+    def check(self, config: CLIPConfig, targets: Mapping[str, float]) -> None:
+        """`ValueError` for a target that no masks can meet, or that is already met; nothing is measured."""
+        for name, target in targets.items():
+            sizes = prunable(config, BUDGETS[name], self.gates)
+            self.fill({axis: torch.ones(size) for axis, size in sizes.items()}, config, {name: target})
+
+
+def calibrate(
+    model: CLIP, samples: Iterable[Sample], target_sparsity: Mapping[str, float], how: Calibration
+) -> dict[str, Tensor]:
+    """Masks of 0 and 1 for the model that meet the target; the model is left as it is.
+
+    Args:
+        model: in evaluation mode.
+        samples: on the model's device.
+        target_sparsity: as in `fill_budget`.
+
+    Raises:
+        ValueError: for a target that is out of reach or already met, or too few samples.
+    """
+    config, source = model.config, iter(samples)
+    how.check(config, target_sparsity)
+    towers = tuple(tower for tower in BOTH if any(tower in BUDGETS[name] for name in target_sparsity))
+    masks = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
+    left = {name: 1 - how.sparsity(config, {}, name) for name in target_sparsity}
+    rounds = min(how.rounds, how.batches)
+    for r in range(1, rounds + 1):
+        share = islice(source, how.batches * r // rounds - how.batches * (r - 1) // rounds)
+        found = how.measure(model, share, masks, how.seed * 1000 + r)
+        goals = {}
+        for name, target in target_sparsity.items():
+            goal = 1 - left[name] * ((1 - target) / left[name]) ** (r / rounds) if r < rounds else target
+            if how.sparsity(config, masks, name) < goal:  # else the round before removed more than it had to
+                goals[name] = goal
+        masks = how.fill(found, config, goals, masks)
+    return masks
+
+
+def targets_for_latency(
+    model: CLIP, samples: Iterable[Sample], latency_ms: float, towers: tuple[Tower, ...], how: Calibration
+) -> tuple[dict[str, float], float]:
+    """The target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
+    the model's MACs that this removes. Importance is measured once, on the batches of one round.
+
+    Raises:
+        ValueError: when it cannot be reached, or nothing needs to be removed.
+    """
+    how, config = replace(how, unit="macs"), model.config
+    budget = "both" if len(towers) == 2 else towers[0]
+    ones = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
+    found = how.measure(model, islice(samples, max(1, how.batches // how.rounds)), ones, how.seed * 1000)
+    start = how.sparsity(config, {}, budget)
+
+    def measured(removed: float) -> float:
+        if removed == 0:
+            return pair_latency_ms(model)
+        return pair_latency_ms(compact(model, how.fill(found, config, {budget: start + (1 - start) * removed})))
+
+    removed = fraction_for_latency(measured, latency_ms)
+    return {budget: start + (1 - start) * removed}, removed
