@@ -104,11 +104,17 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def verdict(values: Sequence[float], reference: Sequence[float]) -> str:
-    """`better` or `worse` where the two do not overlap, the worst seed of one being above the best of the other."""
-    if min(values) > max(reference):
-        return "better"
-    return "worse" if max(values) < min(reference) else "within the spread"
+def differences(records: dict[str, Any], reference: dict[str, Any]) -> list[float]:
+    """Points of top-1 between runs of one seed, which saw the same data in the same order and views."""
+    return [100 * (records[seed]["acc1"] - reference[seed]["acc1"]) for seed in records if seed in reference]
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """`better` or `worse` where every seed agrees and the mean exceeds the standard deviation."""
+    middle, spread = mean_and_spread(differences)
+    if len(differences) < 2 or abs(middle) <= spread or min(differences) * max(differences) <= 0:
+        return "within the spread"
+    return "better" if middle > 0 else "worse"
 
 
 def reached(curve: Curve, accuracy: float) -> float | None:
@@ -156,7 +162,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def section_table(section: Section, results: Results) -> str:
-    """One row a run that has results; the first row is what the verdict of the others compares with."""
+    """One row a run that has results; the first row is what the others are compared with."""
     runs, rows = results["runs"], []
     teacher = results["teacher"]
     first = next(iter(section.rows))
@@ -166,8 +172,8 @@ def section_table(section: Section, results: Results) -> str:
             rows.append([words, f"`{name}`", *["-"] * 5, "not run"])
             continue
         scores = [100 * record["acc1"] for record in records]
-        reference = [100 * record["acc1"] for record in runs.get(first, {}).values()]
-        judged = "" if name == first or not reference else verdict(scores, reference)
+        apart = differences(runs[name], runs.get(first, {})) if name != first else []
+        judged = f"{plus_minus(apart, sign='+')}, {verdict(apart)}" if apart else f"{len(records)} seeds"
         params, operations = (mean(record[key] for record in records) for key in ("params", "macs"))
         rows.append(
             [
@@ -178,14 +184,15 @@ def section_table(section: Section, results: Results) -> str:
                 plus_minus(scores),
                 plus_minus([100 * record["acc5"] for record in records]),
                 plus_minus([100 * record["image_retrieval_recall@1"] for record in records]),
-                judged or f"{len(records)} seeds",
+                judged,
             ]
         )
-    return table(("", "recipe", "params", "GMACs", "top-1 %", "top-5 %", "R@1 %", "top-1"), rows)
+    return table(("", "recipe", "params", "GMACs", "top-1 %", "top-5 %", "R@1 %", "difference, top-1"), rows)
 
 
-def plus_minus(values: Sequence[float]) -> str:
-    return "{:.1f} ± {:.1f}".format(*mean_and_spread(values))
+def plus_minus(values: Sequence[float], sign: str = "") -> str:
+    middle, spread = mean_and_spread(values)
+    return f"{middle:{sign}.1f} ± {spread:.1f}"
 
 
 def fewer_table(results: Results, batch_size: int) -> str:

@@ -36,11 +36,22 @@ def test_mean_and_spread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "judged"),
-    [([5, 6], "better"), ([4, 9], "within the spread"), ([1, 2.9], "worse"), ([3, 4], "within the spread")],
+    ("differences", "judged"),
+    [
+        ([1, 1.5, 2], "better"),
+        ([-1, -1.5, -2], "worse"),
+        ([0.1, 0.1, 4], "within the spread"),  # the mean is below the standard deviation
+        ([3, 3, -0.1], "within the spread"),  # one seed does not agree
+        ([5], "within the spread"),
+    ],
 )
-def test_only_seeds_that_do_not_overlap_are_called_better(values: list[float], judged: str) -> None:
-    assert page.verdict(values, [3, 4]) == judged
+def test_only_what_all_seeds_agree_on_is_called_better(differences: list[float], judged: str) -> None:
+    assert page.verdict(differences) == judged
+
+
+def test_seeds_are_compared_with_their_like() -> None:
+    apart = page.differences(made_up(0.2, 0.3, 0.9), {"1": {"acc1": 0.25}, "0": {"acc1": 0.1}, "7": {"acc1": 0}})
+    assert apart == pytest.approx([10, 5])
 
 
 def test_steps_to_an_accuracy() -> None:
@@ -63,7 +74,7 @@ def test_a_table_compares_with_its_first_row_and_says_what_is_missing() -> None:
     results = {"teacher": TEACHER, "runs": {"a": made_up(0.1, 0.2), "b": made_up(0.25, 0.25)}}
     rows = page.section_table(section, results).splitlines()[2:]
     assert rows[0] == "| first | `a` | 50.00 M (50 %) | 2.000 | 15.0 ± 7.1 | 30.0 ± 0.0 | 10.0 ± 0.0 | 2 seeds |"
-    assert rows[1].endswith("| 25.0 ± 0.0 | 30.0 ± 0.0 | 10.0 ± 0.0 | better |")
+    assert rows[1].endswith("| 25.0 ± 0.0 | 30.0 ± 0.0 | 10.0 ± 0.0 | +10.0 ± 7.1, better |")
     assert rows[2].startswith("| third | `c` | -") and rows[2].endswith("not run |")
 
 
