@@ -1,4 +1,5 @@
-"""`make demo`: the shipped teacher to 50 % and 25 %, two controls from random weights, one table and report.
+"""`make demo`: the shipped teacher to 50 % and 25 % by rule and by learned masks, two controls from random weights,
+one table and report, and a picture of what the masks kept.
 
 A run that is finished is not run again; one that was stopped goes on.
 """
@@ -10,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from tinyclip.cli import fail, run_recipe, say, write_run_report
+from tinyclip.checkpoint import read_config
+from tinyclip.cli_train import run_recipe, write_run_report
 from tinyclip.recipe import load_recipe
+from tinyclip.structure import figure
+from tinyclip.terminal import fail, say
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ("emoji-50", "emoji-25", "emoji-50-random-affinity", "emoji-50-random-contrastive")
+RECIPES = ("emoji-50", "emoji-25", "emoji-auto", "emoji-50-random-affinity", "emoji-50-random-contrastive")
 
 
 def main() -> None:
@@ -26,6 +30,9 @@ def main() -> None:
         resume = (Path(recipe.output) / "recipe.yaml").exists()
         runs.append(run_recipe(recipe, overwrite=False, resume=resume, hint="make demo"))
     write_run_report(runs, Path("runs/report.html"), "tinyclip demo: a CLIP of emoji drawings, made small")
+    student, teacher = (read_config(place) for place in ("runs/emoji-auto/student", "assets/emoji-teacher"))
+    figure(student, teacher).savefig("runs/structure.png", dpi=150)
+    say("what learned masks kept at 25 %: runs/structure.png")
     minutes = (time.monotonic() - started) / 60
     say(f"{minutes:.1f} minutes. Try: .venv/bin/tinyclip classify runs/emoji-50/student PHOTO 'a red apple'")
 

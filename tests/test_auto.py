@@ -13,7 +13,7 @@ import torch
 
 import test_train
 from test_train import recipe, run, stage, weights
-from tinyclip import train
+from tinyclip import students, train
 from tinyclip.checkpoint import load_checkpoint
 from tinyclip.masks import sparsity
 from tinyclip.measurement import fraction_for_latency
@@ -99,7 +99,7 @@ def test_an_untouched_tower_spares_its_computation_and_changes_nothing(place: Pa
     started = train.start(
         recipe(place, tmp_path / "run", stages=[stage(student={"vision": {"width": 16}}, towers="image")])
     )
-    student = train._starting_student(started, 0, None)
+    student = students.starting_student(started, 0, None)
     tokens = torch.randint(1, 500, (3, 6))
     assert started.teacher is not None
     assert torch.equal(student.encode_text(tokens), started.teacher.model.encode_text(tokens))
@@ -126,7 +126,7 @@ def test_a_latency_as_target(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
         counts = count_parameters(axis_table(model.config))
         return (counts["image"] + counts["text"]) / 1000
 
-    monkeypatch.setattr(train, "pair_latency_ms", size)
+    monkeypatch.setattr(students, "pair_latency_ms", size)
     whole = size(load_checkpoint(place / "teacher")[0])
     target = {"target_sparsity": None, "latency_ms": whole * 0.6}
     run(recipe(place, tmp_path / "run", stages=[auto(auto=target)]))

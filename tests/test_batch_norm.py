@@ -21,6 +21,7 @@ from tinyclip.inheritance import inherit
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.resume import Interrupted
+from tinyclip.run import loader_of
 from tinyclip.teacher import image_input
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -94,7 +95,7 @@ def test_a_frozen_stage_starts_from_reestimated_statistics(place: Path, tmp_path
     train.run(run)
     teacher = load_checkpoint(place / "teacher")[0]
     wanted = inherit(teacher, run.configs[0])
-    source = iter(train._loader(run, 0))
+    source = iter(loader_of(run, 0))
     reestimate(wanted, [image_input(next(source).images, run.preprocess) for _ in range(3)])
     found = buffers(tmp_path / "run" / "student")
     assert all(torch.equal(value, found[key]) for key, value in wanted.named_buffers())

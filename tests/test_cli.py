@@ -122,7 +122,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("distill", "nowhere.yaml"), "no such recipe"),
         (("distill", "recipe.yaml", "--set", "stages.0.stepz=1"), "stages.0.stepz: unknown key"),
         (("train", "recipe.yaml"), "use `tinyclip distill`"),
-        (("inherit", "teacher", "x"), "either --like or --shape"),
+        (("inherit", "teacher", "x"), "give one of --like, --shape and --calibrate"),
         (("inherit", "teacher", "x", "--like", "ViT-B-32"), "does not fit into the teacher"),
         (("inherit", "teacher", "data", "--like", "ViT-B-32"), "data exists"),
         (("data", "pack", "nowhere", "x"), "nowhere: no such file or folder"),

@@ -29,6 +29,7 @@ BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
 # Of what is still to go, the part that goes before costs are worked out anew.
 CHUNK = 1 / 16
+GATE_OF = {"heads": "attn", "mlp": "ffn"}
 UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
 
 
@@ -71,7 +72,7 @@ def fill_budget(
         mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
         if not _remove(kept, mine, size, (1 - target) * full, align):
             reached = 1 - size(kept).item() / full
-            raise ValueError(f"{what} cannot be reached: without its last channel {reached:.3f} would be gone")
+            raise ValueError(f"{what} cannot be reached: at most {reached:.3f} can go")
     return kept
 
 
@@ -88,12 +89,13 @@ def _remove(
     go in units of `align`, and a chunk of units goes before the costs are worked out at the new shape.
     """
     names, orders, axis, score, count = list(importance), [], [], [], []
+    lasting = _lasting(importance, kept)
     for i, name in enumerate(names):
         value = importance[name].detach().double().cpu().masked_fill(kept[name] == 0, -torch.inf)
         orders.append(value.argsort(stable=True))
         lengths = _units(int(kept[name].sum()), 1 if axis_kind(name) in UNALIGNED else align)
         units = value[orders[i]][len(value) - sum(lengths) :].split(lengths)
-        units = units[: len(units) - (axis_kind(name) in NEEDED)]  # the last unit stays
+        units = units[: len(units) - (axis_kind(name) in NEEDED or name in lasting)]  # the last unit stays
         axis += [i] * len(units)
         score += [unit.mean().item() for unit in units]
         count += [len(unit) for unit in units]
@@ -118,6 +120,19 @@ def _remove(
     for name, order, length in zip(names, orders, left.int().tolist(), strict=True):
         kept[name] = torch.zeros(len(order)).index_fill(0, order[len(order) - length :], 1.0)
     return excess <= 0
+
+
+def _lasting(importance: Mapping[str, Tensor], kept: Masks) -> set[str]:
+    """Of each transformer, the heads or neurons with the most important of all, and their gate: they are not cut to
+    nothing, so that a tower always computes something."""
+    names: set[str] = set()
+    for tower in BOTH:
+        inner = [n for n in importance if n.startswith(f"{tower}.") and axis_kind(n) in GATE_OF and kept[n].any()]
+        if inner:
+            best = max(inner, key=lambda name: importance[name].cpu()[kept[name] != 0].max().item())
+            kind, block = best.split(".")[1:]
+            names |= {best, f"{tower}.{GATE_OF[kind]}.{block}"}
+    return names
 
 
 def _units(length: int, align: int) -> list[int]:

@@ -70,11 +70,11 @@ def save_into(
     write_weights(folder / WEIGHTS, state)
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file into the new folder of a checkpoint."""
+def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file into the new folder of a checkpoint; `ValueError` when it cannot be written."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
         path.chmod(0o644)  # safetensors makes it private
     except SafetensorError as error:  # a full disk, for one
         raise ValueError(f"cannot write {path.parent.parent}: {error}") from None

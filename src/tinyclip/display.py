@@ -14,7 +14,7 @@ from rich.text import Text
 from tinyclip.axes import axis_sizes
 
 if TYPE_CHECKING:
-    from tinyclip.train import Run
+    from tinyclip.run import Run
 
 TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
 
@@ -54,7 +54,7 @@ class Bars(Progress):
 
 
 class Display:
-    """Listens to a run's events (see `train.Run.emit`)."""
+    """Listens to a run's events (see `run.Run.emit`)."""
 
     def __init__(self, console: Console, run: Run) -> None:
         self.console, self.run = console, run

@@ -31,10 +31,10 @@ class Sample:
 
 
 def prunable(config: CLIPConfig, towers: tuple[Tower, ...] = BOTH, gates: bool = False) -> dict[str, int]:
-    """Axes that may be cut, with their lengths."""
+    """Axes that may be cut and are not empty, with their lengths."""
     skipped = {"context", "vocab"} if gates else {"context", "vocab", *GATES}
     sizes = axis_sizes(config).items()
-    return {name: n for name, n in sizes if name.split(".")[0] in towers and axis_kind(name) not in skipped}
+    return {name: n for name, n in sizes if n and name.split(".")[0] in towers and axis_kind(name) not in skipped}
 
 
 def importance(
@@ -182,7 +182,8 @@ def magnitude(model: CLIP, masks: Masks) -> dict[str, Tensor]:
         for dim, axis in enumerate(entry.axes):
             if axis is None or axis.name not in sums or entry.buffer:
                 continue
-            weight = model.get_parameter(key).float().square().movedim(dim, 0).flatten(1).sum(1)
+            weight = model.get_parameter(key).float().square().movedim(dim, 0)
+            weight = weight.reshape(len(weight), -1).sum(1)
             sums[axis.name] += weight.view(axis.outer, -1, axis.inner).sum((0, 2))
     return _shares(model.config, sums, masks)
 

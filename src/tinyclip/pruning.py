@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyclip.checkpoint import write_weights
 from tinyclip.config import CLIPConfig, TransformerConfig
 from tinyclip.inheritance import compact
 from tinyclip.masks import Constraint, HardConcrete, Tower
@@ -82,8 +83,7 @@ class Pruner:
 
     def save(self, folder: Path) -> None:
         """Masks and multipliers as an open file; the optimiser travels with the stage's state."""
-        tensors = {key: value.detach().cpu() for key, value in self._named().items()}
-        save_file(tensors, folder / MASKS, metadata={"targets": json.dumps(self.constraint.targets)})
+        write_weights(folder / MASKS, self._named(), {"targets": json.dumps(self.constraint.targets)})
 
     def load(self, folder: Path) -> None:
         """What `save` wrote; `ValueError` when it does not fit."""

@@ -31,15 +31,15 @@ def resnet_size(config: CLIPConfig, keep: Mapping[str, Tensor], unit: str) -> Te
         for length, axis in zip(entry.shape, entry.axes, strict=True):
             weights = weights * (length if axis is None else axis.outer * axis.inner * kept[axis.name])
         total = total + weights * (_places(key, vision) if unit == "macs" else 1)
-    if unit == "macs":  # both products of the pool's one query with keys and values
-        total = total + 2 * (vision.grid**2 + 1) * kept["visual.pool_heads"] * vision.head_dim
+    if unit == "macs":  # both products of the pool's queries with keys and values
+        total = total + 2 * (vision.grid**2 + 1) ** 2 * kept["visual.pool_heads"] * vision.head_dim
     return total
 
 
 def _places(key: str, vision: ResNetConfig) -> int:
     """How often a weight is used for one image: the positions of its convolution's outputs."""
     if "attnpool" in key:
-        return vision.grid**2 + 1 if "k_proj" in key or "v_proj" in key else 1
+        return vision.grid**2 + 1  # for every position, as `measurement.macs` counts it
     found = re.search(r"layer(\d)\.(\d+)\.(conv1|conv2)?", key)
     side = (vision.image_size + 1) // 2
     if found is None:

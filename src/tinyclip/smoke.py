@@ -21,6 +21,7 @@ from tinyclip.model import CLIP
 from tinyclip.pack import find_items, pack
 from tinyclip.plan import Speed, shape_text, stage_shapes, teacher_config
 from tinyclip.recipe import Recipe, Stage, StudentShape
+from tinyclip.run import Evaluator, attention
 from tinyclip.step import Trainee
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
@@ -32,7 +33,7 @@ SMALL_VOCABULARY = BYTE_TOKENS + 2 + 64
 
 
 def smoke(
-    recipe: Recipe, small: bool = False, evaluator: Callable[[str], train.Evaluator] | None = None
+    recipe: Recipe, small: bool = False, evaluator: Callable[[str], Evaluator] | None = None
 ) -> list[dict[str, Any]]:
     """Run every stage for two steps in a temporary folder, which is removed: `stage`, `shape`, `seconds` of each.
 
@@ -175,7 +176,7 @@ def measured_speed(recipe: Recipe, steps: int = 3, pairs: int = 32) -> Speed:
         model = CLIP(config).to(device).train()
         own = preprocess.model_copy(update={"image_size": config.vision.image_size})
         trainee = Trainee(model, stage, teacher, tokenizer, own, precision)
-        with train.attention(device):
+        with attention(device):
             trainee.step(batch, 0)["loss"].item()
             start = time.perf_counter()
             for step in range(steps):

@@ -1,0 +1,82 @@
+"""Commands that make shards, and vocabularies from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyclip.terminal import (
+    Overwrite,
+    check_free,
+    errors,
+    read_lines,
+    say,
+)
+
+
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures, or a .csv, .tsv, .jsonl or .parquet table.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    image_column: Annotated[str | None, typer.Option(help="Column of picture paths.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of captions.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that paths in a table start from.")] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
+    resize: Annotated[int | None, typer.Option(min=8, help="Shorter side at most, pixels.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make training shards from your own pictures and captions."""
+    from rich.progress import track
+
+    from tinyclip.pack import find_items, pack
+
+    lines = read_lines(templates) if templates else None
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    items = find_items(source, **columns, image_root=image_root, templates=lines)
+    steps = iter(track(range(len(items)), "packing", console=errors, disable=not errors.is_terminal))
+
+    def progress() -> None:
+        next(steps, None)
+
+    report = pack(items, output, shard_size=shard_size, resize=resize, overwrite=overwrite, progress=progress)
+    progress()  # lets the bar reach its end
+    say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
+    if report.skipped:
+        say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
+        for reason, count in report.reasons.most_common(5):
+            say(f"  {count} x {reason}")
+    say(f"ready to train on: set `data: {output}` in a recipe")
+
+
+def prepare(folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")]) -> None:
+    """Index existing shards (of img2dataset, say); training does it by itself when it was not done."""
+    from tinyclip.data import prepare
+
+    say(f"{prepare(folder)} samples in {folder}, ready to train on")
+
+
+def prune(
+    model: Path,
+    output: Path,
+    texts: Annotated[Path, typer.Option(help="File of texts, one a line, or folder of shards, whose tokens are kept.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
+    from tinyclip.data import all_captions
+    from tinyclip.inheritance import prune_vocabulary
+    from tinyclip.pipeline import Pipeline, load
+
+    check_free(output, overwrite)
+    clip = load(model)
+    if texts.is_dir():
+        kept = clip.tokenizer.kept_ids(all_captions(texts))
+    else:
+        kept = clip.tokenizer.kept_ids(read_lines(texts))
+    small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
+    small.save(output)
+    saved = (clip.tokenizer.vocab_size - len(kept)) * clip.model.config.text.width
+    say(f"kept {len(kept)} of {clip.tokenizer.vocab_size} tokens, {saved:,} parameters fewer: {output}")

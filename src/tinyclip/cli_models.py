@@ -1,0 +1,246 @@
+"""Commands that take a model: cut, convert, use, judge, look at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyclip.terminal import (
+    AsJson,
+    Device,
+    Overwrite,
+    Templates,
+    check_free,
+    errors,
+    print_json,
+    print_table,
+    say,
+)
+
+
+def inherit(
+    teacher: Path,
+    output: Path,
+    like: Annotated[str | None, typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
+    ] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="Choose by importance, measured on these shards.")] = None,
+    target: Annotated[float, typer.Option(help="With --calibrate: fraction of the blocks to remove.")] = 0.5,
+    unit: Annotated[str, typer.Option(help="What --target counts: params or macs.")] = "params",
+    towers: Annotated[str, typer.Option(help="What is cut: both (one budget), image or text.")] = "both",
+    gates: Annotated[bool, typer.Option("--gates", help="Also remove whole attention and MLP branches.")] = False,
+    align: Annotated[int, typer.Option(help="Keep multiples of this of neurons and channels.")] = 1,
+    score: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
+    batches: Annotated[int, typer.Option(help="Batches to measure.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs a batch.")] = 128,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut a student out of TEACHER, without training, and write it to OUTPUT: by the manual rule (--like or --shape)
+    or by measured importance (--calibrate)."""
+    from tinyclip.config import CLIPConfig
+    from tinyclip.inheritance import describe, manual_masks
+    from tinyclip.inheritance import inherit as cut
+    from tinyclip.pipeline import Pipeline, load
+    from tinyclip.recipe import shape_from
+
+    check_free(output, overwrite)
+    if [like is not None, bool(shape), calibrate is not None].count(True) != 1:
+        raise ValueError("give one of --like, --shape and --calibrate")
+    if calibrate is not None:
+        settings = {"target_sparsity": target, "unit": unit, "gates": gates, "align": align, "score": score}
+        _calibrate(teacher, output, calibrate, settings | {"batches": batches}, towers, batch_size, device)
+        return
+    clip = load(teacher)
+    config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
+    student = cut(clip.model, config)
+    preprocessing = clip.preprocessing.model_copy(update={"image_size": config.vision.image_size})
+    Pipeline(student, clip.tokenizer, preprocessing).save(output)
+    rows = describe(clip.model.config, manual_masks(clip.model.config, config))
+    print_table(("axis", "teacher", "student", "kept"), rows)
+
+
+def _calibrate(
+    teacher: Path, output: Path, data: Path, settings: dict[str, Any], towers: str, batch_size: int, device: str
+) -> None:
+    from rich.progress import track
+
+    from tinyclip.axes import axis_table, count_parameters
+    from tinyclip.calibrate import Calibration, calibrate
+    from tinyclip.data import close_loader
+    from tinyclip.inheritance import compact, describe
+    from tinyclip.pipeline import Pipeline, load
+    from tinyclip.pruning import TOWERS, budgets
+    from tinyclip.recipe import calibrated_from
+    from tinyclip.run import attention
+    from tinyclip.samples import plain_loader, samples
+
+    if towers not in TOWERS:
+        raise ValueError(f"--towers {towers}: choose {', '.join(TOWERS)}")
+    chosen, clip = calibrated_from(settings), load(teacher, device=device)
+    model, targets = clip.model, budgets(chosen, towers) or {}
+    how = Calibration.of(chosen, model.config, model.logit_scale.exp().item())
+    how.check(model.config, targets)
+    loader = plain_loader(data, clip, batch_size)
+    source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
+    shown = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
+    try:
+        with attention(model.logit_scale.device):
+            masks = calibrate(model.requires_grad_(False), shown, targets, how)
+    finally:
+        close_loader(loader)
+    student = compact(clip.model, masks)
+    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output)
+    print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))
+    counts = [count_parameters(axis_table(m.config)) for m in (clip.model, student)]
+    before, after = (c["image"] + c["text"] for c in counts)
+    say(f"{before:,} parameters before, {after:,} after ({100 * after / before:.1f} %), token embedding not counted")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Bring a checkpoint to another format."""
+    from tinyclip.interchange import convert as converted
+
+    check_free(output, overwrite)
+    model = converted(source, output, to, activation)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, activation {model.config.activation}: {output}")
+
+
+def classify(model: Path, image: Path, labels: list[str], device: Device = "cpu", as_json: AsJson = False) -> None:
+    """How well each of LABELS fits IMAGE."""
+    from tinyclip.pipeline import load
+
+    clip = load(model, device=device)
+    chances = clip.classify(image, labels)[0].tolist()
+    ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
+    if as_json:
+        print_json({"image": str(image), "labels": [{"label": name, "probability": p} for name, p in ranked]})
+    else:
+        print_table(("label", "probability"), [[name, f"{100 * p:.1f} %"] for name, p in ranked])
+
+
+def evaluate(
+    model: Path,
+    data: Path,
+    templates: Templates = None,
+    device: Device = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Zero-shot accuracy and retrieval recall of MODEL on DATA (class folders or shards)."""
+    from tinyclip import evaluate as evaluation
+    from tinyclip.files import write_atomically
+    from tinyclip.pipeline import load
+
+    dataset = evaluation.open_dataset(data, templates)
+    result = {"model": str(model)} | evaluation.evaluate(load(model, device=device), dataset)
+    for reason in dataset.skipped[:10]:
+        errors.print(f"skipped {reason}")
+    if output:
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
+    if as_json:
+        print_json(result)
+        return
+    subsets = result.pop("subsets", {})
+    names = [k for k, v in result.items() if isinstance(v, float)] + [k for k in result if k.startswith("n")]
+    rows = [[name, *(_figure(figures.get(name)) for figures in (result, *subsets.values()))] for name in names]
+    print_table(("figure", "all", *subsets), rows)
+
+
+def _figure(value: Any) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
+
+
+def measure(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.")],
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, MACs and pairs/s of MODEL here."""
+    import torch
+
+    from tinyclip.config import NAMED, CLIPConfig
+    from tinyclip.distributed import resolve_device
+    from tinyclip.measurement import measure as measured
+    from tinyclip.model import CLIP
+    from tinyclip.pipeline import load
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    place = resolve_device(device)
+    shape_only = model in NAMED and not Path(model).exists()
+    network = CLIP(CLIPConfig.named(model)).eval() if shape_only else load(model).model
+    result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        [k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v] for k, v in result.items()
+    ]
+    print_table(("figure", "value"), rows)
+
+
+def structure(
+    model: Path,
+    of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Width, and heads and neurons of each block, of MODEL."""
+    from tinyclip import structure as drawing
+    from tinyclip.pipeline import load
+
+    if output and output.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
+    config = load(model).model.config
+    if output:
+        picture = drawing.figure(config, load(of).model.config if of else None)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.savefig(output, dpi=150)
+    if as_json:
+        print_json(config.model_dump(mode="json"))
+    else:
+        print_table(("tower", "what", "in each block"), drawing.rows(config))
+
+
+def zoo(
+    name: Annotated[str | None, typer.Argument(help="Details of this model alone.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read its file whole and check its SHA-256.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The published models, with their figures; or all that is known of NAME."""
+    from tinyclip import zoo as models
+
+    if name is None:
+        if download or verify:
+            raise ValueError("--download and --verify need the name of a model")
+        listed = [models.describe(entry, cache) for entry in models.ENTRIES]
+        if as_json:
+            print_json({"models": listed})
+        else:
+            print_table(models.COLUMNS, [models.row(facts) for facts in listed])
+        return
+    entry = models.get(name)
+    if download:
+        models.local_file(entry, cache)
+    if verify:
+        models.verify(entry, cache)
+    facts = models.describe(entry, cache)
+    if as_json:
+        print_json(facts)
+        return
+    for key, value in models.details(facts):
+        say(f"{key:26} {value}")

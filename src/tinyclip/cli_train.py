@@ -1,0 +1,163 @@
+"""Commands that run recipes, plan them and report on them."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyclip.terminal import (
+    AsJson,
+    Overwrite,
+    Sets,
+    console,
+    fail,
+    print_json,
+    print_table,
+    say,
+)
+
+Smoke = Annotated[bool, typer.Option("--smoke", help="Try every stage for two steps: random weights, made-up data.")]
+Small = Annotated[bool, typer.Option("--small", help="With --smoke: at a quarter of every width, in seconds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+
+
+def distill(
+    recipe: Path,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    small: Small = False,
+) -> None:
+    """Compress a teacher in the stages of a RECIPE; ends with a table and report.html."""
+    chosen = _recipe_for(recipe, sets or [], distil=True)
+    if smoke or small:
+        _smoke(chosen, smoke, small)
+    else:
+        _train(chosen, overwrite, resume)
+
+
+def train(
+    recipe: Path,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    smoke: Smoke = False,
+    small: Small = False,
+) -> None:
+    """Train a model from scratch by a RECIPE without teacher."""
+    chosen = _recipe_for(recipe, sets or [], distil=False)
+    if smoke or small:
+        _smoke(chosen, smoke, small)
+    else:
+        _train(chosen, overwrite, resume)
+
+
+def _recipe_for(path: Path, sets: list[str], distil: bool) -> Any:
+    from tinyclip.recipe import load_recipe
+
+    recipe = load_recipe(path, sets)
+    if distil != (recipe.teacher is not None):
+        other = "train" if distil else "distill"
+        raise ValueError(f"{path} has {'no' if distil else 'a'} teacher: use `tinyclip {other}`")
+    return recipe
+
+
+def _train(recipe: Any, overwrite: bool, resume: bool) -> None:
+    command = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
+    hint = shlex.join(["tinyclip", *command, "--resume"])
+    folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=hint)
+    write_run_report([folder], folder / "report.html", folder.name)
+
+
+def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
+    from tinyclip.report import evaluator
+    from tinyclip.resume import Interrupted
+    from tinyclip.smoke import smoke as tried
+
+    if not smoke:
+        raise ValueError("--small goes with --smoke")
+    try:
+        results = tried(recipe, small, lambda data: evaluator(data, None))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        fail("the dry run was stopped", 128 + getattr(stop, "signal_number", signal.SIGINT))
+    for result in results:
+        say(f"stage {result['stage']}: ok, {result['shape']}, {result['seconds']:.1f} s")
+
+
+def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path:
+    """Run a recipe with a live display; returns the run's folder. Exits with 130 or 143 when interrupted."""
+    from tinyclip import train as training
+    from tinyclip.display import Display
+    from tinyclip.report import evaluator
+    from tinyclip.resume import Interrupted
+
+    evaluation = recipe.evaluation
+    check = evaluator(evaluation.data, evaluation.templates) if evaluation else None
+    run = training.start(recipe, overwrite=overwrite, resume=resume)
+    run.evaluator = check
+    with Display(console, run) as display:
+        run.listener = display
+        try:
+            training.run(run)
+        except Interrupted as stop:
+            display.stop()
+            fail(f"{stop} and saved in {run.folder}; go on with: {hint}", 128 + stop.signal_number)
+        except KeyboardInterrupt:
+            display.stop()
+            fail(f"stopped; go on with: {hint}", 128 + signal.SIGINT)
+    return run.folder
+
+
+def write_run_report(runs: list[Path], path: Path, title: str) -> None:
+    from tinyclip.report import COLUMNS, report, table
+
+    entries = report(runs, path, title)
+    print_table(COLUMNS, table(entries))
+    say(f"report: {path}")
+
+
+def plan(
+    recipe: Path,
+    sets: Sets = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices that share each batch.")] = 1,
+    samples: Annotated[int | None, typer.Option(min=1, help="Pairs of the data, where it is not here.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=1e-6, help="Hours at these sustained TFLOP/s a device.")] = None,
+    pairs_per_s: Annotated[float | None, typer.Option(min=1e-6, help="Hours at this speed a device.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Hours at the speed of a few steps timed here.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a RECIPE would take: shapes, parameters, MACs, steps, memory, FLOPs, hours. Runs and writes nothing."""
+    from tinyclip.display import plan_table
+    from tinyclip.plan import plan as planned
+    from tinyclip.recipe import load_recipe
+
+    if (tflops is not None) + (pairs_per_s is not None) + measure > 1:
+        raise ValueError("give only one of --tflops, --pairs-per-s and --measure")
+    chosen = load_recipe(recipe, sets or [])
+    speed: Any = (lambda stage, config: pairs_per_s) if pairs_per_s is not None else None
+    if measure:
+        from tinyclip.smoke import measured_speed
+
+        speed = measured_speed(chosen)
+    result = planned(chosen, devices=devices, samples=samples, tflops=tflops, speed=speed)
+    if as_json:
+        print_json(result)
+        return
+    print_table(*plan_table(result))
+    for note in result["notes"]:
+        say(f"note: {note}")
+
+
+def report(
+    runs: list[Path],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "tinyclip",
+) -> None:
+    """Compare finished RUNS in one table and HTML report."""
+    write_run_report(runs, output, title)

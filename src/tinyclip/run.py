@@ -1,0 +1,86 @@
+"""What a run has at hand, and what its parts share: batches, attention kernel, preprocessing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tinyclip.config import CLIPConfig
+from tinyclip.data import close_loader, training_loader
+from tinyclip.model import CLIP
+from tinyclip.recipe import Recipe
+from tinyclip.teacher import Teacher
+from tinyclip.tokenizer import CLIPTokenizer
+from tinyclip.transforms import Preprocess
+
+Evaluator = Callable[[CLIP, CLIPTokenizer, Preprocess], dict[str, Any]]
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Run:
+    """What a run needs at hand; made by `start`, used up by `run`."""
+
+    recipe: Recipe
+    folder: Path
+    teacher: Teacher | None
+    configs: list[CLIPConfig]
+    tokenizer: CLIPTokenizer
+    preprocess: Preprocess
+    device: torch.device
+    precision: str
+    evaluator: Evaluator | None = None
+    listener: Listener = field(default=lambda event: None)
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """To metrics.jsonl and to the listener."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        self.listener(event)
+
+
+def preprocess_for(run: Run, model: CLIP) -> Preprocess:
+    return run.preprocess.model_copy(update={"image_size": model.config.vision.image_size})
+
+
+def loader_of(run: Run, i: int, cut: bool = False) -> Any:
+    stage, config = run.recipe.stages[i], run.configs[i]
+    teacher = run.teacher.model.config if run.teacher else config
+    return training_loader(
+        run.recipe.data,
+        tokenizer=run.tokenizer,
+        context_length=max(config.text.context_length, teacher.text.context_length),
+        image_size=max(config.vision.image_size, teacher.vision.image_size),
+        augment=stage.augment,
+        batch_size=stage.batch_size,
+        workers=run.recipe.workers,
+        seed=run.recipe.seed + i + 1000 * cut,  # stages, and their parts, see the data in different orders
+    )
+
+
+@contextmanager
+def closing(loader: Any) -> Iterator[None]:
+    """Stop the loader's workers at the end; a worker that died is an error for people."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        text = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{text}; go on from the last checkpoint with --resume") from None
+    finally:
+        close_loader(loader)
+
+
+def attention(device: torch.device) -> AbstractContextManager[None]:
+    """The attention kernel to train with. On CPUs the fused kernel's backward pass is the slower one
+    (`benchmarks/attention.py`)."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    return context

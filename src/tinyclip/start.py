@@ -1,0 +1,140 @@
+"""Before the first step: everything that can be checked, and the run's folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from tinyclip.calibrate import Calibration
+from tinyclip.checkpoint import load_checkpoint, read_config
+from tinyclip.config import CLIPConfig, VisionConfig
+from tinyclip.data import all_captions, prepare
+from tinyclip.distributed import best_precision, resolve_device
+from tinyclip.files import write_atomically
+from tinyclip.inheritance import manual_masks
+from tinyclip.masks import HardConcrete, check_targets
+from tinyclip.pruning import TOWERS, budgets
+from tinyclip.recipe import Recipe, Stage
+from tinyclip.run import Run
+from tinyclip.teacher import Teacher
+from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.transforms import Preprocess
+from tinyclip.zoo import resolve
+
+# A resumed run may differ in these from the one that was started.
+FREE_TO_CHANGE = ("description", "device", "log_every", "save_every")
+
+
+def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
+    """Check everything that can be checked before the first step, and make the run's folder.
+
+    Raises:
+        ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
+    """
+    samples = prepare(recipe.data)
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size > samples:
+            raise ValueError(
+                f"stages.{i}.batch_size: {stage.batch_size} exceeds the {samples} samples of {recipe.data}"
+            )
+    device = resolve_device(recipe.device)
+    precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
+    teacher = None
+    if recipe.teacher is not None:
+        model, tokenizer, preprocess = load_checkpoint(resolve(recipe.teacher))
+        teacher = Teacher(model.to(device), preprocess)
+        config = model.config
+    else:
+        assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
+        tokenizer = _vocabulary(recipe, recipe.model.text.context_length)
+        text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        config = recipe.model.model_copy(update={"text": text})
+        preprocess = Preprocess(image_size=config.vision.image_size)
+    configs = plan(recipe, config)
+    folder = Path(recipe.output)
+    _open_folder(folder, recipe, overwrite, resume)
+    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision)
+
+
+def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
+    """The config of every stage's student, checked against what it inherits from.
+
+    Raises:
+        ValueError: naming the stage that does not fit.
+    """
+    configs: list[CLIPConfig] = []
+    for i, stage in enumerate(recipe.stages):
+        try:
+            if stage.start not in ("previous", "teacher"):
+                base = read_config(resolve(stage.start))
+            else:
+                base = configs[-1] if stage.start == "previous" and configs else first
+            config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
+            if stage.inherit == "manual":
+                manual_masks(base, config)
+            _check_towers(stage, base, first)
+            if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
+                raise ValueError("batch_norm: a ViT has none; leave the key out")
+            if config.text.vocab_size != first.text.vocab_size:
+                sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
+                raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
+        except ValueError as error:
+            raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
+        configs.append(config)
+    return configs
+
+
+def _check_towers(stage: Stage, base: CLIPConfig, teacher: CLIPConfig) -> None:
+    """Early errors for a tower that is to stay the teacher's, and for masks that cannot do what is asked."""
+    kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
+    for name in kept:
+        if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
+            raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
+    if stage.auto is not None:
+        auto = stage.auto
+        hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
+        check_targets(hard, budgets(auto, stage.towers) or {})
+    if stage.calibrated is not None:
+        Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
+
+
+def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
+    tokenizer = clip_tokenizer()
+    if recipe.vocabulary == "data":
+        tokenizer = tokenizer.pruned(tokenizer.kept_ids(all_captions(recipe.data)))
+    return CLIPTokenizer(tokenizer.merges, context_length)
+
+
+def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    settings, known = recipe.model_dump(mode="json"), folder / "recipe.yaml"
+    if overwrite and resume:
+        raise ValueError("give either --overwrite or --resume")
+    try:
+        if resume:
+            if not known.exists():
+                raise ValueError(f"{folder}: no run to resume")
+            before = yaml.safe_load(known.read_text(encoding="utf-8"))
+            changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_TO_CHANGE]
+            if changed:
+                raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
+        elif folder.exists() and any(folder.iterdir()):
+            if not overwrite:
+                raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
+            _check_replaceable(folder, recipe)
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, yaml.safe_dump(settings, sort_keys=False))
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _check_replaceable(folder: Path, recipe: Recipe) -> None:
+    """Refuse to delete what is no run, or what this run reads."""
+    if not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder} is no run of tinyclip; remove it by hand or choose another output")
+    evaluation = recipe.evaluation.data if recipe.evaluation else None
+    for source in (recipe.teacher, recipe.data, evaluation, *(stage.start for stage in recipe.stages)):
+        if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")

@@ -1,0 +1,106 @@
+"""What a stage starts from: a slice by rule, by importance, or random weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from tinyclip.calibrate import Calibration, calibrate, targets_for_latency
+from tinyclip.checkpoint import load_checkpoint
+from tinyclip.inheritance import compact, inherit
+from tinyclip.masks import sparsity
+from tinyclip.measurement import fraction_for_latency, pair_latency_ms
+from tinyclip.model import CLIP
+from tinyclip.pruning import TOWERS, budgets, thinner
+from tinyclip.recipe import Stage
+from tinyclip.resume import STATE
+from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
+from tinyclip.samples import samples
+from tinyclip.zoo import resolve
+
+
+def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    stage, recipe = run.recipe.stages[i], run.recipe
+    torch.manual_seed(recipe.seed + i)
+    if recipe.teacher is None and i == 0:
+        return CLIP(run.configs[i])
+    base = _base(run, i, previous)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if stage.inherit == "none":
+            student = CLIP(stage.student.apply(base.config)).to(run.device)
+        elif stage.inherit == "manual":
+            student = inherit(base, stage.student.apply(base.config))
+        elif stage.inherit == "calibrated" and not (run.folder / "stages" / stage.name / "last" / STATE).exists():
+            student = calibrated_student(run, i, base)
+        else:  # auto cuts it later; a calibrated one that is resumed is already cut in its checkpoint
+            student = compact(base, {})
+    for warning in caught:
+        run.emit({"event": "warning", "stage": stage.name, "text": str(warning.message)})
+    if stage.towers != "both":
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        _keep_tower(student, run.teacher.model, stage.towers)
+    return student
+
+
+def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
+    """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
+    stage = run.recipe.stages[i]
+    settings, preprocess = stage.calibrated, preprocess_for(run, base)
+    assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
+    model, targets, loader = compact(base, {}).eval(), budgets(settings, stage.towers), loader_of(run, i)
+    source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
+    how = Calibration.of(settings, run.teacher.model.config, float(scale), run.recipe.seed + i)
+    with attention(run.device), closing(loader):
+        if targets is None:
+            assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
+            towers = TOWERS[stage.towers]
+            targets, removed = targets_for_latency(model, source, settings.latency_ms, towers, how)
+            figures = {"latency_ms": settings.latency_ms, "macs_removed": removed}
+            run.emit({"event": "latency", "stage": stage.name} | figures)
+        masks = calibrate(model, source, targets, how)
+    kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    run.emit({"event": "cut", "stage": stage.name, "step": 0, "kept": kept})
+    return compact(model, masks)
+
+
+def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    """The model that a stage starts from; the caller must not change it."""
+    stage = run.recipe.stages[i]
+    if stage.start == "previous" and previous is not None:
+        return previous
+    if stage.start in ("previous", "teacher"):
+        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        return run.teacher.model
+    base, tokenizer, _ = load_checkpoint(resolve(stage.start))
+    if tokenizer.merges != run.tokenizer.merges:
+        raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+    return base.to(run.device)
+
+
+@torch.no_grad()
+def _keep_tower(student: CLIP, teacher: CLIP, towers: str) -> None:
+    """Give the student the teacher's own weights in the tower that is left alone."""
+    own = student.state_dict()
+    for key, value in teacher.state_dict().items():
+        if key != "logit_scale" and key.startswith("visual.") != (towers == "image"):
+            own[key].copy_(value)
+
+
+def mask_targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
+    assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    targets = budgets(stage.auto, stage.towers)
+    if targets is not None:
+        return targets
+    assert stage.auto.latency_ms is not None, "the recipe's validation asks for one of the two"
+    config, towers = student.config, TOWERS[stage.towers]
+
+    def latency_ms(removed: float) -> float:
+        return pair_latency_ms(CLIP(thinner(config, removed, towers)).eval().to(run.device))
+
+    removed = fraction_for_latency(latency_ms, stage.auto.latency_ms)
+    run.emit({"event": "latency", "stage": stage.name, "latency_ms": stage.auto.latency_ms, "macs_removed": removed})
+    start = sparsity(config, run.teacher.model.config, {}, towers, "macs").item()
+    return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}

@@ -1,0 +1,63 @@
+"""What the commands share: their output, their errors, their common options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# Piped output is wide enough for every table.
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
+
+CONFIGS = ("config.json", "open_clip_config.json")  # of checkpoints that may be replaced
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def fail(text: str, code: int) -> None:
+    errors.print(f"tinyclip: {' '.join(text.split())}")
+    sys.exit(code)
+
+
+def print_table(columns: Any, rows: Any) -> None:
+    table = Table(box=None, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result))
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in CONFIGS):
+        raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
