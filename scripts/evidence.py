@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import evidence_page
+from filelock import FileLock
 
 from tinyclip.files import write_atomically
 from tinyclip.recipe import Recipe, load_recipe
@@ -80,10 +81,15 @@ def run_one(name: str, seed: int) -> None:
 
     torch.set_num_threads(1)
     recipe = recipe_of(name, seed)
-    run = train.start(recipe, resume=(Path(recipe.output) / "recipe.yaml").exists())
     assert recipe.evaluation is not None, "tests/test_evidence.py holds this"
-    run.evaluator = evaluator(recipe.evaluation.data, recipe.evaluation.templates)
-    train.run(run)
+    folder = Path(recipe.output)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # the script may be running twice, with other recipes
+        if finished(name, seed):
+            return
+        run = train.start(recipe, resume=(folder / "recipe.yaml").exists())
+        run.evaluator = evaluator(recipe.evaluation.data, recipe.evaluation.templates)
+        train.run(run)
 
 
 def run_all(names: list[str], seeds: list[int], jobs: int) -> list[str]:
