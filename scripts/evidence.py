@@ -44,11 +44,11 @@ NAMES = (
     "affinity-and-text-affinity-50",
     "affinity-and-contrastive-50",
     "random-50",
-    "auto-75",
-    "auto-75-image",
-    "auto-75-text",
     "calibrated-50",
     "calibrated-25",
+    "calibrated-70",
+    "calibrated-70-image",
+    "calibrated-70-text",
 )
 
 

@@ -51,9 +51,9 @@ SECTIONS = (
     Section(
         "towers",
         {
-            "auto-75": "both towers, one budget",
-            "auto-75-image": "image tower alone",
-            "auto-75-text": "text tower alone",
+            "calibrated-70": "both towers, one budget",
+            "calibrated-70-image": "image tower alone",
+            "calibrated-70-text": "text tower alone",
         },
     ),
 )
