@@ -110,9 +110,11 @@ def differences(records: dict[str, Any], reference: dict[str, Any]) -> list[floa
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """`better` or `worse` where every seed agrees and the mean exceeds the standard deviation."""
+    """`better` or `worse` where every seed agrees and the mean exceeds the standard deviation; not from one seed."""
     middle, spread = mean_and_spread(differences)
-    if len(differences) < 2 or abs(middle) <= spread or min(differences) * max(differences) <= 0:
+    if len(differences) < 2:
+        return "one seed only"
+    if abs(middle) <= spread or min(differences) * max(differences) <= 0:
         return "within the spread"
     return "better" if middle > 0 else "worse"
 
@@ -173,7 +175,9 @@ def section_table(section: Section, results: Results) -> str:
             continue
         scores = [100 * record["acc1"] for record in records]
         apart = differences(runs[name], runs.get(first, {})) if name != first else []
-        judged = f"{plus_minus(apart, sign='+')}, {verdict(apart)}" if apart else f"{len(records)} seeds"
+        judged = f"{plus_minus(apart, sign='+')}, {verdict(apart)}" if apart else ""
+        if len(records) != 3:
+            words = f"{words} ({len(records)} seed{'s' * (len(records) > 1)})"
         params, operations = (mean(record[key] for record in records) for key in ("params", "macs"))
         rows.append(
             [
@@ -192,7 +196,7 @@ def section_table(section: Section, results: Results) -> str:
 
 def plus_minus(values: Sequence[float], sign: str = "") -> str:
     middle, spread = mean_and_spread(values)
-    return f"{middle:{sign}.1f} ± {spread:.1f}"
+    return f"{middle:{sign}.1f} ± {spread:.1f}" if len(values) > 1 else f"{middle:{sign}.1f}"
 
 
 def fewer_table(results: Results, batch_size: int) -> str:

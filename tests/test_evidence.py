@@ -32,7 +32,7 @@ TEACHER = {"acc1": 0.5, "params": 100_000_000, "macs": 4_000_000_000, "curve": [
 def test_mean_and_spread() -> None:
     assert page.mean_and_spread([1.0, 2.0, 6.0]) == (3.0, pytest.approx(7**0.5))
     assert page.mean_and_spread([4.0]) == (4.0, 0.0)
-    assert page.plus_minus([10.0, 12.0]) == "11.0 ± 1.4"
+    assert page.plus_minus([10.0, 12.0]) == "11.0 ± 1.4" and page.plus_minus([3.0], "+") == "+3.0"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_mean_and_spread() -> None:
         ([-1, -1.5, -2], "worse"),
         ([0.1, 0.1, 4], "within the spread"),  # the mean is below the standard deviation
         ([3, 3, -0.1], "within the spread"),  # one seed does not agree
-        ([5], "within the spread"),
+        ([5], "one seed only"),
     ],
 )
 def test_only_what_all_seeds_agree_on_is_called_better(differences: list[float], judged: str) -> None:
@@ -73,7 +73,7 @@ def test_a_table_compares_with_its_first_row_and_says_what_is_missing() -> None:
     section = page.Section("x", {"a": "first", "b": "second", "c": "third"})
     results = {"teacher": TEACHER, "runs": {"a": made_up(0.1, 0.2), "b": made_up(0.25, 0.25)}}
     rows = page.section_table(section, results).splitlines()[2:]
-    assert rows[0] == "| first | `a` | 50.00 M (50 %) | 2.000 | 15.0 ± 7.1 | 30.0 ± 0.0 | 10.0 ± 0.0 | 2 seeds |"
+    assert rows[0] == "| first (2 seeds) | `a` | 50.00 M (50 %) | 2.000 | 15.0 ± 7.1 | 30.0 ± 0.0 | 10.0 ± 0.0 |  |"
     assert rows[1].endswith("| 25.0 ± 0.0 | 30.0 ± 0.0 | 10.0 ± 0.0 | +10.0 ± 7.1, better |")
     assert rows[2].startswith("| third | `c` | -") and rows[2].endswith("not run |")
 
