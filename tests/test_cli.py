@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def tinyclip(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `data`, `eval` (class folders) and `photo.jpg`."""
+    """A folder with `teacher`, `mixed` (the same and a file more), `data`, `eval` (class folders) and `photo.jpg`."""
     folder = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
@@ -42,6 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "eval" / name).mkdir(parents=True)
         (folder / "eval" / name / "1.jpg").write_bytes(picture(len(name)))
     (folder / "photo.jpg").write_bytes(picture(5))
+    shutil.copytree(folder / "teacher", folder / "mixed")
+    (folder / "mixed" / "notes.txt").write_text("of hers")
     recipe = {
         "teacher": str(folder / "teacher"),
         "data": str(folder / "data"),
@@ -114,7 +117,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("inherit", "teacher", "x", "--shape", "vision"), "--shape vision: write"),
         (("distill", "recipe.yaml", "--set", "stages.0.batch_size=999"), "999 exceeds the 20 samples"),
         (("evaluate", "teacher", "eval", "--templates", "eval"), "no file of templates"),
-        (("vocab", "prune", "teacher", "data", "--texts", "data", "--overwrite"), "data is no checkpoint"),
+        (("vocab", "prune", "teacher", "data", "--texts", "data", "--overwrite"), "data holds more than a checkpoint"),
         (("evaluate", "teacher", "nowhere"), "nowhere: no such data folder"),
         (("measure", "ViT-Z"), "ViT-Z: no such checkpoint"),
         (("measure", "TinyCLIP-ViT-45M-32-Text-18M"), "may be TinyCLIP-auto-ViT-45M"),
@@ -130,6 +133,10 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("inherit", "teacher", "x"), "give one of --like, --shape and --calibrate"),
         (("inherit", "teacher", "x", "--like", "ViT-B-32"), "does not fit into the teacher"),
         (("inherit", "teacher", "data", "--like", "ViT-B-32"), "data exists"),
+        (
+            ("inherit", "teacher", "mixed", "--shape", "text.layers=1", "--overwrite"),
+            "mixed holds more than a checkpoint",
+        ),
         (("data", "pack", "nowhere", "x"), "nowhere: no such file or folder"),
         (("data", "prepare", "eval"), "no .tar shards"),
         (("vocab", "prune", "teacher", "x", "--texts", "nowhere"), "nowhere"),

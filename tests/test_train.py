@@ -185,6 +185,13 @@ def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) 
         run(chosen, resume=True)
 
 
+def test_several_processes_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="trains in one process; start it without torchrun"):
+        train.start(recipe(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_left_aside_by_a_kill_is_put_back(tmp_path: Path) -> None:
     (tmp_path / ".last.abc.old").mkdir()
     recover(tmp_path / "last")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     Raises:
         ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun says how many processes there are
+        raise ValueError("this version trains in one process; start it without torchrun")
     samples = prepare(recipe.data)
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:

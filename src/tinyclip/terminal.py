@@ -21,7 +21,12 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
 
-CONFIGS = ("config.json", "open_clip_config.json")  # of checkpoints that may be replaced
+# What checkpoints are made of, ours, OpenCLIP's and Hugging Face's; a folder with anything else is not replaced.
+CHECKPOINT_FILES = {
+    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json"),
+    *("open_clip_config.json", "open_clip_model.safetensors"),
+    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+}
 
 
 def say(text: str) -> None:
@@ -59,5 +64,8 @@ def read_lines(path: Path) -> list[str]:
 def check_free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in CONFIGS):
-        raise ValueError(f"{path} is no checkpoint, so it is not replaced; choose another place")
+    found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if other := sorted(found - CHECKPOINT_FILES):
+        raise ValueError(
+            f"{path} holds more than a checkpoint ({other[0]}), so it is not replaced; choose another place"
+        )
