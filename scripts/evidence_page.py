@@ -135,10 +135,13 @@ def reached(curve: Curve, accuracy: float) -> float | None:
 
 
 def times_fewer(fast: Curve, slow: Curve, accuracy: float) -> str:
-    """How many times fewer pairs the fast one takes to an accuracy; with > where the slow one never got there."""
+    """How many times fewer pairs the fast one takes to an accuracy; with > where the slow one never got there, and <
+    where it was there at its first evaluation, so perhaps before."""
     mine, other = reached(fast, accuracy), reached(slow, accuracy)
     if mine is None:
         return "-"
+    if other == slow[0][0]:
+        return f"< {other / mine:.1f}"
     return f"{other / mine:.1f}" if other is not None else f"> {slow[-1][0] / mine:.1f}"
 
 

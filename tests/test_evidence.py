@@ -62,6 +62,7 @@ def test_steps_to_an_accuracy() -> None:
     assert page.times_fewer(fast, slow, 6) == f"{1100 / 150:.1f}" == "7.3"
     assert page.times_fewer(fast, slow, 10) == "> 5.5", "the slow one never got there"
     assert page.times_fewer(slow, fast, 10) == "-"
+    assert page.times_fewer([(50, 2.0)], fast, 2) == "< 2.0", "the slow one may have been there before"
 
 
 def test_a_curve_is_the_mean_over_seeds() -> None:
@@ -84,7 +85,7 @@ def test_times_fewer_at_each_accuracy_that_was_passed() -> None:
         "random-50": made_up(0.03, curve=[(50, 0.01), (100, 0.03)]),
     }
     rows = page.fewer_table({"teacher": TEACHER, "runs": runs}, 128).splitlines()[2:]
-    assert rows[0] == "| 3.0 % | 1,280 | 10.0 | 2.0 |"
+    assert rows[0] == "| 3.0 % | 1,280 | 10.0 | < 2.0 |"
     assert rows[1].startswith("| 6.0 % | 1,280 | > 10.0 |") and rows[2].startswith("| 12.0 % | 2,560 | > 5.0 | 1.2 |")
 
 
