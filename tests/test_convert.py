@@ -188,6 +188,22 @@ def test_resnets() -> None:
         open_clip_config(cut)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stem": (32, 30, 64)}, r"stem is \(32, 30, 64\), OpenCLIP's of width 64 has \(32, 32, 64\)"),
+        ({"channels": (256, 512, 1000, 2048)}, r"channels is \(256, 512, 1000, 2048\), OpenCLIP's"),
+        ({"conv2": ((64, 60, 64), (128,) * 4, (256,) * 6, (512,) * 3)}, r"conv2 is \(\(64, 60, 64\), "),
+        ({"heads": 64, "head_dim": 32}, r"heads is 64, OpenCLIP's of width 64 has 32"),
+    ],
+)
+def test_a_cut_resnet_cannot_be_had_by_open_clip(changes: dict[str, Any], message: str) -> None:
+    config = CLIPConfig.named("RN50")
+    cut = config.model_copy(update={"vision": config.vision.model_copy(update=changes)})
+    with pytest.raises(ValueError, match=message):
+        open_clip_config(cut)
+
+
 # --- the command
 
 

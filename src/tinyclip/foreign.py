@@ -296,9 +296,13 @@ def read_open_clip(folder: Path, activation: str | None) -> Foreign:
 def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: Path) -> Preprocess:
     """The evaluation transform; OpenAI's mean and std where a file does not say them."""
     try:
-        return Preprocess(image_size=config.vision.image_size, mean=mean or OPENAI_MEAN, std=std or OPENAI_STD)
+        return Preprocess(
+            image_size=config.vision.image_size,
+            mean=OPENAI_MEAN if mean is None else mean,
+            std=OPENAI_STD if std is None else std,
+        )
     except ValueError:
-        raise ValueError(f"{where}: mean {mean!r} and std {std!r} should be three numbers each") from None
+        raise ValueError(f"{where}: mean {mean!r} and std {std!r} should be three numbers each, std above 0") from None
 
 
 def _object(data: dict[str, Any], key: str, where: Path) -> dict[str, Any]:

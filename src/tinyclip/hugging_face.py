@@ -89,9 +89,10 @@ def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Pa
     if not isinstance(said or {}, dict):
         raise ValueError(f"{where}: {key} should be an object")
     section |= said or {}
-    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-        if not isinstance(section[name], int) or section[name] < 1:
-            raise ValueError(f"{where}: {key}.{name} is {section[name]!r}, not a positive whole number")
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        value = section.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: {key}.{name} is {value!r}, not a positive whole number")
     if section["layer_norm_eps"] != 1e-5:
         raise ValueError(f"{where}: {key}.layer_norm_eps is {section['layer_norm_eps']}, only 1e-05 can be read")
     if section["hidden_size"] % section["num_attention_heads"]:
@@ -182,17 +183,22 @@ def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
     size = config.vision.image_size
-    where, data = folder / "preprocessor_config.json", {}
+    data: dict[str, Any] = {}
+    where = folder / "preprocessor_config.json"
     if where.is_file():
         data = read_json_object(where)
     elif (folder / "processor_config.json").is_file():
         where = folder / "processor_config.json"
-        data = read_json_object(where).get("image_processor", {})
+        data = read_json_object(where).get("image_processor") or {}
+        if not isinstance(data, dict):
+            raise ValueError(f"{where}: image_processor should be an object")
     for key, good in (
-        ("size", (size, {"shortest_edge": size}, {"height": size, "width": size})),
+        # Height and width would be a squash of the whole picture, even where they are equal.
+        ("size", (size, {"shortest_edge": size})),
         ("crop_size", (size, {"height": size, "width": size})),
         ("resample", (3,)),
         ("rescale_factor", (1 / 255,)),
+        *((f"do_{part}", (True,)) for part in ("resize", "center_crop", "rescale", "normalize")),
     ):
         if data.get(key) is not None and data[key] not in good:
             raise ValueError(f"{where}: {key} is {data[key]!r}, only {good[-1]!r} can be done for this model")

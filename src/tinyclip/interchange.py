@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyclip.checkpoint import load_checkpoint, save_into, write_weights
-from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig, resnet_tower
 from tinyclip.files import atomic_directory
 from tinyclip.foreign import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from tinyclip.hugging_face import hugging_face_config, to_hugging_face, write_processor
@@ -42,7 +42,7 @@ def save_open_clip(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preproce
     """Files that `open_clip.create_model("local-dir:FOLDER")` loads, into a folder that exists.
 
     Raises:
-        ValueError: for unequal blocks, or a reduced vocabulary.
+        ValueError: for unequal blocks, a ResNet that was cut, or a reduced vocabulary.
     """
     config = model.config
     if tokenizer.merges != clip_tokenizer().merges:
@@ -59,11 +59,7 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     """OpenCLIP's `model_cfg`; `ValueError` when it cannot say this shape."""
     image = config.vision
     if isinstance(image, ResNetConfig):
-        if image.heads * 64 != image.width * 32:
-            raise ValueError(
-                f"the attention pool has {image.heads} heads of 64 = {image.heads * 64} channels, "
-                f"OpenCLIP's has 32 x width = {image.width * 32}"
-            )
+        _check_uncut(image)
         vision: dict[str, Any] = {"layers": list(image.layers), "width": image.width, "patch_size": None}
     else:
         check_even(image, "image")
@@ -76,6 +72,28 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
     text |= {"mlp_ratio": mlp_ratio(config.text)}
     quick = config.activation == "quick_gelu"
     return {"embed_dim": config.embed_dim, "quick_gelu": quick, "vision_cfg": vision, "text_cfg": text}
+
+
+def _check_uncut(image: ResNetConfig) -> None:
+    """OpenCLIP knows a ResNet by its layers and width alone.
+
+    Raises:
+        ValueError: naming the first field that does not follow from them.
+    """
+    channels = image.heads * image.head_dim
+    if channels != image.width * 32:
+        raise ValueError(
+            f"the attention pool has {image.heads} heads of {image.head_dim} = {channels} channels, "
+            f"OpenCLIP's has 32 x width = {image.width * 32}"
+        )
+    uncut = resnet_tower(image.layers, image.width, image_size=image.image_size)
+    for name in ResNetConfig.model_fields:
+        ours, theirs = getattr(image, name), getattr(uncut, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the image tower's {name} is {ours}, OpenCLIP's of width {image.width} has {theirs}; "
+                "only our own format can say that"
+            )
 
 
 def _open_clip_looks(preprocess: Preprocess) -> dict[str, Any]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import struct
 import warnings
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
 RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+
+
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Preprocess(BaseModel):
@@ -25,8 +29,8 @@ class Preprocess(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image_size: int = Field(ge=1, description="side of the square result, pixels")
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = OPENAI_MEAN
+    std: tuple[Deviation, Deviation, Deviation] = OPENAI_STD
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 (3, image_size, image_size), not yet normalised."""
