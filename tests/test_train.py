@@ -174,8 +174,16 @@ def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) 
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    hostile = torch.frombuffer(bytearray(pickle.dumps(Hostile(), protocol=4)), dtype=torch.uint8)
-    for damaged in ({"optimizer": Hostile()}, whole | {"loader": hostile}, whole | {"loader": hostile[:9]}):
+    class HostileStorage:
+        def __reduce__(self) -> Any:
+            return torch.storage._load_from_bytes, (pickle.dumps(Hostile(), protocol=2),)
+
+    def stored(value: Any) -> torch.Tensor:
+        return torch.frombuffer(bytearray(pickle.dumps(value, protocol=4)), dtype=torch.uint8)
+
+    hostile = stored(Hostile())
+    loaders = [whole | {"loader": loader} for loader in (hostile, hostile[:9], stored(HostileStorage()))]
+    for damaged in ({"optimizer": Hostile()}, *loaders):
         torch.save(damaged, state)
         with pytest.raises(ValueError, match=r"state.pt: damaged"):
             run(chosen, resume=True)
@@ -183,6 +191,16 @@ def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) 
     torch.save({"optimizer": {}}, state)
     with pytest.raises(ValueError, match=r"state.pt: damaged \(no loader, masks, progress"):
         run(chosen, resume=True)
+
+
+def test_a_run_with_a_decoding_process_resumes(place: Path, tmp_path: Path) -> None:
+    """Its random state travels through torch's own pickling of tensors."""
+    chosen = recipe(place, tmp_path / "run", stages=[stage()], workers=1)
+    started = train.start(chosen)
+    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
+    with pytest.raises(Interrupted):
+        train.run(started)
+    assert run(chosen, resume=True)[0][0]["steps"] == 5
 
 
 def test_several_processes_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,13 @@ LOADER_PARTS: tuple[Any, ...] = (
     *(SavableDatasetCheckpoint, SavableDataLoaderState, SavableDatasetState, SliceState, SystemRngState, FlexState),
     *(np.ndarray, np.dtype, np.empty(0).__reduce__()[0]),
 )
-LOADER_STATE = {(part.__module__, part.__qualname__): part for part in LOADER_PARTS}
+LOADER_STATE: dict[tuple[str, str], Any] = {(part.__module__, part.__qualname__): part for part in LOADER_PARTS}
+# The random state of a decoding worker is a tensor, whose storage torch itself would unpickle with anything in it.
+LOADER_STATE |= {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(BytesIO(data), weights_only=True),
+    ("collections", "OrderedDict"): OrderedDict,
+}
 
 
 class Interrupted(Exception):
