@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ class FileServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
-        self.headers: dict[str, dict[str, str]] = {}  # more headers of a path
+        self.headers: dict[str, dict[str, str | None]] = {}  # more headers of a path; None: leave it out
         self.missing: dict[str, str] = {}  # headers of a 404
         self.log: list[tuple[str, str | None, str | None]] = []
         self.answers: list[int] = []  # statuses of the next requests
@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, path: str, data: bytes) -> None:
         server, wanted, condition = self.server, self.headers["Range"], self.headers["If-Range"]
         tag = f'"{hashlib.md5(data).hexdigest()}"'
-        fields = {"Content-Type": server.content_type} | ({"ETag": tag} if server.tags else {})
+        fields: dict[str, str | None] = {"Content-Type": server.content_type} | ({"ETag": tag} if server.tags else {})
         start = 0
         if wanted and server.ranges and (not server.honest or condition in (None, tag)):
             found = re.fullmatch(r"bytes=(\d+)-", wanted)
@@ -84,10 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(data[start:])
 
-    def _answer(self, status: int, fields: dict[str, str]) -> None:
+    def _answer(self, status: int, fields: Mapping[str, str | None]) -> None:
         self.send_response(status)
         for name, value in fields.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
 
     def log_message(self, *arguments: object) -> None:

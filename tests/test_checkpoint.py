@@ -135,6 +135,27 @@ def test_a_bad_tensor_is_named(change: Callable[[dict[str, Tensor]], object], me
         load_checkpoint(saved)
 
 
+@pytest.mark.parametrize("width", [1_000_000, 10**12])
+def test_a_huge_config_allocates_nothing(width: int, saved: Path) -> None:
+    data = json.loads((saved / "config.json").read_text())
+    data["vision"]["width"] = width
+    (saved / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit its config: "):
+        load_checkpoint(saved)
+
+
+def test_eight_bit_weights(saved: Path) -> None:
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(saved / "model.safetensors").items()}
+    save_file(state, saved / "model.safetensors")
+    model = load_checkpoint(saved)[0]
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, state[key].float())
+    state[BIAS] = torch.full_like(state[BIAS].float(), torch.nan).to(torch.float8_e4m3fn)
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{BIAS} has non-finite"):
+        load_checkpoint(saved)
+
+
 # --- writing
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -142,6 +141,14 @@ def test_a_truncated_file_is_no_download(server: FileServer, tmp_path: Path) -> 
     assert names(tmp_path) == ["model.pt.part", "model.pt.part.json"]
 
 
+def test_a_reply_without_length_is_refused(server: FileServer, tmp_path: Path) -> None:
+    server.headers["model.pt"] = {"Content-Length": None}
+    server.cuts = [100_000]
+    with pytest.raises(ValueError, match=r"without its length, so that a broken transfer .* put at .*model\.pt$"):
+        get(server, tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_offline_says_what_to_fetch_and_where_to_put_it(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +288,8 @@ def test_a_damaged_record_is_an_error(text: str, tmp_path: Path) -> None:
         check(tmp_path / "model.pt")
 
 
-def test_a_damaged_state_starts_anew(server: FileServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ['{"url": ', "{}", "[]", "null", '{"url": "x"}'])
+def test_a_damaged_state_starts_anew(state: str, server: FileServer, tmp_path: Path) -> None:
     stopped(server, tmp_path)
-    (tmp_path / "model.pt.part.json").write_text(json.dumps({"url": 1})[:-2])
+    (tmp_path / "model.pt.part.json").write_text(state)
     assert get(server, tmp_path).read_bytes() == OLD

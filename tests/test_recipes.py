@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from conftest import ROOT, small_config
+from tinyclip import zoo
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.cli import app
 from tinyclip.config import CLIPConfig, ResNetConfig, vit_clip
 from tinyclip.display import _prefixed, plan_table
 from tinyclip.measurement import macs
 from tinyclip.model import CLIP
-from tinyclip.plan import activation_bytes, expected_shape, plan
+from tinyclip.plan import activation_bytes, expected_shape, memory, plan, step_macs
 from tinyclip.recipe import Recipe, Target, load_recipe
 from tinyclip.report import evaluator
-from tinyclip.smoke import measured_speed, smoke
+from tinyclip.smoke import measured_speed, shortened, smoke
 
+SMALL = vit_clip(32, (2, 64), (1, 64), 32)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 BIG = [path for path in RECIPES if not path.stem.startswith("emoji")]
 STEPS = re.compile(r"steps: (\d+)  # (\d+) epochs x ([\d,]+) pairs / ([\d,]+) a step")
@@ -237,6 +239,58 @@ def test_a_teacher_that_is_here_gives_its_shape(tmp_path: Path) -> None:
     (tmp_path / "preprocess.json").write_text("{}")  # weights are not needed
     result = plan(recipe([{"name": "a", "steps": 5}], teacher=str(tmp_path)))
     assert result["teacher"]["shape"] == "3 x 32, text 2 x 24" and not result["notes"]
+
+
+def test_a_name_of_the_zoo_gives_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path))
+    manual, auto = zoo.get("ViT-40M-32"), zoo.get("ViT-22M-32")
+    chosen = recipe([{"name": "a", "steps": 5, "start": "ViT-8M-16"}], teacher=manual.name, teacher_shape=None)
+    result = plan(chosen)
+    assert result["teacher"]["shape"] == "12 x 512, text 6 x 512" and not result["notes"]
+    assert result["stages"][0]["shape"] == "10 x 256, text 3 x 256"
+    chosen = recipe([{"name": "a", "steps": 5}], teacher=auto.name, teacher_shape=None)
+    with pytest.raises(ValueError, match=r"no such checkpoint; put it there, or set `teacher_shape`"):
+        plan(chosen)  # only its file says the shape
+    torch.save(CLIP(SMALL).state_dict(), tmp_path / auto.file)
+    assert plan(chosen)["teacher"]["shape"] == "2 x 64, text 1 x 64"
+    assert plan(recipe([{"name": "a", "steps": 5}], teacher="hf:org/name"))["teacher"]["shape"].startswith("12 x 768")
+
+
+@pytest.mark.parametrize(
+    ("change", "taught"),
+    [
+        ({"loss": {"affinity": 0, "image_affinity": 1}}, True),
+        ({"loss": {"affinity": 0, "contrastive": 1}}, False),
+        ({"loss": {"affinity": 0, "contrastive": 1}, "towers": "image"}, True),
+    ],
+)
+def test_the_teacher_counts_where_it_is_asked(change: dict[str, Any], taught: bool) -> None:
+    config = small_config()
+    stage = recipe([{"name": "a", "steps": 5, "batch_size": 8} | change]).stages[0]
+    counts = macs(config)
+    trained = counts["image"] + (0 if stage.towers == "image" else counts["text"])
+    assert step_macs(config, stage, config) == 3 * trained + (sum(counts.values()) if taught else 0)
+    weights = sum(count_parameters(axis_table(config)).values())
+    assert memory(config, stage, config, 8, 2)["teacher"] == (4 * weights if taught else 0)
+
+
+@pytest.mark.parametrize("way", ["auto", "calibrated"])
+def test_a_latency_is_tried_as_half_of_the_macs(way: str, tmp_path: Path) -> None:
+    target = {"latency_ms": 3.0} | ({"steps": 2} if way == "auto" else {})
+    stages = [{"name": name, "steps": 5, "inherit": way, way: target} for name in "ab"]
+    short = shortened(recipe(stages, teacher_shape=small_config()), tmp_path, small=True)
+    found = [stage.target and (stage.target.target_sparsity, stage.target.counted) for stage in short.stages]
+    assert found == [(0.5, "macs"), (0.75, "macs")]
+
+
+@pytest.mark.parametrize(("key", "there"), [("data", "templates"), ("templates", "data")])
+def test_an_evaluation_that_is_not_here(key: str, there: str, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    evaluation = {key: str(tmp_path / "nowhere"), there: str(tmp_path / "x")}
+    chosen = recipe([{"name": "a", "steps": 5}], evaluation=evaluation, teacher_shape=small_config())
+    shortened(chosen, tmp_path / "absent", small=True)  # nor is the training data
+    with pytest.raises(ValueError, match=rf"evaluation\.{key}: .*nowhere does not exist"):
+        shortened(chosen.model_copy(update={"data": str(tmp_path / "x")}), tmp_path / "present", small=True)
 
 
 def test_measured_speed_is_that_of_real_steps() -> None:

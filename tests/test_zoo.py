@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from test_data import good, picture, write_shard
 from tinyclip import download, zoo
 from tinyclip.axes import axis_table
 from tinyclip.cli import main
-from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig, vit_clip
+from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, vit_clip
 from tinyclip.interchange import convert
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
@@ -174,6 +175,8 @@ def test_every_published_row_is_there() -> None:
         ("ViT-8M-16", (8.3, 2.5), (1.59, 0.18)),
         ("ViT-61M-32", (61.4, 28.7), (3.05, 2.18)),
         ("ViT-40M-32", (39.7, 19.2), (1.96, 1.45)),
+        ("ResNet-30M", (29.6, 28.9), (4.68, 2.18)),
+        ("ResNet-19M", (18.6, 19.5), (2.91, 1.45)),
     ],
 )
 def test_the_recount_of_a_shape(name: str, params: tuple[float, ...], gmacs: tuple[float, ...]) -> None:
@@ -182,10 +185,10 @@ def test_the_recount_of_a_shape(name: str, params: tuple[float, ...], gmacs: tup
     assert counts is not None and entry.shape is not None
     assert (counts["params_image"] / 1e6, counts["params_text"] / 1e6) == pytest.approx(params, abs=0.05)
     config = CLIPConfig.named(entry.shape)
-    assert isinstance(config.vision, VisionConfig)
 
-    def products(tower: TransformerConfig, length: int) -> int:
-        return 2 * length**2 * sum(heads or 0 for heads in tower.heads) * tower.head_dim
+    def products(tower: TransformerConfig | ResNetConfig, length: int) -> int:
+        heads = tower.heads if isinstance(tower, TransformerConfig) else (tower.heads,)  # those of the pool
+        return 2 * length**2 * sum(n or 0 for n in heads) * tower.head_dim
 
     image = counts["macs_image"] - products(config.vision, config.vision.grid**2 + 1)
     text = counts["macs_text"] - products(config.text, config.text.context_length)
@@ -265,12 +268,7 @@ def test_a_manual_model_by_name(
     layout = "older" if "ResNet" in entry.name else "ddp" if "YFCC" in entry.name else "plain"
     state = {key: value for key, value in reference.state_dict().items() if key != "attn_mask"}
     publish(server, entry, state, layout, tmp_path)
-    try:
-        clip = load(entry.name)
-    except ValueError as error:
-        if "resnet" in str(error):
-            pytest.skip("no ResNet tower yet")
-        raise
+    clip = load(entry.name)
     pixels, tokens = torch.rand(2, 3, 224, 224), clip.tokenize(["a dog", "two cats"])
     with torch.inference_mode():
         expected = reference.encode_image(pixels), reference.encode_text(tokens)
@@ -318,7 +316,8 @@ def test_a_model_at_full_size(server: FileServer, tmp_path: Path) -> None:
 
 def test_a_damaged_download_is_one_line(server: FileServer, tmp_path: Path) -> None:
     server.files[f"{AUTO}.pt"] = b"PK\x03\x04 and nothing more"
-    with pytest.raises(ValueError, match=rf"cache/{AUTO}\.pt") as caught:
+    path = tmp_path / "cache" / f"{AUTO}.pt"
+    with pytest.raises(ValueError, match=rf"cache/{AUTO}\.pt.*; delete {path} to download it again$") as caught:
         load(AUTO)
     assert "\n" not in str(caught.value)
     facts = zoo.describe(zoo.get(AUTO))
@@ -408,6 +407,13 @@ def test_what_the_hub_does_not_give_is_one_line(
     assert re.match(f"ValueError: .*{message}", from_hub(hub, tmp_path, name, 1, **environment))
 
 
+def test_a_transfer_that_breaks_is_one_line(hub: FileServer, tmp_path: Path) -> None:
+    weights = f"org/small/resolve/{COMMIT}/model.safetensors"
+    hub.headers[weights]["Content-Length"] = str(len(hub.files[weights]))
+    hub.files[weights] = b"too little"
+    assert re.match("ValueError: org/small: cannot be downloaded ", from_hub(hub, tmp_path, "org/small", 1))
+
+
 def test_a_hub_model_without_weights(hub: FileServer, tmp_path: Path) -> None:
     tree = [{"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}]
     hub.files[f"api/models/org/small/tree/{COMMIT}"] = json.dumps(tree).encode()
@@ -441,10 +447,7 @@ def test_the_page_has_the_table(tmp_path: Path) -> None:
     for entry in ENTRIES:
         cells = [cell.strip() for cell in re.findall(rf"\| {entry.name} .*", page)[0].strip("|").split("|")]
         row = zoo.row(zoo.describe(entry, tmp_path))[:-1]
-        if "-" not in row:
-            assert cells == row
-        else:  # a kind of tower that cannot be counted
-            assert [a for a, b in zip(cells, row, strict=True) if b != "-"] == [b for b in row if b != "-"]
+        assert cells == row
 
 
 def test_download_verify_and_use_by_name(
@@ -469,6 +472,20 @@ def test_download_verify_and_use_by_name(
     run("zoo", AUTO, "--verify", code=2)
     assert "is not the file that was downloaded" in capsys.readouterr().err
     assert len(server.log) == 1
+
+
+def test_a_file_that_was_put_there_has_nothing_to_compare_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path))
+    (tmp_path / f"{FORTY}.pt").write_bytes(b"junk")
+    digest = sha256(b"junk").hexdigest()
+    run("zoo", FORTY, "--download", "--verify", "--json")
+    output, error = capsys.readouterr()
+    assert json.loads(output)["sha256"] == digest
+    assert f"{FORTY}.pt: no checksum was recorded, so there was nothing to compare; recorded now: {digest}" in error
+    run("zoo", FORTY, "--verify")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_teacher_by_name(server: FileServer, tmp_path: Path) -> None:

@@ -90,13 +90,15 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
         ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
     """
     path = _whole(Path(path))
-    if (foreign := read_foreign(path, activation)) is not None:
-        with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the tensors
-            shapes = CLIP(foreign.config)
-        check_state(shapes, foreign.state, f"{path} is no whole CLIP")
-        model = CLIP(foreign.config)
-        model.load_state_dict(foreign.state)
-        return model.eval(), foreign.tokenizer, foreign.preprocess
+    check_activation(activation, str(path))
+    try:
+        if (foreign := read_foreign(path, activation)) is not None:
+            model = _filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
+            return model, foreign.tokenizer, foreign.preprocess
+    except ValueError as error:
+        if path.is_file() and path.with_name(f"{path.name}.json").exists():  # the record of a download (see `download`)
+            raise ValueError(f"{error}; delete {path} to download it again") from None
+        raise
     if not path.is_dir():
         raise ValueError(f"{path}: no such checkpoint")
     config = CLIPConfig.from_json(path / "config.json")
@@ -112,9 +114,21 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
             f"{path}: preprocess.json makes {preprocess.image_size} px images, "
             f"config.json says {config.vision.image_size}"
         )
+    model = _filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
+    return model, tokenizer, preprocess
+
+
+def _filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
+    """A model with these weights; `ValueError` as `check_state`, before anything of its size is allocated."""
+    try:
+        with torch.device("meta"):
+            shapes = CLIP(config)
+    except (RuntimeError, OverflowError) as error:  # sizes that no integer holds
+        raise ValueError(f"{trouble}: its sizes are beyond any model ({str(error).splitlines()[0]})") from None
+    check_state(shapes, state, trouble)
     model = CLIP(config)
-    load_state(model, read_weights(path / WEIGHTS), str(path / WEIGHTS))
-    return model.eval(), tokenizer, preprocess
+    model.load_state_dict(dict(state))
+    return model.eval()
 
 
 def read_config(path: str | Path) -> CLIPConfig:
@@ -161,12 +175,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
 
 
-def load_state(model: torch.nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load weights whose keys and shapes must be exactly the model's; `ValueError` as `check_state`."""
-    check_state(model, state, f"{where} does not fit its config")
-    model.load_state_dict(dict(state))
-
-
 def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: str) -> None:
     """Whether weights are exactly what the model has.
 
@@ -181,7 +189,8 @@ def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: st
             continue
         if value.shape != expected[key].shape:
             problems.append(f"{key} is {tuple(value.shape)}, not {tuple(expected[key].shape)}")
-        elif not torch.isfinite(value).all():
+        # By way of float, as the 8-bit types cannot do it.
+        elif not torch.isfinite(value.float()).all():
             problems.append(f"{key} has non-finite values")
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""

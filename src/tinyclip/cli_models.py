@@ -235,10 +235,14 @@ def zoo(
             print_table(models.COLUMNS, [models.row(facts) for facts in listed])
         return
     entry = models.get(name)
+    first = verify and models.unrecorded(entry, cache)  # before anything records it
     if download:
         models.local_file(entry, cache)
     if verify:
-        models.verify(entry, cache)
+        digest = models.verify(entry, cache)
+        if first:
+            path = models.cache_folder(cache) / entry.file
+            errors.print(f"{path}: no checksum was recorded, so there was nothing to compare; recorded now: {digest}")
     facts = models.describe(entry, cache)
     if as_json:
         print_json(facts)

@@ -180,6 +180,12 @@ def _judge(response: requests.Response, url: str, path: Path) -> None:
         )
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise ValueError(f"{url} gave a web page instead of the file; is there a sign-in page or proxy in between?")
+    headers = response.headers
+    if status != 416 and "Content-Length" not in headers and headers.get("Transfer-Encoding", "") != "chunked":
+        raise ValueError(
+            f"{url} comes without its length, so that a broken transfer could not be told from a whole one; "
+            f"a file from elsewhere can be put at {path}"
+        )
 
 
 def _span(response: requests.Response) -> tuple[int, int | None]:
@@ -204,6 +210,8 @@ def _read_state(part: Path, url: str) -> dict[str, Any] | None:
     try:
         state = json.loads(_state(part).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(state, dict) or not state.keys() >= {"url", "version", "total"}:
         return None
     return state if part.exists() and state["url"] == url and state["version"] else None
 

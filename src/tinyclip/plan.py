@@ -25,6 +25,7 @@ from tinyclip.measurement import macs
 from tinyclip.pruning import budgets, thinner
 from tinyclip.recipe import Recipe, Stage, Target
 from tinyclip.resnet import ModifiedResNet
+from tinyclip.zoo import cache_folder, find
 
 # (n, n) float32 matrices alive at once in a distillation loss: both models' logits, two softmaxes, two
 # log-softmaxes, two gradients (see `loss.affinity_loss`).
@@ -54,12 +55,29 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
     if recipe.teacher is None:
         assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
         return recipe.model, []
-    path = Path(recipe.teacher)
-    if path.exists():
-        return read_config(path), []
+    name = recipe.teacher
+    if (shape := known_shape(name)) is not None:
+        return shape, []
     if recipe.teacher_shape is None:
-        raise ValueError(f"{path}: no such checkpoint; put it there, or set `teacher_shape` to a model name")
-    return recipe.teacher_shape, [f"{path} is not here: its shape is taken from teacher_shape"]
+        raise ValueError(f"{name}: no such checkpoint; put it there, or set `teacher_shape` to a model name")
+    return recipe.teacher_shape, [f"{name} is not here: its shape is taken from teacher_shape"]
+
+
+def known_shape(name_or_path: str) -> CLIPConfig | None:
+    """Shape of a checkpoint or a name of the zoo, without a download; None when only the absent file says it.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be read, or a name of several models.
+    """
+    if Path(name_or_path).exists():
+        return read_config(name_or_path)
+    entry = find(name_or_path)
+    if entry is None:
+        return None
+    file = cache_folder() / entry.file
+    if file.exists():
+        return read_config(file)
+    return CLIPConfig.named(entry.shape) if entry.shape else None
 
 
 def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes], list[str]]:
@@ -73,9 +91,9 @@ def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes]
     for i, stage in enumerate(recipe.stages):
         start = shapes[-1].student if stage.start == "previous" and shapes else teacher
         if stage.start not in ("previous", "teacher"):
-            if Path(stage.start).exists():
-                start = read_config(Path(stage.start))
-            else:
+            known = known_shape(stage.start)
+            start = known or teacher
+            if known is None:
                 notes.append(f"{stage.start}, where stage {stage.name} starts, is not here: planned from the teacher")
         try:
             student = stage.student.apply(start)
@@ -128,11 +146,15 @@ def _resnet_text(vision: ResNetConfig) -> str:
 
 
 def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None) -> int:
-    """MACs a pair in training: forward and backward of the student (3x its forward), forward of an untrained tower
-    and of the teacher; texts at full context, which training cuts to the longest of the batch."""
-    counts = macs(student)
-    total = sum(count * (3 if stage.towers in ("both", tower) else 1) for tower, count in counts.items())
-    return total + (sum(macs(teacher).values()) if teacher is not None and stage.loss.affinity else 0)
+    """MACs a pair in training: forward and backward of the student's trained towers (3x their forward), forward of
+    the teacher; texts at full context, which training cuts to the longest of the batch."""
+    total = sum(3 * count for tower, count in macs(student).items() if stage.towers in ("both", tower))
+    return total + (sum(macs(teacher).values()) if teacher is not None and needs_teacher(stage) else 0)
+
+
+def needs_teacher(stage: Stage) -> bool:
+    """Whether the teacher sees every batch: for its terms of the loss, or for a tower that stays its own."""
+    return bool(stage.loss.distils) or stage.towers != "both"
 
 
 def memory(
@@ -149,12 +171,11 @@ def memory(
     trained = sum(n for part, n in counts.items() if stage.towers in ("both", "image" if part == "image" else "text"))
     weights = sum(counts.values())
     copy = dtype_bytes if dtype_bytes < 4 else 0
-    needs_teacher = teacher is not None and stage.loss.affinity > 0
     result: dict[str, float] = {
         "weights": (4 + copy) * weights,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
-        "teacher": 4 * sum(count_parameters(axis_table(teacher)).values()) if needs_teacher and teacher else 0,
+        "teacher": 4 * sum(count_parameters(axis_table(teacher)).values()) if teacher and needs_teacher(stage) else 0,
         "activations": pairs * activation_bytes(student, stage.towers, dtype_bytes),
         "loss": LOSS_MATRICES * 4 * pairs * stage.batch_size,
     }

@@ -38,7 +38,8 @@ def smoke(
     """Run every stage for two steps in a temporary folder, which is removed: `stage`, `shape`, `seconds` of each.
 
     A stage with learned masks has one step with masks and one after the cut, one with measured masks two batches of
-    measurement. Batches have at most `BATCH` pairs. Real checkpoints are read for their shape alone, data not at all.
+    measurement; half of the MACs stand for a latency. Batches have at most `BATCH` pairs. Real checkpoints are read for
+    their shape alone, data not at all.
 
     Args:
         small: a quarter of every width and of the heads' size, few tokens and pixels; layers and heads stay.
@@ -72,8 +73,10 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
     """The recipe with two steps a stage, whose teacher, data and starts are made up in `folder`.
 
     Raises:
-        ValueError: for a teacher of unknown shape, or a student that does not fit its start.
+        ValueError: for a teacher of unknown shape, a student that does not fit its start, or an evaluation without
+            data though the training data is there.
     """
+    _check_evaluation(recipe)
     first, _ = teacher_config(recipe)
     shapes, _ = stage_shapes(recipe, first)
     reduce = reduced if small else lambda config: config
@@ -88,6 +91,7 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
         data["teacher"] = random_checkpoint(folder / "teacher", reduce(first), recipe.seed)
     else:
         data["model"] = reduce(first).model_dump(mode="json")
+    removed = 0.0
     for stage, short, shape in zip(recipe.stages, data["stages"], shapes, strict=True):
         short |= {"steps": 2, "batch_size": min(stage.batch_size, BATCH)}
         short["optimizer"]["warmup_steps"] = min(stage.optimizer.warmup_steps, 1)
@@ -95,6 +99,8 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
             short["auto"] |= {"steps": 1, "ramp_steps": None}
         if stage.calibrated:
             short["calibrated"]["batches"] = 2
+        if stage.target:
+            removed = _without_latency(short[stage.inherit], removed)
         if stage.start not in ("previous", "teacher"):
             place = folder / f"start-{stage.name}"
             short["start"] = random_checkpoint(place, reduce(shape.start), recipe.seed)
@@ -103,6 +109,24 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
             config = shape.start if shape.learned else shape.student
             short["student"] = {"like": reduce(config).model_dump(mode="json")}
     return Recipe.model_validate(data)
+
+
+def _without_latency(target: dict[str, Any], before: float) -> float:
+    """Put half of what is left after the stage `before` in the place of a latency, which means nothing for other
+    sizes and machines. Returns the fraction that is removed then; 0 where the towers have one each."""
+    if target["latency_ms"] is not None:
+        target |= {"latency_ms": None, "target_sparsity": (1 + before) / 2, "unit": "macs"}
+    return target["target_sparsity"] if isinstance(target["target_sparsity"], float) else 0.0
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    """Where the training data is, that of the evaluation must be as well; elsewhere nobody can say."""
+    if recipe.evaluation is None or not Path(recipe.data).exists():
+        return
+    for key in ("data", "templates"):
+        path = getattr(recipe.evaluation, key)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"evaluation.{key}: {path} does not exist")
 
 
 def reduced(config: CLIPConfig) -> CLIPConfig:

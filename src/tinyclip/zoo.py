@@ -211,14 +211,19 @@ def verify(entry: Entry, cache: str | Path | None = None) -> str:
     return str(check(path, full=True)["sha256"])
 
 
+def unrecorded(entry: Entry, cache: str | Path | None = None) -> bool:
+    """Whether a file is in the cache of which no checksum is known, as one that was put there by hand."""
+    from tinyclip.download import read_record
+
+    path = cache_folder(cache) / entry.file
+    return path.exists() and read_record(path) is None
+
+
 def recount(entry: Entry, cache: str | Path | None = None) -> dict[str, int] | None:
     """`params_image`, `params_text`, `macs_image`, `macs_text` counted here: of manual models from their shape, of
-    the others from their file once it is in the cache (and then kept in its record). None where neither can be."""
+    the others from their file once it is in the cache (and then kept in its record); None before."""
     if entry.shape:
-        try:
-            return _count(CLIPConfig.named(entry.shape))
-        except ValueError:  # no axis table for this kind of tower
-            return None
+        return _count(CLIPConfig.named(entry.shape))
     path = cache_folder(cache) / entry.file
     if not path.exists():
         return None
@@ -331,6 +336,13 @@ def _from_hub(identifier: str) -> Path:
             f"{identifier}: no such checkpoint here, and {place} cannot be read (HTTP {status}: no such model or "
             "revision, or it needs `hf auth login`)"
         ) from None
-    except OSError as error:
+    except _transfer_errors() as error:
         raise ValueError(f"{identifier}: cannot be downloaded ({' '.join(str(error).split())})") from None
     raise ValueError(f"{identifier}: no weights in {place} that can be read")
+
+
+def _transfer_errors() -> tuple[type[Exception], ...]:
+    """What a broken transfer raises, also of the HTTP library, of which the hub has had several."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
