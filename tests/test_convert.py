@@ -244,5 +244,5 @@ def test_a_folder_of_something_else_is_not_replaced(command: Callable[..., str],
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "tsconfig.json").write_text("{}")
     message = command("convert", tmp_path / "ours", tmp_path / "project", "--overwrite", code=2)
-    assert "no checkpoint, so it is not replaced" in message
+    assert "holds more than a checkpoint" in message
     assert (tmp_path / "project" / "tsconfig.json").exists()
