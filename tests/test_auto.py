@@ -229,6 +229,13 @@ def test_a_stage_that_overshot_does_not_end_the_run(place: Path, tmp_path: Path)
     assert any("is gone already, target_sparsity 0.350 adds none" in text for text in warned)
 
 
+def test_a_latency_out_of_reach_leaves_no_run(place: Path, tmp_path: Path) -> None:
+    target = {"target_sparsity": None, "latency_ms": 1e-6}
+    with pytest.raises(ValueError, match="latency_ms 1e-06 cannot be reached"):
+        run(recipe(place, tmp_path / "run", stages=[auto(auto=target)]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_masks_of_another_model_are_refused(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[auto()])
     started = train.start(chosen)

@@ -22,7 +22,7 @@ from conftest import (
 )
 from tinyclip.axes import axis_sizes
 from tinyclip.config import NAMED, CLIPConfig, TransformerConfig, vit_clip
-from tinyclip.inheritance import compact, inherit, kept_blocks, prune_vocabulary
+from tinyclip.inheritance import compact, describe, inherit, kept_blocks, prune_vocabulary
 from tinyclip.model import CLIP
 from tinyclip.pipeline import tokenize
 
@@ -262,3 +262,15 @@ def test_a_pruned_vocabulary_is_exact_within_and_writes_everything_else() -> Non
     actual = small.encode_text(torch.from_numpy(pruned(within)))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     assert small.encode_text(torch.from_numpy(pruned(outside))).isfinite().all()
+
+
+def test_what_is_kept_for_people_with_open_and_closed_gates() -> None:
+    masks = {
+        "visual.attn.0": torch.ones(1),
+        "visual.heads.0": torch.tensor([1.0, 0, 1, 0]),
+        "visual.attn.1": torch.zeros(1),
+    }
+    rows = {row[0]: row[1:] for row in describe(SMALL, masks)}
+    assert rows["visual heads of block 0"] == ["4", "2", "the first 2"]
+    assert rows["visual heads of block 1"] == ["4", "0", "removed"]
+    assert rows["visual heads of block 2"] == ["4", "4", "all"]

@@ -114,7 +114,8 @@ def convert(
 
     check_free(output, overwrite)
     model = converted(source, output, to, activation)
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, activation {model.config.activation}: {output}")
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{count:,} parameters, all counted, activation {model.config.activation}: {output}")
 
 
 def classify(model: Path, image: Path, labels: list[str], device: Device = "cpu", as_json: AsJson = False) -> None:
@@ -204,6 +205,8 @@ def structure(
 
     if output and output.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
+    if of and not output:
+        raise ValueError("--of goes with --output: it is drawn behind the picture")
     config = load(model).model.config
     if output:
         picture = drawing.figure(config, load(of).model.config if of else None)

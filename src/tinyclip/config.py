@@ -18,20 +18,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Activation = Literal["gelu", "quick_gelu"]
-UNION_MEMBERS = r"vit|resnet|float|constrained-|tuple\[|function-|literal\["  # in pydantic's paths
+UNION_MEMBERS = r"vit|TowerSparsity|resnet|float|constrained-|tuple\[|function-|literal\["  # in pydantic's paths
 
 
 def explain(error: ValidationError) -> str:
     """One line for people out of a pydantic error: `key.path: what is wrong; ...`."""
-    parts = []
+    parts: dict[str, str] = {}
     for item in error.errors(include_url=False):
         # Pydantic also names the member of a union that it tried; people know only the key.
         path = ".".join(str(p) for p in item["loc"] if not re.match(UNION_MEMBERS, str(p)))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "unknown key"
-        parts.append(f"{path}: {message}" if path else message)
-    return "; ".join(parts)
+        # Of the members of a union the first one's error is said, unless another's lies deeper.
+        if not any(known.startswith(f"{path}.") or known == path for known in parts if path):
+            parts = {known: text for known, text in parts.items() if not (known and path.startswith(f"{known}."))}
+            parts[path or message] = message
+    return "; ".join(f"{path}: {message}" if path != message else message for path, message in parts.items())
 
 
 class Strict(BaseModel):

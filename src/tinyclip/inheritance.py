@@ -126,7 +126,9 @@ def describe(config: CLIPConfig, masks: Masks, which: str = "the first {}") -> l
             continue
         if kind in ("stem", "stage"):  # of the tower, not of a block
             kind, block = f"{kind} {block}", ""
-        kept = 0 if block and _gate_of(name) in masks else int(masks[name].count_nonzero()) if name in masks else size
+        gate = masks.get(_gate_of(name)) if block else None
+        closed = gate is not None and not gate.any()
+        kept = 0 if closed else int(masks[name].count_nonzero()) if name in masks else size
         label = f"{tower} {kind}".strip()
         what = "removed" if kept == 0 else "all" if kept == size else which.format(kept)
         rows.setdefault((label, str(size), str(kept), what), []).append(block)

@@ -116,7 +116,7 @@ def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress |
             try:
                 torch.save(data, temporary / STATE)
             except RuntimeError as error:  # torch's own word for a full disk
-                raise ValueError(f"cannot write {place}: {' '.join(str(error).split())}") from None
+                raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
             progress.pause()
 
 

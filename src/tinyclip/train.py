@@ -13,6 +13,7 @@ A run's folder:
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ def run(run: Run) -> list[dict[str, Any]]:
         ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
+    try:
+        return _run_stages(run)
+    except ValueError:
+        if {entry.name for entry in run.folder.iterdir()} <= {"recipe.yaml", "metrics.jsonl"}:
+            shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
+        raise
+
+
+def _run_stages(run: Run) -> list[dict[str, Any]]:
     results = []
     student: CLIP | None = None
     for i, stage in enumerate(run.recipe.stages):
