@@ -62,7 +62,7 @@ def workplace(tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def shorten_recipe(source: Path, target: Path) -> None:
     recipe = yaml.safe_load(source.read_text())
-    if "teacher_shape" in recipe:  # its teacher and data are not here: pages plan it or smoke it
+    if not recipe["data"].startswith("assets") and "teacher_shape" in recipe:  # pages plan it or smoke it
         shutil.copy(source, target)
         return
     recipe.pop("evaluation", None)
