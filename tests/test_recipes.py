@@ -308,8 +308,7 @@ def command(*arguments: str) -> str:
     from contextlib import redirect_stdout
 
     out = io.StringIO()
-    with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyclip.cli.console.file", out)
+    with redirect_stdout(out):
         app(list(arguments), standalone_mode=False)
     return out.getvalue()
 
