@@ -9,16 +9,16 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tinyclip import augment, recipe
+from tinyclip import augment, recipe, shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 START, END = "<!-- tables: scripts/document_recipes.py -->", "<!-- end of tables -->"
 SECTIONS: dict[str, type[BaseModel]] = {
     "The recipe": recipe.Recipe,
     "A stage": recipe.Stage,
-    "`student`": recipe.StudentShape,
-    "`student.vision`": recipe.VisionShape,
-    "`student.text`": recipe.TextShape,
+    "`student`": shape.StudentShape,
+    "`student.vision`": shape.VisionShape,
+    "`student.text`": shape.TextShape,
     "`auto`": recipe.Auto,
     "`calibrated`": recipe.Calibrated,
     "`loss`": recipe.Loss,

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, small_config
-from tinyclip.recipe import Recipe, StudentShape, load_recipe, shape_from
+from tinyclip.recipe import Recipe, load_recipe, shape_from
+from tinyclip.shape import StudentShape
 
 MINIMAL: dict[str, Any] = {"teacher": "t", "data": "d", "output": "o", "stages": [{"name": "50", "steps": 20}]}
 

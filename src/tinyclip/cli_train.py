@@ -35,11 +35,7 @@ def distill(
     small: Small = False,
 ) -> None:
     """Compress a teacher in the stages of a RECIPE; ends with a table and report.html."""
-    chosen = _recipe_for(recipe, sets or [], distil=True)
-    if smoke or small:
-        _smoke(chosen, smoke, small)
-    else:
-        _train(chosen, overwrite, resume)
+    _run(_recipe_for(recipe, sets or [], distil=True), overwrite, resume, smoke, small)
 
 
 def train(
@@ -51,11 +47,7 @@ def train(
     small: Small = False,
 ) -> None:
     """Train a model from scratch by a RECIPE without teacher."""
-    chosen = _recipe_for(recipe, sets or [], distil=False)
-    if smoke or small:
-        _smoke(chosen, smoke, small)
-    else:
-        _train(chosen, overwrite, resume)
+    _run(_recipe_for(recipe, sets or [], distil=False), overwrite, resume, smoke, small)
 
 
 def _recipe_for(path: Path, sets: list[str], distil: bool) -> Any:
@@ -68,7 +60,10 @@ def _recipe_for(path: Path, sets: list[str], distil: bool) -> Any:
     return recipe
 
 
-def _train(recipe: Any, overwrite: bool, resume: bool) -> None:
+def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -> None:
+    if smoke or small:
+        _smoke(recipe, smoke, small)
+        return
     command = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     hint = shlex.join(["tinyclip", *command, "--resume"])
     folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=hint)

@@ -20,8 +20,9 @@ from tinyclip.distributed import best_precision, resolve_device
 from tinyclip.model import CLIP
 from tinyclip.pack import find_items, pack
 from tinyclip.plan import Speed, shape_text, stage_shapes, teacher_config
-from tinyclip.recipe import Recipe, Stage, StudentShape
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Evaluator, attention
+from tinyclip.shape import StudentShape
 from tinyclip.step import Trainee
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
