@@ -110,6 +110,11 @@ def budgets(target: Target, towers: str) -> dict[str, float] | None:
     return {"both": goal} if towers == "both" else {TOWERS[towers][0]: goal}
 
 
+def already_gone(gone: float, target: float) -> str:
+    """What to say of a budget that a stage before has met by overshooting."""
+    return f"{gone:.3f} of the teacher is gone already, target_sparsity {target:.3f} adds none"
+
+
 def saved_targets(folder: Path) -> dict[str, float]:
     """The targets in a checkpoint that has masks; `ValueError` when the file is damaged."""
     try:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyclip.config import CLIPConfig
 from tinyclip.data import close_loader, training_loader
 from tinyclip.model import CLIP
-from tinyclip.recipe import Recipe
+from tinyclip.recipe import Recipe, Stage
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
@@ -44,6 +44,9 @@ class Run:
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(event) + "\n")
         self.listener(event)
+
+    def warn(self, stage: Stage, text: str) -> None:
+        self.emit({"event": "warning", "stage": stage.name, "text": text})
 
 
 def preprocess_for(run: Run, model: CLIP) -> Preprocess:

@@ -12,7 +12,7 @@ from tinyclip.inheritance import compact, inherit
 from tinyclip.masks import sparsity
 from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
-from tinyclip.pruning import TOWERS, budgets, thinner
+from tinyclip.pruning import TOWERS, already_gone, budgets, thinner
 from tinyclip.recipe import Stage
 from tinyclip.resume import STATE
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
@@ -37,7 +37,7 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
         else:  # auto cuts it later; a calibrated one that is resumed is already cut in its checkpoint
             student = compact(base, {})
     for warning in caught:
-        run.emit({"event": "warning", "stage": stage.name, "text": str(warning.message)})
+        run.warn(stage, str(warning.message))
     if stage.towers != "both":
         assert run.teacher is not None, "the recipe's validation asks for a teacher here"
         _keep_tower(student, run.teacher.model, stage.towers)
@@ -66,8 +66,7 @@ def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
             if gone < target:
                 left[name] = target
             else:
-                text = f"{gone:.3f} of the teacher is gone already, target_sparsity {target:.3f} adds none"
-                run.emit({"event": "warning", "stage": stage.name, "text": text})
+                run.warn(stage, already_gone(gone, target))
         masks = calibrate(model, source, left, how) if left else {}
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": stage.name, "step": 0, "kept": kept})

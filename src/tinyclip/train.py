@@ -24,7 +24,7 @@ from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.data import close_loader, next_batch
 from tinyclip.files import atomic_directory, recover, write_atomically
 from tinyclip.model import CLIP
-from tinyclip.pruning import MASKS, Pruner, saved_targets
+from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.start import start as start
@@ -117,8 +117,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     pruner = Pruner(student.config, run.teacher.model.config, stage, targets, run.recipe.seed + i, run.device)
     for name, gone in pruner.constraint.start.items():
         if gone >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
-            text = f"{gone:.3f} of the teacher is gone already, target_sparsity {targets[name]:.3f} adds none"
-            run.emit({"event": "warning", "stage": stage.name, "text": text})
+            run.warn(stage, already_gone(gone, targets[name]))
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision, pruner)
     progress = _loop(run, i, trainee, folder, stage.auto.steps)
     cut = pruner.cut(student)
@@ -134,7 +133,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
         reached = figures["sparsity"][name]
         if abs(reached - target) > NEAR and target > pruner.constraint.start[name]:
             text = f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: see auto.steps and auto.lr"
-            run.emit({"event": "warning", "stage": stage.name, "text": text})
+            run.warn(stage, text)
 
 
 def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
