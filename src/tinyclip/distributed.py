@@ -1,11 +1,19 @@
-"""Devices and precision: what this machine can do."""
+"""Devices and precision: what this machine can do; and the processes that share the work."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
 
 Precision = Literal["bfloat16", "float16", "float32"]
 
@@ -13,13 +21,13 @@ Precision = Literal["bfloat16", "float16", "float32"]
 def best_device() -> torch.device:
     """CUDA if there is one, else MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's: one GPU a process
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device of that name, `auto` for the best; `ValueError` when this machine does not have it."""
-    if name == "auto":
+    if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
         return best_device()
     try:
         device = torch.device(name)
@@ -45,3 +53,124 @@ def _cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+# --- several processes ------------------------------------------------------------------------------------------
+
+PATIENCE = timedelta(hours=4)  # others wait this long while the first process evaluates or cuts
+
+
+@contextmanager
+def processes(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Join the processes that `torchrun` started, and leave them at the end; alone, do nothing.
+
+    NCCL between GPUs, gloo between CPUs.
+
+    Raises:
+        ValueError: when the others cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    cuda = torch.device(device).type == "cuda"
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:  # torch's ValueError: a variable that torchrun sets is missing
+        raise ValueError(
+            f"cannot join the other processes ({str(error).splitlines()[0]}); start with torchrun"
+        ) from None
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Processes that share the work; 1 outside of `processes`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return rank() == 0
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Every process's rows, in the order of ranks, with gradient: (n, ...) -> (world_size * n, ...).
+
+    The gradient of a process's rows is the sum of what the losses of all processes say of them. All must come with
+    the same shape.
+    """
+    return _Gather.apply(rows) if world_size() > 1 else rows
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        joined = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather(list(joined.chunk(world_size())), rows.contiguous())
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        if total.is_cuda:
+            mine = total.new_empty(len(total) // world_size(), *total.shape[1:])
+            dist.reduce_scatter(mine, list(total.chunk(world_size())))
+            return mine
+        total = total.clone()
+        dist.all_reduce(total)  # gloo scatters no sums
+        return total.chunk(world_size())[rank()]
+
+
+def gather_objects(mine: T) -> list[T]:
+    """What each process has, by rank, in every process; small things only."""
+    if world_size() == 1:
+        return [mine]
+    everyones: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyones, mine)
+    return everyones
+
+
+def from_main(call: Callable[[], T]) -> T:
+    """What `call` returns in the first process, in every one; the others wait and do not call it.
+
+    Raises:
+        ValueError: the first process's, there.
+        SystemExit: in the others then, with code 2, as the first one has said what is wrong.
+    """
+    if world_size() == 1:
+        return call()
+    told: list[Any] = [None, False]  # the value, and whether there is one
+    try:
+        if is_main():
+            told = [call(), True]
+    finally:
+        dist.broadcast_object_list(told)
+    if not told[1]:
+        raise SystemExit(2)
+    value: T = told[0]
+    return value
+
+
+def average(value: Tensor) -> Tensor:
+    """Mean over the processes of a tensor without gradient."""
+    if world_size() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / world_size()
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag, whether any process raised it; all processes get the same answer."""
+    if world_size() == 1:
+        return list(flags)
+    raised = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in raised]
