@@ -235,7 +235,9 @@ def test_backgrounds_and_colour() -> None:
     solid = Image.new("RGB", (8, 8), (9, 9, 9))
     assert on_colour(solid, (1, 2, 3)) is solid
     grey = np.full((4, 4, 3), 100, np.uint8)
-    values = {int(jitter(grey, 0.5, Random(i))[0, 0, 0]) for i in range(50)}
+    assert [int(jitter(grey, b, 1, 1)[0, 0, 0]) for b in (0.5, 1, 1.5, 3)] == [50, 100, 150, 255]
+    views = [Augment(colour=0.5).view(Image.fromarray(grey), 4, Random(i)) for i in range(50)]
+    values = {int(view[0, 0, 0]) for view in views}
     assert min(values) >= 50 and max(values) <= 150 and len(values) > 20
 
 

@@ -1,13 +1,14 @@
 """Random training views of a picture, on Pillow. No torch here.
 
-Randomness comes only from the generator that is passed in, so a view can be made again exactly.
+Randomness comes only from the generator that is passed in, so a view can be made again exactly. A view is drawn as
+plain numbers and then applied, so that it can also be stored.
 """
 
 from __future__ import annotations
 
 import math
 from random import Random
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -39,21 +40,20 @@ class Augment(Strict):
 
     def view(self, image: Image.Image, size: int, rng: Random) -> np.ndarray:
         """A random view, uint8 (3, size, size)."""
-        image = plain_mode(image)
-        backdrop: tuple[int, int, int] = (255, 255, 255)
-        if self.background:
-            backdrop = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
-            image = on_colour(image, backdrop)
-        image = image.convert("RGB")
+        return self.draw(image.width, image.height, rng).apply(image, size)
+
+    def draw(self, width: int, height: int, rng: Random) -> View:
+        """All random numbers of a view of a picture of this size, in pixels."""
+        red, green, blue = (rng.randrange(256) for _ in range(3)) if self.background else (-1, -1, -1)
+        angle, shear, zoom = 0.0, 0.0, 1.0
         if self.rotate or self.shear or self.shrink:
-            image = self._warp(image, backdrop, rng)
-        left, top, width, height = self._crop(image.width, image.height, rng)
-        box = (left, top, left + width, top + height)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        pixels = np.asarray(image)
-        if self.colour:
-            pixels = jitter(pixels, self.colour, rng)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+            angle = math.radians(rng.uniform(-self.rotate, self.rotate))
+            shear = math.tan(math.radians(rng.uniform(-self.shear, self.shear)))
+            zoom = 1 / (1 - rng.uniform(0, self.shrink * 0.999))
+        box = self._crop(width, height, rng)
+        low, high = 1 - self.colour, 1 + self.colour
+        colour = [rng.uniform(low, high) for _ in range(3)] if self.colour else (1.0, 1.0, 1.0)
+        return View(red, green, blue, angle, shear, zoom, *box, *colour)
 
     def _crop(self, width: int, height: int, rng: Random) -> tuple[float, float, float, float]:
         """Random resized crop as (left, top, width, height), in pixels."""
@@ -66,13 +66,45 @@ class Augment(Strict):
         side = min(width, height)
         return (width - side) / 2, (height - side) / 2, side, side
 
-    def _warp(self, image: Image.Image, fill: tuple[int, int, int], rng: Random) -> Image.Image:
+
+class View(NamedTuple):
+    """One view as plain numbers, so that it can be stored and made again to the bit."""
+
+    red: float  # of the background, 0 to 255; below 0: transparency is dropped
+    green: float
+    blue: float
+    angle: float  # radians
+    shear: float  # tangent of the horizontal shear's angle
+    zoom: float  # pixels of the picture a pixel of the view
+    left: float  # of the crop, pixels of the picture
+    top: float
+    width: float
+    height: float
+    brightness: float  # factors; 1 changes nothing
+    contrast: float
+    saturation: float
+
+    def apply(self, image: Image.Image, size: int) -> np.ndarray:
+        """This view of a picture, uint8 (3, size, size)."""
+        image = plain_mode(image)
+        backdrop = (255, 255, 255)
+        if self.red >= 0:
+            backdrop = (int(self.red), int(self.green), int(self.blue))
+            image = on_colour(image, backdrop)
+        image = image.convert("RGB")
+        if (self.angle, self.shear, self.zoom) != (0, 0, 1):
+            image = self._warp(image, backdrop)
+        box = (self.left, self.top, self.left + self.width, self.top + self.height)
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        colour = (self.brightness, self.contrast, self.saturation)
+        if colour != (1, 1, 1):
+            pixels = jitter(pixels, *colour)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _warp(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
         """Rotate, shear and shrink around the centre, in one resampling."""
-        angle = math.radians(rng.uniform(-self.rotate, self.rotate))
-        shear = math.tan(math.radians(rng.uniform(-self.shear, self.shear)))
-        zoom = 1 / (1 - rng.uniform(0, self.shrink * 0.999))
-        cos, sin = math.cos(angle) * zoom, math.sin(angle) * zoom
-        a, b, d, e = cos, cos * shear + sin, -sin, -sin * shear + cos  # output -> input
+        cos, sin = math.cos(self.angle) * self.zoom, math.sin(self.angle) * self.zoom
+        a, b, d, e = cos, cos * self.shear + sin, -sin, -sin * self.shear + cos  # output -> input
         x, y = image.width / 2, image.height / 2
         coefficients = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)
         method = Image.Transform.AFFINE
@@ -88,9 +120,8 @@ def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(backdrop, image).convert("RGB")
 
 
-def jitter(pixels: np.ndarray, strength: float, rng: Random) -> np.ndarray:
-    """Random brightness, contrast and saturation of uint8 (h, w, 3)."""
-    brightness, contrast, saturation = (rng.uniform(1 - strength, 1 + strength) for _ in range(3))
+def jitter(pixels: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
+    """uint8 (h, w, 3) with brightness, contrast and saturation multiplied by these factors."""
     x = pixels.astype(np.float32) * brightness
     x = x.mean() + (x - x.mean()) * contrast
     grey = x.mean(-1, keepdims=True)
