@@ -104,7 +104,7 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     config = CLIPConfig.from_json(path / "config.json")
     agree(activation, config.activation, str(path / "config.json"))
     tokenizer = CLIPTokenizer.from_file(path / "tokenizer.json")
-    preprocess = _read_preprocess(path / "preprocess.json")
+    preprocess = read_preprocess(path / "preprocess.json")
     if tokenizer.vocab_size != config.text.vocab_size:
         raise ValueError(
             f"{path}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json says {config.text.vocab_size}"
@@ -197,7 +197,8 @@ def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: st
         raise ValueError(f"{trouble}: {'; '.join(problems[:5])}{more}")
 
 
-def _read_preprocess(path: Path) -> Preprocess:
+def read_preprocess(path: Path) -> Preprocess:
+    """`ValueError` when the file is missing or damaged."""
     try:
         return Preprocess.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Activation = Literal["gelu", "quick_gelu"]
-UNION_MEMBERS = r"vit|TowerSparsity|resnet|float|constrained-|tuple\[|function-|literal\["  # in pydantic's paths
+# In pydantic's paths.
+UNION_MEMBERS = r"vit|TowerSparsity|StoredTeachers|str$|resnet|float|constrained-|tuple\[|function-|literal\["
 
 
 def explain(error: ValidationError) -> str:

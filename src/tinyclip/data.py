@@ -17,7 +17,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -45,7 +45,7 @@ from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from PIL import Image
 from torch import Tensor
 
-from tinyclip.augment import Augment
+from tinyclip.augment import Augment, View
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import open_image
 
@@ -131,6 +131,12 @@ def _prepare(folder: Path) -> int:
     (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n", encoding="utf-8")
     (meta / "ready").write_text(json.dumps(_state(shards)), encoding="utf-8")
     return sum(_indexed(meta).values())
+
+
+def shard_counts(folder: str | Path) -> dict[str, int]:
+    """Samples of each shard of a folder, which is indexed where it is not; `ValueError` as `prepare`."""
+    prepare(folder)
+    return _indexed(Path(folder) / ".nv-meta")
 
 
 def known_samples(folder: str | Path) -> int | None:
@@ -224,10 +230,15 @@ def read_shards(folder: str | Path) -> Iterator[dict[str, Any]]:
         ValueError: when the folder holds no shards, or naming one that is damaged.
     """
     for shard in find_shards(folder):
-        try:
-            yield from webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-            raise ValueError(f"{shard}: damaged shard ({error.args[0] if error.args else error})") from None
+        yield from read_shard(shard)
+
+
+def read_shard(shard: Path) -> Iterator[dict[str, Any]]:
+    """Every raw sample of one shard, in order; `ValueError` when it is damaged."""
+    try:
+        yield from webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{shard}: damaged shard ({error.args[0] if error.args else error})") from None
 
 
 # --- batches for training ---------------------------------------------------------------------------------------
@@ -251,10 +262,12 @@ class Batch:
     groups: Tensor  # int64 (n,): equal for samples of one class (JSON field `class`), else one a sample
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)  # since the worker's last batch
+    teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # stored (n, embed_dim) image and text features
 
     def pin_memory(self) -> Batch:
         images, tokens, groups = (t.pin_memory() for t in (self.images, self.tokens, self.groups))
-        return Batch(images, tokens, groups, self.keys, self.skipped)
+        teacher = [(image.pin_memory(), text.pin_memory()) for image, text in self.teacher]
+        return Batch(images, tokens, groups, self.keys, self.skipped, teacher)
 
 
 @edataclass
@@ -271,6 +284,11 @@ class Pair(Sample):
     pixels: np.ndarray
     tokens: np.ndarray
     group: int
+    teacher: list[tuple[np.ndarray, np.ndarray]]  # stored image and text features of each teacher
+
+
+# (shard, key, number of captions, generator) -> a stored view, the index of a caption, features of each teacher
+StoredDraw = Callable[[str, str, int, Random], tuple[View, int, list[tuple[np.ndarray, np.ndarray]]]]
 
 
 class Encoder(TaskEncoder):
@@ -282,11 +300,19 @@ class Encoder(TaskEncoder):
 
     decoder = None
 
-    def __init__(self, tokenizer: CLIPTokenizer, context_length: int, image_size: int, augment: Augment, checked: int):
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        context_length: int,
+        image_size: int,
+        augment: Augment,
+        checked: int,
+        stored: StoredDraw | None = None,
+    ):
         super().__init__()
         self.cookers = [Cooker(_raw)]
         self.tokenizer, self.context_length = tokenizer, context_length
-        self.image_size, self.augment = image_size, augment
+        self.image_size, self.augment, self.stored = image_size, augment, stored
         self.checked, self.seen, self.bad = checked, 0, 0
         self.skipped: list[Skipped] = []
 
@@ -301,13 +327,20 @@ class Encoder(TaskEncoder):
             captions = captions_of(sample)
             if not captions:
                 raise ValueError("no caption")
-            pixels = self.augment.view(image_of(sample), self.image_size, rng)
+            image = image_of(sample)
+            if self.stored is not None:
+                shard, key = sample["__sources__"][0].shard_name, sample["__key__"]
+                view, which, teacher = self.stored(shard, key, len(captions), rng)
+                pixels, caption = view.apply(image, self.image_size), captions[which]
+            else:
+                pixels, teacher = self.augment.view(image, self.image_size, rng), []
+                caption = rng.choice(captions)
             group = str(info_of(sample).get("class") or sample["__key__"])
         except ValueError as error:
             self._skip(sample, str(error))
             raise SkipSample from None
-        tokens = self.tokenizer([rng.choice(captions)], self.context_length)[0]
-        return Pair.derive_from(raw, pixels=pixels, tokens=tokens, group=stable_hash(group))
+        tokens = self.tokenizer([caption], self.context_length)[0]
+        return Pair.derive_from(raw, pixels=pixels, tokens=tokens, group=stable_hash(group), teacher=teacher)
 
     @staticmethod
     def worker_seed() -> int:
@@ -333,7 +366,14 @@ class Encoder(TaskEncoder):
             groups=torch.tensor([s.group for s in samples]),
             keys=[s.__key__ for s in samples],
             skipped=skipped,
+            teacher=[
+                (_stacked(pairs, 0), _stacked(pairs, 1)) for pairs in zip(*(s.teacher for s in samples), strict=True)
+            ],
         )
+
+
+def _stacked(pairs: tuple[tuple[np.ndarray, np.ndarray], ...], which: int) -> Tensor:
+    return torch.from_numpy(np.stack([pair[which] for pair in pairs]))
 
 
 @stateless
@@ -356,8 +396,12 @@ def training_loader(
     batch_size: int,
     workers: int,
     seed: int,
+    stored: StoredDraw | None = None,
 ) -> Any:
     """An endless, shuffled Energon loader of `Batch`es whose `save_state_rank()` resumes it.
+
+    Args:
+        stored: where views and teacher features come from instead of `augment` (see `cache.draw_stored`).
 
     Raises:
         ValueError: when the folder holds no usable shards.
@@ -371,7 +415,7 @@ def training_loader(
         batch_size=batch_size,
         shuffle_buffer_size=min(samples, 4096),
         max_samples_per_sequence=100,
-        task_encoder=Encoder(tokenizer, context_length, image_size, augment, checked),
+        task_encoder=Encoder(tokenizer, context_length, image_size, augment, checked, stored),
     )
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
     loader.pin_memory = torch.cuda.is_available()  # Energon asks for it always, and torch warns without a GPU

@@ -55,7 +55,7 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
     if recipe.teacher is None:
         assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
         return recipe.model, []
-    name = recipe.teacher
+    name = recipe.caches[0] if recipe.caches else str(recipe.teacher)
     if (shape := known_shape(name)) is not None:
         return shape, []
     if recipe.teacher_shape is None:
@@ -248,11 +248,12 @@ def plan(
     first, notes = teacher_config(recipe)
     shapes, more = stage_shapes(recipe, first)
     teacher = first if recipe.teacher is not None else None
+    live = None if recipe.caches else teacher  # stored features cost nothing here
     samples = samples or known_samples(recipe.data)
     if tflops is not None:
-        speed = _speed_of(tflops, teacher)
+        speed = _speed_of(tflops, live)
     stages = [
-        _stage_plan(recipe, stage, shape, teacher, devices, samples, speed)
+        _stage_plan(recipe, stage, shape, live, devices, samples, speed)
         for stage, shape in zip(recipe.stages, shapes, strict=True)
     ]
     total: dict[str, Any] = {name: sum(s[name] for s in stages) for name in ("steps", "samples", "flops")}

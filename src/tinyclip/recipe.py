@@ -213,11 +213,21 @@ class Evaluation(Strict):
     every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
 
 
+class StoredTeachers(Strict):
+    """Teachers whose features `tinyclip cache` has stored; of several the affinities are averaged."""
+
+    cache: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="folder that `tinyclip cache` has made, or a list of several teachers' for the same views"
+    )
+
+
 class Recipe(Strict):
     """A whole run."""
 
     description: str = Field("", description="what it does, its command, expected time and result")
-    teacher: str | None = Field(None, description="checkpoint of the teacher; none: train from scratch")
+    teacher: str | StoredTeachers | None = Field(
+        None, description="checkpoint of the teacher, or {cache: ..}: its stored features; none: train from scratch"
+    )
     teacher_shape: Shape = Field(
         None, description="a whole config, or a model name: what `plan` and `--smoke` take while the teacher is absent"
     )
@@ -247,6 +257,8 @@ class Recipe(Strict):
         if self.teacher is None and self.teacher_shape is not None:
             raise ValueError("teacher_shape: there is no teacher")
         for i, stage in enumerate(self.stages):
+            if self.caches:
+                _check_stored(i, stage, len(self.caches))
             if self.teacher is None and stage.loss.distils:
                 raise ValueError(f"stages.{i}.loss.{stage.loss.distils[0]}: needs a teacher; set it to 0")
             if self.teacher is None and stage.start == "teacher":
@@ -258,6 +270,28 @@ class Recipe(Strict):
                 raise ValueError(f"stages.{i}.{key}: needs a teacher")
             _check_rise(i, stage, self.stages[i - 1] if i else None)
         return self
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Folders of the teachers' stored features; empty with a live teacher, or none."""
+        if not isinstance(self.teacher, StoredTeachers):
+            return ()
+        cache = self.teacher.cache
+        return (cache,) if isinstance(cache, str) else cache
+
+
+def _check_stored(i: int, stage: Stage, teachers: int) -> None:
+    """A cache has the teacher's features, not its weights; several teachers have no feature space in common."""
+    if stage.inherit != "none" and (stage.start == "teacher" or (stage.start == "previous" and i == 0)):
+        raise ValueError(
+            f"stages.{i}.start: name the checkpoint to inherit from, since a cache has the teacher's features and not "
+            "its weights"
+        )
+    if stage.towers != "both":
+        raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, of which a cache has no weights")
+    for name in ("feature", "interactive"):
+        if teachers > 1 and getattr(stage.loss, name) > 0:
+            raise ValueError(f"stages.{i}.loss.{name}: needs one teacher, as {teachers} have no common feature space")
 
 
 def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
@@ -317,6 +351,19 @@ def shape_from(overrides: Sequence[str]) -> StudentShape:
         return StudentShape.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"shape: {explain(error)}") from None
+
+
+def augment_from(overrides: Sequence[str]) -> Augment:
+    """Views from `rotate=20` and the like; `ValueError` for an unknown key or value."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"--augment {override}: write e.g. rotate=20")
+        _override(data, override)
+    try:
+        return Augment.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"--augment: {explain(error)}") from None
 
 
 def calibrated_from(settings: dict[str, Any]) -> Calibrated:

@@ -6,17 +6,19 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import close_loader, training_loader
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
-from tinyclip.teacher import Teacher
+from tinyclip.teacher import CachedTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -30,7 +32,7 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    teacher: Teacher | None
+    teacher: Teacher | CachedTeacher | None
     configs: list[CLIPConfig]
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
@@ -38,6 +40,7 @@ class Run:
     precision: str
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
+    caches: list[Cache] = field(default_factory=list)  # of a cached teacher
 
     def emit(self, event: dict[str, Any]) -> None:
         """To metrics.jsonl and to the listener."""
@@ -55,16 +58,18 @@ def preprocess_for(run: Run, model: CLIP) -> Preprocess:
 
 def loader_of(run: Run, i: int, cut: bool = False) -> Any:
     stage, config = run.recipe.stages[i], run.configs[i]
-    teacher = run.teacher.model.config if run.teacher else config
+    teacher = run.teacher.config if run.teacher else config
+    size = max(config.vision.image_size, teacher.vision.image_size)
     return training_loader(
         run.recipe.data,
         tokenizer=run.tokenizer,
         context_length=max(config.text.context_length, teacher.text.context_length),
-        image_size=max(config.vision.image_size, teacher.vision.image_size),
+        image_size=run.caches[0].info.image_size if run.caches else size,
         augment=stage.augment,
         batch_size=stage.batch_size,
         workers=run.recipe.workers,
         seed=run.recipe.seed + i + 1000 * cut,  # stages, and their parts, see the data in different orders
+        stored=partial(draw_stored, run.caches) if run.caches else None,
     )
 
 

@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 
+from tinyclip.cache import Cache, open_caches
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import CLIPConfig, VisionConfig
@@ -19,7 +21,7 @@ from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pruning import TOWERS, budgets
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Run
-from tinyclip.teacher import Teacher
+from tinyclip.teacher import CachedTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
@@ -44,8 +46,15 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
             )
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
-    teacher = None
-    if recipe.teacher is not None:
+    teacher: Teacher | CachedTeacher | None = None
+    caches = open_caches(recipe.caches, recipe.data)
+    if caches:
+        first = caches[0]
+        scales = [torch.tensor(cache.info.scale, device=device) for cache in caches]
+        teacher, config = CachedTeacher(first.config, scales), first.config
+        tokenizer, preprocess = first.tokenizer, first.preprocess
+    elif recipe.teacher is not None:
+        assert isinstance(recipe.teacher, str), "a teacher is a checkpoint or a cache"
         model, tokenizer, preprocess = load_checkpoint(resolve(recipe.teacher))
         teacher = Teacher(model.to(device), preprocess)
         config = model.config
@@ -56,9 +65,11 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
         config = recipe.model.model_copy(update={"text": text})
         preprocess = Preprocess(image_size=config.vision.image_size)
     configs = plan(recipe, config)
+    if caches:
+        _check_views(recipe, configs, caches[0])
     folder = Path(recipe.output)
     _open_folder(folder, recipe, overwrite, resume)
-    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision)
+    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision, caches=caches)
 
 
 def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
@@ -107,6 +118,22 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
         Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
 
 
+def _check_views(recipe: Recipe, configs: list[CLIPConfig], cache: Cache) -> None:
+    """Whether the stored views are those that the stages ask for."""
+    for i, (stage, config) in enumerate(zip(recipe.stages, configs, strict=True)):
+        for name, stored in cache.info.augment:
+            if getattr(stage.augment, name) != stored:
+                raise ValueError(
+                    f"stages.{i}.augment.{name}: {getattr(stage.augment, name)}, but the views of {cache.folder} have "
+                    f"{stored}; take that, or make a cache with `tinyclip cache --recipe`"
+                )
+        if config.vision.image_size > cache.info.image_size:
+            raise ValueError(
+                f"stages.{i} ({stage.name}): the student sees {config.vision.image_size} px, but the views of "
+                f"{cache.folder} have {cache.info.image_size}; make a cache with `tinyclip cache --recipe`"
+            )
+
+
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
     tokenizer = clip_tokenizer()
     if recipe.vocabulary == "data":
@@ -144,6 +171,7 @@ def _check_replaceable(folder: Path, recipe: Recipe) -> None:
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} is no run of tinyclip; remove it by hand or choose another output")
     evaluation = (recipe.evaluation.data, recipe.evaluation.templates) if recipe.evaluation else ()
-    for source in (recipe.teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
+    teacher = recipe.caches or (recipe.teacher,)
+    for source in (*teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")

@@ -17,7 +17,7 @@ from tinyclip.masks import Masks
 from tinyclip.model import CLIP
 from tinyclip.pruning import Pruner
 from tinyclip.recipe import Stage
-from tinyclip.teacher import Teacher, image_input, shorten
+from tinyclip.teacher import CachedTeacher, Features, Teacher, image_input, shorten
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -30,7 +30,7 @@ class Trainee:
 
     model: CLIP
     stage: Stage
-    teacher: Teacher | None
+    teacher: Teacher | CachedTeacher | None
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
     precision: str
@@ -61,12 +61,12 @@ class Trainee:
             with torch.no_grad():
                 self.model.logit_scale.copy_(torch.as_tensor(self._scale(loss.student_scale)).log())
 
-    def _scale(self, setting: str | float) -> Tensor | float:
+    def _scale(self, setting: str | float, i: int = 0) -> Tensor | float:
         if setting == "learned":
             return self.model.logit_scale.exp()
         if setting == "teacher":
             assert self.teacher is not None, "the recipe's validation asks for a teacher here"
-            return self.teacher.scale
+            return self.teacher.scales[i]
         return float(setting)
 
     def loss_terms(self, batch: Batch, masks: Masks | None = None) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class Trainee:
         settings = self.stage.loss
         image, text, theirs = self._features(batch, masks)
         terms: dict[str, Tensor] = {}
-        if theirs is not None:
+        if theirs:
             terms |= self._teacher_terms(image, text, theirs, self._groups(batch))
         if settings.contrastive:
             terms["contrastive"] = contrastive_loss(image, text, self.model.logit_scale.exp(), self._groups(batch))
@@ -85,10 +85,19 @@ class Trainee:
         return batch.groups.to(self.device) if self.stage.loss.positives == "class" else None
 
     def _teacher_terms(
-        self, image: Tensor, text: Tensor, theirs: tuple[Tensor, Tensor], groups: Tensor | None
+        self, image: Tensor, text: Tensor, teachers: list[Features], groups: Tensor | None
     ) -> dict[str, Tensor]:
+        """The cross-entropy of the affinities is linear in its target, so its mean over teachers is that against the
+        mean of their softmax targets."""
+        each = [self._terms_of(i, image, text, theirs, groups) for i, theirs in enumerate(teachers)]
+        return {name: torch.stack([terms[name] for terms in each]).mean(0) for name in each[0]}
+
+    def _terms_of(
+        self, i: int, image: Tensor, text: Tensor, theirs: Features, groups: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The terms of one teacher."""
         settings = self.stage.loss
-        scales = self._scale(settings.student_scale), self._scale(settings.teacher_scale)
+        scales = self._scale(settings.student_scale), self._scale(settings.teacher_scale, i)
         wanted, terms = settings.distils, {}
         if "affinity" in wanted:
             terms["affinity"] = affinity_loss(image, text, *theirs, *scales)
@@ -104,22 +113,22 @@ class Trainee:
                 terms[name] = within_affinity_loss(mine, other, *scales)
         return terms
 
-    def _features(self, batch: Batch, masks: Masks | None) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Normalised image_features and text_features in float32, and the teacher's where they are needed."""
+    def _features(self, batch: Batch, masks: Masks | None) -> tuple[Tensor, Tensor, list[Features]]:
+        """Normalised image_features and text_features in float32, and each teacher's where they are needed."""
         images = batch.images.to(self.device, non_blocking=True)
         context, end_id = self.model.config.text.context_length, self.tokenizer.end_id
         towers, settings = self.stage.towers, self.stage.loss
-        theirs: tuple[Tensor, Tensor] | None = None
+        theirs: list[Features] = []
         with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
             if self.teacher is not None and (settings.distils or towers != "both"):
-                theirs = self.teacher.features(images, batch.tokens, end_id)
+                theirs = self.teacher.features_of(batch, images, end_id)
             # A tower that is left alone is the teacher's, so its features are at hand.
-            if towers == "text" and theirs is not None:
-                image_features = theirs[0]
+            if towers == "text" and theirs:
+                image_features = theirs[0][0]
             else:
                 image_features = self.model.encode_image(image_input(images, self.preprocess), masks, normalize=True)
-            if towers == "image" and theirs is not None:
-                text_features = theirs[1]
+            if towers == "image" and theirs:
+                text_features = theirs[0][1]
             else:
                 tokens = shorten(batch.tokens, end_id, context).to(self.device)
                 text_features = self.model.encode_text(tokens, masks, normalize=True)
@@ -171,13 +180,13 @@ class Trainee:
             )
 
 
-def make_projections(student: CLIP, teacher: Teacher | None, stage: Stage) -> nn.ModuleDict:
+def make_projections(student: CLIP, teacher: Teacher | CachedTeacher | None, stage: Stage) -> nn.ModuleDict:
     """Learned maps from the student's embedding to the teacher's, for the terms that need them; they start as the
     inherited one, the first dims. Not part of the student."""
     projections = nn.ModuleDict()
     if teacher is not None and {"feature", "interactive"} & set(stage.loss.distils):
         for name in ("image", "text"):
-            projection = nn.Linear(student.config.embed_dim, teacher.model.config.embed_dim, bias=False)
+            projection = nn.Linear(student.config.embed_dim, teacher.config.embed_dim, bias=False)
             nn.init.eye_(projection.weight)
             projections[name] = projection
     return projections

@@ -17,13 +17,15 @@ from tinyclip.recipe import Stage
 from tinyclip.resume import STATE
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.samples import samples
+from tinyclip.teacher import Teacher
 from tinyclip.zoo import resolve
 
 
 def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
     stage, recipe = run.recipe.stages[i], run.recipe
     torch.manual_seed(recipe.seed + i)
-    if recipe.teacher is None and i == 0:
+    from_teacher = stage.start == "teacher" or (stage.start == "previous" and previous is None)
+    if (recipe.teacher is None and i == 0) or (recipe.caches and from_teacher):  # random weights, nothing to slice
         return CLIP(run.configs[i])
     base = _base(run, i, previous)
     with warnings.catch_warnings(record=True) as caught:
@@ -39,7 +41,7 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
     for warning in caught:
         run.warn(stage, str(warning.message))
     if stage.towers != "both":
-        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        assert isinstance(run.teacher, Teacher), "the recipe's validation asks for a live teacher here"
         _keep_tower(student, run.teacher.model, stage.towers)
     return student
 
@@ -52,7 +54,7 @@ def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
     model, targets, loader = compact(base, {}).eval(), budgets(settings, stage.towers), loader_of(run, i)
     source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
-    how = Calibration.of(settings, run.teacher.model.config, float(scale), run.recipe.seed + i)
+    how = Calibration.of(settings, run.teacher.config, float(scale), run.recipe.seed + i)
     with attention(run.device), closing(loader):
         if targets is None:
             assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
@@ -79,7 +81,7 @@ def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
     if stage.start == "previous" and previous is not None:
         return previous
     if stage.start in ("previous", "teacher"):
-        assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+        assert isinstance(run.teacher, Teacher), "the recipe's validation asks for a live teacher here"
         return run.teacher.model
     base, tokenizer, _ = load_checkpoint(resolve(stage.start))
     if tokenizer.merges != run.tokenizer.merges:
@@ -109,5 +111,5 @@ def mask_targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
 
     removed = fraction_for_latency(latency_ms, stage.auto.latency_ms)
     run.emit({"event": "latency", "stage": stage.name, "latency_ms": stage.auto.latency_ms, "macs_removed": removed})
-    start = sparsity(config, run.teacher.model.config, {}, towers, "macs").item()
+    start = sparsity(config, run.teacher.config, {}, towers, "macs").item()
     return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}

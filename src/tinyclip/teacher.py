@@ -1,4 +1,7 @@
-"""What a teacher is: a frozen model that turns a training batch into features."""
+"""What a teacher is: a frozen model that turns a training batch into features, or its features in a cache.
+
+Both have `config`, `scale`, `scales` and `features_of`; several stored teachers are an ensemble.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyclip.config import CLIPConfig
+from tinyclip.data import Batch
 from tinyclip.model import CLIP
 from tinyclip.transforms import Preprocess
+
+Features = tuple[Tensor, Tensor]  # normalised image_features and text_features, (n, embed_dim) in float32
 
 
 @dataclass
@@ -22,24 +29,65 @@ class Teacher:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def features(self, images: Tensor, tokens: Tensor, end_id: int) -> tuple[Tensor, Tensor]:
+    def features_of(self, batch: Batch, images: Tensor, end_id: int) -> list[Features]:
+        """What each teacher says of a batch, here the one. `images` are the batch's, on the device."""
+        return [self.features(images, batch.tokens, end_id)]
+
+    def features(self, images: Tensor, tokens: Tensor, end_id: int) -> Features:
         """Normalised image_features and text_features, (n, embed_dim) in float32.
 
         Args:
             images: uint8 (n, 3, s, s).
             tokens: int64 (n, length).
         """
-        device = self.model.logit_scale.device
-        tokens = shorten(tokens, end_id, self.model.config.text.context_length).to(device)
-        image_features = self.model.encode_image(image_input(images, self.preprocess), normalize=True)
-        text_features = self.model.encode_text(tokens, normalize=True)
-        return image_features.float(), text_features.float()
+        return self.image_features(images), self.text_features(tokens, end_id)
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 (n, 3, s, s) on the model's device -> (n, embed_dim), normalised, in float32."""
+        return self.model.encode_image(image_input(images, self.preprocess), normalize=True).float()
+
+    @torch.no_grad()
+    def text_features(self, tokens: Tensor, end_id: int) -> Tensor:
+        """int64 (n, length) -> (n, embed_dim), normalised, in float32."""
+        tokens = shorten(tokens, end_id, self.config.text.context_length).to(self.model.logit_scale.device)
+        return self.model.encode_text(tokens, normalize=True).float()
+
+    @property
+    def config(self) -> CLIPConfig:
+        return self.model.config
 
     @property
     def scale(self) -> Tensor:
         """exp(logit_scale)"""
         return self.model.logit_scale.exp()
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """`scale` of each teacher."""
+        return [self.scale]
+
+
+@dataclass
+class CachedTeacher:
+    """One or several teachers whose features come with the batches, read from caches; the models are not here.
+
+    The first one speaks for all where there can be only one: its shape is what sparsity counts from, its scale what
+    the student takes with `student_scale: teacher`.
+    """
+
+    config: CLIPConfig
+    scales: list[Tensor]
+
+    def features_of(self, batch: Batch, images: Tensor, end_id: int) -> list[Features]:
+        """What each teacher says of a batch."""
+        device = images.device
+        return [(image.to(device).float(), text.to(device).float()) for image, text in batch.teacher]
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(logit_scale) of the first"""
+        return self.scales[0]
 
 
 def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:

@@ -118,9 +118,14 @@ class CLIPTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the merges and context length as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What `save` writes."""
         lines = [f"{a} {b}" for a, b in self.merges]
-        data = {"type": "clip-bpe", "context_length": self.context_length, "merges": lines}
-        Path(path).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        return json.dumps(
+            {"type": "clip-bpe", "context_length": self.context_length, "merges": lines}, ensure_ascii=False
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> CLIPTokenizer:

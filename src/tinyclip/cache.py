@@ -1,0 +1,230 @@
+"""Teacher features on disk: what `tinyclip cache` has written (see `make_cache`), read sample by sample.
+
+A cache is a folder:
+
+    cache.json                          how it was made: `CacheInfo`
+    config.json, tokenizer.json, preprocess.json   the teacher's, as in a checkpoint
+    features/SHARD.safetensors          of the data shard SHARD.tar, sorted by `key_hashes`:
+        key_hashes      int64 (n,)      `stable_hash` of the samples' keys
+        keys            uint8           the keys themselves, as a JSON list
+        views           float64 (n, draws, 13)      the numbers of each `View`
+        image_features  float16 (n, draws, embed_dim)   normalised
+        text_features   float16 (m, embed_dim)      normalised, of all captions, sample after sample
+        text_offsets    int64 (n + 1,)  captions of sample i: rows offsets[i] to offsets[i + 1]
+      and in the file's header what the data shard was (`source`) and the samples that were left out (`skipped`)
+    skipped.jsonl                       the same for all shards: shard, key, reason
+
+Every file is renamed into its place when it is whole, so a cache can be gone on with after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from tinyclip.augment import Augment, View
+from tinyclip.checkpoint import read_preprocess
+from tinyclip.config import CLIPConfig, Count, Positive, Strict, explain
+from tinyclip.data import find_shards, stable_hash
+from tinyclip.distributed import Precision
+from tinyclip.files import read_json_object
+from tinyclip.tokenizer import CLIPTokenizer
+from tinyclip.transforms import Preprocess
+
+OPEN_FILES = 64  # samples of about 40 shards are mixed in a worker's shuffle buffer; opening one takes 0.03 ms
+TENSORS = ("key_hashes", "views", "image_features", "text_features", "text_offsets")
+
+
+class CacheInfo(Strict):
+    """How a cache was made. Two caches with equal `augment`, `image_size`, `draws` and `seed` hold the same views."""
+
+    version: Literal[1] = 1
+    teacher: str
+    weights: str  # hash of the teacher's
+    scale: float  # exp(logit_scale)
+    precision: Precision
+    augment: Augment
+    image_size: Positive  # of the views, pixels
+    draws: Positive  # views a picture
+    seed: Count
+
+
+VIEW_SETTINGS = ("augment", "image_size", "draws", "seed")
+
+
+@dataclass
+class Cache:
+    """A cache that is read from."""
+
+    folder: Path
+    info: CacheInfo
+    config: CLIPConfig
+    tokenizer: CLIPTokenizer
+    preprocess: Preprocess
+    _files: OrderedDict[str, FeatureFile] = field(default_factory=OrderedDict, repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Cache:
+        """`ValueError` for a folder that is no cache, or is damaged."""
+        folder = Path(folder)
+        if not (folder / "cache.json").is_file():
+            raise ValueError(f"{folder}: no cache of a teacher; make one with `tinyclip cache`")
+        info = read_info(folder)
+        config = CLIPConfig.from_json(folder / "config.json")
+        tokenizer = CLIPTokenizer.from_file(folder / "tokenizer.json")
+        return cls(folder, info, config, tokenizer, read_preprocess(folder / "preprocess.json"))
+
+    def check_data(self, data: str | Path) -> None:
+        """Whether the cache is whole and was made of just these shards.
+
+        Raises:
+            ValueError: naming a shard that is missing, has changed since, or whose features are damaged.
+        """
+        shards = find_shards(data)
+        missing = [shard.name for shard in shards if not self.place(shard.name).is_file()]
+        if missing:
+            of = f"{len(missing)} of the {len(shards)} shards of {data} (the first: {missing[0]})"
+            raise ValueError(f"{self.folder} lacks {of}; complete it with `tinyclip cache`")
+        for shard in shards:
+            file = FeatureFile(self.place(shard.name))
+            if not file.is_of(shard):
+                raise ValueError(f"{self.folder}: {shard} has changed since; make the cache anew with `tinyclip cache`")
+            shapes = file.shape("image_features")[1:], file.shape("text_features")[1:]
+            if shapes != ([self.info.draws, self.config.embed_dim], [self.config.embed_dim]):
+                raise ValueError(f"{file.path}: its features do not fit {self.folder / 'cache.json'}")
+
+    def place(self, shard: str) -> Path:
+        return feature_file(self.folder, shard)
+
+    def find(self, shard: str, key: str) -> tuple[FeatureFile, int]:
+        """The file of a shard and the row of a sample in it; `ValueError` for a sample that was left out."""
+        file = self._files.pop(shard, None) or FeatureFile(self.place(shard))
+        self._files[shard] = file  # the last one used at the end
+        if len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)
+        return file, file.row(key)
+
+
+def feature_file(folder: Path, shard: str) -> Path:
+    return folder / "features" / f"{shard.removesuffix('.tar')}.safetensors"
+
+
+def read_info(folder: Path) -> CacheInfo:
+    """`ValueError` when `cache.json` is damaged."""
+    path = folder / "cache.json"
+    try:
+        return CacheInfo.model_validate(read_json_object(path))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from None
+
+
+class FeatureFile:
+    """Features of one data shard, mapped into memory.
+
+    Raises:
+        ValueError: when it is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, "np")
+            self._slices = {name: self._file.get_slice(name) for name in TENSORS}
+            self.hashes, self.offsets = (self._file.get_tensor(name) for name in ("key_hashes", "text_offsets"))
+            header = self._file.metadata()
+            self.source: dict[str, Any] = json.loads(header["source"])
+            self.skipped: list[list[str]] = json.loads(header["skipped"])  # key, reason
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: damaged ({error}); remove it and run `tinyclip cache` again") from None
+
+    def shape(self, name: str) -> list[int]:
+        return list(self._slices[name].get_shape())
+
+    def is_of(self, shard: Path) -> bool:
+        """Whether the shard is still what the features were made of. It is read again only where its time differs,
+        as it does in a copy."""
+        now = shard.stat()
+        if now.st_size != self.source["size"]:
+            return False
+        return now.st_mtime_ns == self.source["mtime_ns"] or content_hash(shard) == self.source["sha256"]
+
+    def row(self, key: str) -> int:
+        """`ValueError` for a sample that is not here."""
+        wanted = stable_hash(key)
+        row = int(np.searchsorted(self.hashes, wanted))
+        if row == len(self.hashes) or self.hashes[row] != wanted:
+            raise ValueError("not in the teacher's cache")
+        return row
+
+    def view(self, row: int, draw: int) -> View:
+        return View(*self._slices["views"][row, draw].tolist())
+
+    def image_features(self, row: int, draw: int) -> np.ndarray:
+        """(embed_dim,)"""
+        features: np.ndarray = self._slices["image_features"][row, draw]
+        return features
+
+    def text_features(self, row: int, caption: int) -> np.ndarray:
+        """(embed_dim,)"""
+        features: np.ndarray = self._slices["text_features"][int(self.offsets[row]) + caption]
+        return features
+
+    def captions(self, row: int) -> int:
+        return int(self.offsets[row + 1] - self.offsets[row])
+
+
+def draw_stored(
+    caches: Sequence[Cache], shard: str, key: str, captions: int, rng: Random
+) -> tuple[View, int, list[tuple[np.ndarray, np.ndarray]]]:
+    """One of the stored views of a sample and one of its captions: the view, the caption's index, and each teacher's
+    image and text features of just these, (embed_dim,) each.
+
+    Raises:
+        ValueError: when a cache lacks the sample, or holds it with other captions or another view.
+    """
+    draw, caption = rng.randrange(caches[0].info.draws), rng.randrange(captions)
+    views, features = [], []
+    for cache in caches:
+        file, row = cache.find(shard, key)
+        if file.captions(row) != captions:
+            raise ValueError(f"{captions} captions, but {file.captions(row)} in the teacher's cache")
+        views.append(file.view(row, draw))
+        features.append((file.image_features(row, draw), file.text_features(row, caption)))
+    if len(set(views)) > 1:
+        raise ValueError("the teachers' caches hold different views of it")
+    return views[0], caption, features
+
+
+def open_caches(folders: Iterable[str | Path], data: str | Path) -> list[Cache]:
+    """Caches of several teachers for the same data, with the same views.
+
+    Raises:
+        ValueError: when one is damaged, is not whole, was made of other data, or holds other views than the first.
+    """
+    caches = [Cache.load(folder) for folder in folders]
+    for cache in caches:
+        cache.check_data(data)
+        for name in VIEW_SETTINGS:
+            mine, first = getattr(cache.info, name), getattr(caches[0].info, name)
+            if mine != first:
+                raise ValueError(
+                    f"{cache.folder} and {caches[0].folder} were made with another {name}, so their views differ; "
+                    "teachers that are averaged must see the same ones"
+                )
+    return caches
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,327 @@
+"""Running a teacher over shards once, and storing what it says (`tinyclip cache`; the format is in `cache`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tinyclip.augment import Augment, View
+from tinyclip.cache import Cache, CacheInfo, FeatureFile, content_hash, feature_file
+from tinyclip.data import Skipped, captions_of, find_shards, image_of, read_shard, shard_counts, stable_hash
+from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
+from tinyclip.files import flush, write_atomically
+from tinyclip.pipeline import Pipeline
+from tinyclip.teacher import Teacher
+from tinyclip.tokenizer import CLIPTokenizer
+
+STORED = np.float16
+KNOWN_FILES = {"cache.json", "config.json", "tokenizer.json", "preprocess.json", "features", "skipped.jsonl"}
+
+
+@dataclass
+class Report:
+    """What a cache holds now, and what of it was computed by this call."""
+
+    shards: int
+    samples: int
+    captions: int
+    bytes: int
+    computed: int  # shards
+    skipped: list[Skipped]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(s.reason for s in self.skipped)
+
+
+def make_cache(
+    clip: Pipeline,
+    name: str,
+    data: str | Path,
+    output: str | Path,
+    *,
+    augment: Augment,
+    image_size: int | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 1,
+    precision: Precision = "float32",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Store a teacher's features of every sample of a folder of shards; shards that are done already stay.
+
+    Every sample gets `draws` views, which depend on seed, shard and key alone. Shards are split between the processes
+    of `distributed.processes`.
+
+    Args:
+        clip: the teacher, on the device to compute on.
+        name: what it is called in the cache.
+        image_size: of the views, pixels; by default the teacher's.
+        batch_size: views, or texts, that the teacher sees at a time.
+        precision: of the computation, by autocast; features are stored in float16.
+        progress: called with the samples done by this process, and all of them.
+
+    Raises:
+        ValueError: when the data or the place cannot be used, or the place holds another cache.
+    """
+    output = Path(output)
+    counts = from_main(lambda: shard_counts(data))
+    info = CacheInfo(
+        teacher=name,
+        weights=weights_hash(clip),
+        scale=clip.model.logit_scale.exp().item(),
+        precision=precision,
+        augment=augment,
+        image_size=image_size or clip.preprocessing.image_size,
+        draws=draws,
+        seed=seed,
+    )
+    from_main(lambda: _open_folder(output, info, clip, overwrite))
+    shards = [shard for shard in find_shards(data) if shard.name in counts]
+    pending = from_main(lambda: [s.name for s in shards if not _is_done(output, s)])
+    mine = [shard for shard in shards if shard.name in pending[rank() :: world_size()]]
+    teacher, total, done = Teacher(clip.model, clip.preprocessing), sum(counts[s.name] for s in mine), 0
+    progress(0, total)
+    for shard in mine:
+        views = ShardViews(shard, clip.tokenizer, clip.model.config.text.context_length, info)
+        features = _Features()
+        for block in _blocks(views, batch_size, workers):
+            features.add(block, teacher, clip.tokenizer.end_id, batch_size, precision)
+            done += len(block.keys) + len(block.skipped)
+            progress(done, total)
+        features.write(feature_file(output, shard.name), shard, info, clip.model.config.embed_dim)
+    gather_objects(None)  # wait for all
+    return from_main(lambda: _summary(output, shards, len(pending)))
+
+
+# --- the folder -------------------------------------------------------------------------------------------------
+
+
+def weights_hash(clip: Pipeline) -> str:
+    """Hash of all parameters and buffers, so that another teacher of the same name is noticed."""
+    digest = hashlib.sha256()
+    for key, value in sorted(clip.model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
+    return digest.hexdigest()
+
+
+def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline, overwrite: bool) -> None:
+    try:
+        if folder.exists():
+            _check_known(folder)
+            if overwrite or not (folder / "cache.json").exists():  # the rest of one that was being removed
+                shutil.rmtree(folder)
+            else:
+                _check_same(folder, info, clip)
+        (folder / "features").mkdir(parents=True, exist_ok=True)
+        for leftover in (folder / "features").glob(".*.tmp"):  # of a call that was killed while it wrote
+            leftover.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    if not (folder / "cache.json").exists():
+        write_atomically(folder / "config.json", clip.model.config.model_dump_json(indent=2) + "\n")
+        write_atomically(folder / "preprocess.json", clip.preprocessing.model_dump_json(indent=2) + "\n")
+        write_atomically(folder / "tokenizer.json", clip.tokenizer.to_json())
+        write_atomically(folder / "cache.json", info.model_dump_json(indent=2) + "\n")  # last: it makes it a cache
+
+
+def _check_known(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another place")
+    found = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")}
+    if other := sorted(found - KNOWN_FILES):
+        raise ValueError(f"{folder} holds more than a cache ({other[0]}); choose another place")
+
+
+def _check_same(folder: Path, info: CacheInfo, clip: Pipeline) -> None:
+    """Refuse to go on with a cache that was made in another way."""
+    try:
+        cache = Cache.load(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}; --overwrite makes it anew") from None
+    now, before = info.model_dump(), cache.info.model_dump()
+    differing = [name for name in now if name != "teacher" and now[name] != before[name]]
+    if cache.tokenizer.merges != clip.tokenizer.merges:
+        differing.append("tokenizer")
+    if cache.preprocess != clip.preprocessing:
+        differing.append("preprocess")
+    if differing:
+        raise ValueError(
+            f"{folder} holds a cache of {cache.info.teacher} that differs in {', '.join(differing)}; "
+            "choose another place with -o, or replace it with --overwrite"
+        )
+
+
+def _is_done(output: Path, shard: Path) -> bool:
+    """Whether the features of a shard are there, and of the shard as it is now."""
+    place = feature_file(output, shard.name)
+    try:
+        return place.is_file() and FeatureFile(place).is_of(shard)
+    except ValueError:  # damaged: computed again
+        return False
+
+
+def _summary(output: Path, shards: list[Path], computed: int) -> Report:
+    report = Report(len(shards), 0, 0, 0, computed, [])
+    for shard in shards:
+        file = FeatureFile(feature_file(output, shard.name))
+        report.samples += len(file.hashes)
+        report.captions += int(file.offsets[-1])
+        report.bytes += file.path.stat().st_size
+        report.skipped += [Skipped(shard.name, key, reason) for key, reason in file.skipped]
+    lines = [json.dumps(asdict(s)) + "\n" for s in report.skipped]
+    write_atomically(output / "skipped.jsonl", "".join(lines))
+    if not report.samples:
+        raise ValueError(f"no sample could be used; see {output / 'skipped.jsonl'}")
+    return report
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Item:
+    """A sample before the teacher has seen it."""
+
+    key: str
+    views: list[View]
+    pixels: np.ndarray  # uint8 (draws, 3, s, s)
+    tokens: np.ndarray  # int64 (captions, length)
+
+
+@dataclass
+class Block:
+    """Some samples, joined."""
+
+    keys: list[str]
+    views: np.ndarray  # float64 (n, draws, 13)
+    images: Tensor  # uint8 (n * draws, 3, s, s)
+    tokens: Tensor  # int64 (captions, length)
+    captions: list[int]  # of each sample
+    skipped: list[list[str]]  # key, reason
+
+
+class ShardViews(IterableDataset[Any]):
+    """The samples of a shard with their views; each worker decodes every n-th."""
+
+    def __init__(self, shard: Path, tokenizer: CLIPTokenizer, context_length: int, info: CacheInfo) -> None:
+        super().__init__()
+        self.shard, self.tokenizer, self.context_length, self.info = shard, tokenizer, context_length, info
+
+    def __iter__(self) -> Iterator[Item | list[str] | ValueError]:
+        """Items, [key, reason] of what cannot be used, and at the end the error of a shard that is damaged."""
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        try:
+            for i, sample in enumerate(read_shard(self.shard)):
+                if i % step == first:
+                    yield self._item(sample)
+        except ValueError as error:  # raised in a worker, it would come with that one's traceback
+            yield error
+
+    def _item(self, sample: dict[str, Any]) -> Item | list[str]:
+        key, info = str(sample["__key__"]), self.info
+        try:
+            captions = captions_of(sample)
+            if not captions:
+                raise ValueError("no caption")
+            image = image_of(sample)
+        except ValueError as error:
+            return [key, str(error)]
+        rngs = [Random(f"{info.seed}:{self.shard.name}:{key}:{i}") for i in range(info.draws)]
+        views = [info.augment.draw(image.width, image.height, rng) for rng in rngs]
+        pixels = np.stack([view.apply(image, info.image_size) for view in views])
+        return Item(key, views, pixels, self.tokenizer(captions, self.context_length))
+
+
+def _blocks(views: ShardViews, batch_size: int, workers: int) -> Iterator[Block]:
+    """The samples of a shard, about `batch_size` views at a time."""
+    together = max(1, batch_size // views.info.draws)
+    loader: DataLoader[Any] = DataLoader(views, together, num_workers=workers, collate_fn=_join)
+    for block in loader:
+        if isinstance(block, ValueError):
+            raise block
+        yield block
+
+
+def _join(found: list[Item | list[str] | ValueError]) -> Block | ValueError:
+    items = [item for item in found if isinstance(item, Item)]
+    for error in found:
+        if isinstance(error, ValueError):
+            return error
+    return Block(
+        keys=[item.key for item in items],
+        views=np.array([item.views for item in items], np.float64),
+        images=torch.from_numpy(np.concatenate([i.pixels for i in items])) if items else torch.empty(0),
+        tokens=torch.from_numpy(np.concatenate([i.tokens for i in items])) if items else torch.empty(0),
+        captions=[len(item.tokens) for item in items],
+        skipped=[item for item in found if isinstance(item, list)],
+    )
+
+
+# --- features ---------------------------------------------------------------------------------------------------
+
+
+class _Features:
+    """Features of a shard, as they come."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []  # key, views, image and text features
+        self.skipped: list[list[str]] = []
+
+    def add(self, block: Block, teacher: Teacher, end_id: int, batch_size: int, precision: Precision) -> None:
+        self.skipped += block.skipped
+        if not block.keys:
+            return
+        device = teacher.model.logit_scale.device
+        with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+            images = [teacher.image_features(part.to(device)) for part in block.images.split(batch_size)]
+            texts = [teacher.text_features(part, end_id) for part in block.tokens.split(batch_size)]
+        image, text = (torch.cat(parts).cpu() for parts in (images, texts))
+        if not (image.isfinite().all() and text.isfinite().all()):
+            raise ValueError(f"the teacher's features of {', '.join(block.keys[:8])}, ... are not finite")
+        image_rows = image.numpy().astype(STORED).reshape(len(block.keys), -1, image.shape[1])
+        text_rows = np.split(text.numpy().astype(STORED), np.cumsum(block.captions)[:-1])
+        self.samples += zip(block.keys, block.views, image_rows, text_rows, strict=True)
+
+    def write(self, place: Path, shard: Path, info: CacheInfo, embed_dim: int) -> None:
+        """In one piece; `ValueError` when it cannot be written."""
+        samples = sorted((stable_hash(sample[0]), *sample) for sample in self.samples)
+        hashes, keys, views, images, texts = zip(*samples, strict=True) if samples else ((),) * 5
+        tensors: dict[str, np.ndarray] = {
+            "key_hashes": np.array(hashes, np.int64),
+            "keys": np.frombuffer(json.dumps(keys, ensure_ascii=False).encode(), np.uint8),
+            "views": np.array(views, np.float64).reshape(-1, info.draws, len(View._fields)),
+            "image_features": np.array(images, STORED).reshape(-1, info.draws, embed_dim),
+            "text_features": np.concatenate([np.empty((0, embed_dim), STORED), *texts]),
+            "text_offsets": np.cumsum([0, *map(len, texts)], dtype=np.int64),
+        }
+        state = shard.stat()
+        source = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": content_hash(shard)}
+        header = {"source": json.dumps(source), "skipped": json.dumps(self.skipped, ensure_ascii=False)}
+        temporary = place.with_name(f".{place.name}.tmp")
+        try:
+            save_file(tensors, temporary, header)
+            temporary.chmod(0o644)  # safetensors makes it private
+            flush(temporary)
+            temporary.replace(place)
+            flush(place.parent)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write {place}: {error}") from None
