@@ -234,9 +234,10 @@ def read_shards(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def read_shard(shard: Path) -> Iterator[dict[str, Any]]:
-    """Every raw sample of one shard, in order; `ValueError` when it is damaged."""
+    """Every raw sample of one shard, in order and in each process; `ValueError` when it is damaged."""
+    options = {"shardshuffle": False, "empty_check": False, "nodesplitter": None, "workersplitter": None}
     try:
-        yield from webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
+        yield from webdataset.WebDataset([str(shard)], **options)
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{shard}: damaged shard ({error.args[0] if error.args else error})") from None
 

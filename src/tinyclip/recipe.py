@@ -220,6 +220,10 @@ class StoredTeachers(Strict):
         description="folder that `tinyclip cache` has made, or a list of several teachers' for the same views"
     )
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.cache,) if isinstance(self.cache, str) else self.cache
+
 
 class Recipe(Strict):
     """A whole run."""
@@ -274,10 +278,7 @@ class Recipe(Strict):
     @property
     def caches(self) -> tuple[str, ...]:
         """Folders of the teachers' stored features; empty with a live teacher, or none."""
-        if not isinstance(self.teacher, StoredTeachers):
-            return ()
-        cache = self.teacher.cache
-        return (cache,) if isinstance(cache, str) else cache
+        return self.teacher.folders if isinstance(self.teacher, StoredTeachers) else ()
 
 
 def _check_stored(i: int, stage: Stage, teachers: int) -> None:

@@ -18,9 +18,12 @@ from PIL import Image
 
 from tinyclip import evaluate
 from tinyclip.augment import on_colour
+from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig
 from tinyclip.measurement import measure
+from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
+from tinyclip.recipe import StoredTeachers
 from tinyclip.structure import figure as structure_figure
 from tinyclip.structure import parts
 
@@ -46,6 +49,7 @@ class Entry:
     path: Path
     measured: dict[str, Any]
     evaluation: dict[str, Any]
+    stored: bool = False  # a teacher's cache: its shape without its weights
 
     @property
     def parameters(self) -> int:
@@ -75,7 +79,7 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         teacher = recipe["teacher"]
         if teacher and not any(e.name == "teacher" for e in entries):
-            entries.append(_teacher_entry(Path(teacher), recipe["evaluation"]))
+            entries += _teacher_entry(teacher, recipe["evaluation"])
         for stage in recipe["stages"]:
             place = folder / "stages" / stage["name"]
             result = json.loads((place / "result.json").read_text(encoding="utf-8"))
@@ -87,19 +91,23 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
 
 def _measure_side_by_side(entries: Sequence[Entry], rounds: int = 3) -> None:
     """Time the models turn by turn, so that a machine that slows down slows all; the median of the rounds."""
-    models = [load(e.path).model for e in entries]
+    models = [CLIP(read_config(e.path)).eval() if e.stored else load(e.path).model for e in entries]
     turns = [[measure(model, seconds=0.4) for model in models] for _ in range(rounds)]
     for i, entry in enumerate(entries):
         mine = sorted((turn[i] for turn in turns), key=lambda figures: figures["pairs_per_s"])
         entry.measured = mine[rounds // 2]
 
 
-def _teacher_entry(path: Path, evaluation: dict[str, Any] | None) -> Entry:
-    clip = load(path)
+def _teacher_entry(teacher: Any, evaluation: dict[str, Any] | None) -> list[Entry]:
+    """The teacher of a recipe. Of stored ones the first, without accuracies, as long as its cache is there."""
+    if not isinstance(teacher, str):
+        stored = StoredTeachers.model_validate(teacher).folders[0]
+        return [Entry("teacher", Path(stored), {}, {}, stored=True)] if Path(stored).exists() else []
+    path, clip = Path(teacher), load(teacher)
     figures: dict[str, Any] = {}
     if evaluation:
         figures = evaluate.evaluate(clip, evaluate.open_dataset(evaluation["data"], evaluation["templates"]))
-    return Entry("teacher", path, {}, figures)
+    return [Entry("teacher", path, {}, figures)]
 
 
 def table(entries: Sequence[Entry]) -> list[list[str]]:
@@ -151,7 +159,7 @@ def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, c
     dataset = evaluate.open_dataset(data, templates)
     chosen = _spread((e for e in dataset if e.label is not None), count)
     result = [Guess(e.image, dataset.classnames[e.label or 0], {}) for e in chosen]
-    for entry in entries:
+    for entry in (e for e in entries if not e.stored):
         clip = load(entry.path)
         classes = evaluate.class_features(clip, dataset.classnames, dataset.templates[:1])
         best = (clip.encode_image([e.image for e in chosen]).float() @ classes.T).topk(min(3, len(classes)))
@@ -229,7 +237,7 @@ def _structures(entries: Sequence[Entry]) -> str:
     """A picture of every model whose blocks are unequal, beside the teacher's."""
     configs = {e.name: CLIPConfig.from_json(e.path / "config.json") for e in entries if e.name != "teacher"}
     teacher = next((e for e in entries if e.name == "teacher"), None)
-    original = load(teacher.path).model.config if teacher else None
+    original = read_config(teacher.path) if teacher else None
     found = {name: config for name, config in configs.items() if any(len(set(p.counts)) > 1 for p in parts(config))}
     if not found:
         return ""

@@ -17,14 +17,16 @@ from tinyclip.checkpoint import save_checkpoint
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.data import Batch
 from tinyclip.distributed import best_precision, resolve_device
+from tinyclip.make_cache import make_cache
 from tinyclip.model import CLIP
 from tinyclip.pack import find_items, pack
+from tinyclip.pipeline import load
 from tinyclip.plan import Speed, shape_text, stage_shapes, teacher_config
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Evaluator, attention
 from tinyclip.shape import StudentShape
 from tinyclip.step import Trainee
-from tinyclip.teacher import Teacher
+from tinyclip.teacher import CachedTeacher, Teacher
 from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
 
@@ -88,7 +90,10 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
     data |= {"workers": min(recipe.workers, 1), "log_every": 1}
     if recipe.evaluation:
         data["evaluation"] = {"data": str(pictures)}
-    if recipe.teacher is not None:
+    if recipe.caches:
+        largest = max(reduce(config).vision.image_size for config in (first, *(shape.student for shape in shapes)))
+        data["teacher"] = {"cache": _caches(recipe, folder, reduce(first), largest)}
+    elif recipe.teacher is not None:
         data["teacher"] = random_checkpoint(folder / "teacher", reduce(first), recipe.seed)
     else:
         data["model"] = reduce(first).model_dump(mode="json")
@@ -110,6 +115,17 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
             config = shape.start if shape.learned else shape.student
             short["student"] = {"like": reduce(config).model_dump(mode="json")}
     return Recipe.model_validate(data)
+
+
+def _caches(recipe: Recipe, folder: Path, config: CLIPConfig, image_size: int) -> list[str]:
+    """Caches of random teachers of this shape, for the data in `folder`."""
+    places = []
+    for i in range(len(recipe.caches)):
+        clip = load(random_checkpoint(folder / f"teacher-{i}", config, recipe.seed + i))
+        places.append(str(folder / f"cache-{i}"))
+        views = recipe.stages[0].augment
+        make_cache(clip, "random", folder / "data", places[-1], augment=views, image_size=image_size, draws=2)
+    return places
 
 
 def _without_latency(target: dict[str, Any], before: float) -> float:
@@ -189,7 +205,11 @@ def measured_speed(recipe: Recipe, steps: int = 3, pairs: int = 32) -> Speed:
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     first, _ = teacher_config(recipe)
     preprocess = Preprocess(image_size=first.vision.image_size)
-    teacher = Teacher(CLIP(first).to(device), preprocess) if recipe.teacher is not None else None
+    teacher: Teacher | CachedTeacher | None = None
+    if recipe.caches:
+        teacher = CachedTeacher(first, [torch.tensor(50.0, device=device)] * len(recipe.caches))
+    elif recipe.teacher is not None:
+        teacher = Teacher(CLIP(first).to(device), preprocess)
 
     def speed(stage: Stage, config: CLIPConfig) -> float:
         tokenizer = _tokenizer(config)
@@ -198,6 +218,7 @@ def measured_speed(recipe: Recipe, steps: int = 3, pairs: int = 32) -> Speed:
         tokens = torch.randint(1, tokenizer.end_id, (n, context))
         tokens[:, -1] = tokenizer.end_id
         batch = Batch(torch.randint(256, (n, 3, size, size), dtype=torch.uint8), tokens, torch.arange(n), ["?"] * n)
+        batch.teacher = [(torch.randn(n, first.embed_dim), torch.randn(n, first.embed_dim)) for _ in recipe.caches]
         model = CLIP(config).to(device).train()
         own = preprocess.model_copy(update={"image_size": config.vision.image_size})
         trainee = Trainee(model, stage, teacher, tokenizer, own, precision)
