@@ -16,6 +16,7 @@ START, END = "<!-- tables: scripts/document_recipes.py -->", "<!-- end of tables
 SECTIONS: dict[str, type[BaseModel]] = {
     "The recipe": recipe.Recipe,
     "A stage": recipe.Stage,
+    "`teacher`, stored": recipe.StoredTeachers,
     "`student`": shape.StudentShape,
     "`student.vision`": shape.VisionShape,
     "`student.text`": shape.TextShape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ def cache(
     from tinyclip.make_cache import make_cache
     from tinyclip.pipeline import load
     from tinyclip.recipe import augment_from
+    from tinyclip.resume import Interrupted
 
     if recipe and augment:
         raise ValueError("give either --recipe or --augment")
@@ -113,8 +115,9 @@ def cache(
         try:
             with _cache_progress() as progress:
                 report = make_cache(clip, teacher, shards, place, **settings, progress=progress)
-        except KeyboardInterrupt:
-            fail(f"stopped; finished shards are kept in {place}, the same command goes on", 130)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            code = 128 + getattr(stop, "signal_number", signal.SIGINT)
+            fail(f"stopped; finished shards are kept in {place}, the same command goes on", code)
         if not is_main():
             return
     kept = report.shards - report.computed
@@ -146,18 +149,21 @@ def _views_of(path: Path, teacher: Any) -> tuple[Any, int]:
 
 @contextmanager
 def _cache_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal of the first process, with its own samples."""
+    """A bar on the terminal of the first process, with its own samples. Raises `Interrupted` after a signal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from tinyclip.distributed import is_main, world_size
+    from tinyclip.resume import Interrupted, stop_signals
 
     name = "caching" if world_size() == 1 else f"caching (1 of {world_size()} processes)"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     shown = errors.is_terminal and is_main()
-    with Progress(*columns, TimeRemainingColumn(), console=errors, disable=not shown) as bar:
+    with stop_signals() as stop, Progress(*columns, TimeRemainingColumn(), console=errors, disable=not shown) as bar:
         task, start = bar.add_task(name, total=None, speed=""), time.perf_counter()
 
         def progress(done: int, total: int) -> None:
+            if stop:
+                raise Interrupted(stop[0], done)
             speed = done / (time.perf_counter() - start)
             bar.update(task, completed=done, total=total, speed=f"{speed:.0f} pictures/s")
 
