@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from tinyclip.augment import Augment, View
 from tinyclip.checkpoint import read_preprocess
 from tinyclip.config import CLIPConfig, Count, Positive, Strict, explain
-from tinyclip.data import find_shards, stable_hash
+from tinyclip.data import find_shards, shard_counts, stable_hash
 from tinyclip.distributed import Precision
 from tinyclip.files import read_json_object
 from tinyclip.tokenizer import CLIPTokenizer
@@ -85,12 +85,13 @@ class Cache:
         return cls(folder, info, config, tokenizer, read_preprocess(folder / "preprocess.json"))
 
     def check_data(self, data: str | Path) -> None:
-        """Whether the cache is whole and was made of just these shards.
+        """Whether the cache has all shards that are read of this folder, as they are.
 
         Raises:
             ValueError: naming a shard that is missing, has changed since, or whose features are damaged.
         """
-        shards = find_shards(data)
+        counts = shard_counts(data)
+        shards = [shard for shard in find_shards(data) if shard.name in counts]
         missing = [shard.name for shard in shards if not self.place(shard.name).is_file()]
         if missing:
             of = f"{len(missing)} of the {len(shards)} shards of {data} (the first: {missing[0]})"

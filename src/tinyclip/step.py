@@ -121,7 +121,7 @@ class Trainee:
         theirs: list[Features] = []
         with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
             if self.teacher is not None and (settings.distils or towers != "both"):
-                theirs = self.teacher.features_of(batch, images, end_id)
+                theirs = self.teacher.features_of(batch, slice(None), images, end_id)
             # A tower that is left alone is the teacher's, so its features are at hand.
             if towers == "text" and theirs:
                 image_features = theirs[0][0]

@@ -29,9 +29,9 @@ class Teacher:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
 
-    def features_of(self, batch: Batch, images: Tensor, end_id: int) -> list[Features]:
-        """What each teacher says of a batch, here the one. `images` are the batch's, on the device."""
-        return [self.features(images, batch.tokens, end_id)]
+    def features_of(self, batch: Batch, piece: slice, images: Tensor, end_id: int) -> list[Features]:
+        """What each teacher says of a piece of a batch, here the one. `images` are the piece's, on the device."""
+        return [self.features(images, batch.tokens[piece], end_id)]
 
     def features(self, images: Tensor, tokens: Tensor, end_id: int) -> Features:
         """Normalised image_features and text_features, (n, embed_dim) in float32.
@@ -79,10 +79,10 @@ class CachedTeacher:
     config: CLIPConfig
     scales: list[Tensor]
 
-    def features_of(self, batch: Batch, images: Tensor, end_id: int) -> list[Features]:
-        """What each teacher says of a batch."""
-        device = images.device
-        return [(image.to(device).float(), text.to(device).float()) for image, text in batch.teacher]
+    def features_of(self, batch: Batch, piece: slice, images: Tensor, end_id: int) -> list[Features]:
+        """What each teacher says of a piece of a batch."""
+        pairs = [(image[piece].to(images.device), text[piece].to(images.device)) for image, text in batch.teacher]
+        return [(image.float(), text.float()) for image, text in pairs]
 
     @property
     def scale(self) -> Tensor:
