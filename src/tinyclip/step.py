@@ -27,6 +27,8 @@ from tinyclip.transforms import Preprocess
 LARGEST_LOGIT_SCALE = math.log(100)  # OpenAI's CLIP clamps a learned scale at 100
 
 
+OTHER = {"image": "text", "text": "image"}  # the tower that a stage leaves alone
+
 Features = tuple[Tensor, Tensor]
 
 
@@ -140,6 +142,8 @@ class Trainee:
             with torch.set_grad_enabled(not replay):
                 outputs.append(network(images, batch.tokens[piece], step, theirs[-1]))
         leaves = {name: _join([output[name] for output in outputs]) for name in outputs[0]}
+        for name in leaves.keys() - {OTHER.get(self.stage.towers)}:
+            leaves[name].requires_grad_()
         terms = self._terms(leaves, _joined(theirs), batch)
         values = average(torch.stack([value.detach() for value in terms.values()]))
         self._check("loss", values[list(terms).index("loss")], batch, step)
@@ -211,8 +215,8 @@ class Trainee:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """Rows of all pieces, or a scalar that each piece has, as a leaf."""
-    return (parts[0] if parts[0].ndim == 0 else torch.cat(parts)).detach().requires_grad_()
+    """Rows of all pieces, or a scalar that each piece has; without graph."""
+    return (parts[0] if parts[0].ndim == 0 else torch.cat(parts)).detach()
 
 
 def _joined(parts: list[Features | None]) -> Features | None:

@@ -41,6 +41,10 @@ class Student(nn.Module):
         self.constraint = pruner.constraint if pruner else None
         self.pruner, self.stage, self.preprocess = pruner, stage, preprocess
         self.end_id, self.precision = end_id, precision
+        self.encode_image, self.encode_text = model.encode_image, model.encode_text
+        if stage.compile:  # texts come in many lengths, and one kernel is to do for all
+            self.encode_image = torch.compile(model.encode_image)
+            self.encode_text = torch.compile(model.encode_text, dynamic=True)
 
     def forward(
         self, images: Tensor, tokens: Tensor, step: int, theirs: tuple[Tensor, Tensor] | None = None
@@ -65,10 +69,10 @@ class Student(nn.Module):
         with torch.autocast(device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
             if image is None or towers != "text":
                 pixels = image_input(images, self.preprocess).to(self.model.logit_scale.dtype)
-                image = self.model.encode_image(pixels, masks, normalize=True)
+                image = self.encode_image(pixels, masks, normalize=True)
             if text is None or towers != "image":
                 shorter = shorten(tokens, self.end_id, self.model.config.text.context_length).to(device)
-                text = self.model.encode_text(shorter, masks, normalize=True)
+                text = self.encode_text(shorter, masks, normalize=True)
         outputs = {
             name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in (("image", image), ("text", text))
         }
@@ -103,3 +107,18 @@ def make_projections(student: CLIP, teacher: Teacher | None, stage: Stage) -> nn
             nn.init.eye_(projection.weight)
             projections[name] = projection
     return projections
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something small.
+
+    Raises:
+        ValueError: when this machine cannot.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
+    except RuntimeError as error:
+        text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"compile: torch.compile does not work here ({text}); install a C++ compiler or leave it out"
+        ) from None
