@@ -7,6 +7,7 @@ A shard is a `.tar` of samples `KEY.jpg|jpeg|png|webp` + `KEY.txt|json`, as img2
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -388,9 +390,12 @@ def training_loader(
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
     """A signal for the whole process group (a Ctrl-C, torchrun's SIGTERM) reaches the workers too. They stay until
-    the training process has saved their position and ends them; when it dies, they see that by themselves."""
+    the training process has saved their position and ends them. When it dies they go with it at once (elsewhere than on
+    Linux within seconds, by torch's own watch), so that they hold nothing that the resumed run asks for."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     init(worker_id)
 
 

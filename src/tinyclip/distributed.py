@@ -89,13 +89,11 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Said before the connections close, so that the others know that somebody speaks of it.
-        first = claim("an error")
-        if not (isinstance(error, RuntimeError) and _is_lost(error)):
-            raise
-        if not first:
+        if not claim("an error"):  # asked before the connections close, through which the others would learn of it
             raise SystemExit(2) from None
-        raise ValueError(f"another process of the run has died; {GO_ON}") from None
+        if isinstance(error, RuntimeError) and _is_lost(error):
+            raise ValueError(f"another process of the run has died; {GO_ON}") from None
+        raise
     finally:
         dist.destroy_process_group()
 
