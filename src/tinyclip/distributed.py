@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -110,12 +111,15 @@ def claim(what: str) -> bool:
         return True
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(
+            (address, port), timeout=5
+        ).close()  # torch's client would wait longer, and not quietly
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, is_master=False, timeout=timedelta(seconds=10)
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return bool(store.add(f"tinyclip/{attempt}/{what}", 1) == 1)
-    except (KeyError, ValueError, RuntimeError):  # nobody to ask
+    except (KeyError, ValueError, OSError, RuntimeError):  # nobody to ask
         return True
 
 
