@@ -143,7 +143,9 @@ def test_an_untouched_tower_spares_its_computation_and_changes_nothing(
         batch = next(iter(loader))
     own = student.encode_text(shorten(batch.tokens, started.tokenizer.end_id, 12), normalize=True)
     monkeypatch.setattr(student, "encode_text", None)  # not to be called
-    assert torch.equal(trainee._features(batch, None)[1], own)
+    theirs = trainee.teacher.features(batch.images, batch.tokens, started.tokenizer.end_id)
+    assert torch.equal(trainee.student(batch.images, batch.tokens, 0, theirs)["text"], own)
+    trainee.step(batch, 0)
 
 
 def test_a_later_stage_of_one_tower_needs_the_teachers_other_tower(place: Path, tmp_path: Path) -> None:

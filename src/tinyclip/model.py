@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.masks import Masks, validate
@@ -120,6 +121,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, activation: str, tower: str) -> None:
         super().__init__()
         self.tower = tower
+        self.grad_checkpointing = False
         self.resblocks = nn.ModuleList(
             Block(config.width, heads, config.head_dim, mlp, activation)
             for heads, mlp in zip(config.heads, config.mlp_width, strict=True)
@@ -128,7 +130,8 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, causal: bool, masks: Masks | None = None) -> Tensor:
         """x: (n, length, width) -> the same."""
         for i, block in enumerate(self.resblocks):
-            x = block(x, causal, _block_masks(masks, self.tower, i) if masks else None)
+            arguments = x, causal, _block_masks(masks, self.tower, i) if masks else None
+            x = checkpoint(block, *arguments, use_reentrant=False) if self.grad_checkpointing else block(*arguments)
         return x
 
 
@@ -216,6 +219,12 @@ class CLIP(nn.Module):
                     nn.init.normal_(block.mlp.c_proj.weight, std=out_std)
                     nn.init.zeros_(block.mlp.c_proj.bias)
         self.logit_scale.fill_(math.log(1 / 0.07))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep for the backward pass only what goes into each block, and compute the rest again."""
+        for module in self.modules():
+            if isinstance(module, Transformer | ModifiedResNet):
+                module.grad_checkpointing = enable
 
     def encode_image(self, images: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """images: float (n, 3, image_size, image_size), normalised pixels -> image_features (n, embed_dim).

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import ResNetConfig
 from tinyclip.masks import Masks
@@ -75,6 +76,7 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         first, second, third = config.stem
         self.conv1 = nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
@@ -116,7 +118,8 @@ class ModifiedResNet(nn.Module):
         x = F.avg_pool2d(x, 2)
         for stage in (1, 2, 3, 4):
             for i, block in enumerate(self.get_submodule(f"layer{stage}").children()):
-                x = block(x, _block_masks(masks, stage, i))
+                own = _block_masks(masks, stage, i)
+                x = checkpoint(block, x, own, use_reentrant=False) if self.grad_checkpointing else block(x, own)
         return self.attnpool(x, masks.get("visual.stage.4"), masks.get("visual.pool_heads"))
 
 

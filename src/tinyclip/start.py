@@ -6,19 +6,21 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
-from tinyclip.config import CLIPConfig, VisionConfig
+from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.data import all_captions, prepare
-from tinyclip.distributed import best_precision, resolve_device
+from tinyclip.distributed import best_precision, resolve_device, world_size
 from tinyclip.files import write_atomically
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pruning import TOWERS, budgets
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Run
+from tinyclip.student import check_compiler
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -55,13 +57,15 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
         text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
         config = recipe.model.model_copy(update={"text": text})
         preprocess = Preprocess(image_size=config.vision.image_size)
-    configs = plan(recipe, config)
+    if any(stage.compile for stage in recipe.stages):
+        check_compiler(device)
+    configs = plan(recipe, config, device)
     folder = Path(recipe.output)
     _open_folder(folder, recipe, overwrite, resume)
     return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision)
 
 
-def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
+def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPConfig]:
     """The config of every stage's student, checked against what it inherits from.
 
     Raises:
@@ -80,6 +84,8 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             _check_towers(stage, base, config, first)
             if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
                 raise ValueError("batch_norm: a ViT has none; leave the key out")
+            if isinstance(config.vision, ResNetConfig) and not stage.freezes_batch_norm:
+                _check_batch_norm(stage, device)
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
@@ -105,6 +111,15 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
         check_targets(hard, budgets(auto, stage.towers) or {})
     if stage.calibrated is not None:
         Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
+
+
+def _check_batch_norm(stage: Stage, device: torch.device) -> None:
+    """Early errors for batch norm that is to learn from what it does not see."""
+    for key in ("micro_batch", "grad_checkpointing"):
+        if getattr(stage, key):
+            raise ValueError(f"{key}: this stage trains batch norm, which must see the whole batch once; leave it out")
+    if world_size() > 1 and device.type != "cuda":
+        raise ValueError("batch_norm: processes without GPUs cannot share batch statistics; train in one process")
 
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:

@@ -22,9 +22,10 @@ class Teacher:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def features(self, images: Tensor, tokens: Tensor, end_id: int) -> tuple[Tensor, Tensor]:
-        """Normalised image_features and text_features, (n, embed_dim) in float32.
+        """Normalised image_features and text_features, (n, embed_dim) in float32 (float64 of such a model). They are
+        inference tensors: clone what a backward pass is to keep.
 
         Args:
             images: uint8 (n, 3, s, s).
@@ -32,9 +33,10 @@ class Teacher:
         """
         device = self.model.logit_scale.device
         tokens = shorten(tokens, end_id, self.model.config.text.context_length).to(device)
-        image_features = self.model.encode_image(image_input(images, self.preprocess), normalize=True)
-        text_features = self.model.encode_text(tokens, normalize=True)
-        return image_features.float(), text_features.float()
+        pixels = image_input(images, self.preprocess).to(self.model.logit_scale.dtype)
+        features = self.model.encode_image(pixels, normalize=True), self.model.encode_text(tokens, normalize=True)
+        image_features, text_features = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in features)
+        return image_features, text_features
 
     @property
     def scale(self) -> Tensor:
