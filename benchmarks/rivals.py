@@ -152,7 +152,7 @@ def import_open_clip() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import torchvision  # type: ignore[import-untyped]  # noqa: F401
+            import torchvision  # noqa: F401
         except RuntimeError:
             for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
                 del sys.modules[name]
