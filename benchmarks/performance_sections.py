@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 import rivals
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from rivals import Way
 from side_by_side import Timing, peak_flops, ratio, side_by_side, table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tinyclip.checkpoint import load_checkpoint
 from tinyclip.config import CLIPConfig
+from tinyclip.data import Batch
 from tinyclip.foreign import Stated, config_from
 from tinyclip.measurement import macs
+from tinyclip.recipe import Stage
+from tinyclip.run import attention
+from tinyclip.step import Trainee
+from tinyclip.teacher import Teacher, image_input
 from tinyclip.tokenizer import clip_tokenizer
+from tinyclip.transforms import Preprocess
 
 MODELS = {
     "ViT-B/32": "ViT-B-32",
@@ -196,7 +204,86 @@ def cut(setting: Setting, batch: int = 32) -> None:
 
 
 def training(setting: Setting, batch: int = 32) -> None:
-    raise NotImplementedError
+    """A step of ViT-40M/32 under a live ViT-B/32: affinity mimicking, AdamW, captions of about ten words."""
+    student, teacher = (
+        rivals.prepare(CLIPConfig.named(MODELS[name]), setting.folder / f"step-{MODELS[name]}")
+        for name in ("ViT-40M/32", "ViT-B/32")
+    )
+    pixels = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
+    tokens = torch.from_numpy(clip_tokenizer()(rivals.captions(batch), 77))
+    fast = rivals.name_of(setting.dtype)
+    calls: dict[str, Callable[[], object]] = {}
+    for text, precision, keys in (
+        (f"tinyclip {fast}, teacher from a cache", fast, {"cached": True}),
+        (f"tinyclip {fast}", fast, {}),
+        ("tinyclip float32", "float32", {}),
+        (f"tinyclip {fast}, micro_batch {batch // 4}", fast, {"micro_batch": batch // 4}),
+        (f"tinyclip {fast}, grad_checkpointing", fast, {"grad_checkpointing": True}),
+    ):
+        calls[text] = our_step(student, teacher, pixels, tokens, precision, setting.device, **keys)
+    for library, make in (("OpenCLIP", rivals.open_clip_trainable), ("transformers", rivals.hugging_face_trainable)):
+        for dtype in dict.fromkeys((setting.dtype, torch.float32)):
+            models = make(student, setting.device), make(teacher, setting.device)
+            calls[f"{library} {rivals.name_of(dtype)}"] = their_step(*models, pixels, tokens, dtype, setting.device)
+    timings = side_by_side(calls, setting.rounds, seconds=0)
+    first = timings[f"tinyclip {fast}"]
+    rows = [[name, f"{batch / t.median:,.1f}", ratio(first, t)] for name, t in timings.items()]
+    print(table(["way", "pairs/s", f"tinyclip {fast} is faster by"], rows))
+
+
+def our_step(
+    student: Path,
+    teacher: Path,
+    pixels: Tensor,
+    tokens: Tensor,
+    precision: str,
+    device: str,
+    cached: bool = False,
+    **keys: Any,
+) -> Callable[[], object]:
+    """A step as `tinyclip distill` makes it."""
+    stage = Stage(name="step", steps=1000, batch_size=len(pixels), **keys)
+    model, tokenizer, looks = load_checkpoint(student / "tinyclip")
+    live = Teacher(load_checkpoint(teacher / "tinyclip")[0].to(device), looks)
+    trainee = Trainee(model.to(device), stage, live, tokenizer, looks, precision)
+    trainee.train()
+    names = [str(i) for i in range(len(pixels))]
+    batch = Batch(pixels, tokens, torch.arange(len(pixels)), names)
+
+    def step() -> float:
+        with attention(torch.device(device)):
+            return trainee.step(batch, 0)["loss"].item()
+
+    return step
+
+
+def their_step(
+    student: rivals.Trainable,
+    teacher: rivals.Trainable,
+    pixels: Tensor,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: str,
+) -> Callable[[], object]:
+    """The same step by hand, as a user of the library writes it: texts padded to the context, whole matrices."""
+    optimizer = torch.optim.AdamW(student.parameters, lr=1e-4)
+    looks = Preprocess(image_size=pixels.shape[-1])
+
+    def step() -> float:
+        images, texts = image_input(pixels.to(device), looks), tokens.to(device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                image, text = teacher.features(images, texts)
+                targets = 50 * image @ text.T
+            image, text = student.features(images, texts)
+            logits = 50 * image @ text.T
+            loss = F.cross_entropy(logits, targets.softmax(1)) + F.cross_entropy(logits.T, targets.T.softmax(1))
+        optimizer.zero_grad()
+        (loss / 2).backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
 
 
 SECTIONS: dict[str, Callable[[Setting], None]] = {

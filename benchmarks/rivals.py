@@ -108,6 +108,37 @@ def hugging_face(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Way:
     return Way(f"transformers {name_of(dtype)}", encode_image, encode_text)
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """A library's model to be trained; `features` takes pixels and tokens and keeps the graph."""
+
+    parameters: list[torch.nn.Parameter]
+    features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def open_clip_trainable(folder: Path, device: str = "cpu") -> Trainable:
+    model = import_open_clip().create_model(f"local-dir:{folder / 'open_clip'}", device=device).train()
+
+    def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+
+    return Trainable(list(model.parameters()), features)
+
+
+def hugging_face_trainable(folder: Path, device: str = "cpu") -> Trainable:
+    import_open_clip()
+    from transformers import CLIPModel
+
+    model: Any = CLIPModel.from_pretrained(folder / "hf").to(device).train()  # type: ignore[arg-type]
+
+    def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = model.get_image_features(pixel_values=images), model.get_text_features(input_ids=tokens)
+        image, text = (x if isinstance(x, Tensor) else x.pooler_output for x in outputs)
+        return torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(text, dim=-1)
+
+    return Trainable(list(model.parameters()), features)
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -121,7 +152,7 @@ def import_open_clip() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import torchvision  # type: ignore[import-untyped]  # noqa: F401
+            import torchvision  # noqa: F401
         except RuntimeError:
             for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
                 del sys.modules[name]
