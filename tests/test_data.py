@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from tinyclip.augment import Augment, jitter, on_colour
-from tinyclip.data import captions_of, close_loader, find_shards, prepare, read_shards, training_loader
+from tinyclip.data import close_loader, training_loader
+from tinyclip.index import prepare
+from tinyclip.shards import captions_of, find_shards, read_shards
 from tinyclip.tokenizer import clip_tokenizer
 
 WORDS = [f"{a}{b}" for a in "abcdef" for b in "aeiou"]
@@ -160,8 +162,8 @@ def test_captions_of_the_usual_forms() -> None:
 def test_prepare_follows_the_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [good(i) for i in range(3)])
     assert prepare(tmp_path) == 3
-    index = (tmp_path / ".nv-meta" / "index.uuid").read_text()
-    assert prepare(tmp_path) == 3 and (tmp_path / ".nv-meta" / "index.uuid").read_text() == index
+    written = (tmp_path / ".nv-meta" / "ready").stat().st_mtime_ns
+    assert prepare(tmp_path) == 3 and (tmp_path / ".nv-meta" / "ready").stat().st_mtime_ns == written
     write_shard(tmp_path / "1.tar", [good(i) for i in range(3, 5)])
     assert prepare(tmp_path) == 5
 
@@ -207,8 +209,8 @@ def test_folders_that_are_no_data(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [])
     with pytest.raises(ValueError, match=r"0\.tar: an empty shard"):
         prepare(tmp_path)
-    write_shard(tmp_path / "0.tar", [good(1), good(2), good(1)])
-    with pytest.raises(ValueError, match="'00001' occurs twice"):
+    write_shard(tmp_path / "0.tar", [good(1), good(1), good(1)])
+    with pytest.raises(ValueError, match=r"2 of its 3 samples cannot be used; [^ ]*0\.tar: the key occurs before"):
         prepare(tmp_path)
 
 

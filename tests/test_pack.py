@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from test_data import loader
-from tinyclip.data import captions_of, image_of, info_of, read_shards
 from tinyclip.pack import find_items, pack
+from tinyclip.shards import captions_of, image_of, info_of, read_shards
 
 
 def picture(path: Path, size: tuple[int, int] = (30, 20), mode: str = "RGB") -> Path:

@@ -11,6 +11,7 @@ from tinyclip.terminal import (
     Overwrite,
     check_free,
     errors,
+    print_table,
     read_lines,
     say,
 )
@@ -54,9 +55,13 @@ def pack(
 
 def prepare(folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")]) -> None:
     """Index existing shards (of img2dataset, say); training does it by itself when it was not done."""
-    from tinyclip.data import prepare
+    from tinyclip.faults import COLUMNS, rows
+    from tinyclip.index import known_faults, prepare
 
-    say(f"{prepare(folder)} samples in {folder}, ready to train on")
+    found = prepare(folder)
+    if faults := known_faults(folder):
+        print_table(COLUMNS, rows(faults))
+    say(f"{found} samples in {folder}, ready to train on")
 
 
 def prune(
@@ -66,9 +71,9 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
-    from tinyclip.data import all_captions
     from tinyclip.inheritance import prune_vocabulary
     from tinyclip.pipeline import Pipeline, load
+    from tinyclip.shards import all_captions
 
     check_free(output, overwrite)
     clip = load(model)

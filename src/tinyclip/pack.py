@@ -110,7 +110,7 @@ def pack(
     Raises:
         ValueError: when the folder exists or cannot be written, or nothing is left to pack.
     """
-    from tinyclip.data import prepare
+    from tinyclip.index import prepare
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
@@ -183,7 +183,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def _with_sidecar(path: Path) -> Item:
-    from tinyclip.data import captions_of
+    from tinyclip.shards import captions_of
 
     files = {ending: path.with_suffix(f".{ending}") for ending in ("txt", "json")}
     try:

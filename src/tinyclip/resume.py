@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from megatron.energon.state import FlexState
 
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.data import Skipped
+from tinyclip.faults import Skipped, append
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.step import Trainee
 
@@ -58,7 +58,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
     seconds: float = 0.0
     evaluated_step: int = 0
     best_step: int | None = None
@@ -69,7 +69,7 @@ class Progress:
         self._since = time.perf_counter()
         self._recent: list[tuple[float, int]] = []
 
-    def advance(self, count: int, skipped: list[Skipped], log: Path) -> None:
+    def advance(self, count: int, skipped: list[Skipped], log: Path, stage: str) -> None:
         """After a step on `count` samples; what was left out goes to the log."""
         now = time.perf_counter()
         self._recent = [*self._recent[-49:], (now - self._since, count)]
@@ -77,18 +77,21 @@ class Progress:
         self._since = now
         self.step += 1
         self.samples += count
-        self.skipped += len(skipped)
-        if skipped:
-            with log.open("a") as file:
-                file.writelines(json.dumps(asdict(s)) + "\n" for s in skipped)
+        for s in skipped:
+            self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
+        append(log, skipped, stage=stage, step=self.step)
 
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""
         self._since = time.perf_counter()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         seconds = sum(s for s, _ in self._recent)
-        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9), "skipped": self.skipped}
+        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9)} | self.left_out()
+
+    def left_out(self) -> dict[str, Any]:
+        """Samples that were skipped, in all and by cause."""
+        return {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
 
 
 def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress | None = None) -> None:

@@ -11,14 +11,16 @@ import yaml
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import CLIPConfig, VisionConfig
-from tinyclip.data import all_captions, prepare
 from tinyclip.distributed import best_precision, resolve_device
+from tinyclip.faults import append
 from tinyclip.files import write_atomically
+from tinyclip.index import known_faults, prepare
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pruning import TOWERS, budgets
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Run
+from tinyclip.shards import all_captions
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -36,7 +38,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun says how many processes there are
         raise ValueError("this version trains in one process; start it without torchrun")
-    samples = prepare(recipe.data)
+    samples = prepare(recipe.data, keep=resume)
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:
             raise ValueError(
@@ -58,6 +60,10 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     configs = plan(recipe, config)
     folder = Path(recipe.output)
     _open_folder(folder, recipe, overwrite, resume)
+    if not resume:
+        append(
+            folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key)
+        )  # others when they come up
     return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision)
 
 

@@ -4,7 +4,7 @@ A run's folder:
 
     recipe.yaml                 what is run
     metrics.jsonl               one line a log or evaluation
-    skipped.jsonl               samples that were left out: shard, key, reason
+    skipped.jsonl               what was left out: shard, key, cause, reason
     stages/NAME/last, best      checkpoints (`last` carries state.pt to resume from until the stage is done)
     stages/NAME/result.json     written when the stage is done
     student                     the last stage's result
@@ -45,7 +45,7 @@ def run(run: Run) -> list[dict[str, Any]]:
     try:
         return _run_stages(run)
     except ValueError:
-        if {entry.name for entry in run.folder.iterdir()} <= {"recipe.yaml", "metrics.jsonl"}:
+        if {entry.name for entry in run.folder.iterdir()} <= {"recipe.yaml", "metrics.jsonl", "skipped.jsonl"}:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
 
@@ -74,7 +74,8 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
 def _announce(run: Run, i: int, step: int) -> None:
     """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
     stage = run.recipe.stages[i]
-    forget_metrics(run.folder / "metrics.jsonl", stage.name, step)
+    for log in ("metrics.jsonl", "skipped.jsonl"):
+        forget_metrics(run.folder / log, stage.name, step)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
     if step:
@@ -97,7 +98,7 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
         _reestimate(run, i, trainee)
     progress = _loop(run, i, trainee, folder, stage.steps)
     _evaluate(run, trainee, progress, folder)
-    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
     write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     (last / STATE).unlink()  # only now is it of no use
@@ -156,7 +157,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
         while progress.step < until:
             batch = next_batch(batches, run.recipe.data)
             metrics = trainee.step(batch, progress.step)
-            progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl")
+            progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl", stage.name)
             done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
                 figures = {name: value.item() for name, value in metrics.items()} | progress.figures()

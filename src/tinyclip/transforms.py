@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,8 @@ from typing import Annotated
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from tinyclip.faults import Fault
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -51,11 +52,13 @@ def open_image(source: str | Path | object) -> Image.Image:
     """Open a file (path or binary file object), decode it whole and apply its EXIF orientation.
 
     Raises:
-        ValueError: when it is missing, no picture, damaged, or too large (Pillow's decompression-bomb limit).
+        ValueError: when it is missing; as `Fault` when it is no picture, damaged, or too large (Pillow's
+            decompression-bomb limit).
     """
     name = f"{source}: " if isinstance(source, (str, Path)) else ""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as image:  # type: ignore[arg-type]
                 image.load()
@@ -65,11 +68,11 @@ def open_image(source: str | Path | object) -> Image.Image:
     except IsADirectoryError:
         raise ValueError(f"{name}a folder, not a picture") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}not a picture that Pillow can read") from None
+        raise Fault("corrupt_image", f"{name}not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # the last of broken EXIF
-        raise ValueError(f"{name}damaged picture ({error})") from None
+        raise Fault("huge_image", f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise Fault("corrupt_image", f"{name}damaged picture ({error or type(error).__name__})") from None
 
 
 def plain_mode(image: Image.Image) -> Image.Image:
