@@ -33,6 +33,7 @@ def pack(
     """Make training shards from your own pictures and captions."""
     from rich.progress import track
 
+    from tinyclip.faults import COLUMNS, rows
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
@@ -48,8 +49,7 @@ def pack(
     say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
-        for reason, count in report.reasons.most_common(5):
-            say(f"  {count} x {reason}")
+        print_table(COLUMNS, rows(report.skipped))
     say(f"ready to train on: set `data: {output}` in a recipe")
 
 

@@ -36,9 +36,8 @@ from tinyclip.shards import find_shards as find_shards
 from tinyclip.shards import read_shards as read_shards
 from tinyclip.tokenizer import CLIPTokenizer
 
-CHECKED = 1000  # of this many first samples at most half may be bad
-TOO_MANY_BAD = "more than half of the first"
-ALL_BAD = "no sample can be read any more"
+TOO_MANY = 1000  # bad samples in a row
+ALL_BAD = f"{TOO_MANY:,} samples in a row are bad"
 
 
 # --- batches for training ---------------------------------------------------------------------------------------
@@ -84,18 +83,17 @@ class Encoder(TaskEncoder):
 
     decoder = None
 
-    def __init__(self, tokenizer: CLIPTokenizer, context_length: int, image_size: int, augment: Augment, checked: int):
+    def __init__(self, tokenizer: CLIPTokenizer, context_length: int, image_size: int, augment: Augment):
         super().__init__()
         self.cookers = [Cooker(_raw)]
         self.tokenizer, self.context_length = tokenizer, context_length
         self.image_size, self.augment = image_size, augment
-        self.checked, self.seen, self.bad, self.bad_in_a_row = checked, 0, 0, 0
+        self.bad_in_a_row = 0
         self.skipped: list[Skipped] = []
 
     @stateless
     def encode_sample(self, raw: Raw) -> Pair:
-        """Raises `SkipSample` for a bad sample, `FatalSampleError` when over half of the first ones are bad."""
-        self.seen += 1
+        """Raises `SkipSample` for a bad sample, `FatalSampleError` after too many of them."""
         sample = raw.files
         # Energon's own `restore_seeds` seeds torch for every sample, which costs more than decoding does.
         rng = Random(f"{self.worker_seed()}:{self.current_sample_index}:{sample['__key__']}")
@@ -106,7 +104,7 @@ class Encoder(TaskEncoder):
             if not captions:
                 raise Fault("no_caption", "no caption")
             pixels = self.augment.view(image_of(sample), self.image_size, rng)
-            group = str(info_of(sample).get("class") or sample["__key__"])
+            group = str(info_of(sample).get("class") or f"{sample['__shard__']}/{sample['__key__']}")
         except ValueError as error:
             self._skip(sample, getattr(error, "cause", "corrupt_image"), str(error))
             raise SkipSample from None
@@ -126,10 +124,7 @@ class Encoder(TaskEncoder):
         last = Skipped(shard, str(sample["__key__"]).rpartition("/")[2], cause, reason)
         self.skipped.append(last)
         self.bad_in_a_row += 1
-        self.bad += cause != "vanished_shard"  # says nothing of the data as it was given
-        if self.bad * 2 > self.checked and self.seen <= self.checked:
-            raise FatalSampleError(f"{TOO_MANY_BAD} {self.checked} samples are bad; the last: {last}")
-        if self.bad_in_a_row >= CHECKED:
+        if self.bad_in_a_row >= TOO_MANY:
             raise FatalSampleError(f"{ALL_BAD}; the last: {last}")
 
     def batch(self, samples: list[Pair]) -> Batch:
@@ -172,14 +167,13 @@ def training_loader(
     """
     samples = prepare(folder, keep=True)
     config = WorkerConfig(rank=0, world_size=1, num_workers=workers, seed_offset=seed)
-    checked = max(1, CHECKED // max(1, workers))
     dataset = get_train_dataset(
         Path(folder).resolve(),
         worker_config=config,
         batch_size=batch_size,
         shuffle_buffer_size=min(samples, 4096),
         max_samples_per_sequence=100,
-        task_encoder=Encoder(tokenizer, context_length, image_size, augment, checked),
+        task_encoder=Encoder(tokenizer, context_length, image_size, augment),
     )
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
     loader.pin_memory = torch.cuda.is_available()  # Energon asks for it always, and torch warns without a GPU
@@ -187,12 +181,12 @@ def training_loader(
 
 
 def next_batch(batches: Iterator[Batch], folder: str | Path) -> Batch:
-    """The next batch of a loader over this folder; `ValueError` when too many of its samples are bad."""
+    """The next batch of a loader over this folder; `ValueError` when a worker finds no good sample any more."""
     try:
         return next(batches)
     except FatalSampleError as error:
         # Energon wraps the message of our Encoder in the sample's description.
-        found = re.search(f"({TOO_MANY_BAD}|{ALL_BAD}).*", str(error))
+        found = re.search(f"{ALL_BAD}.*", str(error))
         raise ValueError(f"{folder}: {found.group().rstrip('.') if found else error}") from None
 
 

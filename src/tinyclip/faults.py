@@ -68,7 +68,7 @@ COLUMNS = ("cause", "left out", "examples")
 
 def rows(skipped: Sequence[Skipped]) -> list[list[str]]:
     """A row of `COLUMNS` for each cause. What was met several times, epoch after epoch, counts once."""
-    distinct = list({(s.shard, s.key, s.cause): s for s in skipped}.values())
+    distinct = list(dict.fromkeys(skipped))
     result = []
     for cause, n in counts(distinct).items():
         examples = [str(s) for s in distinct if s.cause == cause]

@@ -32,7 +32,9 @@ from tinyclip.files import atomic_directory
 from tinyclip.shards import entries, find_shards, open_shard, unpacked, words
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries of a shard that cannot be opened
+LENT_AFTER = 100  # samples in a row that a worker could not read
 FORMAT = 2  # of our files in .nv-meta
+READ_ERRORS = (OSError, tarfile.TarError, ValueError, EOFError, IndexError, struct.error)
 
 
 def prepare(folder: str | Path, keep: bool = False) -> int:
@@ -205,12 +207,13 @@ class Patient:
     """A reader of samples that tries again, with growing pauses, when a shard cannot be opened.
 
     A shard that stays away costs its pauses once; later samples of it are tried once each, so that it counts again
-    when it comes back.
+    when it comes back. A worker that has no other shard is lent samples of those that others read.
     """
 
     def __init__(self, reader: Any, known: dict[int, dict[str, Any]]) -> None:
         self.reader, self.known = reader, known
         self.gone: set[str] = set()
+        self.missed = 0  # samples in a row
 
     def __getitem__(self, index: int) -> Any:
         if index in self.known:
@@ -221,6 +224,7 @@ class Patient:
             try:
                 sample = self.reader[index]
                 self.gone.discard(shard)
+                self.missed = 0
                 return sample
             except OSError as error:
                 gone = Fault("vanished_shard", f"cannot be read ({words(error)})")
@@ -228,11 +232,24 @@ class Patient:
                 if shard in self.gone:
                     break
                 time.sleep(pause)
-            except (tarfile.TarError, ValueError, EOFError, IndexError, struct.error) as error:
+            except READ_ERRORS as error:
                 reason = f"is not as it was when it was indexed ({words(error)})"
                 return self._instead(index, shard, f"sample {index}", Fault("damaged_shard", reason))
         self.gone.add(shard)
-        return self._instead(index, shard, f"sample {index}", gone)
+        self.missed += 1
+        lent = self._lent(index) if self.missed > LENT_AFTER else None
+        return lent or self._instead(index, shard, f"sample {index}", gone)
+
+    def _lent(self, index: int) -> Any:
+        """A sample of the next shard that is there, or None."""
+        counts = self.reader.shard_count_cumsum
+        for step in range(len(counts) - 1):
+            number = (index + step) % (len(counts) - 1)
+            other = counts[number] + index % (counts[number + 1] - counts[number])
+            if other not in self.known and self._shard_of(other) not in self.gone:
+                with contextlib.suppress(*READ_ERRORS):
+                    return self.reader[other]
+        return None
 
     def _shard_of(self, index: int) -> str:
         number = bisect_right(self.reader.shard_count_cumsum, index) - 1

@@ -24,11 +24,12 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from megatron.energon.state import FlexState
 
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.faults import Skipped, append
+from tinyclip.faults import Skipped, append, summary
 from tinyclip.files import atomic_directory, write_atomically
 from tinyclip.step import Trainee
 
 STATE = "state.pt"
+ENOUGH = 500  # bad samples, before they are judged
 PARTS = {"optimizer", "scaler", "loader", "progress", "random", "projections", "masks"}  # of it
 # What Energon's part of it is made of; nothing else is unpickled.
 LOADER_PARTS: tuple[Any, ...] = (
@@ -68,9 +69,15 @@ class Progress:
     def __post_init__(self) -> None:
         self._since = time.perf_counter()
         self._recent: list[tuple[float, int]] = []
+        self._vanished: set[str] = set()
 
-    def advance(self, count: int, skipped: list[Skipped], log: Path, stage: str) -> None:
-        """After a step on `count` samples; what was left out goes to the log."""
+    def advance(self, count: int, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
+        """After a step on `count` samples; what was left out goes to the log. Returns the first sample of each shard
+        that has just vanished.
+
+        Raises:
+            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
+        """
         now = time.perf_counter()
         self._recent = [*self._recent[-49:], (now - self._since, count)]
         self.seconds += now - self._since
@@ -80,6 +87,12 @@ class Progress:
         for s in skipped:
             self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
         append(log, skipped, stage=stage, step=self.step)
+        vanished = {s.shard: s for s in skipped if s.cause == "vanished_shard" and s.shard not in self._vanished}
+        self._vanished |= vanished.keys()
+        bad = {cause: n for cause, n in self.skipped.items() if cause != "vanished_shard"}
+        if sum(bad.values()) > max(self.samples, ENOUGH):
+            raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
+        return list(vanished.values())
 
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""

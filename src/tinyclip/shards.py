@@ -75,7 +75,7 @@ def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
     Raises:
         Fault: after the last whole one, when the tar does not end as it should.
     """
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     entry: Entry | None = None
     problem: str | None = None
     number = 0
@@ -92,9 +92,9 @@ def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
         if entry and (member is None or (name and (name.group(1) != entry.key or part in entry.parts))):
             # The last sample before a damage counts when all of its bytes are there.
             if member is not None or _has(tar, entry):
-                entry.fault = _fault(entry, seen)
-                seen.add(entry.key)
+                entry.fault = _fault(entry, number + 1, seen)
                 number += 1
+                seen.setdefault(entry.key, number)
                 yield entry
             else:
                 problem = problem or "unexpected end of data"
@@ -109,9 +109,9 @@ def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
         raise Fault("truncated_shard" if number else "damaged_shard", f"ends after {number:,} samples ({problem})")
 
 
-def _fault(entry: Entry, seen: set[str]) -> Fault | None:
+def _fault(entry: Entry, number: int, seen: dict[str, int]) -> Fault | None:
     if entry.key in seen:
-        return Fault("duplicate_key", "the key occurs before; the first sample counts")
+        return Fault("duplicate_key", f"sample {number} has the key of sample {seen[entry.key]}")
     if entry.size > LARGEST_SAMPLE:
         return Fault("huge_image", f"{entry.size:,} bytes ({LARGEST_SAMPLE:,} at most)")
     return None

@@ -21,10 +21,11 @@ import torch
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.data import close_loader, next_batch
+from tinyclip.data import Batch, close_loader, next_batch
 from tinyclip.files import atomic_directory, recover, write_atomically
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
+from tinyclip.recipe import Stage
 from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.start import start as start
@@ -157,7 +158,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
         while progress.step < until:
             batch = next_batch(batches, run.recipe.data)
             metrics = trainee.step(batch, progress.step)
-            progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl", stage.name)
+            _left_out(run, stage, progress, batch)
             done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
                 figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
@@ -173,6 +174,16 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
             if evaluate:
                 judge()
     return progress
+
+
+def _left_out(run: Run, stage: Stage, progress: Progress, batch: Batch) -> None:
+    """Count a step with what its data lacked."""
+    try:
+        vanished = progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl", stage.name)
+    except ValueError as error:
+        raise ValueError(f"{run.recipe.data}: {error}") from None
+    for first in vanished:
+        run.warn(stage, f"{first.shard} {first.reason}; going on without it until it is back")
 
 
 def _reestimate(run: Run, i: int, trainee: Trainee) -> None:

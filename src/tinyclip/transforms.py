@@ -17,6 +17,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
 RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 
+LONGEST = 100  # times the shorter side
 
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -35,7 +36,7 @@ class Preprocess(BaseModel):
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 (3, image_size, image_size), not yet normalised."""
-        image = centre_crop(resize_shorter(plain_mode(image), self.image_size), self.image_size)
+        image = centre_crop(resize_shorter(_middle(plain_mode(image)), self.image_size), self.image_size)
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
@@ -91,6 +92,16 @@ def plain_mode(image: Image.Image) -> Image.Image:
         return image.convert(image.mode.upper())
     # By way of RGBA, since Pillow warns of a palette with transparency that becomes RGB.
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Of a picture longer than `LONGEST` to 1 the middle, as the whole of a thin one would fill the memory."""
+    short, long = sorted(image.size)
+    if long <= LONGEST * short:
+        return image
+    kept = LONGEST * short + (long - LONGEST * short) % 2  # so that the middle stays where it is
+    left, top = ((side - min(side, kept)) // 2 for side in image.size)
+    return image.crop((left, top, left + min(image.width, kept), top + min(image.height, kept)))
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
