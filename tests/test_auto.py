@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import test_train
-from test_train import recipe, run, stage, weights
+from test_train import recipe, run, stage, vouch, weights
 from tinyclip import students, train
 from tinyclip.checkpoint import load_checkpoint
 from tinyclip.masks import sparsity
@@ -248,8 +248,10 @@ def test_masks_of_another_model_are_refused(place: Path, tmp_path: Path) -> None
     from safetensors.torch import save_file
 
     save_file({"visual.hidden": torch.zeros(3)}, file, metadata={"targets": '{"both": 0.5}'})
+    vouch(file.parent)
     with pytest.raises(ValueError, match="masks of another model"):
         run(chosen, resume=True)
     file.write_bytes(b"torn")
+    vouch(file.parent)
     with pytest.raises(ValueError, match=MASKS):
         run(chosen, resume=True)

@@ -7,6 +7,7 @@ A shard is a `.tar` of samples `KEY.jpg|jpeg|png|webp` + `KEY.txt|json`, as img2
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import io
@@ -15,10 +16,13 @@ import logging
 import os
 import re
 import shutil
+import signal
+import sys
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -356,14 +360,19 @@ def training_loader(
     batch_size: int,
     workers: int,
     seed: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Any:
     """An endless, shuffled Energon loader of `Batch`es whose `save_state_rank()` resumes it.
+
+    Args:
+        rank, world_size: this process, and among how many the data is divided; each gets `batch_size` pairs.
 
     Raises:
         ValueError: when the folder holds no usable shards.
     """
     samples = prepare(folder)
-    config = WorkerConfig(rank=0, world_size=1, num_workers=workers, seed_offset=seed)
+    config = WorkerConfig(rank=rank, world_size=world_size, num_workers=workers, seed_offset=seed)
     checked = max(1, CHECKED // max(1, workers))
     dataset = get_train_dataset(
         Path(folder).resolve(),
@@ -374,8 +383,20 @@ def training_loader(
         task_encoder=Encoder(tokenizer, context_length, image_size, augment, checked),
     )
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
+    loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
     loader.pin_memory = torch.cuda.is_available()  # Energon asks for it always, and torch warns without a GPU
     return loader
+
+
+def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
+    """A signal for the whole process group (a Ctrl-C, torchrun's SIGTERM) reaches the workers too. They stay until
+    the training process has saved their position and ends them. When it dies they go with it at once (elsewhere than on
+    Linux within seconds, by torch's own watch), so that they hold nothing that the resumed run asks for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    init(worker_id)
 
 
 def next_batch(batches: Iterator[Batch], folder: str | Path) -> Batch:
@@ -394,3 +415,5 @@ def close_loader(loader: Any) -> None:
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()  # one that is still busy; it does not listen to SIGTERM

@@ -260,6 +260,10 @@ class Recipe(Strict):
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
+    save_minutes: float | None = Field(
+        None, gt=0, description="minutes between checkpoints in a stage, where these come first"
+    )
+    keep: Positive = Field(2, description="checkpoints of a stage in progress that are kept, the newest included")
     save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.data import all_captions, prepare
-from tinyclip.distributed import best_precision, resolve_device, world_size
+from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
 from tinyclip.files import write_atomically
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
@@ -27,18 +26,24 @@ from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
-FREE_TO_CHANGE = ("description", "device", "log_every", "save_every")
+FREE_TO_CHANGE = ("description", "device", "keep", "log_every", "save_every", "save_minutes", "workers")
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
     """Check everything that can be checked before the first step, and make the run's folder.
 
+    Under torchrun all processes call it.
+
     Raises:
-        ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
+        ValueError: for a folder that exists, data that is missing, a student that does not fit its start, or a batch
+            that cannot be divided among the processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun says how many processes there are
-        raise ValueError("this version trains in one process; start it without torchrun")
-    samples = prepare(recipe.data)
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size % world_size():
+            raise ValueError(
+                f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
+            )
+    samples = from_main(lambda: prepare(recipe.data))
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:
             raise ValueError(
@@ -61,7 +66,9 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
         check_compiler(device)
     configs = plan(recipe, config, device)
     folder = Path(recipe.output)
-    _open_folder(folder, recipe, overwrite, resume)
+    from_main(lambda: _open_folder(folder, recipe, overwrite, resume))
+    if not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
     return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision)
 
 
@@ -124,9 +131,10 @@ def _check_batch_norm(stage: Stage, device: torch.device) -> None:
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
     tokenizer = clip_tokenizer()
+    merges = tokenizer.merges
     if recipe.vocabulary == "data":
-        tokenizer = tokenizer.pruned(tokenizer.kept_ids(all_captions(recipe.data)))
-    return CLIPTokenizer(tokenizer.merges, context_length)
+        merges = from_main(lambda: tokenizer.pruned(tokenizer.kept_ids(all_captions(recipe.data))).merges)
+    return CLIPTokenizer(merges, context_length)
 
 
 def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:

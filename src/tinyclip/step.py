@@ -57,8 +57,8 @@ class Trainee:
             self.model, self.projections, self.pruner, stage, self.preprocess, end_id, self.precision
         )
         self.parallel: DistributedDataParallel | None = None
-        if world_size() > 1:  # buffers are batch-norm statistics: frozen, or the same everywhere
-            self.parallel = DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if world_size() > 1:
+            self.parallel = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.trained, stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self._fix_logit_scale()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +36,14 @@ def say(text: str) -> None:
 
 
 def fail(text: str, code: int) -> None:
-    errors.print(f"tinyclip: {' '.join(text.split())}")
+    """End with a line on the standard error; of processes that torchrun started, the first with this text speaks."""
+    line = f"tinyclip: {' '.join(text.split())}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from tinyclip.distributed import claim
+
+        if not claim(line):
+            sys.exit(code)
+    errors.print(line)
     sys.exit(code)
 
 
