@@ -361,10 +361,18 @@ def test_misfits_are_found_before_anything_is_written(
 
 def test_mostly_bad_data_is_one_clear_error(place: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
-    write_shard(tmp_path / "bad" / "0.tar", [{"key": f"{i}", "jpg": b"junk", "txt": b"t"} for i in range(9)])
+    bad = [{"key": f"{i}", "jpg": b"junk", "txt": b"t"} for i in range(9)]
+    write_shard(tmp_path / "bad" / "0.tar", bad)
     chosen = recipe(place, tmp_path / "run", data=str(tmp_path / "bad"))
-    named = r"^[^\n]*bad: more than half of the first 1000 samples are bad; the last: 0\.tar, \d: not a picture[^\n]*$"
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*bad: 1,000 samples in a row are bad; the last: 0\.tar, \d: not a[^\n]*$"
+    ):
+        run(chosen)
+    write_shard(tmp_path / "bad" / "0.tar", [*bad, good(1)])
+    chosen = recipe(place, tmp_path / "run", data=str(tmp_path / "bad"), stages=[stage(steps=50)])
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*bad: more than half of the samples are bad \(5\d\d corrupt_image\);[^\n]*$"
+    ):
         run(chosen)
 
 

@@ -11,6 +11,7 @@ from tinyclip.terminal import (
     Overwrite,
     check_free,
     errors,
+    print_table,
     read_lines,
     say,
 )
@@ -32,6 +33,7 @@ def pack(
     """Make training shards from your own pictures and captions."""
     from rich.progress import track
 
+    from tinyclip.faults import COLUMNS, rows
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
@@ -47,16 +49,19 @@ def pack(
     say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
-        for reason, count in report.reasons.most_common(5):
-            say(f"  {count} x {reason}")
+        print_table(COLUMNS, rows(report.skipped))
     say(f"ready to train on: set `data: {output}` in a recipe")
 
 
 def prepare(folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")]) -> None:
     """Index existing shards (of img2dataset, say); training does it by itself when it was not done."""
-    from tinyclip.data import prepare
+    from tinyclip.faults import COLUMNS, rows
+    from tinyclip.index import known_faults, prepare
 
-    say(f"{prepare(folder)} samples in {folder}, ready to train on")
+    found = prepare(folder)
+    if faults := known_faults(folder):
+        print_table(COLUMNS, rows(faults))
+    say(f"{found} samples in {folder}, ready to train on")
 
 
 def prune(
@@ -66,9 +71,9 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
-    from tinyclip.data import all_captions
     from tinyclip.inheritance import prune_vocabulary
     from tinyclip.pipeline import Pipeline, load
+    from tinyclip.shards import all_captions
 
     check_free(output, overwrite)
     clip = load(model)

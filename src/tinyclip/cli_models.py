@@ -141,13 +141,16 @@ def evaluate(
 ) -> None:
     """Zero-shot accuracy and retrieval recall of MODEL on DATA (class folders or shards)."""
     from tinyclip import evaluate as evaluation
+    from tinyclip.faults import summary
     from tinyclip.files import write_atomically
     from tinyclip.pipeline import load
 
     dataset = evaluation.open_dataset(data, templates)
     result = {"model": str(model)} | evaluation.evaluate(load(model, device=device), dataset)
-    for reason in dataset.skipped[:10]:
-        errors.print(f"skipped {reason}")
+    if dataset.skipped:
+        errors.print(f"skipped {summary(result['skipped_by_cause'])}:")
+        for skipped in dataset.skipped[:10]:
+            errors.print(f"  {skipped.cause}: {skipped}")
     if output:
         write_atomically(output, json.dumps(result, indent=2) + "\n")
     if as_json:

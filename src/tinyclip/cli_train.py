@@ -152,10 +152,15 @@ def terminable() -> Iterator[None]:
 
 
 def write_run_report(runs: list[Path], path: Path, title: str) -> None:
+    from tinyclip import faults
     from tinyclip.report import COLUMNS, report, table
 
     entries = report(runs, path, title)
     print_table(COLUMNS, table(entries))
+    for run in runs:
+        if left_out := faults.read(run / "skipped.jsonl"):
+            say(f"left out of the training data ({run / 'skipped.jsonl'}):")
+            print_table(faults.COLUMNS, faults.rows(left_out))
     say(f"report: {path}")
 
 

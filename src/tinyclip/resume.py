@@ -25,12 +25,13 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from megatron.energon.state import FlexState
 
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.data import Skipped
 from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
+from tinyclip.faults import Skipped, append, summary
 from tinyclip.files import atomic_directory, checksum, read_json_object, write_atomically
 from tinyclip.step import Trainee
 
 STATE = "state.pt"
+ENOUGH = 500  # bad samples, before they are judged
 PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
 MANIFEST = "checksums.json"  # of the files beside it; written last, so that a whole checkpoint has it
 # What reading a torn or hostile state raises.
@@ -65,7 +66,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
     seconds: float = 0.0
     order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
     evaluated_step: int = 0
@@ -76,6 +77,7 @@ class Progress:
     def __post_init__(self) -> None:
         self._since = time.perf_counter()
         self._recent: list[tuple[float, int]] = []
+        self._vanished: set[str] = set()
 
     def advance(self, count: int) -> None:
         """After a step on `count` samples of all processes."""
@@ -86,20 +88,35 @@ class Progress:
         self.step += 1
         self.samples += count
 
-    def skip(self, skipped: list[Skipped], log: Path) -> None:
-        """What all processes left out; the first one writes it to the log."""
-        self.skipped += len(skipped)
+    def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
+        """What all processes left out at this step; the first one writes it to the log. Returns the first sample of
+        each shard that has just vanished.
+
+        Raises:
+            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
+        """
+        for s in skipped:
+            self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
         if is_main():
-            with log.open("a") as file:
-                file.writelines(json.dumps(asdict(s)) + "\n" for s in skipped)
+            append(log, skipped, stage=stage, step=self.step)
+        vanished = {s.shard: s for s in skipped if s.cause == "vanished_shard" and s.shard not in self._vanished}
+        self._vanished |= vanished.keys()
+        bad = {cause: n for cause, n in self.skipped.items() if cause != "vanished_shard"}
+        if sum(bad.values()) > max(self.samples, ENOUGH):
+            raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
+        return list(vanished.values())
 
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""
         self._since = time.perf_counter()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         seconds = sum(s for s, _ in self._recent)
-        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9), "skipped": self.skipped}
+        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9)} | self.left_out()
+
+    def left_out(self) -> dict[str, Any]:
+        """Samples that were skipped, in all and by cause."""
+        return {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
 
 
 def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: int) -> None:
@@ -295,6 +312,10 @@ class Stops:
 
     received: list[int] = field(default_factory=list)
     parent: int = field(default_factory=os.getppid)
+
+    def alone(self) -> int:
+        """The signal that a run of one process has received, or 0; several agree once a step."""
+        return self.received[0] if self.received and world_size() == 1 else 0
 
     def agreed(self, *flags: bool, device: torch.device) -> tuple[int, ...]:
         """The signal that any process has received, or 0, and each flag that any process raised; one small exchange a

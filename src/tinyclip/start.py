@@ -11,14 +11,16 @@ import yaml
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
-from tinyclip.data import all_captions, prepare
 from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
+from tinyclip.faults import append
 from tinyclip.files import write_atomically
+from tinyclip.index import known_faults, prepare
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pruning import TOWERS, budgets
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Run
+from tinyclip.shards import all_captions
 from tinyclip.student import check_compiler
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
@@ -43,7 +45,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
             raise ValueError(
                 f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
             )
-    samples = from_main(lambda: prepare(recipe.data))
+    samples = from_main(lambda: prepare(recipe.data, keep=resume))
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:
             raise ValueError(
@@ -158,6 +160,8 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(known, yaml.safe_dump(settings, sort_keys=False))
+        if not resume:  # samples are listed when they come up
+            append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 

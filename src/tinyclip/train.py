@@ -4,7 +4,7 @@ A run's folder:
 
     recipe.yaml                 what is run
     metrics.jsonl               one line a log or evaluation
-    skipped.jsonl               samples that were left out: shard, key, reason
+    skipped.jsonl               what was left out: shard, key, cause, reason
     stages/NAME/last, best      checkpoints (`last` carries state.pt to resume from until the stage is done)
     stages/NAME/step-000100     the ones before `last`, until the stage is done
     stages/NAME/result.json     written when the stage is done
@@ -27,9 +27,11 @@ from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.data import close_loader, next_batch
 from tinyclip.distributed import from_main, gather_objects, is_main, world_size
+from tinyclip.faults import Skipped
 from tinyclip.files import read_json_object, remove_leftovers, write_atomically
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
+from tinyclip.recipe import Stage
 from tinyclip.resume import (
     STATE,
     Clock,
@@ -49,6 +51,7 @@ from tinyclip.students import mask_targets, starting_student
 from tinyclip.teacher import image_input
 
 PATIENCE = 30  # seconds for the processes of a run that was killed to end
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", ".lock"}  # in the folder of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
@@ -67,7 +70,7 @@ def run(run: Run) -> list[dict[str, Any]]:
     try:
         return _run_stages(run)
     except ValueError:
-        if is_main() and {entry.name for entry in run.folder.iterdir()} <= {"recipe.yaml", "metrics.jsonl", ".lock"}:
+        if is_main() and {entry.name for entry in run.folder.iterdir()} <= UNTRAINED:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
     finally:
@@ -114,7 +117,8 @@ def _result(folder: Path) -> dict[str, Any] | None:
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
     """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
     stage = run.recipe.stages[i]
-    forget_metrics(run.folder / "metrics.jsonl", stage.name, step)
+    for log in ("metrics.jsonl", "skipped.jsonl"):
+        forget_metrics(run.folder / log, stage.name, step)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
     if step:
@@ -139,7 +143,7 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
         _reestimate(run, i, trainee)
     progress = _loop(run, i, trainee, folder, stage.steps)
     _evaluate(run, trainee, progress, folder)
-    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
     from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
     from_main(lambda: finish(last))  # only now is the state of no use
@@ -203,6 +207,10 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
             batch = next_batch(batches, run.recipe.data)
             metrics = trainee.step(batch, progress.step)
             progress.advance(len(batch.keys) * world_size())
+            stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
+            if some:
+                skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
+                _left_out(run, stage, progress, skipped)
             done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
                 figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
@@ -210,10 +218,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
                 run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
             else:
                 run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
-            stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
-            if some:
-                skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
-                progress.skip(skipped, run.folder / "skipped.jsonl")
+            stop = stop or stops.alone()
             evaluate = every is not None and progress.step % every == 0 and not done
             if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
                 keep()
@@ -222,6 +227,16 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
             if evaluate:
                 judge()
     return progress
+
+
+def _left_out(run: Run, stage: Stage, progress: Progress, skipped: list[Skipped]) -> None:
+    """Count what the data of all processes lacked at a step."""
+    try:
+        vanished = progress.skip(skipped, run.folder / "skipped.jsonl", stage.name)
+    except ValueError as error:
+        raise ValueError(f"{run.recipe.data}: {error}") from None
+    for first in vanished:
+        run.warn(stage, f"{first.shard} {first.reason}; going on without it until it is back")
 
 
 def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress) -> Any:
