@@ -175,7 +175,7 @@ def test_auto_takes_what_the_processor_has(
 def test_bfloat16_features_of_real_pictures_are_those_of_float32() -> None:
     """Drawings on even backgrounds, where rounding pixels to bfloat16 alone gives cosines down to 0.9986."""
     dataset = tinyclip.evaluate.open_dataset(ROOT / "assets/emoji/eval")
-    pictures = [example.image for example in islice(dataset, 0, 600, 4)]
+    pictures = [example.image for example in islice(dataset, 0, 240, 3)]
     names = dataset.classnames[::12]
     whole, half = (tinyclip.load(ROOT / "assets/emoji-teacher", dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert F.cosine_similarity(half.encode_image(pictures), whole.encode_image(pictures)).min() > 0.9995
