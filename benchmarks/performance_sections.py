@@ -212,6 +212,8 @@ def training(setting: Setting, batch: int = 32) -> None:
     pixels = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
     tokens = torch.from_numpy(clip_tokenizer()(rivals.captions(batch), 77))
     fast = rivals.name_of(setting.dtype)
+    model, tokenizer, looks = load_checkpoint(teacher / "tinyclip")
+    live = Teacher(model.to(setting.device), looks)
     calls: dict[str, Callable[[], object]] = {}
     for text, precision, keys in (
         (f"tinyclip {fast}, teacher from a cache", fast, {"cached": True}),
@@ -220,10 +222,10 @@ def training(setting: Setting, batch: int = 32) -> None:
         (f"tinyclip {fast}, micro_batch {batch // 4}", fast, {"micro_batch": batch // 4}),
         (f"tinyclip {fast}, grad_checkpointing", fast, {"grad_checkpointing": True}),
     ):
-        calls[text] = our_step(student, teacher, pixels, tokens, precision, setting.device, **keys)
+        calls[text] = our_step(student, live, pixels, tokens, precision, **keys)
     for library, make in (("OpenCLIP", rivals.open_clip_trainable), ("transformers", rivals.hugging_face_trainable)):
+        models = make(student, setting.device), make(teacher, setting.device)
         for dtype in dict.fromkeys((setting.dtype, torch.float32)):
-            models = make(student, setting.device), make(teacher, setting.device)
             calls[f"{library} {rivals.name_of(dtype)}"] = their_step(*models, pixels, tokens, dtype, setting.device)
     timings = side_by_side(calls, setting.rounds, seconds=0)
     first = timings[f"tinyclip {fast}"]
@@ -232,26 +234,19 @@ def training(setting: Setting, batch: int = 32) -> None:
 
 
 def our_step(
-    student: Path,
-    teacher: Path,
-    pixels: Tensor,
-    tokens: Tensor,
-    precision: str,
-    device: str,
-    cached: bool = False,
-    **keys: Any,
+    student: Path, live: Teacher, pixels: Tensor, tokens: Tensor, precision: str, cached: bool = False, **keys: Any
 ) -> Callable[[], object]:
     """A step as `tinyclip distill` makes it."""
     stage = Stage(name="step", steps=1000, batch_size=len(pixels), **keys)
     model, tokenizer, looks = load_checkpoint(student / "tinyclip")
-    live = Teacher(load_checkpoint(teacher / "tinyclip")[0].to(device), looks)
+    device = live.scale.device
     trainee = Trainee(model.to(device), stage, live, tokenizer, looks, precision)
     trainee.train()
     names = [str(i) for i in range(len(pixels))]
     batch = Batch(pixels, tokens, torch.arange(len(pixels)), names)
 
     def step() -> float:
-        with attention(torch.device(device)):
+        with attention(device):
             return trainee.step(batch, 0)["loss"].item()
 
     return step

@@ -68,7 +68,7 @@ def test_distill_then_use_the_student(place: Path) -> None:
     result = json.loads(tinyclip("classify", student, place / "photo.jpg", "a photo", "words", "--json"))
     chances = [entry["probability"] for entry in result["labels"]]
     assert sum(chances) == pytest.approx(1) and chances == sorted(chances, reverse=True)
-    expected = load(student).classify(place / "photo.jpg", ["a photo", "words"])[0].max().item()
+    expected = load(student, dtype="auto").classify(place / "photo.jpg", ["a photo", "words"])[0].max().item()
     assert chances[0] == pytest.approx(expected, abs=1e-5)
     figures = json.loads(tinyclip("evaluate", student, place / "eval", "--json", "-o", place / "eval.json"))
     assert figures["n"] == 2 and json.loads((place / "eval.json").read_text()) == figures

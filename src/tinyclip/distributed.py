@@ -47,6 +47,20 @@ def best_precision(device: torch.device) -> Precision:
     return "float32"
 
 
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype by itself or by name: None is float32, "auto" what `best_precision` says of the device.
+
+    Raises:
+        ValueError: for another.
+    """
+    name = str(dtype or "float32").removeprefix("torch.")
+    name = best_precision(device) if name == "auto" else name
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype {name!r}: choose auto, float32, bfloat16 or float16")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 def _cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 natively; emulated, it is slower than float32."""
     try:

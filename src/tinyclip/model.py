@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.masks import Masks, validate
-from tinyclip.resnet import ModifiedResNet
+from tinyclip.resnet import ModifiedResNet, of_pixels
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -128,10 +128,11 @@ class Block(nn.Module):
         masks = masks or {}
         hidden = masks.get("hidden")
         if self.attn is not None and self.ln_1 is not None:
-            y = self.attn(layer_norm(self.ln_1, x, hidden), causal, masks.get("heads"), read)
+            y = layer_norm(self.ln_1, x, hidden).to(self.attn.in_proj_weight.dtype)
+            y = self.attn(y, causal, masks.get("heads"), read)
             x = (x if read is None else at(x, read)) + _scaled(y, hidden, masks.get("attn"))
         if self.mlp is not None and self.ln_2 is not None:
-            y = self.mlp(layer_norm(self.ln_2, x, hidden), masks.get("mlp"))
+            y = self.mlp(layer_norm(self.ln_2, x, hidden).to(self.mlp.c_fc.weight.dtype), masks.get("mlp"))
             x = x + _scaled(y, hidden, masks.get("ffn"))
         return x
 
@@ -158,7 +159,8 @@ class Transformer(nn.Module):
 
         From the last block in which positions see one another, only the wanted ones are computed.
         """
-        last = max((i for i, block in enumerate(self.resblocks) if block.mixes), default=None)
+        mixing = [i for i, block in enumerate(self.resblocks) if block.mixes]
+        last = mixing[-1] if mixing else None
         if last is None:
             x = at(x, read)
         for i, block in enumerate(self.resblocks):
@@ -190,7 +192,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
         hidden = masks.get("visual.hidden") if masks else None
-        x = F.linear(_patches(images, self.patch_size), self.conv1.weight.flatten(1))  # (n, patches, width)
+        weight = self.conv1.weight.flatten(1)
+        x = of_pixels(lambda x: F.linear(x, weight), _patches(images, self.patch_size), weight.dtype)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.positional_embedding
         x = layer_norm(self.ln_pre, _scaled(x, hidden), hidden)
         x = self.transformer(x, False, torch.zeros(len(x), dtype=torch.int64, device=x.device), masks)
@@ -229,6 +232,11 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products: the narrowest of the weights' (see `cast`)."""
+        return min((p.dtype for p in self.parameters()), key=lambda dtype: dtype.itemsize)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -271,6 +279,8 @@ class CLIP(nn.Module):
     def encode_image(self, images: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """images: float (n, 3, image_size, image_size), normalised pixels -> image_features (n, embed_dim).
 
+        Pixels are best left in float32, whatever the model's dtype.
+
         Raises:
             ValueError: for another shape.
         """
@@ -307,3 +317,15 @@ class CLIP(nn.Module):
         """Normalised image_features and text_features (n, embed_dim), and exp(logit_scale)."""
         image_features = self.encode_image(images, masks, normalize=True)
         return image_features, self.encode_text(tokens, masks, normalize=True), self.logit_scale.exp()
+
+
+def cast(model: CLIP, dtype: torch.dtype) -> CLIP:
+    """Weights to `dtype`, in place. Below 32 bits only those of matrix products in blocks and of convolutions: the
+    residual stream, norms, embeddings, projections and the logit scale stay in float32 (`docs/inference.md`)."""
+    if dtype.itemsize >= 4:
+        return model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Attention | nn.Linear | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    return model
