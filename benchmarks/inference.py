@@ -29,9 +29,8 @@ from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
 
 MODELS = ["ViT-B-32", "TinyCLIP-ViT-40M-32-Text-19M", "TinyCLIP-ViT-8M-16-Text-3M"]
-WORDS = (
-    "a the two red small old of on in with near photo dog house tree water woman man street table train"  # noqa: SIM905
-).split()
+WORDS = ["a", "the", "two", "red", "small", "old", "of", "on", "in", "with", "near", "photo", "dog", "house", "tree"]
+WORDS += ["water", "woman", "man", "street", "table", "train"]
 
 
 @dataclass(frozen=True)

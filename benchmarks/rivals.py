@@ -61,7 +61,7 @@ def prepare(config: CLIPConfig, folder: Path) -> Path:
 
 def ours(folder: Path, dtype: Any, device: str = "cpu", **options: Any) -> Way:
     clip = load(folder / "tinyclip", device=device, dtype=dtype, **options)
-    name = f"tinyclip {clip.precision}" + (" compiled" if options.get("compile") else "")
+    name = f"tinyclip {clip.computing['dtype']}" + (" compiled" if options.get("compile") else "")
     return Way(name, clip.encode_image, clip.encode_text)
 
 
