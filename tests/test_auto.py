@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import test_train
-from test_train import recipe, run, stage, weights
+from test_train import recipe, run, stage, vouch, weights
 from tinyclip import students, train
 from tinyclip.checkpoint import load_checkpoint
 from tinyclip.masks import sparsity
@@ -143,7 +143,9 @@ def test_an_untouched_tower_spares_its_computation_and_changes_nothing(
         batch = next(iter(loader))
     own = student.encode_text(shorten(batch.tokens, started.tokenizer.end_id, 12), normalize=True)
     monkeypatch.setattr(student, "encode_text", None)  # not to be called
-    assert torch.equal(trainee._features(batch, None)[1], own)
+    theirs = trainee.teacher.features(batch.images, batch.tokens, started.tokenizer.end_id)
+    assert torch.equal(trainee.student(batch.images, batch.tokens, 0, theirs)["text"], own)
+    trainee.step(batch, 0)
 
 
 def test_a_later_stage_of_one_tower_needs_the_teachers_other_tower(place: Path, tmp_path: Path) -> None:
@@ -246,8 +248,10 @@ def test_masks_of_another_model_are_refused(place: Path, tmp_path: Path) -> None
     from safetensors.torch import save_file
 
     save_file({"visual.hidden": torch.zeros(3)}, file, metadata={"targets": '{"both": 0.5}'})
+    vouch(file.parent)
     with pytest.raises(ValueError, match="masks of another model"):
         run(chosen, resume=True)
     file.write_bytes(b"torn")
+    vouch(file.parent)
     with pytest.raises(ValueError, match=MASKS):
         run(chosen, resume=True)

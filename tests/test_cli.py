@@ -68,7 +68,7 @@ def test_distill_then_use_the_student(place: Path) -> None:
     result = json.loads(tinyclip("classify", student, place / "photo.jpg", "a photo", "words", "--json"))
     chances = [entry["probability"] for entry in result["labels"]]
     assert sum(chances) == pytest.approx(1) and chances == sorted(chances, reverse=True)
-    expected = load(student).classify(place / "photo.jpg", ["a photo", "words"])[0].max().item()
+    expected = load(student, dtype="auto").classify(place / "photo.jpg", ["a photo", "words"])[0].max().item()
     assert chances[0] == pytest.approx(expected, abs=1e-5)
     figures = json.loads(tinyclip("evaluate", student, place / "eval", "--json", "-o", place / "eval.json"))
     assert figures["n"] == 2 and json.loads((place / "eval.json").read_text()) == figures
@@ -94,7 +94,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("a caption")
     (tmp_path / "in" / "b.jpg").write_bytes(b"junk")
     output = tinyclip("data", "pack", tmp_path / "in", tmp_path / "out")
-    assert "packed 1 pictures with 1 captions into 1 shards" in output and "1 x " in output
+    assert "packed 1 pictures with 1 captions into 1 shards" in output and "no_caption" in output
     assert "1 samples" in tinyclip("data", "prepare", tmp_path / "out")
     output = tinyclip("vocab", "prune", place / "teacher", tmp_path / "pruned", "--texts", tmp_path / "out")
     assert f"of {load(place / 'teacher').tokenizer.vocab_size} tokens" in output

@@ -62,7 +62,7 @@ def test_zero_shot_on_class_folders(tmp_path: Path) -> None:
     result = zero_shot(Oracle(), dataset)
     assert (result["acc1"], result["n"], result["classes"]) == (pytest.approx(6 / 7), 7, 5)
     assert result["acc5"] == 1
-    assert len(dataset.skipped) == 1 and "broken.png" in dataset.skipped[0]
+    assert [(s.key, s.cause) for s in dataset.skipped] == [("100/broken.png", "corrupt_image")]
 
 
 def test_zero_shot_on_shards_with_subsets(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
     (folder / "classnames.txt").write_text("10\n")
     dataset = open_dataset(folder)
     assert zero_shot(Oracle(), dataset)["n"] == 1
-    assert dataset.skipped == ["k1: class 'nine' is not in classnames.txt"]
+    assert [str(s) for s in dataset.skipped] == ["0.tar, k1: class 'nine' is not in classnames.txt"]
     with pytest.raises(ValueError, match="no captions"):
         retrieval(Oracle(), dataset)
     broken = tmp_path / "broken"

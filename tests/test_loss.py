@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import golden
+from tinyclip import loss
 from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
 
 # The golden file calls them logit scales, but they multiply the similarities as they are.
@@ -116,3 +120,85 @@ def test_the_teacher_itself_has_the_least_affinity_loss_within() -> None:
     student = teacher.clone().requires_grad_()
     within_affinity_loss(student, teacher, 30.0, 30.0).backward()
     assert student.grad is not None and student.grad.abs().max() < 1e-9
+
+
+# --- in tiles, against the plain form: whole matrices and torch's own cross-entropy
+
+
+def plain(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets)
+
+
+def plain_affinity(si: Tensor, st: Tensor, ti: Tensor, tt: Tensor, scale: Tensor) -> Tensor:
+    logits, targets = scale * si @ st.T, 40 * ti @ tt.T
+    return (plain(logits, targets.softmax(1)) + plain(logits.T, targets.T.softmax(1))) / 2
+
+
+def plain_contrast(rows: Tensor, columns: Tensor, others: Tensor, own: Tensor, scale: Tensor) -> Tensor:
+    same = (GROUPS[:, None] == GROUPS).to(rows)
+    shares = same / same.sum(1, keepdim=True)
+    return (plain(scale * rows @ columns.T, shares) + plain(scale * others @ own.T, shares)) / 2
+
+
+def plain_within(student: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
+    others = ~torch.eye(len(student), dtype=torch.bool)
+    logits = (scale * student @ student.T)[others].view(len(student), -1)
+    return plain(logits, (40 * teacher @ teacher.T)[others].view(len(student), -1).softmax(1))
+
+
+GROUPS = torch.arange(23) // 3
+FORMS = {
+    "affinity": (lambda i, t, ti, tt, s: affinity_loss(i, t, ti, tt, s, 40.0), plain_affinity),
+    "contrastive": (
+        lambda i, t, ti, tt, s: contrastive_loss(i, t, s, GROUPS),
+        lambda i, t, ti, tt, s: plain_contrast(i, t, t, i, s),
+    ),
+    "interactive": (
+        lambda i, t, ti, tt, s: interactive_loss(i, t, ti, tt, s, GROUPS),
+        lambda i, t, ti, tt, s: plain_contrast(i, tt, t, ti, s),
+    ),
+    "within": (
+        lambda i, t, ti, tt, s: within_affinity_loss(i, ti, s, 40.0) + 0 * t.sum(),
+        lambda i, t, ti, tt, s: plain_within(i, ti, s) + 0 * t.sum(),
+    ),
+}
+
+
+@pytest.mark.parametrize("elements", [1, 23 * 5, 2**23])
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_give_the_plain_loss_and_gradients(form: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "TILE", elements)  # one row a tile, five, all
+    teacher, results = [features(23, 8, seed) for seed in (3, 4)], []
+    for function in FORMS[form]:
+        inputs = [features(23, 8, 1), features(23, 8, 2), torch.tensor(30.0, dtype=torch.float64)]
+        inputs = [x.requires_grad_() for x in inputs]
+        value = 3 * function(*inputs[:2], *teacher, inputs[2])
+        results.append([value, *torch.autograd.grad(value, inputs)])
+    for tiled, whole in zip(*results, strict=True):
+        assert (tiled - whole).abs().max() <= 1e-10 * whole.abs().max()
+
+
+def test_no_tile_is_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "TILE", 512)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    si, st, ti, tt = (features(64, 4, seed).requires_grad_() for seed in range(4))
+    with Watch():
+        total = affinity_loss(si, st, ti, tt, 20.0, 20.0) + contrastive_loss(si, st, 20.0)
+        (total + interactive_loss(si, st, ti, tt, 20.0) + within_affinity_loss(si, ti, 20.0, 20.0)).backward()
+    assert largest == 512  # the batch by itself would be 4,096
+
+
+def test_without_gradient_the_loss_is_the_same() -> None:
+    si, st, ti, tt = (features(7, 4, seed) for seed in range(4))
+    value = affinity_loss(si, st, ti, tt, 20.0, 30.0)
+    assert not value.requires_grad
+    assert value.item() == affinity_loss(si.requires_grad_(), st, ti, tt, 20.0, 30.0).item()

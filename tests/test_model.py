@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from conftest import (
 from tinyclip.axes import axis_sizes
 from tinyclip.config import NAMED, Activation, CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.inheritance import compact
-from tinyclip.model import CLIP
+from tinyclip.model import CLIP, Transformer, VisionTransformer, layer_norm
 from tinyclip.pipeline import tokenize
 
 # --- the whole forward pass against other people's code
@@ -165,6 +166,73 @@ def test_the_text_feature_is_read_at_the_first_end_token() -> None:
     noisy[0, 2:] = 59
     noisy[1, 5:] = 3
     torch.testing.assert_close(model.encode_text(noisy), model.encode_text(tokens), rtol=1e-12, atol=1e-12)
+
+
+# --- only what is read is computed
+
+
+def blocks_config(vision: tuple[Any, Any], text: tuple[Any, Any]) -> CLIPConfig:
+    """`small_config` with these heads and MLP widths."""
+    config = small_config(vocab_size=60)
+    parts: dict[str, Any] = {"vision": config.vision, "text": config.text}
+    for name, (heads, mlp) in (("vision", vision), ("text", text)):
+        parts[name] = parts[name].model_copy(update={"heads": heads, "mlp_width": mlp})
+    return config.model_copy(update=parts)
+
+
+SHAPES = {
+    "equal": small_config(vocab_size=60),
+    "uneven": uneven_config(),
+    "attention early": blocks_config(((2, None, 0), (9, 5, None)), ((1, 0, None), (9, None, 8))),
+    "attention last": blocks_config(((None, 3), (9, None)), ((0, 2), (None, 0))),
+    "no attention": blocks_config(((None, 0), (9, 5)), ((0, None), (None, 8))),
+}
+NO_BLOCKS = blocks_config(((), ()), ((), ()))
+
+
+def plain_features(model: CLIP, pixels: Tensor, tokens: Tensor, masks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """All positions through all blocks, the patches by a convolution."""
+    visual, hidden = model.visual, masks.get("visual.hidden", torch.ones(()))
+    assert isinstance(visual, VisionTransformer)
+    x = F.conv2d(pixels, visual.conv1.weight, stride=visual.conv1.stride).flatten(2).transpose(1, 2)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+    x = layer_norm(visual.ln_pre, x * hidden, masks.get("visual.hidden"))
+    x = all_blocks(visual.transformer, x, False, masks)
+    image = layer_norm(visual.ln_post, x[:, 0], masks.get("visual.hidden")) @ visual.proj
+    x = (model.token_embedding(tokens) + model.positional_embedding) * masks.get("text.hidden", torch.ones(()))
+    x = all_blocks(model.transformer, x, True, masks)
+    x = layer_norm(model.ln_final, x, masks.get("text.hidden"))[range(len(x)), tokens.argmax(-1)]
+    embed = masks.get("embed", torch.ones(()))
+    return image * embed, x @ model.text_projection * embed
+
+
+def all_blocks(tower: Transformer, x: Tensor, causal: bool, masks: dict[str, Tensor]) -> Tensor:
+    for i, block in enumerate(tower.resblocks):
+        own = {kind: masks.get(f"{tower.tower}.{kind}.{i}") for kind in ("heads", "mlp", "attn", "ffn")}
+        own["hidden"] = masks.get(f"{tower.tower}.hidden")
+        x = block(x, causal, {kind: mask for kind, mask in own.items() if mask is not None})
+    return x
+
+
+CASES = [*((config, masked) for config in SHAPES.values() for masked in (False, True)), (NO_BLOCKS, False)]
+
+
+@pytest.mark.parametrize(
+    ("config", "masked"), CASES, ids=[*(f"{s}-{m}" for s in SHAPES for m in ("plain", "masked")), "no blocks"]
+)
+def test_features_and_gradients_are_those_of_all_positions(config: CLIPConfig, masked: bool) -> None:
+    model, (pixels, tokens) = random_model(config), random_inputs(config)
+    masks = random_masks(config, 1) if masked else {}
+    for mask in masks.values():
+        mask.requires_grad_()
+    inputs = [*model.parameters(), *masks.values()]
+    results = []
+    for image, text in (plain_features(model, pixels, tokens, masks), model(pixels, tokens, masks)[:2]):
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+        loss = (image @ text.T).square().sum()
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        results.append([image, text, *gradients])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
 # --- masks

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from test_data import loader
-from tinyclip.data import captions_of, image_of, info_of, read_shards
+from tinyclip.faults import Skipped
 from tinyclip.pack import find_items, pack
+from tinyclip.shards import captions_of, image_of, info_of, read_shards
 
 
 def picture(path: Path, size: tuple[int, int] = (30, 20), mode: str = "RGB") -> Path:
@@ -48,7 +49,7 @@ def test_sidecar_captions(tmp_path: Path) -> None:
         ("c.webp", ["of c"]),
     ]
     assert (report.packed, report.captions, report.shards) == (5, 6, 3)
-    skipped = {Path(file).name: reason for file, reason in report.skipped}
+    skipped = {Path(s.key).name: s.reason for s in report.skipped}
     assert "cannot be read" in skipped["wrong.jpg"]
     assert skipped["nothing.jpg"] == "no caption" and skipped["broken.jpg"].startswith("damaged picture")
     lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
@@ -81,7 +82,7 @@ def test_tables(tmp_path: Path, ending: str) -> None:
     items = find_items(table, caption_column="words", image_root=tmp_path / "pictures")
     report = pack(items, tmp_path / "out")
     assert packed(tmp_path / "out") == [("a.jpg", ['one, "quoted"', "three"]), ("b.jpg", ["two"])]
-    assert report.skipped == [(str(tmp_path / "pictures" / "gone.jpg"), "no such file")]
+    assert report.skipped == [Skipped("", str(tmp_path / "pictures" / "gone.jpg"), "no_image", "no such file")]
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(items, tmp_path / "out", progress=stop)
     (tmp_path / "in" / "a.jpg").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"all 1 pictures were skipped: not a picture that Pillow can read \(1\)"):
+    with pytest.raises(ValueError, match=r"all 1 pictures were skipped \(1 corrupt_image\), first .*a\.jpg: not a"):
         pack(items, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     (tmp_path / "out").mkdir()

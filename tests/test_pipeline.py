@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import fill
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import tinyclip
-from conftest import random_model, small_config, small_tokenizer
+from conftest import ROOT, random_model, small_config, small_tokenizer
+from tinyclip import pipeline
+from tinyclip.config import CLIPConfig
+from tinyclip.model import CLIP, cast
 from tinyclip.pipeline import Pipeline
 from tinyclip.transforms import Preprocess
 
@@ -94,6 +99,106 @@ def test_texts_may_be_one_or_many_and_batches_change_nothing(clip: Pipeline) -> 
         torch.testing.assert_close(clip.encode_text(texts, batch_size=batch_size), together)
     torch.testing.assert_close(clip.encode_text(texts[0]), together[:1])
     assert clip.tokenize(texts).shape == (4, 12)
+
+
+def test_many_texts_come_back_in_order_and_no_batch_is_longer_than_its_longest(
+    clip: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(["a"] * (i * 7 % 10)) for i in range(40)]
+    with torch.inference_mode():
+        expected = clip.model.encode_text(torch.from_numpy(clip.tokenizer(texts, 12)), normalize=True)
+    seen: list[tuple[int, ...]] = []
+    encode = clip.model.encode_text
+    monkeypatch.setattr(clip.model, "encode_text", lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens))
+    torch.testing.assert_close(clip.encode_text(texts, batch_size=4), expected)
+    assert seen == [(4, 2 + length) for length in range(9, -1, -1)]
+
+
+def test_pictures_are_decoded_only_a_little_ahead(
+    folder: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "AHEAD", 5)
+    opened, behind = [], []
+    open_image, encode = pipeline.open_image, clip.model.encode_image
+    monkeypatch.setattr(pipeline, "open_image", lambda path: opened.append(path) or open_image(path))
+    taken = 0
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        nonlocal taken
+        taken += len(images)
+        behind.append(len(opened) - taken)
+        return encode(images)
+
+    monkeypatch.setattr(clip.model, "encode_image", counted)
+    images = [folder / f"{i % 3}.png" for i in range(40)]
+    features = clip.encode_image(images, batch_size=4)
+    assert len(behind) == 10
+    assert max(behind) <= 6
+    torch.testing.assert_close(features, clip.encode_image(images[:3]).repeat(14, 1)[:40])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_none_is_refused(size: int, folder: Path, clip: Pipeline) -> None:
+    with pytest.raises(ValueError, match=f"batch_size {size}"):
+        clip.encode_text("a", batch_size=size)
+    with pytest.raises(ValueError, match=f"batch_size {size}"):
+        clip.encode_image(folder / "0.png", batch_size=size)
+
+
+# --- precision
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16"), (torch.float64, "float64")],
+)
+def test_the_dtype_is_what_was_asked_for(given: Any, expected: str, folder: Path) -> None:
+    clip = tinyclip.load(folder / "model", dtype=given)
+    assert clip.computing == {"dtype": expected, "device": "cpu"}
+    assert clip.encode_text("a").dtype == clip.encode_image(folder / "0.png").dtype == torch.float32
+
+
+@pytest.mark.parametrize("given", ["bf16", "half", torch.int8])
+def test_another_dtype_is_refused(given: Any, folder: Path) -> None:
+    with pytest.raises(ValueError, match="choose auto, float32, bfloat16 or float16"):
+        tinyclip.load(folder / "model", dtype=given)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_what_the_processor_has(
+    native: bool, expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyclip.distributed._cpu_has_bfloat16", lambda: native)
+    assert tinyclip.load(folder / "model", dtype="auto").computing["dtype"] == expected
+
+
+def test_bfloat16_features_of_real_pictures_are_those_of_float32() -> None:
+    """Drawings on even backgrounds, where rounding pixels to bfloat16 alone gives cosines down to 0.9986."""
+    dataset = tinyclip.evaluate.open_dataset(ROOT / "assets/emoji/eval")
+    pictures = [example.image for example in islice(dataset, 0, 240, 3)]
+    names = dataset.classnames[::12]
+    whole, half = (tinyclip.load(ROOT / "assets/emoji-teacher", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert F.cosine_similarity(half.encode_image(pictures), whole.encode_image(pictures)).min() > 0.9995
+    assert F.cosine_similarity(half.encode_text(names), whole.encode_text(names)).min() > 0.9995
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["TinyCLIP-ViT-40M-32-Text-19M", "TinyCLIP-ResNet-19M-Text-19M"])
+def test_half_precision_of_models_in_full_size(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = CLIP(CLIPConfig.named(name)).eval()
+    images = torch.rand(4, 3, 224, 224) + torch.rand(4, 3, 1, 1)
+    tokens = torch.randint(49406, (4, 9))
+    tokens[:, -1] = 49407
+    for module in model.modules():  # as it starts, a block's branch is switched off
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1)
+    with torch.inference_mode():
+        expected = model.encode_image(images), model.encode_text(tokens)
+        cast(model, dtype)
+        assert model.dtype == dtype
+        for actual, wanted in zip((model.encode_image(images), model.encode_text(tokens)), expected, strict=True):
+            assert F.cosine_similarity(actual.float(), wanted).min() > 0.9995
 
 
 def test_nothing_gives_no_features(clip: Pipeline) -> None:

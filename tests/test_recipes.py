@@ -259,7 +259,7 @@ def test_a_name_of_the_zoo_gives_its_shape(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "taught"),
     [
-        ({"loss": {"affinity": 0, "image_affinity": 1}}, True),
+        ({"loss": {"affinity": 0, "image_affinity": 1, "text_affinity": 1}}, True),
         ({"loss": {"affinity": 0, "contrastive": 1}}, False),
         ({"loss": {"affinity": 0, "contrastive": 1}, "towers": "image"}, True),
     ],

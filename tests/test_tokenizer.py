@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import html
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import pytest
 import torch
 
 import tinyclip
 from conftest import golden, small_tokenizer
-from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer
+from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer, is_plain
 
 WORDS = [
     "photo",
@@ -45,6 +47,21 @@ def test_the_public_function_gives_int64_rows_padded_with_zeros() -> None:
     assert tokens[0].tolist() == padded([49406, 320, 1125, 539, 320, 2368, 49407])
     assert tokens[1].tolist() == padded([49406, 49407])
     assert torch.equal(tinyclip.tokenize("a photo of a cat", context_length=9), tokens[:1, :9])
+
+
+def test_the_short_way_for_plain_text_is_exact() -> None:
+    """Plain texts skip ftfy and html, and are put together of words that are remembered."""
+    rng, tokenizer = random.Random(0), small_tokenizer()
+    ascii_texts = ["".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(60))) for _ in range(2000)]
+    words = [
+        " ".join(rng.choices([*WORDS, "'s", "it's", "WE'LL", "x1y22", "a.b", "&amp;", "<b>"], k=9)) for _ in range(500)
+    ]
+    texts = [*ascii_texts, *words, "<end_of_text>", "a\x1b[1mb", "a\x7fb", "a\tb", "&lt;", "  a  "]
+    assert sum(map(is_plain, texts)) > 800
+    for text in texts:
+        cleaned = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+        assert clean(text) == cleaned
+        assert tokenizer.encode(text) == tokenizer._bpe.encode(cleaned).ids
 
 
 def test_html_is_unescaped_twice() -> None:

@@ -12,7 +12,7 @@ A cache is a folder:
         text_features   float16 (m, embed_dim)      normalised, of all captions, sample after sample
         text_offsets    int64 (n + 1,)  captions of sample i: rows offsets[i] to offsets[i + 1]
       and in the file's header what the data shard was (`source`) and the samples that were left out (`skipped`)
-    skipped.jsonl                       the same for all shards: shard, key, reason
+    skipped.jsonl                       the same for all shards: shard, key, cause, reason
 
 Every file is renamed into its place when it is whole, so a cache can be gone on with after a kill.
 """
@@ -35,9 +35,12 @@ from safetensors import SafetensorError, safe_open
 from tinyclip.augment import Augment, View
 from tinyclip.checkpoint import read_preprocess
 from tinyclip.config import CLIPConfig, Count, Positive, Strict, explain
-from tinyclip.data import find_shards, shard_counts, stable_hash
-from tinyclip.distributed import Precision
+from tinyclip.data import stable_hash
+from tinyclip.distributed import Precision, from_main
+from tinyclip.faults import Fault
 from tinyclip.files import read_json_object
+from tinyclip.index import shard_counts
+from tinyclip.shards import find_shards
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -90,7 +93,7 @@ class Cache:
         Raises:
             ValueError: naming a shard that is missing, has changed since, or whose features are damaged.
         """
-        counts = shard_counts(data)
+        counts = shard_counts(data, keep=True)
         shards = [shard for shard in find_shards(data) if shard.name in counts]
         missing = [shard.name for shard in shards if not self.place(shard.name).is_file()]
         if missing:
@@ -108,8 +111,11 @@ class Cache:
         return feature_file(self.folder, shard)
 
     def find(self, shard: str, key: str) -> tuple[FeatureFile, int]:
-        """The file of a shard and the row of a sample in it; `ValueError` for a sample that was left out."""
-        file = self._files.pop(shard, None) or FeatureFile(self.place(shard))
+        """The file of a shard and the row of a sample in it; `Fault` for a sample that was left out."""
+        try:
+            file = self._files.pop(shard, None) or FeatureFile(self.place(shard))
+        except ValueError as error:  # it was whole when the run started
+            raise Fault("not_in_cache", str(error)) from None
         self._files[shard] = file  # the last one used at the end
         if len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
@@ -144,7 +150,7 @@ class FeatureFile:
             self.hashes, self.offsets = (self._file.get_tensor(name) for name in ("key_hashes", "text_offsets"))
             header = self._file.metadata()
             self.source: dict[str, Any] = json.loads(header["source"])
-            self.skipped: list[list[str]] = json.loads(header["skipped"])  # key, reason
+            self.skipped: list[list[str]] = json.loads(header["skipped"])  # key, cause, reason
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: damaged ({error}); remove it and run `tinyclip cache` again") from None
 
@@ -160,11 +166,11 @@ class FeatureFile:
         return now.st_mtime_ns == self.source["mtime_ns"] or content_hash(shard) == self.source["sha256"]
 
     def row(self, key: str) -> int:
-        """`ValueError` for a sample that is not here."""
+        """`Fault` for a sample that is not here."""
         wanted = stable_hash(key)
         row = int(np.searchsorted(self.hashes, wanted))
         if row == len(self.hashes) or self.hashes[row] != wanted:
-            raise ValueError("not in the teacher's cache")
+            raise Fault("not_in_cache", "not in the teacher's cache")
         return row
 
     def view(self, row: int, draw: int) -> View:
@@ -191,18 +197,18 @@ def draw_stored(
     image and text features of just these, (embed_dim,) each.
 
     Raises:
-        ValueError: when a cache lacks the sample, or holds it with other captions or another view.
+        Fault: when a cache lacks the sample, or holds it with other captions or another view.
     """
     draw, caption = rng.randrange(caches[0].info.draws), rng.randrange(captions)
     views, features = [], []
     for cache in caches:
         file, row = cache.find(shard, key)
         if file.captions(row) != captions:
-            raise ValueError(f"{captions} captions, but {file.captions(row)} in the teacher's cache")
+            raise Fault("not_in_cache", f"{captions} captions, but {file.captions(row)} in the teacher's cache")
         views.append(file.view(row, draw))
         features.append((file.image_features(row, draw), file.text_features(row, caption)))
     if len(set(views)) > 1:
-        raise ValueError("the teachers' caches hold different views of it")
+        raise Fault("not_in_cache", "the teachers' caches hold different views of it")
     return views[0], caption, features
 
 
@@ -214,7 +220,7 @@ def open_caches(folders: Iterable[str | Path], data: str | Path) -> list[Cache]:
     """
     caches = [Cache.load(folder) for folder in folders]
     for cache in caches:
-        cache.check_data(data)
+        from_main(lambda cache=cache: cache.check_data(data))  # type: ignore[misc]
         for name in VIEW_SETTINGS:
             mine, first = getattr(cache.info, name), getattr(caches[0].info, name)
             if mine != first:

@@ -10,7 +10,9 @@ import typer
 
 from tinyclip.terminal import (
     AsJson,
+    Compile,
     Device,
+    DType,
     Overwrite,
     Templates,
     check_free,
@@ -18,6 +20,7 @@ from tinyclip.terminal import (
     print_json,
     print_table,
     say,
+    say_computing,
 )
 
 
@@ -118,16 +121,25 @@ def convert(
     say(f"{count:,} parameters, all counted, activation {model.config.activation}: {output}")
 
 
-def classify(model: Path, image: Path, labels: list[str], device: Device = "cpu", as_json: AsJson = False) -> None:
+def classify(
+    model: Path,
+    image: Path,
+    labels: list[str],
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    as_json: AsJson = False,
+) -> None:
     """How well each of LABELS fits IMAGE."""
     from tinyclip.pipeline import load
 
-    clip = load(model, device=device)
+    clip = load(model, device=device, dtype=dtype)
     chances = clip.classify(image, labels)[0].tolist()
     ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     if as_json:
-        print_json({"image": str(image), "labels": [{"label": name, "probability": p} for name, p in ranked]})
+        listed = [{"label": name, "probability": p} for name, p in ranked]
+        print_json({"image": str(image), "labels": listed} | clip.computing)
     else:
+        say_computing(clip.computing)
         print_table(("label", "probability"), [[name, f"{100 * p:.1f} %"] for name, p in ranked])
 
 
@@ -136,23 +148,30 @@ def evaluate(
     data: Path,
     templates: Templates = None,
     device: Device = "auto",
+    dtype: DType = "auto",
+    compile: Compile = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of MODEL on DATA (class folders or shards)."""
     from tinyclip import evaluate as evaluation
+    from tinyclip.faults import summary
     from tinyclip.files import write_atomically
     from tinyclip.pipeline import load
 
     dataset = evaluation.open_dataset(data, templates)
-    result = {"model": str(model)} | evaluation.evaluate(load(model, device=device), dataset)
-    for reason in dataset.skipped[:10]:
-        errors.print(f"skipped {reason}")
+    clip = load(model, device=device, dtype=dtype, compile=compile)
+    result = {"model": str(model)} | clip.computing | evaluation.evaluate(clip, dataset)
+    if dataset.skipped:
+        errors.print(f"skipped {summary(result['skipped_by_cause'])}:")
+        for skipped in dataset.skipped[:10]:
+            errors.print(f"  {skipped.cause}: {skipped}")
     if output:
         write_atomically(output, json.dumps(result, indent=2) + "\n")
     if as_json:
         print_json(result)
         return
+    say_computing(clip.computing)
     subsets = result.pop("subsets", {})
     names = [k for k, v in result.items() if isinstance(v, float)] + [k for k in result if k.startswith("n")]
     rows = [[name, *(_figure(figures.get(name)) for figures in (result, *subsets.values()))] for name in names]
@@ -166,24 +185,21 @@ def _figure(value: Any) -> str:
 def measure(
     model: Annotated[str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.")],
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: DType = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Parameters, MACs and pairs/s of MODEL here."""
-    import torch
-
     from tinyclip.config import NAMED, CLIPConfig
-    from tinyclip.distributed import resolve_device
+    from tinyclip.distributed import resolve_device, resolve_dtype
     from tinyclip.measurement import measure as measured
-    from tinyclip.model import CLIP
+    from tinyclip.model import CLIP, cast
     from tinyclip.pipeline import load
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     place = resolve_device(device)
+    precision = resolve_dtype(dtype, place)
     shape_only = model in NAMED and not Path(model).exists()
     network = CLIP(CLIPConfig.named(model)).eval() if shape_only else load(model).model
-    result = {"model": model} | measured(network.to(place, getattr(torch, dtype)))
+    result = {"model": model} | measured(cast(network.to(place), precision))
     if as_json:
         print_json(result)
         return

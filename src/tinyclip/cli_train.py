@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,10 +67,23 @@ def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -
     if smoke or small:
         _smoke(recipe, smoke, small)
         return
-    command = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-    hint = shlex.join(["tinyclip", *command, "--resume"])
-    folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=hint)
-    write_run_report([folder], folder / "report.html", folder.name)
+    from tinyclip.distributed import is_main, processes, resolve_device
+
+    with processes(resolve_device(recipe.device)):
+        folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=_hint())
+        if is_main():
+            write_run_report([folder], folder / "report.html", folder.name)
+
+
+def _hint() -> str:
+    """The command that goes on with this run, torchrun's part of it included where it can be known."""
+    words = ["tinyclip", *sys.argv[1:]]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with suppress(OSError, StopIteration):
+            started = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
+            first = next(i for i, word in enumerate(started) if Path(word).name == "torchrun")
+            words = ["torchrun", *started[first + 1 :]]
+    return shlex.join([*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 
 def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
@@ -77,6 +93,8 @@ def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
 
     if not smoke:
         raise ValueError("--small goes with --smoke")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--smoke runs in one process; start it without torchrun")
     try:
         results = tried(recipe, small, lambda data: evaluator(data, None))
     except (Interrupted, KeyboardInterrupt) as stop:
@@ -89,31 +107,60 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
     """Run a recipe with a live display; returns the run's folder. Exits with 130 or 143 when interrupted."""
     from tinyclip import train as training
     from tinyclip.display import Display
+    from tinyclip.distributed import from_main, is_main
     from tinyclip.report import evaluator
     from tinyclip.resume import Interrupted
 
-    evaluation = recipe.evaluation
-    check = evaluator(evaluation.data, evaluation.templates) if evaluation else None
+    evaluation, checks = recipe.evaluation, []
+    if evaluation:  # the first process evaluates
+        from_main(lambda: checks.append(evaluator(evaluation.data, evaluation.templates)))
     run = training.start(recipe, overwrite=overwrite, resume=resume)
-    run.evaluator = check
-    with Display(console, run) as display:
-        run.listener = display
+    run.evaluator = checks[0] if checks else None
+    with Display(console, run) if is_main() else nullcontext() as display, terminable():
+        run.listener = display or run.listener
         try:
             training.run(run)
         except Interrupted as stop:
+            text, code = f"{stop} and saved in {run.folder}", 128 + stop.signal_number
+        except KeyboardInterrupt as stop:
+            text, code = "stopped", 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        else:
+            return run.folder
+        if display:
             display.stop()
-            fail(f"{stop} and saved in {run.folder}; go on with: {hint}", 128 + stop.signal_number)
-        except KeyboardInterrupt:
-            display.stop()
-            fail(f"stopped; go on with: {hint}", 128 + signal.SIGINT)
-    return run.folder
+        fail(f"{text}; go on with: {hint}", code)
+    raise AssertionError("it has failed")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM at a moment when there is nothing to save, as in an evaluation."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise `Terminated` at a SIGTERM; but no second one, which would cut short what the first began."""
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def write_run_report(runs: list[Path], path: Path, title: str) -> None:
+    from tinyclip import faults
     from tinyclip.report import COLUMNS, report, table
 
     entries = report(runs, path, title)
     print_table(COLUMNS, table(entries))
+    for run in runs:
+        if left_out := faults.read(run / "skipped.jsonl"):
+            say(f"left out of the training data ({run / 'skipped.jsonl'}):")
+            print_table(faults.COLUMNS, faults.rows(left_out))
     say(f"report: {path}")
 
 

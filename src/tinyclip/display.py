@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from tinyclip.axes import axis_sizes
+from tinyclip.faults import summary
 
 if TYPE_CHECKING:
     from tinyclip.run import Run
@@ -110,7 +111,7 @@ class Display:
             what = "" if name == "both" else f"{name} "
             figures += f", {what}sparsity {100 * now:.1f} % (target {100 * event['target_sparsity'][name]:.1f})"
         if event["skipped"]:
-            figures += f", {event['skipped']} skipped"
+            figures += f", {event['skipped']} skipped ({summary(event['skipped_by_cause'])})"
         if self.live:
             self.progress.line = kept_bars(event["kept"], self.full) if "kept" in event else ""
             self.progress.update(self.task, completed=event["step"], figures=figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,6 +47,20 @@ def best_precision(device: torch.device) -> Precision:
     return "float32"
 
 
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype by itself or by name: None is float32, "auto" what `best_precision` says of the device.
+
+    Raises:
+        ValueError: for another.
+    """
+    name = str(dtype or "float32").removeprefix("torch.")
+    name = best_precision(device) if name == "auto" else name
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"dtype {name!r}: choose auto, float32, bfloat16 or float16")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 def _cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 natively; emulated, it is slower than float32."""
     try:
@@ -57,6 +72,7 @@ def _cpu_has_bfloat16() -> bool:
 
 # --- several processes ------------------------------------------------------------------------------------------
 
+GO_ON = "go on from the last checkpoint with --resume"
 PATIENCE = timedelta(hours=4)  # others wait this long while the first process evaluates or cuts
 
 
@@ -67,12 +83,18 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
     NCCL between GPUs, gloo between CPUs.
 
     Raises:
-        ValueError: when the others cannot be reached.
+        ValueError: when the others cannot be reached, there is no GPU for this process, or another one has died.
+        SystemExit: with code 2 when another one has ended with an error, which it says itself.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     cuda = torch.device(device).type == "cuda"
+    if cuda:
+        local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= here:
+            raise ValueError(f"more processes than GPUs ({here} here); take --nproc-per-node {here}")
+        torch.cuda.set_device(local)  # what travels as objects between the processes goes through it
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # torch's ValueError: a variable that torchrun sets is missing
@@ -81,8 +103,38 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         ) from None
     try:
         yield
+    except Exception as error:
+        if not claim("an error"):  # asked before the connections close, through which the others would learn of it
+            raise SystemExit(2) from None
+        if isinstance(error, RuntimeError) and _is_lost(error):
+            raise ValueError(f"another process of the run has died; {GO_ON}") from None
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an operation failed since the process at the other end is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def claim(what: str) -> bool:
+    """Whether this process is the first of those that torchrun started to claim something; alone, always. It asks
+    their common store, so it also works before they have joined."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(
+            (address, port), timeout=5
+        ).close()  # torch's client would wait longer, and not quietly
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, port, is_master=False, timeout=timedelta(seconds=10)
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return bool(store.add(f"tinyclip/{attempt}/{what}", 1) == 1)
+    except (KeyError, ValueError, OSError, RuntimeError):  # nobody to ask
+        return True
 
 
 def world_size() -> int:
@@ -167,10 +219,11 @@ def average(value: Tensor) -> Tensor:
     return value / world_size()
 
 
-def any_of(*flags: bool) -> list[bool]:
-    """For each flag, whether any process raised it; all processes get the same answer."""
+def any_of(*flags: bool, device: torch.device | str = "cpu") -> list[bool]:
+    """For each flag, whether any process raised it; all processes get the same answer. It travels from `device`:
+    among many GPUs NCCL is the faster way."""
     if world_size() == 1:
         return list(flags)
-    raised = torch.tensor(flags, dtype=torch.int32)
+    raised = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in raised]
+    return [bool(flag) for flag in raised.tolist()]

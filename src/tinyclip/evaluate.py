@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyclip.data import captions_of, image_of, info_of, read_shards
+from tinyclip.faults import Fault, Skipped, counts
+from tinyclip.shards import captions_of, image_of, info_of, read_shards
 from tinyclip.transforms import open_image
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -44,7 +45,7 @@ class Dataset:
     path: Path
     classnames: list[str]
     templates: list[str]
-    skipped: list[str] = field(default_factory=list)  # filled by a pass: "key: reason"
+    skipped: list[Skipped] = field(default_factory=list)  # filled by a pass
 
     def __iter__(self) -> Iterator[Example]:
         self.skipped.clear()
@@ -56,23 +57,24 @@ class Dataset:
             for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS):
                 try:
                     image = open_image(file)
-                except ValueError as error:
-                    self.skipped.append(str(error))
+                except Fault as fault:
+                    name, reason = str(file.relative_to(self.path)), fault.reason.removeprefix(f"{file}: ")
+                    self.skipped.append(Skipped("", name, fault.cause, reason))
                     continue
                 yield Example(str(file.relative_to(self.path)), image, label)
 
     def _shards(self) -> Iterator[Example]:
         labels = {name: i for i, name in enumerate(self.classnames)}
-        for sample in read_shards(self.path):
+        for sample in read_shards(self.path, self.skipped):
             try:
                 info = info_of(sample)
                 image = image_of(sample)
                 label = labels.get(str(info["class"])) if info.get("class") else None
                 if labels and info.get("class") and label is None:
-                    raise ValueError(f"class {info['class']!r} is not in classnames.txt")
+                    raise Fault("unknown_class", f"class {info['class']!r} is not in classnames.txt")
                 captions = tuple(captions_of(sample))
-            except ValueError as error:
-                self.skipped.append(f"{sample['__key__']}: {error}")
+            except Fault as fault:
+                self.skipped.append(Skipped(sample["__shard__"], sample["__key__"], fault.cause, fault.reason))
                 continue
             subset = str(info["subset"]) if info.get("subset") else None
             yield Example(sample["__key__"], image, label, captions, subset)
@@ -221,6 +223,7 @@ def evaluate(clip: Encoder, dataset: Dataset) -> dict[str, Any]:
     encoded = encode_images(clip, dataset)
     examples = encoded[1]
     result: dict[str, Any] = {"data": str(dataset.path), "skipped": len(dataset.skipped)}
+    result["skipped_by_cause"] = counts(dataset.skipped)
     if dataset.classnames and any(e.label is not None for e in examples):
         result |= zero_shot(clip, dataset, encoded)
     if any(e.captions for e in examples):

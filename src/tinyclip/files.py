@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import Any
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
     """Give a new directory to fill; on success it takes the place of `path`, on an error it vanishes.
+
+    Args:
+        aside: where the directory that it replaces goes, on the same file system; by default that is removed.
 
     Raises:
         ValueError: when the place cannot be written.
@@ -39,6 +43,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         flush(temporary)
         if path.exists():
             _exchange(temporary, path)
+            if aside is not None:
+                temporary.rename(aside)
         else:
             temporary.rename(path)
         flush(path.parent)
@@ -69,6 +75,26 @@ def recover(path: Path) -> None:
     aside = sorted(path.parent.glob(f".{path.name}.*.old"))
     if aside and not path.exists():
         aside[-1].rename(path)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear up after writers that were killed anywhere in a folder."""
+    for path in folder.rglob(".*.old"):
+        recover(path.with_name(path.name.split(".")[1]))
+    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: enough to find a torn or flipped one, at the speed of the disk."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def _swap(one: Path, two: Path) -> None:

@@ -1,10 +1,24 @@
-"""Losses as pure functions of normalised features."""
+"""Losses as pure functions of normalised features.
+
+In tiles: no matrix of all rows by all columns is ever held, forward or backward, so memory grows linearly with the
+batch. On several processes each takes its own rows against everyone's columns and returns the mean over its own; the
+mean of that over the processes, values and gradients alike, is the loss of the joined batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tinyclip.distributed import gather, rank
+
+TILE = 2**23  # elements of a tile: 32 MB in float32
+
+Targets = Callable[[slice], Tensor]  # (rows, n) for a slice of rows, each row summing to 1
 
 
 def affinity_loss(
@@ -18,18 +32,17 @@ def affinity_loss(
     """Affinity mimicking: the student copies the teacher's image-text similarity distribution.
 
     Half the cross-entropy image-to-text plus half text-to-image, against the teacher's softmax, averaged
-    over rows (TinyCLIP, ICCV 2023, section 3.1).
+    over rows (TinyCLIP, ICCV 2023, section 3.1). The teacher's side takes no gradient.
 
     Args:
         student_image, student_text: (n, d) normalised features.
         teacher_image, teacher_text: (n, d') normalised features; d' may differ from d.
         student_scale, teacher_scale: exp(logit_scale) of each.
     """
-    student_logits = student_scale * student_image @ student_text.T
-    teacher_logits = teacher_scale * teacher_image @ teacher_text.T
-    image_to_text = F.cross_entropy(student_logits, teacher_logits.softmax(1))
-    text_to_image = F.cross_entropy(student_logits.T, teacher_logits.T.softmax(1))
-    return (image_to_text + text_to_image) / 2
+    image_to_text = _softmax_targets(teacher_image, teacher_text, teacher_scale)
+    text_to_image = _softmax_targets(teacher_text, teacher_image, teacher_scale)
+    image = cross_entropy(student_image, student_text, student_scale, image_to_text)
+    return (image + cross_entropy(student_text, student_image, student_scale, text_to_image)) / 2
 
 
 def contrastive_loss(
@@ -43,9 +56,9 @@ def contrastive_loss(
         groups: int (n,); pairs of one group are all positives of each other, with equal shares. By default
             each pair is its own group.
     """
-    logits = scale * image_features @ text_features.T
-    targets = _shares(logits, groups)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    targets = _shares(image_features, groups)
+    image = cross_entropy(image_features, text_features, scale, targets)
+    return (image + cross_entropy(text_features, image_features, scale, targets)) / 2
 
 
 def feature_loss(student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
@@ -77,9 +90,9 @@ def interactive_loss(
         scale: exp(logit_scale).
         groups: as in `contrastive_loss`.
     """
-    logits = scale * student_image @ teacher_text.T
-    targets = _shares(logits, groups)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(scale * student_text @ teacher_image.T, targets)) / 2
+    targets = _shares(student_image, groups)
+    image = cross_entropy(student_image, teacher_text, scale, targets)
+    return (image + cross_entropy(student_text, teacher_image, scale, targets)) / 2
 
 
 def within_affinity_loss(
@@ -95,15 +108,107 @@ def within_affinity_loss(
         student: (n, d) normalised features.
         teacher: (n, d') normalised features, n at least 2.
     """
-    others = ~torch.eye(len(student), dtype=torch.bool, device=student.device)
-    student_logits = (student_scale * student @ student.T)[others].view(len(student), -1)
-    teacher_logits = (teacher_scale * teacher @ teacher.T)[others].view(len(teacher), -1)
-    return F.cross_entropy(student_logits, teacher_logits.softmax(1))
+    targets = _softmax_targets(teacher, teacher, teacher_scale, without_self=True)
+    return cross_entropy(student, student, student_scale, targets, without_self=True)
 
 
-def _shares(logits: Tensor, groups: Tensor | None) -> Tensor:
-    """(n, n): what each row's target gives to each column; pairs of one group share equally."""
-    if groups is None:
-        groups = torch.arange(len(logits), device=logits.device)
-    same = (groups[:, None] == groups[None, :]).to(logits)
-    return same / same.sum(1, keepdim=True)  # symmetric relation, so the same for both directions
+# --- in tiles ---------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    rows: Tensor, columns: Tensor, scale: Tensor | float, targets: Targets, without_self: bool = False
+) -> Tensor:
+    """Mean over rows of the cross-entropy of softmax(scale * rows @ columns.T) against soft targets; a scalar.
+
+    Args:
+        rows, columns: (n, d) of this process; columns are gathered from all, with gradient.
+        targets: of a slice of rows over all columns; constants.
+        without_self: leave out each row's own column.
+    """
+    columns = gather(columns)
+    own = rank() * len(rows) if without_self else None
+    factor = torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+    loss: Tensor = _CrossEntropy.apply(rows, columns, factor, targets, own)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradients are made with the loss, tile by tile: going back costs only their product with the incoming one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, targets: Targets, own: int | None) -> Tensor:
+        loss = rows.new_zeros(())
+        inputs = rows, columns, scale
+        for_rows, for_columns, for_scale = (
+            torch.zeros_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        )
+        for part in _tiles(len(rows), len(columns)):
+            similarity = rows[part] @ columns.T
+            log_p = (scale * similarity).log_softmax(1) if own is None else _without(similarity * scale, part, own)
+            target = targets(part)
+            loss -= (target * log_p).sum()
+            if not any(ctx.needs_input_grad[:3]):
+                continue
+            gradient = log_p.exp_().sub_(target).div_(len(rows))  # of the logits
+            if own is not None:
+                gradient[_diagonal(gradient, part, own)] = 0
+            if for_rows is not None:
+                torch.mm(gradient, columns, out=for_rows[part]).mul_(scale)
+            if for_columns is not None:
+                for_columns.addmm_(gradient.T, rows[part] * scale)
+            if for_scale is not None:
+                for_scale += (gradient * similarity).sum()
+        ctx.save_for_backward(for_rows, for_columns, for_scale)
+        return loss / len(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if g is None else g * incoming for g in ctx.saved_tensors)
+        return *gradients, None, None
+
+
+def _tiles(rows: int, columns: int) -> list[slice]:
+    size = max(1, TILE // columns)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _diagonal(tile: Tensor, part: slice, first: int) -> tuple[Tensor, Tensor]:
+    """Where each row of a tile meets its own column; `first` is the column of row 0."""
+    here = torch.arange(len(tile), device=tile.device)
+    return here, here + first + part.start
+
+
+def _without(logits: Tensor, part: slice, own: int) -> Tensor:
+    """log_softmax over all columns but each row's own, which becomes 0 (it has no share in any target)."""
+    place = _diagonal(logits, part, own)
+    logits[place] = -torch.inf
+    log_p = logits.log_softmax(1)
+    log_p[place] = 0
+    return log_p
+
+
+def _softmax_targets(rows: Tensor, columns: Tensor, scale: Tensor | float, without_self: bool = False) -> Targets:
+    rows, columns, first = rows.detach(), gather(columns.detach()), rank() * len(rows)
+    factor = scale.detach() if isinstance(scale, Tensor) else scale
+
+    def targets(part: slice) -> Tensor:
+        logits = (rows[part] @ columns.T).mul_(factor)
+        if without_self:
+            logits[_diagonal(logits, part, first)] = -torch.inf
+        return logits.softmax(1)
+
+    return targets
+
+
+def _shares(rows: Tensor, groups: Tensor | None) -> Targets:
+    """What each row's target gives to each column; pairs of one group share equally."""
+    n = len(rows)
+    mine = torch.arange(rank() * n, (rank() + 1) * n, device=rows.device) if groups is None else groups
+    everyones = gather(mine)
+
+    def targets(part: slice) -> Tensor:
+        same = (mine[part, None] == everyones).to(rows)
+        return same.div_(same.sum(1, keepdim=True))
+
+    return targets

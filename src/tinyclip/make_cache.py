@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyclip.augment import Augment, View
 from tinyclip.cache import Cache, CacheInfo, FeatureFile, content_hash, feature_file
-from tinyclip.data import Skipped, captions_of, find_shards, image_of, read_shard, shard_counts, stable_hash
+from tinyclip.data import stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
+from tinyclip.faults import Fault, Skipped
 from tinyclip.files import flush, write_atomically
+from tinyclip.index import shard_counts
 from tinyclip.pipeline import Pipeline
+from tinyclip.shards import captions_of, find_shards, image_of, read_shard
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 
@@ -42,10 +44,6 @@ class Report:
     bytes: int
     computed: int  # shards
     skipped: list[Skipped]
-
-    @property
-    def reasons(self) -> Counter[str]:
-        return Counter(s.reason for s in self.skipped)
 
 
 def make_cache(
@@ -103,8 +101,11 @@ def make_cache(
         features = _Features()
         for block in _blocks(views, batch_size, workers):
             features.add(block, teacher, clip.tokenizer.end_id, batch_size, precision)
-            done += len(block.keys) + len(block.skipped)
-            progress(done, total)
+            progress(done + features.seen, total)
+        if features.seen != counts[shard.name]:
+            found = f"{features.seen} of its {counts[shard.name]} samples could be read"
+            raise ValueError(f"{shard}: {found}, since it changed or the disk has faults; run the same command again")
+        done += features.seen
         features.write(feature_file(output, shard.name), shard, info, clip.model.config.embed_dim)
     gather_objects(None)  # wait for all
     return from_main(lambda: _summary(output, shards, len(pending)))
@@ -185,7 +186,7 @@ def _summary(output: Path, shards: list[Path], computed: int) -> Report:
         report.samples += len(file.hashes)
         report.captions += int(file.offsets[-1])
         report.bytes += file.path.stat().st_size
-        report.skipped += [Skipped(shard.name, key, reason) for key, reason in file.skipped]
+        report.skipped += [Skipped(shard.name, *row) for row in file.skipped]
     lines = [json.dumps(asdict(s)) + "\n" for s in report.skipped]
     write_atomically(output / "skipped.jsonl", "".join(lines))
     if not report.samples:
@@ -215,7 +216,7 @@ class Block:
     images: Tensor  # uint8 (n * draws, 3, s, s)
     tokens: Tensor  # int64 (captions, length)
     captions: list[int]  # of each sample
-    skipped: list[list[str]]  # key, reason
+    skipped: list[Skipped]
 
 
 class ShardViews(IterableDataset[Any]):
@@ -225,26 +226,26 @@ class ShardViews(IterableDataset[Any]):
         super().__init__()
         self.shard, self.tokenizer, self.context_length, self.info = shard, tokenizer, context_length, info
 
-    def __iter__(self) -> Iterator[Item | list[str] | ValueError]:
-        """Items, [key, reason] of what cannot be used, and at the end the error of a shard that is damaged."""
+    def __iter__(self) -> Iterator[Item | Skipped]:
+        """Samples, and what cannot be used."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        try:
-            for i, sample in enumerate(read_shard(self.shard)):
-                if i % step == first:
-                    yield self._item(sample)
-        except ValueError as error:  # raised in a worker, it would come with that one's traceback
-            yield error
+        left_out: list[Skipped] = []
+        for i, sample in enumerate(read_shard(self.shard, left_out)):
+            if i % step == first:
+                yield self._item(sample)
+        if first == 0:  # each worker has met them all
+            yield from left_out
 
-    def _item(self, sample: dict[str, Any]) -> Item | list[str]:
+    def _item(self, sample: dict[str, Any]) -> Item | Skipped:
         key, info = str(sample["__key__"]), self.info
         try:
             captions = captions_of(sample)
             if not captions:
-                raise ValueError("no caption")
+                raise Fault("no_caption", "no caption")
             image = image_of(sample)
         except ValueError as error:
-            return [key, str(error)]
+            return Skipped(self.shard.name, key, getattr(error, "cause", "corrupt_image"), str(error))
         rngs = [Random(f"{info.seed}:{self.shard.name}:{key}:{i}") for i in range(info.draws)]
         views = [info.augment.draw(image.width, image.height, rng) for rng in rngs]
         pixels = np.stack([view.apply(image, info.image_size) for view in views])
@@ -255,24 +256,18 @@ def _blocks(views: ShardViews, batch_size: int, workers: int) -> Iterator[Block]
     """The samples of a shard, about `batch_size` views at a time."""
     together = max(1, batch_size // views.info.draws)
     loader: DataLoader[Any] = DataLoader(views, together, num_workers=workers, collate_fn=_join)
-    for block in loader:
-        if isinstance(block, ValueError):
-            raise block
-        yield block
+    yield from loader
 
 
-def _join(found: list[Item | list[str] | ValueError]) -> Block | ValueError:
+def _join(found: list[Item | Skipped]) -> Block:
     items = [item for item in found if isinstance(item, Item)]
-    for error in found:
-        if isinstance(error, ValueError):
-            return error
     return Block(
         keys=[item.key for item in items],
         views=np.array([item.views for item in items], np.float64),
         images=torch.from_numpy(np.concatenate([i.pixels for i in items])) if items else torch.empty(0),
         tokens=torch.from_numpy(np.concatenate([i.tokens for i in items])) if items else torch.empty(0),
         captions=[len(item.tokens) for item in items],
-        skipped=[item for item in found if isinstance(item, list)],
+        skipped=[item for item in found if isinstance(item, Skipped)],
     )
 
 
@@ -284,7 +279,12 @@ class _Features:
 
     def __init__(self) -> None:
         self.samples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []  # key, views, image and text features
-        self.skipped: list[list[str]] = []
+        self.skipped: list[Skipped] = []
+
+    @property
+    def seen(self) -> int:
+        """Samples, bad ones included."""
+        return len(self.samples) + sum(bool(s.key) for s in self.skipped)
 
     def add(self, block: Block, teacher: Teacher, end_id: int, batch_size: int, precision: Precision) -> None:
         self.skipped += block.skipped
@@ -315,7 +315,8 @@ class _Features:
         }
         state = shard.stat()
         source = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": content_hash(shard)}
-        header = {"source": json.dumps(source), "skipped": json.dumps(self.skipped, ensure_ascii=False)}
+        left_out = [(s.key, s.cause, s.reason) for s in self.skipped]
+        header = {"source": json.dumps(source), "skipped": json.dumps(left_out, ensure_ascii=False)}
         temporary = place.with_name(f".{place.name}.tmp")
         try:
             save_file(tensors, temporary, header)

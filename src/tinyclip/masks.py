@@ -233,7 +233,7 @@ class HardConcrete(nn.Module):
 
 
 def _fresh(size: int) -> nn.Parameter:
-    return nn.Parameter(torch.full((size,), START))
+    return nn.Parameter(torch.full((size,), START), requires_grad=size > 0)
 
 
 def lagrangian(expected: Tensor, target: float, multipliers: Tensor) -> Tensor:

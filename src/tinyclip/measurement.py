@@ -74,7 +74,7 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
     result: dict[str, Any] = {f"params_{part}": count for part, count in counts.items()}
     result |= {f"macs_{part}": count for part, count in operations.items()}
     if seconds > 0:
-        weight, text = model.logit_scale, model.config.text
+        weight, text = model.text_projection, model.config.text
         size = model.config.vision.image_size
         images = torch.rand(batch_size, 3, size, size, device=weight.device, dtype=weight.dtype)
         tokens = torch.randint(text.vocab_size - 1, (batch_size, text.context_length), device=weight.device)
@@ -83,7 +83,7 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
         text_s = _seconds(lambda: model.encode_text(tokens), weight.device, seconds)
         result |= {"images_per_s": batch_size / image_s, "texts_per_s": batch_size / text_s}
         result |= {"pairs_per_s": batch_size / (image_s + text_s), "batch_size": batch_size}
-        result |= {"device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch.")}
+        result |= {"device": str(weight.device), "dtype": str(model.dtype).removeprefix("torch.")}
     return result
 
 

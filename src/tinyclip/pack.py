@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import webdataset
 from PIL import Image
 
+from tinyclip.faults import Fault, Skipped, counts, summary
 from tinyclip.files import atomic_directory
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
 
@@ -32,7 +32,7 @@ class Item:
     path: Path
     captions: tuple[str, ...]
     name: str | None = None
-    problem: str = "no caption"  # why there are none
+    problem: Fault | None = None  # why there are none
 
 
 @dataclass
@@ -42,11 +42,7 @@ class Report:
     packed: int
     captions: int
     shards: int
-    skipped: list[tuple[str, str]]  # (file, reason)
-
-    @property
-    def reasons(self) -> Counter[str]:
-        return Counter(reason for _, reason in self.skipped)
+    skipped: list[Skipped]  # the key is the file
 
 
 def find_items(
@@ -110,7 +106,7 @@ def pack(
     Raises:
         ValueError: when the folder exists or cannot be written, or nothing is left to pack.
     """
-    from tinyclip.data import prepare
+    from tinyclip.index import prepare
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
@@ -125,12 +121,12 @@ def pack(
                 _pack_one(item, writer, resize, report)
                 progress()
         if report.packed == 0:
-            reasons = "; ".join(f"{reason} ({n})" for reason, n in report.reasons.most_common(3))
-            raise ValueError(f"nothing to pack, all {len(items)} pictures were skipped: {reasons}")
+            causes, first = summary(counts(report.skipped)), report.skipped[0]
+            raise ValueError(f"nothing to pack, all {len(items)} pictures were skipped ({causes}), first {first}")
         names = sorted({item.name for item in items if item.name is not None})
         if names:
             (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        skipped = (json.dumps({"file": file, "reason": reason}) + "\n" for file, reason in report.skipped)
+        skipped = (json.dumps({"file": s.key, "cause": s.cause, "reason": s.reason}) + "\n" for s in report.skipped)
         (folder / "skipped.jsonl").write_text("".join(skipped), encoding="utf-8")
         report.shards = len(list(folder.glob("*.tar")))
         prepare(folder)
@@ -140,11 +136,11 @@ def pack(
 def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> None:
     try:
         if not item.captions:
-            raise ValueError(item.problem)
+            raise item.problem or Fault("no_caption", "no caption")
         ending, data = _stored(item.path, resize)
     except ValueError as error:
         reason = str(error).removeprefix(f"{item.path}: ")
-        report.skipped.append((str(item.path), reason))
+        report.skipped.append(Skipped("", str(item.path), getattr(error, "cause", "no_image"), reason))
         return
     info: dict[str, Any] = {"captions": list(item.captions), "file": item.path.name}
     if item.name is not None:
@@ -183,13 +179,15 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 
 def _with_sidecar(path: Path) -> Item:
-    from tinyclip.data import captions_of
+    from tinyclip.shards import captions_of
 
     files = {ending: path.with_suffix(f".{ending}") for ending in ("txt", "json")}
     try:
         found = captions_of({ending: file.read_bytes() for ending, file in files.items() if file.is_file()})
-    except (ValueError, OSError) as error:
-        return Item(path, (), problem=str(error))
+    except Fault as fault:
+        return Item(path, (), problem=fault)
+    except OSError as error:
+        return Item(path, (), problem=Fault("no_caption", f"caption cannot be read ({error.strerror})"))
     return Item(path, tuple(found))
 
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.distributed import resolve_device
-from tinyclip.model import CLIP
-from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.distributed import resolve_device, resolve_dtype
+from tinyclip.model import CLIP, cast
+from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess, open_image
 from tinyclip.zoo import resolve
 
+T = TypeVar("T")
+BATCH = 32  # pictures at once on a CPU: more no longer fit its caches and are slower
+AHEAD = 64  # pictures decoded before they are needed
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -39,7 +49,13 @@ class Pipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.logit_scale.dtype
+        """What it computes in; features come back as float32."""
+        return self.model.dtype
+
+    @property
+    def computing(self) -> dict[str, str]:
+        """Names of `dtype` and `device`, as commands report them."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
@@ -52,39 +68,50 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_image(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 64, normalize: bool = True
+        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int | None = None, normalize: bool = True
     ) -> Tensor:
-        """image_features (n, embed_dim) of paths, PIL pictures, uint8 arrays (h, w[, 3]), or a preprocessed
-        float tensor (n, 3, s, s). Any number of them.
+        """image_features float32 (n, embed_dim) of paths, PIL pictures, uint8 arrays (h, w[, 3]), or a preprocessed
+        float tensor (n, 3, s, s). Any number of them: they are decoded by threads while the model computes, and no
+        more than a few batches are in memory.
+
+        Args:
+            batch_size: by default 32 on a CPU, 256 elsewhere.
 
         Raises:
             ValueError: for an unreadable picture or a wrong shape.
         """
         items = _as_list(images)
-        features = []
-        for start in range(0, len(items), batch_size):
-            tensors = [self._image(item) for item in items[start : start + batch_size]]
+        features = [self._empty()]
+        for tensors in batches(self._pictures(items), self._batch_size(batch_size, BATCH)):
             shapes = {tuple(t.shape) for t in tensors}
             if len(shapes) > 1:
                 raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
-            batch = torch.stack(tensors)
-            features.append(self.model.encode_image(batch.to(self.device, self.dtype), normalize=normalize))
-        return torch.cat(features) if features else self._no_features()
+            batch = torch.stack(tensors).to(self.device, self.model.text_projection.dtype)
+            features.append(_finished(self.model.encode_image(batch), normalize))
+        return torch.cat(features)
 
     @torch.inference_mode()
-    def encode_text(self, texts: str | Sequence[str], *, batch_size: int = 256, normalize: bool = True) -> Tensor:
-        """text_features (n, embed_dim) of any number of texts."""
-        tokens = self.tokenize(texts)
-        features = [
-            self.model.encode_text(self._shortest(batch).to(self.device), normalize=normalize)
-            for batch in (tokens.split(batch_size) if len(tokens) else ())
-        ]
-        return torch.cat(features) if features else self._no_features()
+    def encode_text(
+        self, texts: str | Sequence[str], *, batch_size: int | None = None, normalize: bool = True
+    ) -> Tensor:
+        """text_features float32 (n, embed_dim) of any number of texts.
 
-    def _shortest(self, tokens: Tensor) -> Tensor:
-        # Under causal attention nothing after the end token matters, so shorter rows give the same features.
-        ends = (tokens == self.tokenizer.end_id).int().argmax(1)
-        return tokens[:, : int(ends.max()) + 1]
+        They are computed in order of length, each batch only as long as its longest text: under causal attention
+        nothing after a text's end token matters.
+
+        Args:
+            batch_size: by default 64 on a CPU, 512 elsewhere.
+
+        Raises:
+            ValueError: for something that is no text.
+        """
+        rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
+        features = self._empty(len(rows))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # what needs most memory first
+        for places in batches(order, self._batch_size(batch_size, 2 * BATCH)):
+            tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
+            features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
+        return features
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
         """Cosine similarity of every image with every text, (images, texts)."""
@@ -100,12 +127,31 @@ class Pipeline:
             raise ValueError("no labels to choose from")
         if not all(label.strip() for label in ([labels] if isinstance(labels, str) else labels)):
             raise ValueError("a label is empty")
-        logits = self.similarity(images, labels) * self.model.logit_scale.detach().exp()
-        return logits.float().softmax(1)
+        logits = self.similarity(images, labels) * self.model.logit_scale.detach().float().exp()
+        return logits.softmax(1)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint directory that `load` reads."""
         save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype)
+
+    def _pictures(self, items: Sequence[ImageLike]) -> Iterator[Tensor]:
+        """Each as a tensor, in order; threads work a little ahead of what is taken."""
+        if len(items) <= 1 or isinstance(items, Tensor):
+            yield from map(self._image, items)
+            return
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            ahead: deque[Future[Tensor]] = deque()
+            try:
+                for item in items:
+                    if isinstance(item, Image.Image):
+                        item.load()  # here, as one picture may be given twice and loading it is not safe in threads
+                    ahead.append(pool.submit(self._image, item))
+                    if len(ahead) > AHEAD:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _image(self, item: ImageLike) -> Tensor:
         if isinstance(item, Tensor):
@@ -121,8 +167,25 @@ class Pipeline:
             raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
         return self.preprocess(item)
 
-    def _no_features(self) -> Tensor:
-        return torch.empty(0, self.model.config.embed_dim, device=self.device, dtype=self.dtype)
+    def _batch_size(self, given: int | None, default: int) -> int:
+        if given is not None and given < 1:
+            raise ValueError(f"batch_size {given}: at least 1 is needed")
+        return given or (default if self.device.type == "cpu" else 8 * default)
+
+    def _empty(self, count: int = 0) -> Tensor:
+        return torch.empty(count, self.model.config.embed_dim, device=self.device)
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one what is left."""
+    source = iter(items)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def _finished(features: Tensor, normalize: bool) -> Tensor:
+    features = features.float()
+    return F.normalize(features, dim=-1) if normalize else features
 
 
 def _as_list(images: Any) -> Any:
@@ -134,9 +197,10 @@ def _as_list(images: Any) -> Any:
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     activation: str | None = None,
     cache: str | Path | None = None,
+    compile: bool = False,
 ) -> Pipeline:
     """A model ready to use, from a checkpoint of ours or of others (`docs/convert.md`), by its name in
     the zoo (`docs/zoo.md`), or from the Hugging Face hub (`org/name`).
@@ -144,15 +208,45 @@ def load(
     Args:
         activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
         device: where the weights go; "auto" takes CUDA, then MPS, then the CPU.
-        dtype: of the weights; float32 by default.
+        dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
+            older GPUs, else float32.
         cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
+        compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
+            (`docs/inference.md`); the weights must not change after.
 
     Raises:
         ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
     """
-    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
     device = resolve_device(device)
-    return Pipeline(model.to(device=device, dtype=dtype or torch.float32), tokenizer, preprocessing)
+    precision = resolve_dtype(dtype, device)
+    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
+    cast(model.to(device), precision)
+    if compile:
+        compile_towers(model)
+    return Pipeline(model, tokenizer, preprocessing)
+
+
+def compile_towers(model: CLIP) -> None:
+    """Compile both towers, in place and at once, for any batch and any length; weights become constants.
+
+    Raises:
+        ValueError: when this machine has no compiler.
+    """
+    weight, text = model.text_projection, model.config.text
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"compile needs a C++ compiler, and there is no {compiler}; install one or do without")
+    for tower in (model.visual, model.transformer):
+        tower.compile(dynamic=True, options={"freezing": True})
+    size = model.config.vision.image_size
+    images = torch.zeros(2, 3, size, size, device=weight.device, dtype=weight.dtype)
+    tokens = torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device)
+    try:
+        with torch.inference_mode():
+            model.encode_image(images)
+            model.encode_text(tokens)
+    except RuntimeError as error:  # what torch's compilers raise
+        raise ValueError(f"compile failed ({str(error).splitlines()[0]}); do without") from None
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:

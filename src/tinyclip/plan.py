@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
-from tinyclip.data import known_samples
+from tinyclip.index import known_samples
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import Tower, sparsity
 from tinyclip.measurement import macs

@@ -53,6 +53,7 @@ class Pruner:
         self.hard = HardConcrete(config, original, towers=towers, gates=auto.gates, unit=auto.counted)
         self.constraint = Constraint(self.hard, targets, auto.ramp_steps or min(DEFAULT_RAMP, auto.steps))
         self.hard.to(device)
+        self.constraint.to(device)
         settings: dict[str, Any] = {"lr": auto.lr, "weight_decay": 0.0}
         groups = [
             {"params": list(self.hard.parameters())} | settings,

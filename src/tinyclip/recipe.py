@@ -113,6 +113,11 @@ class Loss(Strict):
         """The terms with a weight that need a teacher."""
         return [name for name in TEACHER_TERMS if getattr(self, name) > 0]
 
+    @property
+    def learns_scale(self) -> bool:
+        """Whether a term depends on the student's own scale."""
+        return self.contrastive > 0 or (self.student_scale == "learned" and set(self.distils) != {"feature"})
+
 
 class Optimizer(Strict):
     """AdamW with linear warm-up and cosine decay to 0."""
@@ -141,6 +146,11 @@ class Stage(Strict):
     start: str = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
     steps: Positive = Field(description="optimiser steps")
     batch_size: int = Field(256, ge=2, description="pairs a step")
+    micro_batch: Positive | None = Field(
+        None, description="pairs of a device's share that are in memory at once, by exact replay; default: all"
+    )
+    grad_checkpointing: bool = Field(False, description="keep each block's input alone and compute the rest again")
+    compile: bool = Field(False, description="torch.compile of the towers")
     loss: Loss = Field(Loss(), description="terms and scales of the loss")
     optimizer: Optimizer = Field(Optimizer(), description="AdamW and its schedule")
     augment: Augment = Field(Augment(), description="random views of the pictures")
@@ -165,6 +175,21 @@ class Stage(Strict):
             raise ValueError("batch_norm: random weights have no statistics to freeze; set it to train")
         if self.batch_norm_batches is not None and not self.freezes_batch_norm:
             raise ValueError("batch_norm_batches: only with `batch_norm: frozen`")
+        for key in ("micro_batch", "grad_checkpointing"):
+            if self.batch_norm == "train" and getattr(self, key):
+                raise ValueError(
+                    f"{key}: computes parts of the batch twice, so batch norm cannot learn; take `batch_norm: frozen`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _reaches_the_towers(self) -> Stage:
+        terms = {*self.loss.distils, *(["contrastive"] if self.loss.contrastive else [])}
+        for term, tower, other in (("image_affinity", "image", "text"), ("text_affinity", "text", "image")):
+            if terms == {term} and self.towers != tower:
+                raise ValueError(
+                    f"loss: {term} alone does not train the {other} tower; add a term or set `towers: {tower}`"
+                )
         return self
 
     @model_validator(mode="after")
@@ -249,6 +274,10 @@ class Recipe(Strict):
     )
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
+    save_minutes: float | None = Field(
+        None, gt=0, description="minutes between checkpoints in a stage, where these come first"
+    )
+    keep: Positive = Field(2, description="checkpoints of a stage in progress that are kept, the newest included")
     save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
 
     @model_validator(mode="after")

@@ -16,10 +16,11 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tinyclip import evaluate
+from tinyclip import evaluate, faults
 from tinyclip.augment import on_colour
 from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig
+from tinyclip.faults import Skipped
 from tinyclip.measurement import measure
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
@@ -202,6 +203,7 @@ def write_report(
     entries: Sequence[Entry],
     series: dict[str, dict[str, list[tuple[int, float]]]],
     grid: Sequence[Guess],
+    left_out: Sequence[Skipped] = (),
 ) -> None:
     """One HTML file that needs nothing else."""
     from tinyclip.files import write_atomically
@@ -228,9 +230,24 @@ def write_report(
 {structures}<h2>What the models see</h2>
 <p class="note">Pictures evenly spread over the evaluation data, with each model's three best
 classes by the first prompt, and their cosine similarity. Green: the right one.</p>
-<div class="grid">{"".join(_card(g) for g in grid)}</div></main></html>
+<div class="grid">{"".join(_card(g) for g in grid)}</div>
+{_faults(left_out)}</main></html>
 """,
     )
+
+
+def _faults(left_out: Sequence[Skipped]) -> str:
+    """A table of what was left out of the training data, by cause."""
+    if not left_out:
+        return ""
+    note = "Each once, though it may have come up in several epochs; skipped.jsonl in the run's folder has all."
+    head = "".join(f"<th>{column}</th>" for column in (*faults.COLUMNS, "what it is"))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (*row, faults.CAUSES[row[0]])) + "</tr>"
+        for row in faults.rows(left_out)
+    )
+    table = f'<div class="scroll"><table class="words"><tr>{head}</tr>{body}</table></div>'
+    return f'<h2>Left out of the training data</h2><p class="note">{note}</p>{table}'
 
 
 def _structures(entries: Sequence[Entry]) -> str:
@@ -262,7 +279,7 @@ main{max-width:1100px;margin:auto;padding:1.5rem}
 h1{font-size:1.6rem} h2{font-size:1.15rem;margin-top:2rem}
 .scroll{overflow-x:auto} table{border-collapse:collapse;background:#fff}
 th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
-th:first-child,td:first-child{text-align:left} th{font-weight:600}
+th:first-child,td:first-child,.words td,.words th{text-align:left} .words td{white-space:normal} th{font-weight:600}
 .note{color:#555;font-size:.9rem} .figure svg{max-width:100%;height:auto;background:#fff}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:.8rem}
 .card{background:#fff;border:1px solid #e4e4e4;border-radius:8px;padding:.8rem;display:flex;gap:.8rem;font-size:.82rem}
@@ -294,7 +311,8 @@ def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Ent
     grid: list[Guess] = []
     if recipe["evaluation"] and any("acc1" in e.evaluation for e in entries):
         grid = guesses(entries, recipe["evaluation"]["data"], recipe["evaluation"]["templates"])
-    write_report(path, title, entries, curves(runs), grid)
+    left_out = [skipped for run in runs for skipped in faults.read(Path(run) / "skipped.jsonl")]
+    write_report(path, title, entries, curves(runs), grid, left_out)
     return entries
 
 

@@ -4,10 +4,12 @@ pool at the end. State-dict keys are OpenAI's, batch-norm statistics included.""
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import ResNetConfig
 from tinyclip.masks import Masks
@@ -45,6 +47,15 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask.view(-1, 1, 1)
 
 
+def of_pixels(product: Callable[[Tensor], Tensor], pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product of float32 pixels with weights of fewer bits: what the pixels lose by rounding goes through it too.
+    An even surface rounds the same way in every pixel, so that sums over it would be off."""
+    coarse = pixels.to(dtype)
+    if pixels.dtype.itemsize <= dtype.itemsize:
+        return product(coarse)
+    return product(coarse) + product((pixels - coarse).to(dtype))
+
+
 class AttentionPool(nn.Module):
     """The mean of all positions attends to itself and to each of them."""
 
@@ -62,6 +73,7 @@ class AttentionPool(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         positions = self.positional_embedding if stage is None else self.positional_embedding * stage
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + positions  # (n, grid^2 + 1, channels)
+        x = x.to(self.q_proj.weight.dtype)
         n, length, _ = x.shape
         q = self.q_proj(x[:, :1]).view(n, 1, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(n, length, self.heads, self.head_dim).transpose(1, 2)
@@ -75,6 +87,7 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
         super().__init__()
+        self.grad_checkpointing = False
         first, second, third = config.stem
         self.conv1 = nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
@@ -110,13 +123,16 @@ class ModifiedResNet(nn.Module):
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
         masks = masks or {}
         x = images.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
-        for i in (1, 2, 3):
+        x = self.bn1(of_pixels(self.conv1, x, self.conv1.weight.dtype))
+        x = _masked(F.relu(x), masks.get("visual.stem.1"))
+        for i in (2, 3):
             x = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(x))
             x = _masked(F.relu(x), masks.get(f"visual.stem.{i}"))
         x = F.avg_pool2d(x, 2)
         for stage in (1, 2, 3, 4):
             for i, block in enumerate(self.get_submodule(f"layer{stage}").children()):
-                x = block(x, _block_masks(masks, stage, i))
+                own = _block_masks(masks, stage, i)
+                x = checkpoint(block, x, own, use_reentrant=False) if self.grad_checkpointing else block(x, own)
         return self.attnpool(x, masks.get("visual.stage.4"), masks.get("visual.pool_heads"))
 
 

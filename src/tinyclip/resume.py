@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -11,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,19 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from megatron.energon.state import FlexState
 
 from tinyclip.checkpoint import load_checkpoint, save_into
-from tinyclip.data import Skipped
-from tinyclip.files import atomic_directory, write_atomically
+from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
+from tinyclip.faults import Skipped, append, summary
+from tinyclip.files import atomic_directory, checksum, read_json_object, write_atomically
 from tinyclip.step import Trainee
 
 STATE = "state.pt"
-PARTS = {"optimizer", "scaler", "loader", "progress", "random", "projections", "masks"}  # of it
+ENOUGH = 500  # bad samples, before they are judged
+PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
+MANIFEST = "checksums.json"  # of the files beside it; written last, so that a whole checkpoint has it
+# What reading a torn or hostile state raises.
+DAMAGE = (
+    *(OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, LookupError, pickle.UnpicklingError),
+)
 # What Energon's part of it is made of; nothing else is unpickled.
 LOADER_PARTS: tuple[Any, ...] = (
     *(SavableDatasetCheckpoint, SavableDataLoaderState, SavableDatasetState, SliceState, SystemRngState, FlexState),
@@ -58,8 +66,9 @@ class Progress:
 
     step: int = 0
     samples: int = 0
-    skipped: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
     seconds: float = 0.0
+    order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
     evaluated_step: int = 0
     best_step: int | None = None
     best_score: float = -1.0
@@ -68,68 +77,163 @@ class Progress:
     def __post_init__(self) -> None:
         self._since = time.perf_counter()
         self._recent: list[tuple[float, int]] = []
+        self._vanished: set[str] = set()
 
-    def advance(self, count: int, skipped: list[Skipped], log: Path) -> None:
-        """After a step on `count` samples; what was left out goes to the log."""
+    def advance(self, count: int) -> None:
+        """After a step on `count` samples of all processes."""
         now = time.perf_counter()
         self._recent = [*self._recent[-49:], (now - self._since, count)]
         self.seconds += now - self._since
         self._since = now
         self.step += 1
         self.samples += count
-        self.skipped += len(skipped)
-        if skipped:
-            with log.open("a") as file:
-                file.writelines(json.dumps(asdict(s)) + "\n" for s in skipped)
+
+    def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
+        """What all processes left out at this step; the first one writes it to the log. Returns the first sample of
+        each shard that has just vanished.
+
+        Raises:
+            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
+        """
+        for s in skipped:
+            self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
+        if is_main():
+            append(log, skipped, stage=stage, step=self.step)
+        vanished = {s.shard: s for s in skipped if s.cause == "vanished_shard" and s.shard not in self._vanished}
+        self._vanished |= vanished.keys()
+        bad = {cause: n for cause, n in self.skipped.items() if cause != "vanished_shard"}
+        if sum(bad.values()) > max(self.samples, ENOUGH):
+            raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
+        return list(vanished.values())
 
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""
         self._since = time.perf_counter()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         seconds = sum(s for s, _ in self._recent)
-        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9), "skipped": self.skipped}
+        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9)} | self.left_out()
+
+    def left_out(self) -> dict[str, Any]:
+        """Samples that were skipped, in all and by cause."""
+        return {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
 
 
-def save(place: Path, trainee: Trainee, loader: Any = None, progress: Progress | None = None) -> None:
-    """Write the student, and with a loader and progress all that `restore` needs, in one piece.
+def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: int) -> None:
+    """Write the student and all that `restore` needs, in one piece. All processes call it; the first one writes.
+
+    Args:
+        place: the stage's `last`; what it held before goes to `step-000100` beside it.
+        keep: how many checkpoints there are then at most.
 
     Raises:
         ValueError: when it cannot be written.
     """
-    with atomic_directory(place) as temporary:
+    position = pickle.dumps(loader.save_state_rank(), protocol=4)
+    mine = {"loader": torch.frombuffer(bytearray(position), dtype=torch.uint8), "random": torch.get_rng_state()}
+    ranks, layout = gather_objects(mine), [world_size(), loader.num_workers]
+    from_main(lambda: _write(place, trainee, progress, keep, {"layout": layout, "ranks": ranks}))
+    progress.pause()
+
+
+def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: dict[str, Any]) -> None:
+    state |= {
+        "projections": trainee.projections.state_dict(),
+        "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
+        "optimizer": trainee.optimizer.state_dict(),
+        "scaler": trainee.scaler.state_dict(),
+        "progress": asdict(progress),
+    }
+    before = _manifest(place)["step"] if place.exists() else progress.step
+    aside = place.with_name(f"step-{before:06d}") if keep > 1 and before < progress.step else None
+    with atomic_directory(place, aside) as temporary:
         save_into(temporary, trainee.model, trainee.tokenizer, trainee.preprocess)
-        if progress is not None:
-            if trainee.pruner is not None:
-                trainee.pruner.save(temporary)
-            data = {
-                "projections": trainee.projections.state_dict(),
-                "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
-                "optimizer": trainee.optimizer.state_dict(),
-                "scaler": trainee.scaler.state_dict(),
-                "loader": torch.frombuffer(
-                    bytearray(pickle.dumps(loader.save_state_rank(), protocol=4)), dtype=torch.uint8
-                ),
-                "progress": asdict(progress),
-                "random": torch.get_rng_state(),
-            }
-            try:
-                torch.save(data, temporary / STATE)
-            except RuntimeError as error:  # torch's own word for a full disk
-                raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
-            progress.pause()
+        if trainee.pruner is not None:
+            trainee.pruner.save(temporary)
+        try:
+            torch.save(state, temporary / STATE)
+        except RuntimeError as error:  # torch's own word for a full disk
+            raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
+        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"step": progress.step, "crc32": sums}), encoding="utf-8")
+    for old in older(place)[keep - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> bool:
-    """Load what `save` wrote into the given objects; False when there is nothing to go on from.
+def older(last: Path) -> list[Path]:
+    """The checkpoints kept beside `last`, the newest first."""
+    return sorted(last.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def settle(last: Path) -> tuple[int, list[str]]:
+    """Make `last` the newest whole checkpoint of a stage that is not done, before anything reads it.
+
+    Returns:
+        Its step, 0 when there is none yet; and a line for each damaged one, which is removed.
+
+    Raises:
+        ValueError: when all of them are damaged; they are left as they are.
+    """
+    faults: dict[Path, str] = {}
+    for place in [last, *older(last)]:
+        if not place.exists():
+            continue
+        try:
+            step = int(_check(place)["step"])
+        except ValueError as error:
+            faults[place] = str(error)
+            continue
+        for damaged in faults:
+            shutil.rmtree(damaged)
+        if place != last:
+            place.rename(last)
+        return step, [f"{fault}; going on from step {step}" for fault in faults.values()]
+    if faults:
+        raise ValueError(f"{next(iter(faults.values()))}; remove {last.parent} to start the stage anew")
+    return 0, []
+
+
+def finish(last: Path) -> None:
+    """Remove what only a stage in progress needs."""
+    for old in older(last):
+        shutil.rmtree(old, ignore_errors=True)
+    for name in (MANIFEST, STATE):
+        (last / name).unlink(missing_ok=True)
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    manifest = read_json_object(place / MANIFEST)
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("crc32"), dict):
+        raise ValueError(f"{place / MANIFEST}: damaged")
+    return manifest
+
+
+def _check(place: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole; `ValueError` naming the file that is missing or damaged."""
+    manifest = _manifest(place)
+    for name in sorted({STATE, *manifest["crc32"]}):
+        try:
+            found = checksum(place / name)
+        except OSError as error:
+            raise ValueError(f"{place / name}: {error.strerror}") from None
+        if found != manifest["crc32"].get(name):
+            raise ValueError(f"{place / name}: damaged")
+    return manifest
+
+
+def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> Any:
+    """Load what `save` wrote into the given objects.
+
+    Returns:
+        The loader's state, to be restored into one that is made with `progress.order`. None when there is no
+        checkpoint, or when it comes from another number of processes or workers: then the data's order begins anew,
+        and `progress.order` is the step it did so.
 
     Raises:
         ValueError: when the checkpoint is damaged.
     """
-    for leftover in place.parent.glob(".*.tmp"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover, ignore_errors=True)
     if not (place / STATE).exists():
-        return False
+        return None
     trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
     data = _read_state(place)
     trainee.optimizer.load_state_dict(data["optimizer"])
@@ -138,25 +242,24 @@ def restore(place: Path, trainee: Trainee, loader: Any, progress: Progress) -> b
         trainee.pruner.load(place)
         trainee.pruner.optimizer.load_state_dict(data["masks"])
     trainee.scaler.load_state_dict(data["scaler"])
-    loader.restore_state_rank(data["loader"])
-    torch.set_rng_state(data["random"])
     for name, value in data["progress"].items():
         setattr(progress, name, value)
-    return True
-
-
-def saved_step(place: Path) -> int:
-    """The step that a checkpoint of a stage stands at; 0 when there is nothing to go on from."""
-    return int(_read_state(place)["progress"]["step"]) if (place / STATE).exists() else 0
+    if data["layout"] != [world_size(), workers]:
+        progress.order = progress.step
+        return None
+    mine = data["ranks"][rank()]
+    torch.set_rng_state(mine["random"])
+    return mine["loader"]
 
 
 def _read_state(place: Path) -> dict[str, Any]:
     try:
         # On the CPU, since the workers take their random states from it; the optimiser moves its own tensors.
         data = dict(torch.load(place / STATE, weights_only=True, map_location="cpu"))
-        if not (missing := PARTS - data.keys()):
-            data["loader"] = _LoaderState(BytesIO(data["loader"].numpy().tobytes())).load()
-    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        if not (missing := PARTS - data.keys()) and rank() < len(data["ranks"]):
+            mine = data["ranks"][rank()]
+            mine["loader"] = _LoaderState(BytesIO(mine["loader"].numpy().tobytes())).load()
+    except DAMAGE as error:
         text = " ".join(str(error).split())[:120]
         raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
     if missing:
@@ -189,23 +292,57 @@ def forget_metrics(path: Path, stage: str, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
+class Clock:
+    """Says when the minutes between two checkpoints have passed; None: never. The first process's is the one."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def is_late(self) -> bool:
+        return self.minutes is not None and is_main() and time.monotonic() - self._since >= 60 * self.minutes
+
+
+@dataclass
+class Stops:
+    """What asks this process to stop: SIGINT or SIGTERM, or the death of the torchrun that started it."""
+
+    received: list[int] = field(default_factory=list)
+    parent: int = field(default_factory=os.getppid)
+
+    def alone(self) -> int:
+        """The signal that a run of one process has received, or 0; several agree once a step."""
+        return self.received[0] if self.received and world_size() == 1 else 0
+
+    def agreed(self, *flags: bool, device: torch.device) -> tuple[int, ...]:
+        """The signal that any process has received, or 0, and each flag that any process raised; one small exchange a
+        step, none where there is one process."""
+        orphaned = world_size() > 1 and os.getppid() != self.parent
+        terminate = signal.SIGTERM in self.received or orphaned
+        interrupt, terminate, *others = any_of(signal.SIGINT in self.received, terminate, *flags, device=device)
+        return (signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0), *others
+
+
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT or SIGTERM, so that the loop can finish its step and save. A second SIGINT
-    raises. Workers are forked with these handlers, so a Ctrl-C in a terminal does not kill them first."""
-    received: list[int] = []
+def stop_signals() -> Iterator[Stops]:
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save. A second SIGINT raises. Decoding workers
+    ignore both (see `data`)."""
+    stops = Stops()
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield stops
         return
 
     def handle(number: int, frame: object) -> None:
-        if received and number == signal.SIGINT:
+        if stops.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        stops.received.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import close_loader, training_loader
+from tinyclip.distributed import GO_ON, is_main, rank, world_size
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.teacher import CachedTeacher, Teacher
@@ -43,7 +44,9 @@ class Run:
     caches: list[Cache] = field(default_factory=list)  # of a cached teacher
 
     def emit(self, event: dict[str, Any]) -> None:
-        """To metrics.jsonl and to the listener."""
+        """To metrics.jsonl and to the listener, by the first process."""
+        if not is_main():
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(event) + "\n")
         self.listener(event)
@@ -56,7 +59,14 @@ def preprocess_for(run: Run, model: CLIP) -> Preprocess:
     return run.preprocess.model_copy(update={"image_size": model.config.vision.image_size})
 
 
-def loader_of(run: Run, i: int, cut: bool = False) -> Any:
+def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, alone: bool = False) -> Any:
+    """This process's share of a stage's batches.
+
+    Args:
+        cut: for the part of an auto stage after its cut.
+        order: the step at which the order of the data began anew, see `resume.restore`.
+        alone: this process looks at all of the data while the others wait; its batches are as large as a share.
+    """
     stage, config = run.recipe.stages[i], run.configs[i]
     teacher = run.teacher.config if run.teacher else config
     size = max(config.vision.image_size, teacher.vision.image_size)
@@ -66,9 +76,12 @@ def loader_of(run: Run, i: int, cut: bool = False) -> Any:
         context_length=max(config.text.context_length, teacher.text.context_length),
         image_size=run.caches[0].info.image_size if run.caches else size,
         augment=stage.augment,
-        batch_size=stage.batch_size,
+        batch_size=stage.batch_size // world_size(),
         workers=run.recipe.workers,
-        seed=run.recipe.seed + i + 1000 * cut,  # stages, and their parts, see the data in different orders
+        # Stages, and their parts, see the data in different orders.
+        seed=run.recipe.seed + i + 1000 * cut + 1_000_003 * order,
+        rank=0 if alone else rank(),
+        world_size=1 if alone else world_size(),
         stored=partial(draw_stored, run.caches) if run.caches else None,
     )
 
@@ -82,7 +95,7 @@ def closing(loader: Any) -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         text = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{text}; go on from the last checkpoint with --resume") from None
+        raise ValueError(f"{text}; {GO_ON}") from None
     finally:
         close_loader(loader)
 

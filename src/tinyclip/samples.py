@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyclip.augment import Augment
-from tinyclip.data import next_batch, prepare, training_loader
+from tinyclip.data import next_batch, training_loader
 from tinyclip.importance import Sample
+from tinyclip.index import prepare
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline
 from tinyclip.teacher import image_input, shorten

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,33 +11,42 @@ import yaml
 from tinyclip.cache import Cache, open_caches
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
-from tinyclip.config import CLIPConfig, VisionConfig
-from tinyclip.data import all_captions, prepare
-from tinyclip.distributed import best_precision, resolve_device
+from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
+from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
+from tinyclip.faults import append
 from tinyclip.files import write_atomically
+from tinyclip.index import known_faults, prepare
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pruning import TOWERS, budgets
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Run
+from tinyclip.shards import all_captions
+from tinyclip.student import check_compiler
 from tinyclip.teacher import CachedTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
-FREE_TO_CHANGE = ("description", "device", "log_every", "save_every")
+FREE_TO_CHANGE = ("description", "device", "keep", "log_every", "save_every", "save_minutes", "workers")
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
     """Check everything that can be checked before the first step, and make the run's folder.
 
+    Under torchrun all processes call it.
+
     Raises:
-        ValueError: for a folder that exists, data that is missing, or a student that does not fit its start.
+        ValueError: for a folder that exists, data that is missing, a student that does not fit its start, or a batch
+            that cannot be divided among the processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun says how many processes there are
-        raise ValueError("this version trains in one process; start it without torchrun")
-    samples = prepare(recipe.data)
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size % world_size():
+            raise ValueError(
+                f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
+            )
+    samples = from_main(lambda: prepare(recipe.data, keep=resume))
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:
             raise ValueError(
@@ -64,15 +72,19 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
         text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
         config = recipe.model.model_copy(update={"text": text})
         preprocess = Preprocess(image_size=config.vision.image_size)
-    configs = plan(recipe, config)
+    if any(stage.compile for stage in recipe.stages):
+        check_compiler(device)
+    configs = plan(recipe, config, device)
     if caches:
         _check_views(recipe, configs, caches[0])
     folder = Path(recipe.output)
-    _open_folder(folder, recipe, overwrite, resume)
+    from_main(lambda: _open_folder(folder, recipe, overwrite, resume))
+    if not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
     return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision, caches=caches)
 
 
-def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
+def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPConfig]:
     """The config of every stage's student, checked against what it inherits from.
 
     Raises:
@@ -91,6 +103,8 @@ def plan(recipe: Recipe, first: CLIPConfig) -> list[CLIPConfig]:
             _check_towers(stage, base, config, first)
             if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
                 raise ValueError("batch_norm: a ViT has none; leave the key out")
+            if isinstance(config.vision, ResNetConfig) and not stage.freezes_batch_norm:
+                _check_batch_norm(stage, device)
             if config.text.vocab_size != first.text.vocab_size:
                 sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
                 raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
@@ -118,6 +132,15 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
         Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
 
 
+def _check_batch_norm(stage: Stage, device: torch.device) -> None:
+    """Early errors for batch norm that is to learn from what it does not see."""
+    for key in ("micro_batch", "grad_checkpointing"):
+        if getattr(stage, key):
+            raise ValueError(f"{key}: this stage trains batch norm, which must see the whole batch once; leave it out")
+    if world_size() > 1 and device.type != "cuda":
+        raise ValueError("batch_norm: processes without GPUs cannot share batch statistics; train in one process")
+
+
 def _check_views(recipe: Recipe, configs: list[CLIPConfig], cache: Cache) -> None:
     """Whether the stored views are those that the stages ask for."""
     for i, (stage, config) in enumerate(zip(recipe.stages, configs, strict=True)):
@@ -136,9 +159,10 @@ def _check_views(recipe: Recipe, configs: list[CLIPConfig], cache: Cache) -> Non
 
 def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
     tokenizer = clip_tokenizer()
+    merges = tokenizer.merges
     if recipe.vocabulary == "data":
-        tokenizer = tokenizer.pruned(tokenizer.kept_ids(all_captions(recipe.data)))
-    return CLIPTokenizer(tokenizer.merges, context_length)
+        merges = from_main(lambda: tokenizer.pruned(tokenizer.kept_ids(all_captions(recipe.data))).merges)
+    return CLIPTokenizer(merges, context_length)
 
 
 def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
@@ -162,6 +186,8 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(known, yaml.safe_dump(settings, sort_keys=False))
+        if not resume:  # samples are listed when they come up
+            append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 

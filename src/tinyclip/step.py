@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tinyclip.batch_norm import freeze
 from tinyclip.data import Batch
+from tinyclip.distributed import average, world_size
 from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
-from tinyclip.masks import Masks
 from tinyclip.model import CLIP
 from tinyclip.pruning import Pruner
 from tinyclip.recipe import Stage
-from tinyclip.teacher import CachedTeacher, Features, Teacher, image_input, shorten
+from tinyclip.student import Student, make_projections, set_trained
+from tinyclip.teacher import CachedTeacher, Features, Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 LARGEST_LOGIT_SCALE = math.log(100)  # OpenAI's CLIP clamps a learned scale at 100
+OTHER = {"image": "text", "text": "image"}  # the tower that a stage leaves alone
 
 
 @dataclass
 class Trainee:
-    """A student in a stage, with what its steps need."""
+    """A student in a stage, with what its steps need.
+
+    To be made by all processes at once, as they agree on the weights of the first; each has its share of every batch.
+    """
 
     model: CLIP
     stage: Stage
@@ -37,10 +44,18 @@ class Trainee:
     pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
-        self.device = self.model.logit_scale.device
-        freeze_other_tower(self.model, self.stage.towers)
-        self.projections = make_projections(self.model, self.teacher, self.stage).to(self.device)
-        self.optimizer = make_optimizer(self.trained, self.stage)
+        self.device, stage = self.model.logit_scale.device, self.stage
+        set_trained(self.model, stage)
+        self.model.set_grad_checkpointing(stage.grad_checkpointing)
+        self.projections = make_projections(self.model, self.teacher, stage).to(self.model.logit_scale)
+        end_id = self.tokenizer.end_id
+        self.student = Student(
+            self.model, self.projections, self.pruner, stage, self.preprocess, end_id, self.precision
+        )
+        self.parallel: DistributedDataParallel | None = None
+        if world_size() > 1:
+            self.parallel = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(self.trained, stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
         self._fix_logit_scale()
 
@@ -62,101 +77,32 @@ class Trainee:
                 self.model.logit_scale.copy_(torch.as_tensor(self._scale(loss.student_scale)).log())
 
     def _scale(self, setting: str | float, i: int = 0) -> Tensor | float:
-        if setting == "learned":
-            return self.model.logit_scale.exp()
+        """A scale that the stage sets, or the i-th teacher's."""
         if setting == "teacher":
             assert self.teacher is not None, "the recipe's validation asks for a teacher here"
             return self.teacher.scales[i]
         return float(setting)
 
-    def loss_terms(self, batch: Batch, masks: Masks | None = None) -> dict[str, Tensor]:
-        """The weighted sum as `loss`, and each term that has a weight. Only the towers run in lower precision."""
-        settings = self.stage.loss
-        image, text, theirs = self._features(batch, masks)
-        terms: dict[str, Tensor] = {}
-        if theirs:
-            terms |= self._teacher_terms(image, text, theirs, self._groups(batch))
-        if settings.contrastive:
-            terms["contrastive"] = contrastive_loss(image, text, self.model.logit_scale.exp(), self._groups(batch))
-        loss = torch.stack([getattr(settings, name) * term for name, term in terms.items()]).sum()
-        return terms | {"loss": loss}
-
-    def _groups(self, batch: Batch) -> Tensor | None:
-        return batch.groups.to(self.device) if self.stage.loss.positives == "class" else None
-
-    def _teacher_terms(
-        self, image: Tensor, text: Tensor, teachers: list[Features], groups: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The cross-entropy of the affinities is linear in its target, so its mean over teachers is that against the
-        mean of their softmax targets."""
-        each = [self._terms_of(i, image, text, theirs, groups) for i, theirs in enumerate(teachers)]
-        return {name: torch.stack([terms[name] for terms in each]).mean(0) for name in each[0]}
-
-    def _terms_of(
-        self, i: int, image: Tensor, text: Tensor, theirs: Features, groups: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The terms of one teacher."""
-        settings = self.stage.loss
-        scales = self._scale(settings.student_scale), self._scale(settings.teacher_scale, i)
-        wanted, terms = settings.distils, {}
-        if "affinity" in wanted:
-            terms["affinity"] = affinity_loss(image, text, *theirs, *scales)
-        if self.projections:
-            projected = self.projections["image"](image), self.projections["text"](text)
-            if "feature" in wanted:
-                terms["feature"] = feature_loss(*projected, *theirs)
-            if "interactive" in wanted:
-                unit = F.normalize(projected[0], dim=-1), F.normalize(projected[1], dim=-1)
-                terms["interactive"] = interactive_loss(*unit, *theirs, scales[0], groups)
-        for name, mine, other in (("image_affinity", image, theirs[0]), ("text_affinity", text, theirs[1])):
-            if name in wanted:
-                terms[name] = within_affinity_loss(mine, other, *scales)
-        return terms
-
-    def _features(self, batch: Batch, masks: Masks | None) -> tuple[Tensor, Tensor, list[Features]]:
-        """Normalised image_features and text_features in float32, and each teacher's where they are needed."""
-        images = batch.images.to(self.device, non_blocking=True)
-        context, end_id = self.model.config.text.context_length, self.tokenizer.end_id
-        towers, settings = self.stage.towers, self.stage.loss
-        theirs: list[Features] = []
-        with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
-            if self.teacher is not None and (settings.distils or towers != "both"):
-                theirs = self.teacher.features_of(batch, slice(None), images, end_id)
-            # A tower that is left alone is the teacher's, so its features are at hand.
-            if towers == "text" and theirs:
-                image_features = theirs[0][0]
-            else:
-                image_features = self.model.encode_image(image_input(images, self.preprocess), masks, normalize=True)
-            if towers == "image" and theirs:
-                text_features = theirs[0][1]
-            else:
-                tokens = shorten(batch.tokens, end_id, context).to(self.device)
-                text_features = self.model.encode_text(tokens, masks, normalize=True)
-        return image_features.float(), text_features.float(), theirs
+    # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One optimiser step; returns the loss terms, the gradient norm and the learning rate.
+        """One optimiser step; returns the loss terms, averaged over the processes, the gradient norm and the learning
+        rate.
 
         Raises:
-            ValueError: when the loss or the gradient is not finite; the weights are then those before the step.
+            ValueError: when the loss or the gradient is not finite, in all processes; the weights are then those
+                before the step.
         """
         lr, pruner = learning_rate(step, self.stage), self.pruner
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        optimizers = [self.optimizer]
-        parameters = self.trained
-        terms = self.loss_terms(batch, pruner.sample(step) if pruner else None)
-        if pruner is not None:
-            optimizers.append(pruner.optimizer)
-            parameters += pruner.parameters()
-            terms["constraint"] = pruner.constraint(pruner.hard, step).to(self.device)
-            terms["loss"] = terms["loss"] + terms["constraint"]
-        self._check("loss", terms["loss"], batch, step)
+        optimizers: list[torch.optim.Optimizer] = [self.optimizer, *([pruner.optimizer] if pruner else [])]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(terms["loss"]).backward()
+        terms = self.backward(batch, step)
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
+        parameters = self.trained + (pruner.parameters() if pruner else [])
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.grad_clip)
         if not self.scaler.is_enabled():  # the scaler skips such steps and lowers its scale
             self._check("gradient", norm, batch, step)
@@ -165,13 +111,107 @@ class Trainee:
                 self.scaler.step(optimizer)
         self.scaler.update()
         with torch.no_grad():
-            if self.model.logit_scale.grad is not None:  # it is learned
+            if self.stage.loss.learns_scale:
                 self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
             if pruner is not None:
                 pruner.hard.clamp_()
-        return {name: term.detach() for name, term in terms.items()} | {"grad_norm": norm, "lr": torch.tensor(lr)}
+        return terms | {"grad_norm": norm, "lr": torch.tensor(lr)}
+
+    def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Add the gradient of the loss, times the scaler's scale, to every `.grad`; returns the weighted sum of the
+        terms as `loss` and each of them, without gradient.
+
+        The loss sees the features of the whole batch as leaves. With micro-batches they come from passes without
+        graph, and what the loss says of them goes back through each pass once it is replayed, with the random state it
+        had (GradCache, Gao et al., RepL4NLP 2021). The gradient is that of the whole batch, in any number of pieces.
+        """
+        size = self.stage.micro_batch or len(batch.tokens)
+        pieces = [slice(start, start + size) for start in range(0, len(batch.tokens), size)]
+        replay = len(pieces) > 1
+        outputs: list[dict[str, Tensor]] = []
+        theirs: list[list[Features]] = []  # by pieces and teachers
+        states = []
+        for piece in pieces:
+            images = batch.images[piece].to(self.device, non_blocking=True)
+            theirs.append(self._teacher_features(batch, piece, images))
+            states.append(random_state(self.device))
+            network = self.student if replay else self.parallel or self.student
+            with torch.set_grad_enabled(not replay):
+                outputs.append(network(images, batch.tokens[piece], step, *theirs[-1][:1]))
+        leaves = {name: _join([output[name] for output in outputs]) for name in outputs[0]}
+        for name in leaves.keys() - {OTHER.get(self.stage.towers)}:
+            leaves[name].requires_grad_()
+        terms = self._terms(leaves, _joined(theirs), batch)
+        values = average(torch.stack([value.detach() for value in terms.values()]))
+        self._check("loss", values[list(terms).index("loss")], batch, step)
+        self.scaler.scale(terms["loss"]).backward()
+        for i, piece in enumerate(pieces):
+            last = i == len(pieces) - 1
+            with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
+                if replay:
+                    images = batch.images[piece].to(self.device, non_blocking=True)
+                    with random_state_of(self.device, states[i]):
+                        outputs[i] = (self.parallel or self.student)(images, batch.tokens[piece], step, *theirs[i][:1])
+                _backward_through(outputs[i], leaves, piece, last)
+        return dict(zip(terms, values, strict=True))
+
+    def _teacher_features(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
+        """What each teacher says of a piece, where the stage needs it."""
+        if self.teacher is None or not (self.stage.loss.distils or self.stage.towers != "both"):
+            return []
+        with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
+            theirs = self.teacher.features_of(batch, piece, images, self.tokenizer.end_id)
+        return [(image.clone(), text.clone()) for image, text in theirs]  # no inference tensors any more
+
+    # --- the loss -----------------------------------------------------------------------------------------------
+
+    def _terms(self, ours: dict[str, Tensor], theirs: list[Features], batch: Batch) -> dict[str, Tensor]:
+        """Each term that has a weight, of this process's pairs, and the weighted sum as `loss`; see `Student.forward`
+        for `ours`."""
+        settings = self.stage.loss
+        groups = batch.groups.to(self.device) if settings.positives == "class" else None
+        terms: dict[str, Tensor] = {}
+        if theirs:
+            terms |= self._teacher_terms(ours, theirs, groups)
+        if settings.contrastive:
+            terms["contrastive"] = contrastive_loss(ours["image"], ours["text"], ours["scale"], groups)
+        loss = torch.stack([getattr(settings, name) * term for name, term in terms.items()]).sum()
+        if "constraint" in ours:
+            terms["constraint"] = ours["constraint"]
+            loss = loss + ours["constraint"]
+        return terms | {"loss": loss}
+
+    def _teacher_terms(
+        self, ours: dict[str, Tensor], theirs: list[Features], groups: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The cross-entropy of the affinities is linear in its target, so its mean over teachers is that against the
+        mean of their softmax targets."""
+        each = [self._terms_of(i, ours, features, groups) for i, features in enumerate(theirs)]
+        return {name: torch.stack([terms[name] for terms in each]).mean(0) for name in each[0]}
+
+    def _terms_of(self, i: int, ours: dict[str, Tensor], theirs: Features, groups: Tensor | None) -> dict[str, Tensor]:
+        """The terms of one teacher."""
+        settings = self.stage.loss
+        learned = settings.student_scale == "learned"
+        scales = (
+            ours.get("scale", 1.0) if learned else self._scale(settings.student_scale),
+            self._scale(settings.teacher_scale, i),
+        )
+        wanted, terms = settings.distils, {}
+        if "affinity" in wanted:
+            terms["affinity"] = affinity_loss(ours["image"], ours["text"], *theirs, *scales)
+        if "feature" in wanted:
+            terms["feature"] = feature_loss(ours["projected_image"], ours["projected_text"], *theirs)
+        if "interactive" in wanted:
+            image, text = (F.normalize(ours[name], dim=-1) for name in ("projected_image", "projected_text"))
+            terms["interactive"] = interactive_loss(image, text, *theirs, scales[0], groups)
+        for name, mine, other in (("image_affinity", "image", theirs[0]), ("text_affinity", "text", theirs[1])):
+            if name in wanted:
+                terms[name] = within_affinity_loss(ours[mine], other, *scales)
+        return terms
 
     def _check(self, what: str, value: Tensor, batch: Batch, step: int) -> None:
+        """`value` is the same in all processes, so that all of them raise or none."""
         if not torch.isfinite(value):
             keys = ", ".join(batch.keys[:8])
             raise ValueError(
@@ -180,16 +220,43 @@ class Trainee:
             )
 
 
-def make_projections(student: CLIP, teacher: Teacher | CachedTeacher | None, stage: Stage) -> nn.ModuleDict:
-    """Learned maps from the student's embedding to the teacher's, for the terms that need them; they start as the
-    inherited one, the first dims. Not part of the student."""
-    projections = nn.ModuleDict()
-    if teacher is not None and {"feature", "interactive"} & set(stage.loss.distils):
-        for name in ("image", "text"):
-            projection = nn.Linear(student.config.embed_dim, teacher.config.embed_dim, bias=False)
-            nn.init.eye_(projection.weight)
-            projections[name] = projection
-    return projections
+def _join(parts: list[Tensor]) -> Tensor:
+    """Rows of all pieces, or a scalar that each piece has; without graph."""
+    return (parts[0] if parts[0].ndim == 0 else torch.cat(parts)).detach()
+
+
+def _joined(parts: list[list[Features]]) -> list[Features]:
+    """Each teacher's features of all pieces."""
+    return [(torch.cat([i for i, _ in one]), torch.cat([t for _, t in one])) for one in zip(*parts, strict=True)]
+
+
+def _backward_through(outputs: dict[str, Tensor], leaves: dict[str, Tensor], piece: slice, last: bool) -> None:
+    """Continue the gradients at the leaves into what they were computed from. A scalar's counts once, but every piece
+    hands on one, as DistributedDataParallel waits for all parameters."""
+    tensors, gradients = [], []
+    for name, output in outputs.items():
+        gradient = leaves[name].grad
+        if gradient is not None and output.requires_grad:
+            rows = gradient[piece] if gradient.ndim else gradient if last else torch.zeros_like(gradient)
+            tensors.append(output)
+            gradients.append(rows)
+    torch.autograd.backward(tensors, gradients)
+    outputs.clear()  # and the graph with them
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of the generators that a forward pass may draw from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@contextmanager
+def random_state_of(device: torch.device, states: list[Tensor]) -> Iterator[None]:
+    """Draw again what was drawn after `random_state`."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, device)
+        yield
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.optim.AdamW:
@@ -201,13 +268,6 @@ def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.op
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-def freeze_other_tower(model: CLIP, towers: str) -> None:
-    """With `towers: image` the text tower gets no gradients, and the other way round."""
-    for key, parameter in model.named_parameters():
-        tower = "image" if key.startswith("visual.") else "text"
-        parameter.requires_grad_(towers in ("both", tower) or key == "logit_scale")
 
 
 def learning_rate(step: int, stage: Stage) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import Tensor
 
 from tinyclip.calibrate import Calibration, calibrate, targets_for_latency
 from tinyclip.checkpoint import load_checkpoint
+from tinyclip.distributed import from_main
 from tinyclip.inheritance import compact, inherit
 from tinyclip.masks import sparsity
 from tinyclip.measurement import fraction_for_latency, pair_latency_ms
@@ -48,11 +50,20 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
+    masks = from_main(lambda: _measured_masks(run, i, base))
+    kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "kept": kept})
+    return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
+
+
+def _measured_masks(run: Run, i: int, base: CLIP) -> dict[str, Tensor]:
+    """On the CPU, as they may travel to other processes."""
     stage = run.recipe.stages[i]
     settings, preprocess = stage.calibrated, preprocess_for(run, base)
     assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
     scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
-    model, targets, loader = compact(base, {}).eval(), budgets(settings, stage.towers), loader_of(run, i)
+    model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
+    loader = loader_of(run, i, alone=True)
     source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
     how = Calibration.of(settings, run.teacher.config, float(scale), run.recipe.seed + i)
     with attention(run.device), closing(loader):
@@ -70,9 +81,7 @@ def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
             else:
                 run.warn(stage, already_gone(gone, target))
         masks = calibrate(model, source, left, how) if left else {}
-    kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
-    run.emit({"event": "cut", "stage": stage.name, "step": 0, "kept": kept})
-    return compact(model, masks)
+    return {name: mask.cpu() for name, mask in masks.items()}
 
 
 def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
@@ -109,7 +118,8 @@ def mask_targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
     def latency_ms(removed: float) -> float:
         return pair_latency_ms(CLIP(thinner(config, removed, towers)).eval().to(run.device))
 
-    removed = fraction_for_latency(latency_ms, stage.auto.latency_ms)
-    run.emit({"event": "latency", "stage": stage.name, "latency_ms": stage.auto.latency_ms, "macs_removed": removed})
+    goal = stage.auto.latency_ms
+    removed = from_main(lambda: fraction_for_latency(latency_ms, goal))
+    run.emit({"event": "latency", "stage": stage.name, "latency_ms": goal, "macs_removed": removed})
     start = sparsity(config, run.teacher.config, {}, towers, "macs").item()
     return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}

@@ -16,7 +16,7 @@ from tinyclip.data import Batch
 from tinyclip.model import CLIP
 from tinyclip.transforms import Preprocess
 
-Features = tuple[Tensor, Tensor]  # normalised image_features and text_features, (n, embed_dim) in float32
+Features = tuple[Tensor, Tensor]  # normalised image_features and text_features, (n, embed_dim), at least float32
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Teacher:
         return [self.features(images, batch.tokens[piece], end_id)]
 
     def features(self, images: Tensor, tokens: Tensor, end_id: int) -> Features:
-        """Normalised image_features and text_features, (n, embed_dim) in float32.
+        """Normalised image_features and text_features, (n, embed_dim) in float32 (float64 of such a model). They are
+        inference tensors: clone what a backward pass is to keep.
 
         Args:
             images: uint8 (n, 3, s, s).
@@ -42,16 +43,17 @@ class Teacher:
         """
         return self.image_features(images), self.text_features(tokens, end_id)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:
-        """uint8 (n, 3, s, s) on the model's device -> (n, embed_dim), normalised, in float32."""
-        return self.model.encode_image(image_input(images, self.preprocess), normalize=True).float()
+        """uint8 (n, 3, s, s) on the model's device -> (n, embed_dim), as `features`."""
+        pixels = image_input(images, self.preprocess).to(self.model.logit_scale.dtype)
+        return _at_least_float32(self.model.encode_image(pixels, normalize=True))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def text_features(self, tokens: Tensor, end_id: int) -> Tensor:
-        """int64 (n, length) -> (n, embed_dim), normalised, in float32."""
+        """int64 (n, length) -> (n, embed_dim), as `features`."""
         tokens = shorten(tokens, end_id, self.config.text.context_length).to(self.model.logit_scale.device)
-        return self.model.encode_text(tokens, normalize=True).float()
+        return _at_least_float32(self.model.encode_text(tokens, normalize=True))
 
     @property
     def config(self) -> CLIPConfig:
@@ -82,12 +84,16 @@ class CachedTeacher:
     def features_of(self, batch: Batch, piece: slice, images: Tensor, end_id: int) -> list[Features]:
         """What each teacher says of a piece of a batch."""
         pairs = [(image[piece].to(images.device), text[piece].to(images.device)) for image, text in batch.teacher]
-        return [(image.float(), text.float()) for image, text in pairs]
+        return [(_at_least_float32(image), _at_least_float32(text)) for image, text in pairs]
 
     @property
     def scale(self) -> Tensor:
         """exp(logit_scale) of the first"""
         return self.scales[0]
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emo
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
 
@@ -34,8 +37,20 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
+def say_computing(computing: dict[str, str]) -> None:
+    """On stderr, what a model computes in and where."""
+    errors.print(f"computing in {computing['dtype']} on {computing['device']}")
+
+
 def fail(text: str, code: int) -> None:
-    errors.print(f"tinyclip: {' '.join(text.split())}")
+    """End with a line on the standard error; of processes that torchrun started, the first with this text speaks."""
+    line = f"tinyclip: {' '.join(text.split())}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from tinyclip.distributed import claim
+
+        if not claim(line):
+            sys.exit(code)
+    errors.print(line)
     sys.exit(code)
 
 

@@ -4,8 +4,9 @@ A run's folder:
 
     recipe.yaml                 what is run
     metrics.jsonl               one line a log or evaluation
-    skipped.jsonl               samples that were left out: shard, key, reason
+    skipped.jsonl               what was left out: shard, key, cause, reason
     stages/NAME/last, best      checkpoints (`last` carries state.pt to resume from until the stage is done)
+    stages/NAME/step-000100     the ones before `last`, until the stage is done
     stages/NAME/result.json     written when the stage is done
     student                     the last stage's result
 """
@@ -14,40 +15,75 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
-from tinyclip.checkpoint import load_checkpoint, save_into
+from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.data import close_loader, next_batch
-from tinyclip.files import atomic_directory, recover, write_atomically
+from tinyclip.distributed import from_main, gather_objects, is_main, world_size
+from tinyclip.faults import Skipped
+from tinyclip.files import read_json_object, remove_leftovers, write_atomically
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
-from tinyclip.resume import STATE, Interrupted, Progress, forget_metrics, restore, save, saved_step, stop_signals
+from tinyclip.recipe import Stage
+from tinyclip.resume import (
+    STATE,
+    Clock,
+    Interrupted,
+    Progress,
+    finish,
+    forget_metrics,
+    restore,
+    save,
+    settle,
+    stop_signals,
+)
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
 from tinyclip.teacher import image_input
 
+PATIENCE = 30  # seconds for the processes of a run that was killed to end
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", ".lock"}  # in the folder of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
 def run(run: Run) -> list[dict[str, Any]]:
     """Train every stage that is not done yet; returns each stage's result.
 
+    Under torchrun all processes call it. The first one alone writes, evaluates, and tells the run's listener.
+
     Raises:
-        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
+        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept. Also
+            when another run is at work in the folder.
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
+    lock = FileLock(run.folder / ".lock", timeout=PATIENCE)
+    from_main(lambda: _enter(lock, run.folder))
     try:
         return _run_stages(run)
     except ValueError:
-        if {entry.name for entry in run.folder.iterdir()} <= {"recipe.yaml", "metrics.jsonl"}:
+        if is_main() and {entry.name for entry in run.folder.iterdir()} <= UNTRAINED:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
+    finally:
+        lock.release()
+
+
+def _enter(lock: FileLock, folder: Path) -> None:
+    """Be the only run at work in the folder, and clear up after one that was killed."""
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder}: another process trains here; stop it first") from None
+    remove_leftovers(folder)
 
 
 def _run_stages(run: Run) -> list[dict[str, Any]]:
@@ -55,30 +91,40 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
     student: CLIP | None = None
     for i, stage in enumerate(run.recipe.stages):
         folder = run.folder / "stages" / stage.name
-        if (folder / "result.json").exists():
+        if (result := from_main(lambda folder=folder: _result(folder))) is not None:  # type: ignore[misc]
             student = load_checkpoint(folder / "last")[0].to(run.device)
-            results.append(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+            results.append(result)
             continue
-        recover(folder / "last")
-        _announce(run, i, saved_step(folder / "last"))
+        from_main(lambda i=i, folder=folder: _announce(run, i, *settle(folder / "last")))  # type: ignore[misc]
         student = starting_student(run, i, student)
         student, result = _train_stage(run, i, student.to(run.device), folder)
         results.append(result)
     assert student is not None
-    with atomic_directory(run.folder / "student") as place:
-        dtype = getattr(torch, run.recipe.save_dtype)
-        save_into(place, student, run.tokenizer, preprocess_for(run, student), dtype)
+    dtype = getattr(torch, run.recipe.save_dtype)
+    arguments = student, run.tokenizer, preprocess_for(run, student), dtype
+    from_main(lambda: save_checkpoint(run.folder / "student", *arguments))
     return results
 
 
-def _announce(run: Run, i: int, step: int) -> None:
+def _result(folder: Path) -> dict[str, Any] | None:
+    """That of a stage that is done."""
+    if not (folder / "result.json").exists():
+        return None
+    finish(folder / "last")  # a kill may have come between
+    return read_json_object(folder / "result.json")
+
+
+def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
     """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
     stage = run.recipe.stages[i]
-    forget_metrics(run.folder / "metrics.jsonl", stage.name, step)
+    for log in ("metrics.jsonl", "skipped.jsonl"):
+        forget_metrics(run.folder / log, stage.name, step)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
     if step:
         run.emit({"event": "resumed", "stage": stage.name, "step": step})
+    for fault in faults:
+        run.warn(stage, fault)
 
 
 # --- one stage --------------------------------------------------------------------------------------------------
@@ -97,10 +143,10 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
         _reestimate(run, i, trainee)
     progress = _loop(run, i, trainee, folder, stage.steps)
     _evaluate(run, trainee, progress, folder)
-    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples, "skipped": progress.skipped}
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
-    write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    (last / STATE).unlink()  # only now is it of no use
+    from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
+    from_main(lambda: finish(last))  # only now is the state of no use
     return student.eval(), result
 
 
@@ -124,8 +170,8 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     # From here on it is a student like any other, with a new optimiser.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
-    loader = loader_of(run, i, cut=True)
-    save(last, after, loader, progress)
+    loader = loader_of(run, i, cut=True, order=progress.order)
+    save(last, after, loader, progress, run.recipe.keep)
     close_loader(loader)
     figures = pruner.figures(progress.step)
     run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
@@ -139,24 +185,32 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
 def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
     """Train until a step of the stage, from where its last checkpoint stands."""
     stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
-    cut = stage.auto is not None and trainee.pruner is None
-    loader, progress, last = loader_of(run, i, cut), Progress(), folder / "last"
-    restore(last, trainee, loader, progress)
+    progress, last = Progress(), folder / "last"
+    loader = _restored(run, i, trainee, last, progress)
+    clock = Clock(run.recipe.save_minutes)
+
+    def keep() -> None:
+        save(last, trainee, loader, progress, run.recipe.keep)
+        clock.restart()
 
     def judge() -> None:
         _evaluate(run, trainee, progress, folder)
-        save(last, trainee, loader, progress)
+        keep()
 
     batches = iter(loader)
     trainee.train()
-    with stop_signals() as stop, attention(run.device), closing(loader):
+    with stop_signals() as stops, attention(run.device), closing(loader):
         due = every is not None and 0 < progress.step < until and progress.step % every == 0
         if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
             judge()
         while progress.step < until:
             batch = next_batch(batches, run.recipe.data)
             metrics = trainee.step(batch, progress.step)
-            progress.advance(len(batch.keys), batch.skipped, run.folder / "skipped.jsonl")
+            progress.advance(len(batch.keys) * world_size())
+            stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
+            if some:
+                skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
+                _left_out(run, stage, progress, skipped)
             done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
                 figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
@@ -164,27 +218,69 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
                 run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
             else:
                 run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
+            stop = stop or stops.alone()
             evaluate = every is not None and progress.step % every == 0 and not done
-            if stop or done or evaluate or progress.step % run.recipe.save_every == 0:
-                save(last, trainee, loader, progress)
+            if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
+                keep()
             if stop:
-                raise Interrupted(stop[0], progress.step)
+                raise Interrupted(stop, progress.step)
             if evaluate:
                 judge()
     return progress
 
 
+def _left_out(run: Run, stage: Stage, progress: Progress, skipped: list[Skipped]) -> None:
+    """Count what the data of all processes lacked at a step."""
+    try:
+        vanished = progress.skip(skipped, run.folder / "skipped.jsonl", stage.name)
+    except ValueError as error:
+        raise ValueError(f"{run.recipe.data}: {error}") from None
+    for first in vanished:
+        run.warn(stage, f"{first.shard} {first.reason}; going on without it until it is back")
+
+
+def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress) -> Any:
+    """The loader, and trainee and progress, as the last checkpoint has them."""
+    position = restore(last, trainee, progress, run.recipe.workers)
+    cut = trainee.stage.auto is not None and trainee.pruner is None
+    loader = loader_of(run, i, cut, progress.order)
+    loader.restore_state_rank(position)
+    if 0 < progress.step == progress.order:
+        text = "it goes on with another number of processes or workers, so the data comes in another order"
+        run.warn(trainee.stage, text)
+    return loader
+
+
 def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
     """Batch-norm statistics from the first batches of the stage's data. They come from a loader of their own, so
     that the training's starts at its first batch and a resumed run finds it where it was."""
-    batches, loader = trainee.stage.batch_norm_batches or 20, loader_of(run, i)
-    with closing(loader):
-        chosen = (next_batch(source, run.recipe.data).images for source in [iter(loader)] * batches)
-        reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
+    batches = trainee.stage.batch_norm_batches or 20
+
+    def measured() -> list[dict[str, Tensor]]:
+        loader = loader_of(run, i, alone=True)
+        with closing(loader):
+            chosen = (next_batch(source, run.recipe.data).images for source in [iter(loader)] * batches)
+            reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
+        return [{k: v.cpu() for k, v in norm.state_dict().items()} for norm in batch_norms(trainee.model)]
+
+    for norm, state in zip(batch_norms(trainee.model), from_main(measured), strict=True):
+        norm.load_state_dict(state)
     run.emit({"event": "batch_norm", "stage": trainee.stage.name, "batches": batches})
 
 
 def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
+    """By the first process; all know then what it found."""
+
+    def judged() -> dict[str, Any]:
+        _judge(run, trainee, progress, folder)
+        return asdict(progress)
+
+    for name, value in from_main(judged).items():
+        setattr(progress, name, value)
+    progress.pause()
+
+
+def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
     if run.evaluator is None:
         return
     student = trainee.pruner.cut(trainee.model) if trainee.pruner else trainee.model
@@ -196,5 +292,4 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
     if score > progress.best_score and trainee.pruner is None:  # masks that still move make no student
         progress.best_score, progress.best_step = score, progress.step
-        save(folder / "best", trainee)
-    progress.pause()
+        save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +10,14 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from tinyclip.faults import Fault
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
 RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 
+LONGEST = 100  # times the shorter side
 
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -34,7 +36,7 @@ class Preprocess(BaseModel):
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 (3, image_size, image_size), not yet normalised."""
-        image = centre_crop(resize_shorter(plain_mode(image), self.image_size), self.image_size)
+        image = centre_crop(resize_shorter(_middle(plain_mode(image)), self.image_size), self.image_size)
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
@@ -51,11 +53,13 @@ def open_image(source: str | Path | object) -> Image.Image:
     """Open a file (path or binary file object), decode it whole and apply its EXIF orientation.
 
     Raises:
-        ValueError: when it is missing, no picture, damaged, or too large (Pillow's decompression-bomb limit).
+        ValueError: when it is missing; as `Fault` when it is no picture, damaged, or too large (Pillow's
+            decompression-bomb limit).
     """
     name = f"{source}: " if isinstance(source, (str, Path)) else ""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as image:  # type: ignore[arg-type]
                 image.load()
@@ -65,11 +69,11 @@ def open_image(source: str | Path | object) -> Image.Image:
     except IsADirectoryError:
         raise ValueError(f"{name}a folder, not a picture") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name}not a picture that Pillow can read") from None
+        raise Fault("corrupt_image", f"{name}not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # the last of broken EXIF
-        raise ValueError(f"{name}damaged picture ({error})") from None
+        raise Fault("huge_image", f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        raise Fault("corrupt_image", f"{name}damaged picture ({error or type(error).__name__})") from None
 
 
 def plain_mode(image: Image.Image) -> Image.Image:
@@ -88,6 +92,16 @@ def plain_mode(image: Image.Image) -> Image.Image:
         return image.convert(image.mode.upper())
     # By way of RGBA, since Pillow warns of a palette with transparency that becomes RGB.
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Of a picture longer than `LONGEST` to 1 the middle, as the whole of a thin one would fill the memory."""
+    short, long = sorted(image.size)
+    if long <= LONGEST * short:
+        return image
+    kept = LONGEST * short + (long - LONGEST * short) % 2  # so that the middle stays where it is
+    left, top = ((side - min(side, kept)) // 2 for side in image.size)
+    return image.crop((left, top, left + min(image.width, kept), top + min(image.height, kept)))
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Train on several nodes under SLURM, and go on after preemption or the time limit:
+#     sbatch docs/slurm.sh recipes/vit-b-32-manual.yaml
+# The recipe's `output` must be on a disk that all nodes share; `data` is read on every node.
+#SBATCH --job-name=tinyclip
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+recipe=$1
+
+# A run that has begun goes on; its folder says so also when this job is not the first to work on it.
+output=$(sed -n 's/^output: *//p' "$recipe")
+resume=
+[ -e "$output/recipe.yaml" ] && resume=--resume
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
+    --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" --shutdown-timeout 240 \
+    -m tinyclip.cli distill "$@" $resume &
+job=$!
+
+# 300 s before the end SLURM sends SIGTERM here; passed on, it makes the run save itself and stop.
+stopped=
+trap 'stopped=yes; kill -TERM "$job"' TERM
+wait "$job"
+code=$?
+if [ -n "$stopped" ]; then
+    wait "$job"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,106 @@
+"""One step: the gradient of the whole batch, in one piece or in many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainees import CASES, assert_near, batch_of, gradients, named, plain_gradients, trainee_of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_graph_in_one_piece_and_in_many(case: str) -> None:
+    batch = batch_of(64 if "resnet" in case else 32)
+    reference = plain_gradients(trainee_of(case, grad_checkpointing=False), batch)
+    assert_near(gradients(trainee_of(case), batch), reference, 1e-10)
+    for size in (1, 3, 4):  # the last piece may be smaller
+        assert_near(gradients(trainee_of(case, micro_batch=size), batch), reference, 1e-10)
+
+
+@pytest.mark.parametrize("case", ["masks, all terms", "resnet"])
+def test_gradients_in_float32_stay_near(case: str) -> None:
+    batch = batch_of(64 if "resnet" in case else 32)
+    reference = plain_gradients(trainee_of(case, torch.float32), batch)
+    for size in (None, 3):
+        assert_near(gradients(trainee_of(case, torch.float32, micro_batch=size), batch), reference, 1e-4)
+
+
+class Noisy(nn.Module):
+    """A module with dropout behind it, which our models have none of."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return nn.functional.dropout(self.inner(*inputs), 0.5)
+
+
+def noisy(**changes: Any) -> Any:
+    trainee = trainee_of("scale learned", **changes)
+    for name in ("image", "text"):
+        trainee.projections[name] = Noisy(trainee.projections[name])
+    for tower in (trainee.model.visual.transformer, trainee.model.transformer):
+        tower.resblocks[0].mlp = Noisy(tower.resblocks[0].mlp)
+    return trainee
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_replay_draws_the_same_random_numbers(checkpointing: bool) -> None:
+    """The reference keeps the graphs of all pieces, drawn one after the other."""
+    batch, reference = batch_of(), noisy()
+    torch.manual_seed(11)
+    outputs = []
+    for start in (0, 3, 6):
+        piece = slice(start, start + 3)
+        outputs.append(reference.student(batch.images[piece], batch.tokens[piece], 0))
+    after = torch.get_rng_state()
+    whole = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0] if name != "scale"}
+    theirs = reference.teacher.features(batch.images, batch.tokens, reference.student.end_id)
+    theirs = theirs[0].clone(), theirs[1].clone()
+    reference._terms(whole | {"scale": outputs[0]["scale"]}, theirs, batch)["loss"].backward()
+    trainee = noisy(micro_batch=3, grad_checkpointing=checkpointing)
+    torch.manual_seed(11)
+    trainee.backward(batch, 0)
+    assert torch.equal(torch.get_rng_state(), after)  # a replay draws nothing anew
+    expected = {name: p.grad for name, p in named(reference).items()}
+    assert_near({name: p.grad for name, p in named(trainee).items()}, expected, 1e-10)  # type: ignore[misc, arg-type]
+
+
+def saved_bytes(trainee: Any, batch: Any) -> int:
+    """The most that graphs hold at one time of tensors that are kept for a backward pass, weights not counted."""
+    weights = {p.data_ptr() for p in trainee.student.parameters()}
+    held: dict[int, int] = {}
+    most = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal most
+            self.tensor = tensor
+            held[id(self)] = 0 if tensor.data_ptr() in weights else tensor.nbytes
+            most = max(most, sum(held.values()))
+
+        def __del__(self) -> None:
+            held.pop(id(self), None)
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        trainee.backward(batch, 0)
+    return most
+
+
+@pytest.mark.parametrize("case", ["affinity", "resnet"])
+def test_micro_batches_and_checkpointing_keep_less(case: str) -> None:
+    batch = batch_of(64 if case == "resnet" else 32, pairs=32)
+    plain, micro, checkpointed, both = (
+        saved_bytes(trainee_of(case, batch_norm="frozen" if case == "resnet" else None, **changes), batch)
+        for changes in (
+            {},
+            {"micro_batch": 4},
+            {"grad_checkpointing": True},
+            {"micro_batch": 4, "grad_checkpointing": True},
+        )
+    )
+    assert micro < plain / 6 and checkpointed < plain / 2 and both < micro / 2
