@@ -70,6 +70,7 @@ class Progress:
         self._since = time.perf_counter()
         self._recent: list[tuple[float, int]] = []
         self._vanished: set[str] = set()
+        self._waits: list[float] = []
 
     def advance(self, count: int, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
         """After a step on `count` samples; what was left out goes to the log. Returns the first sample of each shard
@@ -94,13 +95,20 @@ class Progress:
             raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
         return list(vanished.values())
 
+    def waited(self, seconds: float) -> None:
+        """Note how long the step that begins has waited for its data."""
+        self._waits = [*self._waits[-49:], seconds]
+
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""
         self._since = time.perf_counter()
 
     def figures(self) -> dict[str, Any]:
-        seconds = sum(s for s, _ in self._recent)
-        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9)} | self.left_out()
+        """Speed and waiting of the last 50 steps, and what was left out so far."""
+        seconds, waits = max(sum(s for s, _ in self._recent), 1e-9), self._waits
+        speed = {"pairs_per_s": sum(n for _, n in self._recent) / seconds}
+        speed |= {"data_wait_s": sum(waits) / max(len(waits), 1), "data_wait_share": sum(waits) / seconds}
+        return speed | self.left_out()
 
     def left_out(self) -> dict[str, Any]:
         """Samples that were skipped, in all and by cause."""

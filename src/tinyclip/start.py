@@ -23,11 +23,12 @@ from tinyclip.run import Run
 from tinyclip.shards import all_captions
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.tracking import check_trackers
 from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
-FREE_TO_CHANGE = ("description", "device", "log_every", "save_every")
+FREE_TO_CHANGE = ("description", "device", "log_every", "save_every", "tracking", "project")
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -38,6 +39,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun says how many processes there are
         raise ValueError("this version trains in one process; start it without torchrun")
+    check_trackers(recipe)
     samples = prepare(recipe.data, keep=resume)
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
 from tinyclip.teacher import image_input
+from tinyclip.tracking import FOLDERS as TRACKED
+from tinyclip.tracking import peak_memory_gb, tracked
 
+BEFORE_TRAINING = ("recipe.yaml", "metrics.jsonl", "skipped.jsonl")  # all that a run has without a checkpoint
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
@@ -44,9 +48,10 @@ def run(run: Run) -> list[dict[str, Any]]:
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
     try:
-        return _run_stages(run)
+        with tracked(run):
+            return _run_stages(run)
     except ValueError:
-        if {entry.name for entry in run.folder.iterdir()} <= {"recipe.yaml", "metrics.jsonl", "skipped.jsonl"}:
+        if {entry.name for entry in run.folder.iterdir()} <= {*BEFORE_TRAINING, *TRACKED}:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
 
@@ -156,13 +161,16 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
         if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
             judge()
         while progress.step < until:
+            began = time.perf_counter()
             batch = next_batch(batches, run.recipe.data)
+            progress.waited(time.perf_counter() - began)
             metrics = trainee.step(batch, progress.step)
             _left_out(run, stage, progress, batch)
             done = progress.step == until
             if progress.step % run.recipe.log_every == 0 or done:
                 figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
                 figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                figures["memory_gb"] = peak_memory_gb(run.device)
                 run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
             else:
                 run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
