@@ -53,15 +53,30 @@ def pack(
     say(f"ready to train on: set `data: {output}` in a recipe")
 
 
-def prepare(folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")]) -> None:
-    """Index existing shards (of img2dataset, say); training does it by itself when it was not done."""
+def prepare(
+    folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")],
+    check: Annotated[bool, typer.Option("--check", help="Also open every picture and caption.")] = False,
+) -> None:
+    """Index existing shards (of img2dataset, say), and list what cannot be used; training does it by itself."""
+    from rich.progress import track
+
+    from tinyclip import shards
     from tinyclip.faults import COLUMNS, rows
     from tinyclip.index import known_faults, prepare
 
     found = prepare(folder)
-    if faults := known_faults(folder):
+    faults = known_faults(folder)
+    if check:
+        steps = iter(track(range(found), "checking", console=errors, disable=not errors.is_terminal))
+
+        def progress() -> None:
+            next(steps, None)
+
+        good, faults = shards.check(folder, progress)
+        progress()  # lets the bar reach its end
+    if faults:
         print_table(COLUMNS, rows(faults))
-    say(f"{found} samples in {folder}, ready to train on")
+    say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
 
 
 def prune(

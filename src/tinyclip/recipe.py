@@ -233,8 +233,8 @@ class Recipe(Strict):
     precision: Literal["auto"] | Precision = Field(
         "auto", description="bfloat16, float16 or float32; auto: the fastest that the device computes in"
     )
-    tracking: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="one or several of tensorboard, trackio, wandb; metrics.jsonl is written in any case"
+    tracking: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="one or several of tensorboard, trackio, wandb; metrics.jsonl is written in any case"
     )
     project: str = Field("tinyclip", min_length=1, description="project of trackio and wandb that the run belongs to")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
@@ -248,7 +248,7 @@ class Recipe(Strict):
 
     @field_validator("tracking")
     @classmethod
-    def _once(cls, value: list[str]) -> list[str]:
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
             raise ValueError("a tracker is named twice")
         return value

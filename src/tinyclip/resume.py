@@ -96,8 +96,8 @@ class Progress:
         return list(vanished.values())
 
     def waited(self, seconds: float) -> None:
-        """Note how long the step that begins has waited for its data."""
-        self._waits = [*self._waits[-49:], seconds]
+        """Note how long the step that begins has waited for its data; the first also for the workers to start."""
+        self._waits = [*self._waits[-49:], seconds] if self._recent else []
 
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""
@@ -105,9 +105,11 @@ class Progress:
 
     def figures(self) -> dict[str, Any]:
         """Speed and waiting of the last 50 steps, and what was left out so far."""
-        seconds, waits = max(sum(s for s, _ in self._recent), 1e-9), self._waits
-        speed = {"pairs_per_s": sum(n for _, n in self._recent) / seconds}
-        speed |= {"data_wait_s": sum(waits) / max(len(waits), 1), "data_wait_share": sum(waits) / seconds}
+        seconds = [s for s, _ in self._recent]
+        speed = {"pairs_per_s": sum(n for _, n in self._recent) / max(sum(seconds), 1e-9)}
+        waits = self._waits or [0.0]
+        speed["data_wait_s"] = sum(waits) / len(waits)
+        speed["data_wait_share"] = sum(waits) / max(sum(seconds[-len(waits) :]), 1e-9)
         return speed | self.left_out()
 
     def left_out(self) -> dict[str, Any]:
