@@ -294,6 +294,18 @@ def test_a_shard_that_comes_back_within_the_pauses_loses_nothing(
     assert tuple(pauses) == index.PAUSES[:3] and list(pauses) == sorted(pauses)
 
 
+def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_shards(tmp_path / "data")
+    made = loader(folder)
+    for shard in folder.glob("*.tar"):
+        shard.unlink()
+    pauses: list[float] = []
+    monkeypatch.setattr(index.time, "sleep", pauses.append)
+    with pytest.raises(ValueError, match="1,000 samples in a row are bad"):
+        next_batch(iter(made), folder)
+    assert tuple(pauses) == (*index.PAUSES, 0.0)
+
+
 def test_the_order_of_samples_does_not_depend_on_what_has_vanished(tmp_path: Path, no_pauses: None) -> None:
     """A position that was saved with all shards is good without one, and the other way round."""
     folder = two_shards(tmp_path / "data")

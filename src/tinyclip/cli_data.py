@@ -11,7 +11,7 @@ from tinyclip.terminal import (
     Overwrite,
     check_free,
     errors,
-    print_table,
+    print_faults,
     read_lines,
     say,
 )
@@ -33,7 +33,6 @@ def pack(
     """Make training shards from your own pictures and captions."""
     from rich.progress import track
 
-    from tinyclip.faults import COLUMNS, rows
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
@@ -49,7 +48,7 @@ def pack(
     say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
-        print_table(COLUMNS, rows(report.skipped))
+        print_faults(report.skipped)
     say(f"ready to train on: set `data: {output}` in a recipe")
 
 
@@ -61,7 +60,6 @@ def prepare(
     from rich.progress import track
 
     from tinyclip import shards
-    from tinyclip.faults import COLUMNS, rows
     from tinyclip.index import known_faults, prepare
 
     found = prepare(folder)
@@ -75,7 +73,7 @@ def prepare(
         good, faults = shards.check(folder, progress)
         progress()  # lets the bar reach its end
     if faults:
-        print_table(COLUMNS, rows(faults))
+        print_faults(faults)
     say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
 
 

@@ -11,7 +11,7 @@ import yaml
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import CLIPConfig, VisionConfig
-from tinyclip.distributed import best_precision, resolve_device
+from tinyclip.distributed import best_precision, is_main, resolve_device
 from tinyclip.faults import append
 from tinyclip.files import write_atomically
 from tinyclip.index import known_faults, prepare
@@ -62,7 +62,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     configs = plan(recipe, config)
     folder = Path(recipe.output)
     _open_folder(folder, recipe, overwrite, resume)
-    if not resume:
+    if not resume and is_main():
         append(
             folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key)
         )  # others when they come up
