@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tinyclip.augment import Augment
 from tinyclip.config import Count, Positive, Strict, explain
@@ -258,6 +258,10 @@ class Recipe(Strict):
     precision: Literal["auto"] | Precision = Field(
         "auto", description="bfloat16, float16 or float32; auto: the fastest that the device computes in"
     )
+    tracking: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="one or several of tensorboard, trackio, wandb; metrics.jsonl is written in any case"
+    )
+    project: str = Field("tinyclip", min_length=1, description="project of trackio and wandb that the run belongs to")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
     save_minutes: float | None = Field(
@@ -265,6 +269,18 @@ class Recipe(Strict):
     )
     keep: Positive = Field(2, description="checkpoints of a stage in progress that are kept, the newest included")
     save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or []
+
+    @field_validator("tracking")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a tracker is named twice")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

@@ -24,11 +24,14 @@ from tinyclip.shards import all_captions
 from tinyclip.student import check_compiler
 from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.tracking import check_trackers
 from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
-FREE_TO_CHANGE = ("description", "device", "keep", "log_every", "save_every", "save_minutes", "workers")
+FREE_TO_CHANGE = (
+    *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "tracking", "workers"),
+)
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -45,6 +48,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
             raise ValueError(
                 f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
             )
+    check_trackers(recipe)
     samples = from_main(lambda: prepare(recipe.data, keep=resume))
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:
