@@ -158,7 +158,8 @@ class Transformer(nn.Module):
 
         From the last block in which positions see one another, only the wanted ones are computed.
         """
-        last = max((i for i, block in enumerate(self.resblocks) if block.mixes), default=None)
+        mixing = [i for i, block in enumerate(self.resblocks) if block.mixes]
+        last = mixing[-1] if mixing else None
         if last is None:
             x = at(x, read)
         for i, block in enumerate(self.resblocks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -28,6 +29,7 @@ from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
 FREE_TO_CHANGE = ("description", "device", "log_every", "save_every")
+FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -140,7 +142,7 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             before = yaml.safe_load(known.read_text(encoding="utf-8"))
             if not isinstance(before, dict):
                 raise ValueError(f"{known}: damaged, so the run cannot be resumed")
-            changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_TO_CHANGE]
+            changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
             if changed:
                 raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
         elif folder.exists() and any(folder.iterdir()):
@@ -152,6 +154,14 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
         write_atomically(known, yaml.safe_dump(settings, sort_keys=False))
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _fixed(settings: dict[str, Any], key: str) -> Any:
+    """What a resumed run must share."""
+    value = settings.get(key)
+    if key == "stages" and isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+        return [{k: v for k, v in stage.items() if k not in FREE_IN_STAGES} for stage in value]
+    return value
 
 
 def _check_replaceable(folder: Path, recipe: Recipe) -> None:
