@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from functools import partial
@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import small_config
 from test_data import good, picture, write_shard
-from test_train import run, stage, weights
+from test_killed import SERVER, assert_same, end
+from test_train import run, stage
 from tinyclip import make_cache as making
 from tinyclip import train
 from tinyclip.augment import Augment, View
@@ -30,6 +31,7 @@ from tinyclip.cache import Cache, FeatureFile, draw_stored, open_caches
 from tinyclip.checkpoint import save_checkpoint
 from tinyclip.cli import main
 from tinyclip.data import Batch, captions_of, close_loader, image_of, read_shards, training_loader
+from tinyclip.distributed import gather_objects, is_main, processes
 from tinyclip.inheritance import inherit
 from tinyclip.make_cache import make_cache
 from tinyclip.model import CLIP
@@ -37,6 +39,7 @@ from tinyclip.pipeline import load
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.resume import Interrupted
 from tinyclip.step import Trainee
+from tinyclip.students import starting_student
 from tinyclip.teacher import CachedTeacher, Teacher
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -216,27 +219,90 @@ def stopped_and_resumed(chosen: Recipe, at: int) -> None:
     run(chosen, resume=True)
 
 
-@pytest.mark.parametrize("kind", ["manual", "auto", "two teachers, random start"])
-def test_a_run_without_the_teacher_resumes_exactly(place: Path, tmp_path: Path, kind: str) -> None:
+def test_a_run_without_its_teachers_resumes_exactly(place: Path, tmp_path: Path) -> None:
+    """Two stored teachers, a given shape, then learned masks; stopped while they are learned."""
     (tmp_path / "gone").mkdir()
     shutil.copytree(place / "teacher", tmp_path / "start")
-    caches: Any = None
-    stages = [stage(augment=VIEWS, start=str(tmp_path / "start"))]
-    if kind == "auto":
-        auto = {"target_sparsity": 0.4, "steps": 4, "ramp_steps": 2, "lr": 0.6}
-        stages = [stage(augment=VIEWS, start=str(tmp_path / "start"), inherit="auto", student={}, auto=auto, steps=7)]
-    elif kind != "manual":
-        caches = [str(place / "cache-teacher"), str(place / "cache-wide")]
-        stages = [stage("a", augment=VIEWS, inherit="none"), stage("b", augment=VIEWS, student={"text": {"layers": 1}})]
-    settings: dict[str, Any] = {"stages": stages, "workers": 1}
+    auto = {"target_sparsity": 0.85, "steps": 3, "ramp_steps": 2, "lr": 0.6}
+    manual = stage("a", augment=VIEWS, start=str(tmp_path / "start"), steps=2)
+    learned = stage("b", augment=VIEWS, inherit="auto", student={}, auto=auto)
+    settings: dict[str, Any] = {"stages": [manual, learned], "workers": 1}
+    caches = [str(place / "cache-teacher"), str(place / "cache-wide")]
     (place / "teacher").rename(tmp_path / "gone" / "teacher")
     try:
         run(recipe(place, tmp_path / "whole", caches, **settings))
-        stopped_and_resumed(recipe(place, tmp_path / "parts", caches, **settings), 3)
+        parts = recipe(place, tmp_path / "parts", caches, **settings)
+        started = train.start(parts)
+        stop = {"event": "step", "stage": "b", "step": 2}
+        started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if stop.items() <= e.items() else None
+        with pytest.raises(Interrupted):
+            train.run(started)
+        run(parts, resume=True)
     finally:
         (tmp_path / "gone" / "teacher").rename(place / "teacher")
-    one, two = weights(tmp_path / "whole" / "student"), weights(tmp_path / "parts" / "student")
-    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def begun(work: Any, count: int, *arguments: Any) -> list[Any]:
+    """Processes that do `work(*arguments)`, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    found = [SERVER.Process(target=one_of, args=(environment, i, work, *arguments)) for i in range(count)]
+    for process in found:
+        process.start()
+    return found
+
+
+def one_of(environment: dict[str, str], index: int, work: Any, *arguments: Any) -> None:
+    os.environ |= environment | {"RANK": str(index), "LOCAL_RANK": str(index)}
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def recorded(settings: dict[str, Any], place: Path) -> None:
+    """One of the processes of a run; the first leaves what all had as batches, and the losses."""
+    step, found = Trainee.step, []
+
+    def watched(self: Trainee, batch: Batch, number: int) -> Any:
+        metrics = step(self, batch, number)
+        found.append(([vars(share) for share in gather_objects(batch)], metrics["loss"].item()))
+        return metrics
+
+    Trainee.step = watched  # type: ignore[method-assign]
+    with processes():
+        train.run(train.start(Recipe.model_validate(settings)))
+        if is_main():
+            torch.save(found, place)
+
+
+def joined(shares: list[dict[str, Any]]) -> Batch:
+    images, tokens, groups = (torch.cat([share[name] for share in shares]) for name in ("images", "tokens", "groups"))
+    teachers = zip(*(share["teacher"] for share in shares), strict=True)
+    features = [(torch.cat([i for i, _ in each]), torch.cat([t for _, t in each])) for each in teachers]
+    return Batch(images, tokens, groups, [key for share in shares for key in share["keys"]], teacher=features)
+
+
+def test_two_processes_with_micro_batches_train_as_one_without(place: Path, tmp_path: Path) -> None:
+    """On the same batches; several teachers, each process with its share of their features, in pieces of 3 and 1."""
+    caches = [str(place / "cache-teacher"), str(place / "cache-wide")]
+    settings = stage(augment=VIEWS, start=str(place / "teacher"), steps=3, loss={"image_affinity": 0.5})
+    chosen = recipe(place, tmp_path / "run", caches, stages=[settings | {"micro_batch": 3}])
+    assert end(begun(recorded, 2, chosen.model_dump(mode="json"), tmp_path / "found.pt")) == [0, 0]
+    alone = train.start(recipe(place, tmp_path / "alone", caches, stages=[settings]))
+    trainee = Trainee(
+        starting_student(alone, 0, None),
+        alone.recipe.stages[0],
+        alone.teacher,
+        alone.tokenizer,
+        alone.preprocess,
+        "float32",
+    )
+    trainee.train()
+    for i, (shares, loss) in enumerate(torch.load(tmp_path / "found.pt", weights_only=False)):
+        assert [len(share["keys"]) for share in shares] == [4, 4]
+        assert trainee.step(joined(shares), i)["loss"].item() == pytest.approx(loss, rel=1e-5)
+    assert i == 2
 
 
 def test_a_sample_that_the_cache_lacks_is_skipped_and_listed(place: Path, tmp_path: Path) -> None:
@@ -395,6 +461,13 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(end.value.code or 0)
 
 
+def commanded(arguments: list[object], said: Path) -> None:
+    """`tinyclip` with these arguments; what it prints goes to a file."""
+    sys.argv = ["tinyclip", *map(str, arguments)]
+    with said.open("a") as sys.stdout:
+        main()
+
+
 def test_the_command_goes_on_refuses_and_replaces(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -467,39 +540,32 @@ def test_a_killed_cache_goes_on(place: Path, tmp_path: Path) -> None:
     """SIGKILL once some shards are done: those are not touched again, and the end is that of a call that was not."""
     data = tmp_path / "data"
     data.mkdir()
-    for i in range(8):
-        write_shard(data / f"{i}.tar", [good(j) | {"key": f"{i}-{j}"} for j in range(20)])
-    settings = ["--draws", "8", "--batch-size", "1", "--workers", "0", "--precision", "float32", "--device", "cpu"]
-    arguments = [sys.executable, "-m", "tinyclip.cli", "cache", str(place / "teacher"), str(data), *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for i in range(10):
+        write_shard(data / f"{i}.tar", [good(j) | {"key": f"{i}-{j}"} for j in range(12)])
+    arguments = ["cache", place / "teacher", data, "--draws", 4, "--batch-size", 1, "--workers", 0]
     features = data / "cache-teacher" / "features"
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 120
-    while not list(features.glob("[0-9]*")) and time.monotonic() < deadline:
+    (process,) = begun(commanded, 1, [*arguments, "--precision", "float32", "--device", "cpu"], tmp_path / "said")
+    while process.is_alive() and not list(features.glob("[0-9]*")):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    assert end([process]) == [-signal.SIGKILL]
     done = {file: file.stat().st_mtime_ns for file in features.glob("[0-9]*")}
-    assert 0 < len(done) < 8
-    (features / ".7.safetensors.tmp").write_text("half of a file")
-    clip, same = load(place / "teacher"), {"draws": 8, "batch_size": 1, "workers": 0}
+    assert 0 < len(done) < 10
+    (features / ".9.safetensors.tmp").write_text("half of a file")
+    clip, same = load(place / "teacher"), {"draws": 4, "batch_size": 1, "workers": 0}
     report = make_cache(clip, "teacher", data, data / "cache-teacher", augment=Augment(), **same)
-    assert report.computed == 8 - len(done) and all(file.stat().st_mtime_ns == t for file, t in done.items())
+    assert report.computed == 10 - len(done) and all(file.stat().st_mtime_ns == t for file, t in done.items())
     make_cache(clip, "teacher", data, tmp_path / "whole", augment=Augment(), **same)
     assert same_features(data / "cache-teacher", tmp_path / "whole")
 
 
 def test_two_processes_share_the_shards(place: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = ["cache", place / "teacher", place / "data", "-o", tmp_path / "cache", "--draws", 3, "--batch-size", 8]
     arguments += ["--workers", 0, "--precision", "float32", "--device", "cpu"]
     for key, value in VIEWS.items():
         arguments += ["--augment", f"{key}={json.dumps(value)}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole = [*launcher, "-m", "tinyclip.cli", *map(str, arguments)]
-    done = subprocess.run(whole, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("43 samples") == 1
+    assert end(begun(commanded, 2, arguments, tmp_path / "said")) == [0, 0]
+    assert (tmp_path / "said").read_text().count("43 samples") == 1
     one, two = stored(tmp_path / "cache"), stored(place / "cache-teacher")
     assert one.keys() == two.keys()
     for key in one:

@@ -20,11 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from test_cli import tinyclip
 from test_data import LOADERS, good, loader, picture, write_shard
 from test_train import place as place
 from test_train import recipe, stage, weights
-from tinyclip import faults, index, train
+from tinyclip import cli_data, cli_models, faults, index, train
 from tinyclip.data import close_loader, next_batch
 from tinyclip.evaluate import open_dataset
 from tinyclip.faults import CAUSES, Fault, Skipped
@@ -232,10 +231,14 @@ def test_data_of_which_nothing_is_left(tmp_path: Path) -> None:
     assert not (tmp_path / ".nv-meta").exists()
 
 
-def test_the_command_lists_what_it_left_out(tmp_path: Path) -> None:
-    output = tinyclip("data", "prepare", broken_folder(tmp_path / "data"))
+def test_the_command_lists_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli_data.prepare(broken_folder(tmp_path / "data"))
+    output = capsys.readouterr().out
     assert f"{30 + len(BAD)} samples" in output
     assert all(word in output for word in ("truncated_shard", "cut.tar", "duplicate_key", "empty_shard", "junk.tar"))
+    cli_data.prepare(tmp_path / "data", check=True)
+    output = capsys.readouterr().out
+    assert "30 of them good" in output and all(cause in output for cause, _ in BAD.values())
 
 
 def test_many_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:
@@ -289,6 +292,18 @@ def test_a_shard_that_comes_back_within_the_pauses_loses_nothing(
     found, skipped = drawn(folder, 24)
     assert found == {f"{i:05d}" for i in range(24)} and not skipped
     assert tuple(pauses) == index.PAUSES[:3] and list(pauses) == sorted(pauses)
+
+
+def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_shards(tmp_path / "data")
+    made = loader(folder)
+    for shard in folder.glob("*.tar"):
+        shard.unlink()
+    pauses: list[float] = []
+    monkeypatch.setattr(index.time, "sleep", pauses.append)
+    with pytest.raises(ValueError, match="1,000 samples in a row are bad"):
+        next_batch(iter(made), folder)
+    assert tuple(pauses) == (*index.PAUSES, 0.0)
 
 
 def test_the_order_of_samples_does_not_depend_on_what_has_vanished(tmp_path: Path, no_pauses: None) -> None:
@@ -479,7 +494,7 @@ def test_a_fresh_start_sees_the_shards_that_are_there(tmp_path: Path) -> None:
     assert prepare(folder, keep=True) == 14  # what changed cannot be read by the old index
 
 
-def test_evaluation_counts_by_cause(place: Path, tmp_path: Path) -> None:
+def test_evaluation_counts_by_cause(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = broken_folder(tmp_path / "data")
     dataset = open_dataset(folder)
     list(dataset)
@@ -487,5 +502,8 @@ def test_evaluation_counts_by_cause(place: Path, tmp_path: Path) -> None:
     expected = Counter(cause for cause, _ in BAD.values())
     del expected["no_caption"]  # pictures can be judged without
     assert counted == expected | {"truncated_shard": 1, "damaged_shard": 3, "empty_shard": 1, "duplicate_key": 2}
-    output = tinyclip("evaluate", place / "teacher", folder, "--json", "--device", "cpu")
-    assert json.loads(output.splitlines()[-1])["skipped_by_cause"] == counted
+    cli_models.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["skipped_by_cause"] == counted and result["skipped"] == sum(counted.values())
+    errors = capsys.readouterr().err
+    assert faults.summary(counted) in errors and "corrupt_image: good.tar, junk: not a picture" in errors

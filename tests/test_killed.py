@@ -340,10 +340,11 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(train, "save", noted)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.5))
+    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=12)], save_every=10, save_minutes=0.5))
     started.listener = lambda e: now.__setitem__(0, now[0] + 10) if e["event"] == "step" else None
     train.run(started)
-    assert saved == [3, 6, 7, 9]  # each 30 seconds, and the steps of save_every
+    # Half a minute has passed when steps 4 and 8 are done; 10 is for save_every, 12 the last.
+    assert saved == [4, 8, 10, 12]
 
 
 def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinyclip.data import Batch
 from tinyclip.distributed import processes, rank
+from tinyclip.step import Trainee
 from trainees import CASES, assert_near, batch_of, gradients, part_of, trainee_of
 
 PROCESSES = 2
@@ -50,6 +51,18 @@ def work(index: int, port: int) -> None:
             assert our_losses == pytest.approx(losses, rel=1e-10)
         trainee = trainee_of(SINGLE[0], torch.float32, **SINGLE[1])
         assert_near(gradients(trainee, part_of(inputs(SINGLE[0]), slice(rank() * 4, rank() * 4 + 4))), single, 1e-4)
+        one_fails()
+
+
+def one_fails() -> None:
+    """The loss of one process is not finite: neither goes on alone, and nothing has changed."""
+    trainee, terms = trainee_of("affinity"), Trainee._terms
+    before = [p.detach().clone() for p in trainee.trained]
+    if rank() == 1:
+        trainee._terms = lambda *a: {k: v * torch.nan for k, v in terms(trainee, *a).items()}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"the loss of stage s is nan at step 1; samples 0000"):
+        trainee.step(part_of(inputs("affinity"), slice(rank() * 4, rank() * 4 + 4)), 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainee.trained, strict=True))
 
 
 def test_two_processes_take_the_step_of_one() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from trainees import CASES, assert_near, batch_of, gradients, named, plain_gradients, trainee_of
+from test_resnet import resnet_config
+from tinyclip.recipe import Recipe
+from tinyclip.start import plan
+from tinyclip.student import check_compiler
+from trainees import CASES, assert_near, batch_of, gradients, named, plain_gradients, stage_of, trainee_of
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,7 +67,7 @@ def test_a_replay_draws_the_same_random_numbers(checkpointing: bool) -> None:
     whole = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0] if name != "scale"}
     theirs = reference.teacher.features(batch.images, batch.tokens, reference.student.end_id)
     theirs = theirs[0].clone(), theirs[1].clone()
-    reference._terms(whole | {"scale": outputs[0]["scale"]}, theirs, batch)["loss"].backward()
+    reference._terms(whole | {"scale": outputs[0]["scale"]}, [theirs], batch)["loss"].backward()
     trainee = noisy(micro_batch=3, grad_checkpointing=checkpointing)
     torch.manual_seed(11)
     trainee.backward(batch, 0)
@@ -104,3 +110,63 @@ def test_micro_batches_and_checkpointing_keep_less(case: str) -> None:
         )
     )
     assert micro < plain / 6 and checkpointed < plain / 2 and both < micro / 2
+
+
+@pytest.mark.parametrize(("case", "size"), [("affinity", None), ("masks, all terms", 4)])
+def test_compiled_towers_give_the_same_and_settle(case: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for the real compiler, run without it, which would take minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    batch = batch_of()
+    trainee = trainee_of(case, compile=True, micro_batch=size)
+    assert_near(gradients(trainee, batch), gradients(trainee_of(case), batch), 1e-10)
+    for cut in (5, 7, 8):
+        with torch._dynamo.config.patch(error_on_recompile=True):  # whatever the texts' length
+            gradients(trainee, replace(batch, tokens=shortened(batch.tokens, cut)))
+
+
+def shortened(tokens: Tensor, length: int) -> Tensor:
+    tokens = tokens.clone()
+    tokens[:, length - 1] = tokens.max()
+    tokens[:, length:] = 0
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("affinity", {"micro_batch": 0}, r"micro_batch"),
+        ("resnet", {"batch_norm": "train", "micro_batch": 4}, r"micro_batch: computes parts of the batch twice"),
+        ("resnet", {"batch_norm": "train", "grad_checkpointing": True}, r"grad_checkpointing: computes parts"),
+        ("image_affinity", {"towers": "both"}, r"loss: image_affinity alone does not train the text tower"),
+        ("text_affinity", {"towers": "image"}, r"loss: text_affinity alone does not train the image tower"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(case: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage_of(case, **changes)
+
+
+def resnet_from_scratch(**changes: Any) -> Recipe:
+    stage = {"name": "s", "steps": 2, "inherit": "none", "loss": {"affinity": 0, "contrastive": 1}} | changes
+    return Recipe.model_validate({"model": resnet_config().model_dump(), "data": "d", "output": "o", "stages": [stage]})
+
+
+def test_what_a_resnet_cannot_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    for key, value in (("micro_batch", 4), ("grad_checkpointing", True)):
+        with pytest.raises(ValueError, match=rf"stages.0 \(s\): {key}: this stage trains batch norm, which must see"):
+            plan(resnet_from_scratch(**{key: value}), resnet_config(), device)
+    plan(resnet_from_scratch(), resnet_config(), device)
+    monkeypatch.setattr("tinyclip.start.world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"batch_norm: processes without GPUs cannot share batch statistics"):
+        plan(resnet_from_scratch(), resnet_config(), device)
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(call: object) -> object:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(ValueError, match=r"^compile: [^\n]*No working C\+\+ compiler found\); install a C\+\+[^\n]*$"):
+        check_compiler(torch.device("cpu"))

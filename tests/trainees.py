@@ -119,7 +119,7 @@ def plain_gradients(trainee: Trainee, batch: Batch, step: int = 1) -> dict[str, 
     assert teacher is not None
     theirs = tuple(x.clone() for x in teacher.features(batch.images, batch.tokens, student.end_id))
     outputs = student(batch.images, batch.tokens, step, theirs)
-    loss = trainee._terms(outputs, theirs, batch)["loss"]
+    loss = trainee._terms(outputs, [theirs], batch)["loss"]
     names = named(trainee)
     return dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True))
 

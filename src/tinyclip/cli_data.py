@@ -11,7 +11,7 @@ from tinyclip.terminal import (
     Overwrite,
     check_free,
     errors,
-    print_table,
+    print_faults,
     read_lines,
     say,
 )
@@ -33,7 +33,6 @@ def pack(
     """Make training shards from your own pictures and captions."""
     from rich.progress import track
 
-    from tinyclip.faults import COLUMNS, rows
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
@@ -49,19 +48,33 @@ def pack(
     say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
-        print_table(COLUMNS, rows(report.skipped))
+        print_faults(report.skipped)
     say(f"ready to train on: set `data: {output}` in a recipe")
 
 
-def prepare(folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")]) -> None:
-    """Index existing shards (of img2dataset, say); training does it by itself when it was not done."""
-    from tinyclip.faults import COLUMNS, rows
+def prepare(
+    folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")],
+    check: Annotated[bool, typer.Option("--check", help="Also open every picture and caption.")] = False,
+) -> None:
+    """Index existing shards (of img2dataset, say), and list what cannot be used; training does it by itself."""
+    from rich.progress import track
+
+    from tinyclip import shards
     from tinyclip.index import known_faults, prepare
 
     found = prepare(folder)
-    if faults := known_faults(folder):
-        print_table(COLUMNS, rows(faults))
-    say(f"{found} samples in {folder}, ready to train on")
+    faults = known_faults(folder)
+    if check:
+        steps = iter(track(range(found), "checking", console=errors, disable=not errors.is_terminal))
+
+        def progress() -> None:
+            next(steps, None)
+
+        good, faults = shards.check(folder, progress)
+        progress()  # lets the bar reach its end
+    if faults:
+        print_faults(faults)
+    say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
 
 
 def prune(

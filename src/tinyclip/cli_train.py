@@ -19,6 +19,7 @@ from tinyclip.terminal import (
     Sets,
     console,
     fail,
+    print_faults,
     print_json,
     print_table,
     say,
@@ -160,7 +161,7 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
     for run in runs:
         if left_out := faults.read(run / "skipped.jsonl"):
             say(f"left out of the training data ({run / 'skipped.jsonl'}):")
-            print_table(faults.COLUMNS, faults.rows(left_out))
+            print_faults(left_out)
     say(f"report: {path}")
 
 

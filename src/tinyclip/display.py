@@ -29,6 +29,7 @@ def kept_lines(kept: dict[str, int]) -> list[str]:
     return [f"{name} {' '.join(counts)}" for name, counts in rows.items()]
 
 
+MUCH_WAITING = 0.2  # share of the time
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -112,6 +113,9 @@ class Display:
             figures += f", {what}sparsity {100 * now:.1f} % (target {100 * event['target_sparsity'][name]:.1f})"
         if event["skipped"]:
             figures += f", {event['skipped']} skipped ({summary(event['skipped_by_cause'])})"
+        if event["data_wait_share"] > MUCH_WAITING:
+            waiting = 100 * event["data_wait_share"]
+            figures += f", {waiting:.0f} % of the time waiting for data (try more `workers`)"
         if self.live:
             self.progress.line = kept_bars(event["kept"], self.full) if "kept" in event else ""
             self.progress.update(self.task, completed=event["step"], figures=figures)

@@ -25,6 +25,7 @@ CAUSES = {
     "unknown_class": "a class that classnames.txt does not name",
 }
 EXAMPLES = 3  # of each cause, where they are listed
+LONGEST_EXAMPLE = 100  # characters
 
 
 class Fault(ValueError):
@@ -72,10 +73,13 @@ def rows(skipped: Sequence[Skipped]) -> list[list[str]]:
     distinct = list(dict.fromkeys(skipped))
     result = []
     for cause, n in counts(distinct).items():
-        examples = [str(s) for s in distinct if s.cause == cause]
-        more = "; ..." if n > EXAMPLES else ""
-        result.append([cause, f"{n:,}", "; ".join(examples[:EXAMPLES]) + more])
+        examples = [_short(str(s)) for s in distinct if s.cause == cause][:EXAMPLES]
+        result.append([cause, f"{n:,}", "; ".join(examples) + ("; ..." if n > EXAMPLES else "")])
     return result
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_EXAMPLE else text[: LONGEST_EXAMPLE - 3] + "..."
 
 
 def append(path: Path, skipped: Iterable[Skipped], **where: Any) -> None:

@@ -31,7 +31,7 @@ from tinyclip.faults import Fault, Skipped
 from tinyclip.files import atomic_directory
 from tinyclip.shards import entries, find_shards, open_shard, unpacked, words
 
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries of a shard that cannot be opened
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries of a shard that cannot be opened
 LENT_AFTER = 100  # samples in a row that a worker could not read
 FORMAT = 2  # of our files in .nv-meta
 READ_ERRORS = (OSError, tarfile.TarError, ValueError, EOFError, IndexError, struct.error)
@@ -217,7 +217,8 @@ class Patient:
     """A reader of samples that tries again, with growing pauses, when a shard cannot be opened.
 
     A shard that stays away costs its pauses once; later samples of it are tried once each, so that it counts again
-    when it comes back. A worker that has no other shard is lent samples of those that others read.
+    when it comes back. Where one after the other is away, as a whole file system may be, only the first is waited for.
+    A worker that has no other shard is lent samples of those that others read.
     """
 
     def __init__(self, reader: Any, known: dict[int, dict[str, Any]]) -> None:
@@ -239,7 +240,7 @@ class Patient:
             except OSError as error:
                 gone = Fault("vanished_shard", f"cannot be read ({words(error)})")
                 self._close(shard)
-                if shard in self.gone:
+                if self.missed or shard in self.gone:
                     break
                 time.sleep(pause)
             except READ_ERRORS as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +21,16 @@ from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.index import known_samples
 from tinyclip.inheritance import manual_masks
+from tinyclip.loss import TILE
 from tinyclip.masks import Tower, sparsity
 from tinyclip.measurement import macs
 from tinyclip.pruning import budgets, thinner
 from tinyclip.recipe import Recipe, Stage, Target
-from tinyclip.resnet import ModifiedResNet
+from tinyclip.resnet import Bottleneck, ModifiedResNet
 from tinyclip.zoo import cache_folder, find
 
-# (n, n) float32 matrices alive at once in a distillation loss: both models' logits, two softmaxes, two
-# log-softmaxes, two gradients (see `loss.affinity_loss`).
-LOSS_MATRICES = 8
+# Tiles alive at once in a distillation loss: similarities, the student's logits and their softmax, the targets.
+LOSS_TILES = 4
 
 Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s a device of a stage's student of that shape
 
@@ -145,10 +146,17 @@ def _resnet_text(vision: ResNetConfig) -> str:
 # --- operations, memory, hours ----------------------------------------------------------------------------------
 
 
-def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None) -> int:
-    """MACs a pair in training: forward and backward of the student's trained towers (3x their forward), forward of
-    the teacher; texts at full context, which training cuts to the longest of the batch."""
-    total = sum(3 * count for tower, count in macs(student).items() if stage.towers in ("both", tower))
+def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pairs: int | None = None) -> int:
+    """MACs a pair in training: forward and backward of the student's trained towers (3x their forward), once more
+    forward for the replay of micro-batches and for checkpointing each, forward of the teacher; texts at full context,
+    which training cuts to the longest of the batch.
+
+    Args:
+        pairs: of the batch on a device; default: all.
+    """
+    replays = stage.micro_batch is not None and stage.micro_batch < (pairs or stage.batch_size)
+    passes = 3 + replays + stage.grad_checkpointing
+    total = sum(passes * count for tower, count in macs(student).items() if stage.towers in ("both", tower))
     return total + (sum(macs(teacher).values()) if teacher is not None and needs_teacher(stage) else 0)
 
 
@@ -164,66 +172,81 @@ def memory(
 
     Student: float32 weights, gradients and AdamW's two moments of what is trained (4 + 4 + 8 bytes), and a copy in the
     autocast dtype. Teacher: float32 weights. Activations: what the backward pass needs, see `activation_bytes`.
-    Loss: `LOSS_MATRICES` matrices of the device's rows against the whole batch. Fragmentation, workspaces and the
-    decoding processes come on top.
+    With `micro_batch` activations are those of one; the features of all pairs stay. Loss: `LOSS_TILES` tiles, and the
+    features of the whole batch with their gradients. Fragmentation, workspaces and the decoding processes come on top.
     """
     counts = count_parameters(axis_table(student))
     trained = sum(n for part, n in counts.items() if stage.towers in ("both", "image" if part == "image" else "text"))
     weights = sum(counts.values())
     copy = dtype_bytes if dtype_bytes < 4 else 0
+    # A pair's features in float32: the student's with their gradients, the teacher's.
+    features = 2 * 4 * (2 * student.embed_dim + (teacher.embed_dim if teacher else 0))
     result: dict[str, float] = {
         "weights": (4 + copy) * weights,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "teacher": 4 * sum(count_parameters(axis_table(teacher)).values()) if teacher and needs_teacher(stage) else 0,
-        "activations": pairs * activation_bytes(student, stage.towers, dtype_bytes),
-        "loss": LOSS_MATRICES * 4 * pairs * stage.batch_size,
+        "activations": min(pairs, stage.micro_batch or pairs)
+        * activation_bytes(student, stage.towers, dtype_bytes, stage.grad_checkpointing),
+        "features": pairs * features,
+        "loss": LOSS_TILES * 4 * min(TILE, pairs * stage.batch_size) + stage.batch_size * features,
     }
     result["total"] = sum(result.values())
     return result
 
 
-def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int) -> int:
+def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int, checkpointed: bool = False) -> int:
     """Bytes kept for the backward pass, a pair. A token of a block keeps the residual stream before both norms in
     float32, and in the autocast dtype both norms' outputs, q, k, v and the attention's output, and the neurons before
-    and after the activation; attention is fused, without checkpointing. A ResNet keeps each convolution's output and
-    what its batch norm and activation make of it."""
+    and after the activation; attention is fused. A ResNet keeps each convolution's output and what its batch norm and
+    activation make of it. With checkpointing what goes into each block stays, and one block is whole at a time."""
     vision, text = config.vision, config.text
-    total = 0
+    always, blocks = 0, []  # of each block: bytes that go into it, bytes inside
     if towers != "text" and isinstance(vision, VisionConfig):
-        total += _kept(vision, vision.grid**2 + 1, dtype_bytes)
+        blocks += _transformer_blocks(vision, vision.grid**2 + 1, dtype_bytes)
     elif towers != "text":
-        total += 2 * dtype_bytes * _convolved(config)
+        always, resnet = _resnet_blocks(config, dtype_bytes)
+        blocks += resnet
     if towers != "image":
-        total += _kept(text, text.context_length, dtype_bytes)
-    return total
+        blocks += _transformer_blocks(text, text.context_length, dtype_bytes)
+    inputs, inside = [block[0] for block in blocks], [block[1] for block in blocks]
+    return always + (sum(inputs) + max(inside, default=0) if checkpointed else sum(inside))
 
 
-def _convolved(config: CLIPConfig) -> int:
-    """Outputs of a ResNet's convolutions for one image."""
+def _transformer_blocks(config: TransformerConfig, length: int, dtype_bytes: int) -> list[tuple[int, int]]:
+    """Past the last attention only the position that is read is computed."""
+    last = max((i for i, heads in enumerate(config.heads) if heads), default=-1)
+    stream = config.width * (4 + dtype_bytes)  # before a norm and after it, a token
+    blocks = []
+    for i, (heads, mlp) in enumerate(zip(config.heads, config.mlp_width, strict=True)):
+        before, after = (length if i <= last else 1), (length if i < last else 1)
+        channels = dtype_bytes * (heads or 0) * config.head_dim
+        inside = before * ((heads is not None) * stream + 2 * channels)  # keys and values
+        inside += after * (2 * channels + (mlp is not None) * stream + 2 * dtype_bytes * (mlp or 0))
+        blocks.append((before * config.width * 4, inside))
+    return blocks
+
+
+def _resnet_blocks(config: CLIPConfig, dtype_bytes: int) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of the stem for one image, and of the blocks."""
     assert isinstance(config.vision, ResNetConfig)
-    total = 0
+    inputs: dict[str, int] = {}
+    inside: dict[str, int] = {}
 
-    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        nonlocal total
-        total += output.numel()
+    def count(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, Bottleneck):
+            inputs[name] = dtype_bytes * arguments[0].numel()
+        else:
+            block = ".".join(name.split(".")[:2]) if name.startswith("layer") else "stem"
+            inside[block] = inside.get(block, 0) + 2 * dtype_bytes * output.numel()
 
     with torch.device("meta"):
         tower = ModifiedResNet(config.vision, config.embed_dim).eval()
-        for module in tower.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(count)
+        for name, module in tower.named_modules():
+            if isinstance(module, nn.Conv2d | Bottleneck):
+                module.register_forward_hook(partial(count, name))
         tower(torch.empty(1, 3, config.vision.image_size, config.vision.image_size))
-    return total
-
-
-def _kept(config: TransformerConfig, length: int, dtype_bytes: int) -> int:
-    total = 0
-    for heads, mlp in zip(config.heads, config.mlp_width, strict=True):
-        branches = (heads is not None) + (mlp is not None)
-        total += branches * config.width * (4 + dtype_bytes)
-        total += dtype_bytes * (4 * (heads or 0) * config.head_dim + 2 * (mlp or 0))
-    return length * total
+    return inside["stem"], [(inputs[name], inside[name]) for name in inputs]
 
 
 def plan(
@@ -251,7 +274,7 @@ def plan(
     live = None if recipe.caches else teacher  # stored features cost nothing here
     samples = samples or known_samples(recipe.data)
     if tflops is not None:
-        speed = _speed_of(tflops, live)
+        speed = _speed_of(tflops, live, devices)
     stages = [
         _stage_plan(recipe, stage, shape, live, devices, samples, speed)
         for stage, shape in zip(recipe.stages, shapes, strict=True)
@@ -264,8 +287,11 @@ def plan(
     return {"teacher": start, "devices": devices, "stages": stages, "total": total, "notes": notes + more}
 
 
-def _speed_of(tflops: float, teacher: CLIPConfig | None) -> Speed:
-    return lambda stage, student: tflops * 1e12 / (2 * step_macs(student, stage, teacher))
+def _speed_of(tflops: float, teacher: CLIPConfig | None, devices: int) -> Speed:
+    def speed(stage: Stage, student: CLIPConfig) -> float:
+        return tflops * 1e12 / (2 * step_macs(student, stage, teacher, -(-stage.batch_size // devices)))
+
+    return speed
 
 
 def _sizes(config: CLIPConfig) -> dict[str, int]:
@@ -290,6 +316,7 @@ def _stage_plan(
         phases.append((shapes.start, stage.calibrated.batches * stage.batch_size))
     largest = shapes.start if shapes.learned else shapes.student
     dtype_bytes = 4 if recipe.precision == "float32" else 2
+    pairs = -(-stage.batch_size // devices)
     hours = sum(n / speed(stage, config) for config, n in phases if n) / devices / 3600 if speed else None
     return {
         "stage": stage.name,
@@ -301,7 +328,7 @@ def _stage_plan(
         "batch_size": stage.batch_size,
         "samples": seen,
         "epochs": seen / samples if samples else None,
-        "flops": sum(2 * n * step_macs(config, stage, teacher) for config, n in phases),
-        "memory_bytes": memory(largest, stage, teacher, -(-stage.batch_size // devices), dtype_bytes),
+        "flops": sum(2 * n * step_macs(config, stage, teacher, pairs) for config, n in phases),
+        "memory_bytes": memory(largest, stage, teacher, pairs, dtype_bytes),
         "hours": hours,
     }

@@ -80,6 +80,7 @@ class Pruner:
         return {
             "sparsity": {name: self.hard.expected_sparsity(name).item() for name in names},  # type: ignore[arg-type]
             "target_sparsity": {name: self.constraint.target(name, step) for name in names},
+            "mask_lr": self.optimizer.param_groups[0]["lr"],
             "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
         }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tinyclip.augment import Augment
 from tinyclip.config import Count, Positive, Strict, explain
@@ -18,6 +18,7 @@ from tinyclip.shape import Shape, StudentShape
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
+M = TypeVar("M", bound=Strict)
 
 
 class TowerSparsity(Strict):
@@ -272,6 +273,10 @@ class Recipe(Strict):
     precision: Literal["auto"] | Precision = Field(
         "auto", description="bfloat16, float16 or float32; auto: the fastest that the device computes in"
     )
+    tracking: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
+        (), description="one or several of tensorboard, trackio, wandb; metrics.jsonl is written in any case"
+    )
+    project: str = Field("tinyclip", min_length=1, description="project of trackio and wandb that the run belongs to")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
     save_minutes: float | None = Field(
@@ -279,6 +284,18 @@ class Recipe(Strict):
     )
     keep: Positive = Field(2, description="checkpoints of a stage in progress that are kept, the newest included")
     save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or []
+
+    @field_validator("tracking")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a tracker is named twice")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -372,28 +389,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def shape_from(overrides: Sequence[str]) -> StudentShape:
     """A shape from `vision.width=128` and the like; `ValueError` for an unknown key or value."""
-    data: dict[str, Any] = {}
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"--shape {override}: write e.g. vision.width=128")
-        _override(data, override)
-    try:
-        return StudentShape.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"shape: {explain(error)}") from None
+    return _model_from(StudentShape, "--shape", overrides, "vision.width=128")
 
 
 def augment_from(overrides: Sequence[str]) -> Augment:
     """Views from `rotate=20` and the like; `ValueError` for an unknown key or value."""
+    return _model_from(Augment, "--augment", overrides, "rotate=20")
+
+
+def _model_from(model: type[M], option: str, overrides: Sequence[str], example: str) -> M:
     data: dict[str, Any] = {}
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"--augment {override}: write e.g. rotate=20")
+            raise ValueError(f"{option} {override}: write e.g. {example}")
         _override(data, override)
     try:
-        return Augment.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ValueError(f"--augment: {explain(error)}") from None
+        raise ValueError(f"{option}: {explain(error)}") from None
 
 
 def calibrated_from(settings: dict[str, Any]) -> Calibrated:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -78,6 +78,7 @@ class Progress:
         self._since = time.perf_counter()
         self._recent: list[tuple[float, int]] = []
         self._vanished: set[str] = set()
+        self._waits: list[float] = []
 
     def advance(self, count: int) -> None:
         """After a step on `count` samples of all processes."""
@@ -106,13 +107,22 @@ class Progress:
             raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
         return list(vanished.values())
 
+    def waited(self, seconds: float) -> None:
+        """Note how long the step that begins has waited for its data; the first also for the workers to start."""
+        self._waits = [*self._waits[-49:], seconds] if self._recent else []
+
     def pause(self) -> None:
         """Leave out of pairs/s what is not training (evaluation, saving)."""
         self._since = time.perf_counter()
 
     def figures(self) -> dict[str, Any]:
-        seconds = sum(s for s, _ in self._recent)
-        return {"pairs_per_s": sum(n for _, n in self._recent) / max(seconds, 1e-9)} | self.left_out()
+        """Speed and waiting of the last 50 steps, and what was left out so far."""
+        seconds = [s for s, _ in self._recent]
+        speed = {"pairs_per_s": sum(n for _, n in self._recent) / max(sum(seconds), 1e-9)}
+        waits = self._waits or [0.0]
+        speed["data_wait_s"] = sum(waits) / len(waits)
+        speed["data_wait_share"] = sum(waits) / max(sum(seconds[-len(waits) :]), 1e-9)
+        return speed | self.left_out()
 
     def left_out(self) -> dict[str, Any]:
         """Samples that were skipped, in all and by cause."""
@@ -191,6 +201,15 @@ def settle(last: Path) -> tuple[int, list[str]]:
     if faults:
         raise ValueError(f"{next(iter(faults.values()))}; remove {last.parent} to start the stage anew")
     return 0, []
+
+
+def saved_step(last: Path) -> int:
+    """The step of the newest whole checkpoint of a stage, 0 when there is none; changes nothing."""
+    for place in [last, *older(last)]:
+        with suppress(ValueError):
+            if place.exists():
+                return int(_check(place)["step"])
+    return 0
 
 
 def finish(last: Path) -> None:

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,28 @@ def image_of(sample: dict[str, Any]) -> Image.Image:
         if ending in sample:
             return open_image(io.BytesIO(sample[ending]))
     raise Fault("no_image", f"no picture (looked for {', '.join(IMAGE_TYPES)})")
+
+
+def check(folder: str | Path, progress: Callable[[], None] = lambda: None) -> tuple[int, list[Skipped]]:
+    """Open every sample of a folder as training would: the number of good ones, and what is wrong with the rest.
+
+    Args:
+        progress: called after every sample.
+
+    Raises:
+        ValueError: when the folder holds no shards.
+    """
+    good, skipped = 0, list[Skipped]()
+    for sample in read_shards(folder, skipped):
+        try:
+            if not captions_of(sample):
+                raise Fault("no_caption", "no caption")
+            image_of(sample)
+            good += 1
+        except Fault as fault:
+            skipped.append(Skipped(sample["__shard__"], sample["__key__"], fault.cause, fault.reason))
+        progress()
+    return good, skipped
 
 
 def info_of(sample: dict[str, Any]) -> dict[str, Any]:

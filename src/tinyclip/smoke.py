@@ -87,7 +87,7 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
     pictures = make_pictures(folder / "pictures")
     pack(find_items(pictures, templates=["a {c}", "a photo of a {c}"]), folder / "data")
     data |= {"data": str(folder / "data"), "output": str(folder / "run"), "teacher_shape": None}
-    data |= {"workers": min(recipe.workers, 1), "log_every": 1}
+    data |= {"workers": min(recipe.workers, 1), "log_every": 1, "tracking": []}
     if recipe.evaluation:
         data["evaluation"] = {"data": str(pictures)}
     if recipe.caches:

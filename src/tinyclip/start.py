@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,11 +26,15 @@ from tinyclip.shards import all_captions
 from tinyclip.student import check_compiler
 from tinyclip.teacher import CachedTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.tracking import check_trackers
 from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
-FREE_TO_CHANGE = ("description", "device", "keep", "log_every", "save_every", "save_minutes", "workers")
+FREE_TO_CHANGE = (
+    *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "tracking", "workers"),
+)
+FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -46,6 +51,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
             raise ValueError(
                 f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
             )
+    check_trackers(recipe)
     samples = from_main(lambda: prepare(recipe.data, keep=resume))
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size > samples:
@@ -176,7 +182,7 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             before = yaml.safe_load(known.read_text(encoding="utf-8"))
             if not isinstance(before, dict):
                 raise ValueError(f"{known}: damaged, so the run cannot be resumed")
-            changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_TO_CHANGE]
+            changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
             if changed:
                 raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
         elif folder.exists() and any(folder.iterdir()):
@@ -190,6 +196,14 @@ def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _fixed(settings: dict[str, Any], key: str) -> Any:
+    """What a resumed run must share."""
+    value = settings.get(key)
+    if key == "stages" and isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+        return [{k: v for k, v in stage.items() if k not in FREE_IN_STAGES} for stage in value]
+    return value
 
 
 def _check_replaceable(folder: Path, recipe: Recipe) -> None:

@@ -6,6 +6,8 @@ Being one module it can be wrapped in DistributedDataParallel, which waits for a
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,8 @@ class Student(nn.Module):
         if stage.compile:  # texts come in many lengths, and one kernel is to do for all
             self.encode_image = torch.compile(model.encode_image)
             self.encode_text = torch.compile(model.encode_text, dynamic=True)
+            # Dynamo looks at the gradient of every argument, and masks are no leaves.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
 
     def forward(self, images: Tensor, tokens: Tensor, step: int, theirs: Features | None = None) -> dict[str, Tensor]:
         """What the loss depends on, in float32 (float64 for such a model).

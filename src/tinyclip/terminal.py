@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from tinyclip.faults import COLUMNS, Skipped, rows
 
 # Piped output is wide enough for every table.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
@@ -61,6 +64,16 @@ def print_table(columns: Any, rows: Any) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def print_faults(skipped: Sequence[Skipped]) -> None:
+    """What was left out of data: cause, count, examples."""
+    table = Table(box=None, header_style="bold")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column == "left out" else "left", overflow="fold")
+    for row in rows(skipped):
+        table.add_row(*row)
+    console.print(table, highlight=False)
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
 from tinyclip.teacher import image_input
+from tinyclip.tracking import FOLDERS as TRACKED
+from tinyclip.tracking import peak_memory_gb, tracked
 
 PATIENCE = 30  # seconds for the processes of a run that was killed to end
-UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", ".lock"}  # in the folder of a run that has not begun
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", ".lock", *TRACKED}  # of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
@@ -68,7 +71,8 @@ def run(run: Run) -> list[dict[str, Any]]:
     lock = FileLock(run.folder / ".lock", timeout=PATIENCE)
     from_main(lambda: _enter(lock, run.folder))
     try:
-        return _run_stages(run)
+        with tracked(run):
+            return _run_stages(run)
     except ValueError:
         if is_main() and {entry.name for entry in run.folder.iterdir()} <= UNTRAINED:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
@@ -204,7 +208,9 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
         if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
             judge()
         while progress.step < until:
+            began = time.perf_counter()
             batch = next_batch(batches, run.recipe.data)
+            progress.waited(time.perf_counter() - began)
             metrics = trainee.step(batch, progress.step)
             progress.advance(len(batch.keys) * world_size())
             stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
@@ -215,6 +221,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
             if progress.step % run.recipe.log_every == 0 or done:
                 figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
                 figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                figures["memory_gb"] = peak_memory_gb(run.device)
                 run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
             else:
                 run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
