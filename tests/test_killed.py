@@ -365,10 +365,10 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(train, "save", noted)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.5))
+    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.25))
     started.listener = lambda e: now.__setitem__(0, now[0] + 10) if e["event"] == "step" else None
     train.run(started)
-    assert saved == [3, 6, 7, 9]  # each 30 seconds, and the steps of save_every
+    assert saved == [3, 6, 7, 9]  # 15 seconds and more after the last; the steps of save_every; the end
 
 
 def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
