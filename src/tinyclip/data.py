@@ -203,11 +203,15 @@ def all_captions(folder: str | Path) -> Iterator[str]:
             yield from captions_of(sample)
 
 
-def image_of(sample: dict[str, Any]) -> Image.Image:
-    """The decoded picture of a raw sample; `ValueError` when there is none or it is damaged."""
+def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image:
+    """The decoded picture of a raw sample; `ValueError` when there is none or it is damaged.
+
+    Args:
+        at_least: see `open_image`.
+    """
     for ending in IMAGE_TYPES:
         if ending in sample:
-            return open_image(io.BytesIO(sample[ending]))
+            return open_image(io.BytesIO(sample[ending]), at_least)
     raise ValueError(f"no picture (looked for {', '.join(IMAGE_TYPES)})")
 
 
@@ -224,10 +228,15 @@ def read_shards(folder: str | Path) -> Iterator[dict[str, Any]]:
         ValueError: when the folder holds no shards, or naming one that is damaged.
     """
     for shard in find_shards(folder):
-        try:
-            yield from webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
-        except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-            raise ValueError(f"{shard}: damaged shard ({error.args[0] if error.args else error})") from None
+        yield from read_shard(shard)
+
+
+def read_shard(shard: Path) -> Iterator[dict[str, Any]]:
+    """Every raw sample of one shard (see `read_shards`)."""
+    try:
+        yield from webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False)
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{shard}: damaged shard ({error.args[0] if error.args else error})") from None
 
 
 # --- batches for training ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import Annotated
 
 import numpy as np
@@ -47,19 +48,28 @@ class Preprocess(BaseModel):
         return self.normalise(self.pixels(image))
 
 
-def open_image(source: str | Path | object) -> Image.Image:
+_OPENING = Lock()  # Python's filters of warnings are shared by all threads
+
+
+def open_image(source: str | Path | object, at_least: int | None = None) -> Image.Image:
     """Open a file (path or binary file object), decode it whole and apply its EXIF orientation.
+
+    Args:
+        at_least: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as both sides have this many pixels.
 
     Raises:
         ValueError: when it is missing, no picture, damaged, or too large (Pillow's decompression-bomb limit).
     """
     name = f"{source}: " if isinstance(source, (str, Path)) else ""
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:  # type: ignore[arg-type]
-                image.load()
-                return ImageOps.exif_transpose(image)
+            opened = Image.open(source)  # type: ignore[arg-type]
+        with opened as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            image.load()
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f"{name}no such file") from None
     except IsADirectoryError:
