@@ -220,10 +220,19 @@ def _facts(clip: Pipeline, source: Source, plan: Plan) -> dict[str, Any]:
     if plan.what not in ("both", what):
         raise ValueError(f"{source.root}: there are only {source.kind} in it, so no {plan.what} features")
     return {
-        "model": plan.model, "model_fingerprint": fingerprint(clip), "computed_in": clip.computing["dtype"],
-        "source": str(source.root), "source_fingerprint": source.fingerprint, "kind": source.kind, "what": what,
-        "format": plan.format, "dtype": plan.dtype, "embed_dim": clip.model.config.embed_dim, "normalized": True,
-        "part_size": None if source.kind == "shards" else plan.part_size, "parts": len(source.parts),
+        "model": plan.model,
+        "model_fingerprint": fingerprint(clip),
+        "computed_in": clip.computing["dtype"],
+        "source": str(source.root),
+        "source_fingerprint": source.fingerprint,
+        "kind": source.kind,
+        "what": what,
+        "format": plan.format,
+        "dtype": plan.dtype,
+        "embed_dim": clip.model.config.embed_dim,
+        "normalized": True,
+        "part_size": None if source.kind == "shards" else plan.part_size,
+        "parts": len(source.parts),
     }
 
 
@@ -315,9 +324,9 @@ def _part(
             record.images = len(keys)
     if source.kind != "pictures" and plan.what != "image":
         rows = [torch.empty(0, clip.model.config.embed_dim)]
-        for some in batches(texts, TEXTS_AT_ONCE):
-            rows.append(clip.encode_text([text.caption for text in some], batch_size=plan.batch_size).cpu())
-            tally.texts += len(some)
+        for few in batches(texts, TEXTS_AT_ONCE):
+            rows.append(clip.encode_text([text.caption for text in few], batch_size=plan.batch_size).cpu())
+            tally.texts += len(few)
             progress()
         columns = {name: [getattr(text, name) for text in texts] for name in ("key", "number", "caption")}
         _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
