@@ -244,24 +244,24 @@ def load(
 
 
 def compile_towers(model: CLIP) -> None:
-    """Compile both towers, in place and at once, for any batch and any length; weights become constants.
+    """Compile the blocks of both towers, in place and at once, for any batch and any length; weights become
+    constants. What is before and after runs as it is (in one kernel with the rest, pixels would lose what `of_pixels`
+    keeps), and so do the convolutions of a ResNet.
 
     Raises:
         ValueError: when this machine has no compiler.
     """
-    weight, text = model.text_projection, model.config.text
+    weight, text, size = model.text_projection, model.config.text, model.config.vision.image_size
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if weight.device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(f"compile needs a C++ compiler, and there is no {compiler}; install one or do without")
-    for tower in (model.visual, model.transformer):
-        tower.compile(dynamic=True, options={"freezing": True})
-    size = model.config.vision.image_size
-    images = torch.zeros(2, 3, size, size, device=weight.device, dtype=weight.dtype)
-    tokens = torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device)
+    for tower in (getattr(model.visual, "transformer", None), model.transformer):
+        if tower is not None:
+            tower.compile(dynamic=True, options={"freezing": True})
     try:
-        with torch.inference_mode():
-            model.encode_image(images)
-            model.encode_text(tokens)
+        with torch.inference_mode():  # as later; code is compiled for the kind of tensors that are made in here
+            model.encode_image(torch.zeros(2, 3, size, size, dtype=weight.dtype, device=weight.device))
+            model.encode_text(torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device))
     except RuntimeError as error:  # what torch's compilers raise
         raise ValueError(f"compile failed ({str(error).splitlines()[0]}); do without") from None
 
