@@ -115,7 +115,7 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def _leave() -> NoReturn:
-    """End as another process has failed, but not before it has said why: torchrun ends all when the first one is gone."""
+    """End as another process has failed, but not before it has said why: torchrun ends all when the first is gone."""
     time.sleep(1)
     raise SystemExit(2)
 

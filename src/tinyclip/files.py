@@ -39,15 +39,15 @@ def atomic_directory(path: str | Path, aside: Path | None = None) -> Iterator[Pa
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _flush(file)
-        _flush(temporary)
+                flush(file)
+        flush(temporary)
         if path.exists():
             _exchange(temporary, path)
             if aside is not None:
                 temporary.rename(aside)
         else:
             temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -148,7 +148,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -168,25 +168,31 @@ def read_shards(folder: str | Path, skipped: list[Skipped] | None = None) -> Ite
         ValueError: when the folder holds no shards; without `skipped` also for the first fault, naming it.
     """
 
-    def leave_out(shard: Path, key: str, fault: Fault) -> None:
+    for shard in find_shards(folder):
+        yield from read_shard(shard, skipped)
+
+
+def read_shard(shard: Path, skipped: list[Skipped] | None = None) -> Iterator[dict[str, Any]]:
+    """`read_shards` of a single one."""
+
+    def leave_out(key: str, fault: Fault) -> None:
         if skipped is None:
             raise ValueError(f"{shard}: {f'{key}: ' if key else ''}{fault}") from None
         skipped.append(Skipped(shard.name, key, fault.cause, fault.reason))
 
-    for shard in find_shards(folder):
-        try:
-            with open_shard(shard) as tar:
-                found = False
-                for entry in entries(tar):
-                    found = True
-                    if entry.fault:
-                        leave_out(shard, entry.key, entry.fault)
-                    else:
-                        yield {"__key__": entry.key, "__shard__": shard.name} | _bytes_of(tar, entry)
-                if not found:
-                    raise Fault("empty_shard", "an empty shard")
-        except Fault as fault:
-            leave_out(shard, "", fault)
+    try:
+        with open_shard(shard) as tar:
+            found = False
+            for entry in entries(tar):
+                found = True
+                if entry.fault:
+                    leave_out(entry.key, entry.fault)
+                else:
+                    yield {"__key__": entry.key, "__shard__": shard.name} | _bytes_of(tar, entry)
+            if not found:
+                raise Fault("empty_shard", "an empty shard")
+    except Fault as fault:
+        leave_out("", fault)
 
 
 def _bytes_of(tar: tarfile.TarFile, entry: Entry) -> dict[str, bytes]:
@@ -231,11 +237,15 @@ def all_captions(folder: str | Path) -> Iterator[str]:
             yield from captions_of(sample)
 
 
-def image_of(sample: dict[str, Any]) -> Image.Image:
-    """The decoded picture of a raw sample; `Fault` when there is none or it is damaged."""
+def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image:
+    """The decoded picture of a raw sample; `Fault` when there is none or it is damaged.
+
+    Args:
+        at_least: see `open_image`.
+    """
     for ending in IMAGE_TYPES:
         if ending in sample:
-            return open_image(io.BytesIO(sample[ending]))
+            return open_image(io.BytesIO(sample[ending]), at_least)
     raise Fault("no_image", f"no picture (looked for {', '.join(IMAGE_TYPES)})")
 
 
