@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+import test_batch_norm
 import test_train
 from test_auto import auto
 from test_train import _events as events_of
@@ -30,6 +31,7 @@ from tinyclip.run import loader_of
 from tinyclip.step import Trainee
 
 place = test_train.place
+resnet_place = test_batch_norm.place
 SERVER = multiprocessing.get_context("forkserver")  # it imports all once; a process is then there in no time
 SERVER.set_forkserver_preload(["warm"])
 PATIENCE = 120  # seconds
@@ -232,6 +234,29 @@ def compared(settings: dict[str, Any], index: int, port: int) -> None:
     assert all(torch.equal(value, weights_of_both[1][name]) for name, value in weights_of_both[0].items())
 
 
+def test_what_the_first_process_measures_all_cut_by(place: Path, tmp_path: Path) -> None:
+    """Importance by the affinity loss, and a latency: neither may wait for the processes that wait for them."""
+    measured = {"inherit": "calibrated", "calibrated": {"target_sparsity": 0.4, "batches": 2}}
+    timed = auto("b", None, auto={"latency_ms": 1e-3, "steps": 2, "ramp_steps": 2}) | {"steps": 4}
+    chosen = recipe(place, tmp_path / "run", stages=[stage("a", student={}, **measured), timed])
+    assert end(begin(chosen, 2)) == [2, 2]  # no model is that fast
+    said = "".join((tmp_path / f"run-{i}.err").read_text() for i in range(2))
+    assert said.count("\n") == 1 and "latency_ms 0.001 cannot be reached" in said
+    (cut,) = [e for e in events_of(Path(chosen.output)) if e["event"] == "cut"]
+    alone = recipe(place, tmp_path / "alone", stages=[stage("a", batch_size=4, student={}, **measured)])
+    run(alone)
+    assert [e for e in events_of(Path(alone.output)) if e["event"] == "cut"] == [cut]
+
+
+def test_batch_statistics_of_the_first_process_are_everyones(resnet_place: Path, tmp_path: Path) -> None:
+    chosen = test_batch_norm.recipe(resnet_place, tmp_path / "run")
+    assert end(begin(chosen, 2)) == [0, 0]
+    alone = test_batch_norm.recipe(resnet_place, tmp_path / "alone", batch_size=4)
+    train.run(train.start(alone))
+    one, two = (test_batch_norm.buffers(Path(r.output) / "student") for r in (chosen, alone))
+    assert one and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 # --- damaged checkpoints ----------------------------------------------------------------------------------------
 
 
@@ -340,11 +365,10 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(train, "save", noted)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=12)], save_every=10, save_minutes=0.5))
+    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.25))
     started.listener = lambda e: now.__setitem__(0, now[0] + 10) if e["event"] == "step" else None
     train.run(started)
-    # Half a minute has passed when steps 4 and 8 are done; 10 is for save_every, 12 the last.
-    assert saved == [4, 8, 10, 12]
+    assert saved == [3, 6, 7, 9]  # 15 seconds and more after the last; the steps of save_every; the end
 
 
 def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from test_resnet import resnet_config
 from tinyclip.recipe import Recipe
-from tinyclip.start import plan
+from tinyclip.start import _fixed, plan
 from tinyclip.student import check_compiler
 from trainees import CASES, assert_near, batch_of, gradients, named, plain_gradients, stage_of, trainee_of
 
@@ -34,23 +34,16 @@ def test_gradients_in_float32_stay_near(case: str) -> None:
         assert_near(gradients(trainee_of(case, torch.float32, micro_batch=size), batch), reference, 1e-4)
 
 
-class Noisy(nn.Module):
-    """A module with dropout behind it, which our models have none of."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return nn.functional.dropout(self.inner(*inputs), 0.5)
+def dropped(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return nn.functional.dropout(output, 0.5)
 
 
 def noisy(**changes: Any) -> Any:
+    """With dropout, which our models have none of."""
     trainee = trainee_of("scale learned", **changes)
-    for name in ("image", "text"):
-        trainee.projections[name] = Noisy(trainee.projections[name])
-    for tower in (trainee.model.visual.transformer, trainee.model.transformer):
-        tower.resblocks[0].mlp = Noisy(tower.resblocks[0].mlp)
+    towers = trainee.model.visual.transformer, trainee.model.transformer
+    for module in (*trainee.projections.values(), *(tower.resblocks[0].mlp for tower in towers)):
+        module.register_forward_hook(dropped)
     return trainee
 
 
@@ -161,6 +154,18 @@ def test_what_a_resnet_cannot_is_refused_before_the_first_step(monkeypatch: pyte
     monkeypatch.setattr("tinyclip.start.world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"batch_norm: processes without GPUs cannot share batch statistics"):
         plan(resnet_from_scratch(), resnet_config(), device)
+
+
+def test_a_resumed_run_may_have_another_memory_but_no_other_batch() -> None:
+    def settings(**changes: Any) -> dict[str, Any]:
+        return resnet_from_scratch(**changes).model_dump(mode="json")
+
+    before = settings()
+    for key in ("micro_batch", "grad_checkpointing", "compile"):
+        del before["stages"][0][key]  # a run of a version that had none
+        assert _fixed(settings(**{key: 2 if key == "micro_batch" else True}), "stages") == _fixed(before, "stages")
+    assert _fixed(settings(batch_size=4), "stages") != _fixed(before, "stages")
+    assert _fixed({"stages": "damaged"}, "stages") == "damaged"
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

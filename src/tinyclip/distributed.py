@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -105,12 +106,18 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         yield
     except Exception as error:
         if not claim("an error"):  # asked before the connections close, through which the others would learn of it
-            raise SystemExit(2) from None
+            _leave()
         if isinstance(error, RuntimeError) and _is_lost(error):
             raise ValueError(f"another process of the run has died; {GO_ON}") from None
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _leave() -> NoReturn:
+    """End as another process has failed, but not before it has said why: torchrun ends all when the first is gone."""
+    time.sleep(1)
+    raise SystemExit(2)
 
 
 def _is_lost(error: RuntimeError) -> bool:
@@ -137,9 +144,12 @@ def claim(what: str) -> bool:
         return True
 
 
+_alone = False  # the first process works while the others wait, see `from_main`
+
+
 def world_size() -> int:
-    """Processes that share the work; 1 outside of `processes`."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Processes that share the work; 1 outside of `processes`, and in what `from_main` calls."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
@@ -190,22 +200,26 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def from_main(call: Callable[[], T]) -> T:
-    """What `call` returns in the first process, in every one; the others wait and do not call it.
+    """What `call` returns in the first process, in every one; the others wait and do not call it. Within it the first
+    process is as if alone: a loss there gathers nothing.
 
     Raises:
         ValueError: the first process's, there.
         SystemExit: in the others then, with code 2, as the first one has said what is wrong.
     """
+    global _alone
     if world_size() == 1:
         return call()
     told: list[Any] = [None, False]  # the value, and whether there is one
     try:
         if is_main():
+            _alone = True
             told = [call(), True]
     finally:
+        _alone = False
         dist.broadcast_object_list(told)
     if not told[1]:
-        raise SystemExit(2)
+        _leave()
     value: T = told[0]
     return value
 

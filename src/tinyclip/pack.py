@@ -73,7 +73,7 @@ def find_items(
     elif templates is not None:
         items = _from_class_folders(source, templates)
     else:
-        items = [_with_sidecar(path) for path in _pictures(source)]
+        items = [_with_sidecar(path) for path in find_pictures(source)]
         if items and not any(item.captions for item in items):
             raise ValueError(
                 f"{source}: no picture has a caption beside it (photo.txt or photo.json); "
@@ -172,7 +172,8 @@ def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
     return ending, buffer.getvalue()
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
+def find_pictures(folder: Path) -> Iterator[Path]:
+    """Files under a folder whose names end as pictures do, sorted."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in {*COPIED, *CONVERTED, *OTHERS}:
             yield path
@@ -199,18 +200,18 @@ def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:
     for folder in sorted(p for p in source.iterdir() if p.is_dir()):
         name = folder.name.replace("_", " ")
         captions = tuple(t.replace("{c}", name) for t in templates)
-        items += [Item(path, captions, name) for path in _pictures(folder)]
+        items += [Item(path, captions, name) for path in find_pictures(folder)]
     return items
 
 
 def _from_table(table: Path, image_column: str | None, caption_column: str | None, root: Path) -> list[Item]:
     joined: dict[str, list[str]] = {}
     columns: tuple[str, str] | None = None
-    for row in _rows(table):
+    for row in read_rows(table):
         if columns is None:
             columns = (
-                _column(table, row, image_column, IMAGE_COLUMNS, "--image-column"),
-                _column(table, row, caption_column, CAPTION_COLUMNS, "--caption-column"),
+                find_column(table, row, image_column, IMAGE_COLUMNS, "--image-column"),
+                find_column(table, row, caption_column, CAPTION_COLUMNS, "--caption-column"),
             )
         file, captions = row.get(columns[0]), row.get(columns[1])
         if not file:
@@ -220,7 +221,8 @@ def _from_table(table: Path, image_column: str | None, caption_column: str | Non
     return [Item(root / file, tuple(captions)) for file, captions in joined.items()]
 
 
-def _column(table: Path, row: dict[str, Any], given: str | None, known: Sequence[str], option: str) -> str:
+def find_column(table: Path, row: dict[str, Any], given: str | None, known: Sequence[str], option: str) -> str:
+    """The column that was given, or the first known one in the row; `ValueError` naming `option` without it."""
     found = next((name for name in ([given] if given else known) if name in row), None)
     if found is None:
         wanted = repr(given) if given else "one of " + ", ".join(known)
@@ -228,7 +230,8 @@ def _column(table: Path, row: dict[str, Any], given: str | None, known: Sequence
     return found
 
 
-def _rows(table: Path) -> Iterator[dict[str, Any]]:
+def read_rows(table: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a .csv, .tsv, .jsonl or .parquet table; `ValueError` when it cannot be read."""
     try:
         if table.suffix.lower() in (".csv", ".tsv"):
             with table.open(newline="", encoding="utf-8-sig") as file:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +26,7 @@ from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess, open_image
 from tinyclip.zoo import resolve
 
+S = TypeVar("S")
 T = TypeVar("T")
 BATCH = 32  # pictures at once on a CPU: more no longer fit its caches and are slower
 AHEAD = 64  # pictures decoded before they are needed
@@ -82,7 +83,7 @@ class Pipeline:
         """
         items = _as_list(images)
         features = [self._empty()]
-        for tensors in batches(self._pictures(items), self._batch_size(batch_size, BATCH)):
+        for tensors in batches(self._pictures(items), self.batch_size(batch_size)):
             shapes = {tuple(t.shape) for t in tensors}
             if len(shapes) > 1:
                 raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
@@ -108,7 +109,7 @@ class Pipeline:
         rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
         features = self._empty(len(rows))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # what needs most memory first
-        for places in batches(order, self._batch_size(batch_size, 2 * BATCH)):
+        for places in batches(order, self.batch_size(batch_size) * (1 if batch_size else 2)):
             tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
             features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
         return features
@@ -139,19 +140,7 @@ class Pipeline:
         if len(items) <= 1 or isinstance(items, Tensor):
             yield from map(self._image, items)
             return
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            ahead: deque[Future[Tensor]] = deque()
-            try:
-                for item in items:
-                    if isinstance(item, Image.Image):
-                        item.load()  # here, as one picture may be given twice and loading it is not safe in threads
-                    ahead.append(pool.submit(self._image, item))
-                    if len(ahead) > AHEAD:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        yield from ahead(self._image, map(_loaded, items))
 
     def _image(self, item: ImageLike) -> Tensor:
         if isinstance(item, Tensor):
@@ -167,13 +156,34 @@ class Pipeline:
             raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
         return self.preprocess(item)
 
-    def _batch_size(self, given: int | None, default: int) -> int:
+    def batch_size(self, given: int | None = None) -> int:
+        """Pictures at once: what is given, else what suits the device; twice as many texts."""
         if given is not None and given < 1:
             raise ValueError(f"batch_size {given}: at least 1 is needed")
-        return given or (default if self.device.type == "cpu" else 8 * default)
+        return given or (BATCH if self.device.type == "cpu" else 8 * BATCH)
 
     def _empty(self, count: int = 0) -> Tensor:
         return torch.empty(count, self.model.config.embed_dim, device=self.device)
+
+
+def ahead(call: Callable[[S], T], items: Iterable[S], workers: int | None = None) -> Iterator[T]:
+    """`call` of each item, in order, by threads that work a little ahead of what is taken.
+
+    Args:
+        workers: threads; by default one a core of this process's share, 8 at most.
+    """
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: processes here
+    with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -186,6 +196,13 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _finished(features: Tensor, normalize: bool) -> Tensor:
     features = features.float()
     return F.normalize(features, dim=-1) if normalize else features
+
+
+def _loaded(item: ImageLike) -> ImageLike:
+    """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
+    if isinstance(item, Image.Image):
+        item.load()
+    return item
 
 
 def _as_list(images: Any) -> Any:
@@ -227,24 +244,24 @@ def load(
 
 
 def compile_towers(model: CLIP) -> None:
-    """Compile both towers, in place and at once, for any batch and any length; weights become constants.
+    """Compile the blocks of both towers, in place and at once, for any batch and any length; weights become
+    constants. What is before and after runs as it is (in one kernel with the rest, pixels would lose what `of_pixels`
+    keeps), and so do the convolutions of a ResNet.
 
     Raises:
         ValueError: when this machine has no compiler.
     """
-    weight, text = model.text_projection, model.config.text
+    weight, text, size = model.text_projection, model.config.text, model.config.vision.image_size
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if weight.device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(f"compile needs a C++ compiler, and there is no {compiler}; install one or do without")
-    for tower in (model.visual, model.transformer):
-        tower.compile(dynamic=True, options={"freezing": True})
-    size = model.config.vision.image_size
-    images = torch.zeros(2, 3, size, size, device=weight.device, dtype=weight.dtype)
-    tokens = torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device)
+    for tower in (getattr(model.visual, "transformer", None), model.transformer):
+        if tower is not None:
+            tower.compile(dynamic=True, options={"freezing": True})
     try:
-        with torch.inference_mode():
-            model.encode_image(images)
-            model.encode_text(tokens)
+        with torch.inference_mode():  # as later; code is compiled for the kind of tensors that are made in here
+            model.encode_image(torch.zeros(2, 3, size, size, dtype=weight.dtype, device=weight.device))
+            model.encode_text(torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device))
     except RuntimeError as error:  # what torch's compilers raise
         raise ValueError(f"compile failed ({str(error).splitlines()[0]}); do without") from None
 

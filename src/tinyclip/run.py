@@ -59,13 +59,13 @@ def preprocess_for(run: Run, model: CLIP) -> Preprocess:
     return run.preprocess.model_copy(update={"image_size": model.config.vision.image_size})
 
 
-def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, alone: bool = False) -> Any:
+def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | None = None) -> Any:
     """This process's share of a stage's batches.
 
     Args:
         cut: for the part of an auto stage after its cut.
         order: the step at which the order of the data began anew, see `resume.restore`.
-        alone: this process looks at all of the data while the others wait; its batches are as large as a share.
+        pairs: of a batch; by default this process's share of the stage's.
     """
     stage, config = run.recipe.stages[i], run.configs[i]
     teacher = run.teacher.config if run.teacher else config
@@ -76,12 +76,12 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, alone: bool =
         context_length=max(config.text.context_length, teacher.text.context_length),
         image_size=run.caches[0].info.image_size if run.caches else size,
         augment=stage.augment,
-        batch_size=stage.batch_size // world_size(),
+        batch_size=pairs or stage.batch_size // world_size(),
         workers=run.recipe.workers,
         # Stages, and their parts, see the data in different orders.
         seed=run.recipe.seed + i + 1000 * cut + 1_000_003 * order,
-        rank=0 if alone else rank(),
-        world_size=1 if alone else world_size(),
+        rank=rank(),
+        world_size=world_size(),
         stored=partial(draw_stored, run.caches) if run.caches else None,
     )
 

@@ -237,11 +237,15 @@ def all_captions(folder: str | Path) -> Iterator[str]:
             yield from captions_of(sample)
 
 
-def image_of(sample: dict[str, Any]) -> Image.Image:
-    """The decoded picture of a raw sample; `Fault` when there is none or it is damaged."""
+def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image:
+    """The decoded picture of a raw sample; `Fault` when there is none or it is damaged.
+
+    Args:
+        at_least: see `open_image`.
+    """
     for ending in IMAGE_TYPES:
         if ending in sample:
-            return open_image(io.BytesIO(sample[ending]))
+            return open_image(io.BytesIO(sample[ending]), at_least)
     raise Fault("no_image", f"no picture (looked for {', '.join(IMAGE_TYPES)})")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tinyclip.calibrate import Calibration, calibrate, targets_for_latency
 from tinyclip.checkpoint import load_checkpoint
-from tinyclip.distributed import from_main
+from tinyclip.distributed import from_main, world_size
 from tinyclip.inheritance import compact, inherit
 from tinyclip.masks import sparsity
 from tinyclip.measurement import fraction_for_latency, pair_latency_ms
@@ -50,20 +50,21 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
-    masks = from_main(lambda: _measured_masks(run, i, base))
+    pairs = run.recipe.stages[i].batch_size // world_size()  # as many as fit, where training does
+    masks = from_main(lambda: _measured_masks(run, i, base, pairs))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "kept": kept})
     return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
 
 
-def _measured_masks(run: Run, i: int, base: CLIP) -> dict[str, Tensor]:
+def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> dict[str, Tensor]:
     """On the CPU, as they may travel to other processes."""
     stage = run.recipe.stages[i]
     settings, preprocess = stage.calibrated, preprocess_for(run, base)
     assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
     scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
     model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
-    loader = loader_of(run, i, alone=True)
+    loader = loader_of(run, i, pairs=pairs)
     source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
     how = Calibration.of(settings, run.teacher.config, float(scale), run.recipe.seed + i)
     with attention(run.device), closing(loader):

@@ -261,10 +261,10 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
 def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
     """Batch-norm statistics from the first batches of the stage's data. They come from a loader of their own, so
     that the training's starts at its first batch and a resumed run finds it where it was."""
-    batches = trainee.stage.batch_norm_batches or 20
+    batches, pairs = trainee.stage.batch_norm_batches or 20, trainee.stage.batch_size // world_size()
 
     def measured() -> list[dict[str, Tensor]]:
-        loader = loader_of(run, i, alone=True)
+        loader = loader_of(run, i, pairs=pairs)
         with closing(loader):
             chosen = (next_batch(source, run.recipe.data).images for source in [iter(loader)] * batches)
             reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))

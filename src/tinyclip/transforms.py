@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Annotated
 
 import numpy as np
@@ -49,8 +52,24 @@ class Preprocess(BaseModel):
         return self.normalise(self.pixels(image))
 
 
-def open_image(source: str | Path | object) -> Image.Image:
+_WARNINGS = Lock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of odd metadata, and pictures too large as errors. One thread at a time, as Python's filters of
+    warnings are shared by all; decoding itself stays outside."""
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def open_image(source: str | Path | object, at_least: int | None = None) -> Image.Image:
     """Open a file (path or binary file object), decode it whole and apply its EXIF orientation.
+
+    Args:
+        at_least: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as both sides have this many pixels.
 
     Raises:
         ValueError: when it is missing; as `Fault` when it is no picture, damaged, or too large (Pillow's
@@ -58,11 +77,13 @@ def open_image(source: str | Path | object) -> Image.Image:
     """
     name = f"{source}: " if isinstance(source, (str, Path)) else ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:  # type: ignore[arg-type]
-                image.load()
+        with _quiet():
+            opened = Image.open(source)  # type: ignore[arg-type]
+        with opened as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            image.load()
+            with _quiet():
                 return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f"{name}no such file") from None

@@ -1,0 +1,87 @@
+"""The command that turns files into features."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyclip.terminal import AsJson, Compile, Device, Overwrite, errors, print_json, say, say_computing
+
+
+def embed(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    source: Annotated[Path, typer.Argument(help="Pictures, WebDataset shards, or texts (.txt or a table).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the features.")],
+    what: Annotated[str, typer.Option(help="Of shards: both, image or text.")] = "both",
+    format: Annotated[str, typer.Option(help="parquet or npy.")] = "parquet",
+    dtype: Annotated[str, typer.Option(help="Of the features on disk: float16 or float32.")] = "float16",
+    part_size: Annotated[int, typer.Option(min=1, help="Pictures or texts a part; a shard is always one.")] = 10_000,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts in a table.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column of the keys; else the row's number.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Items at once; chosen by the device.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; one a core, at most 8.")] = None,
+    device: Device = "auto",
+    compute_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    compile: Compile = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the features of SOURCE, in parts with their keys; run again, it goes on where it was stopped."""
+    from tinyclip.distributed import is_main, processes, resolve_device
+    from tinyclip.embed import Plan, open_source
+    from tinyclip.embed import embed as embedded
+    from tinyclip.pipeline import load
+
+    plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
+    found = open_source(source, part_size, text_column, key_column)
+    place = resolve_device(device)
+    with processes(place):
+        clip = load(model, device=place, dtype=compute_dtype, compile=compile)
+        if is_main():
+            say_computing(clip.computing)
+        with _progress(is_main()) as progress:
+            result = embedded(clip, found, output, plan, overwrite=overwrite, progress=progress)
+        if not is_main():
+            return
+    if as_json:
+        print_json(result)
+        return
+    _summary(result, output)
+
+
+def _summary(result: dict[str, Any], output: Path) -> None:
+    names = [name for name in ("images", "texts") if result[name]]
+    done = " and ".join(f"{result[name]:,} {name}" for name in names)
+    if result["computed"]:
+        rates = ", ".join(f"{result[f'{name}_per_s']:,.1f} {name}/s" for name in names)
+        say(f"{done} in {result['parts']} parts: {output} ({result['computed']:,} computed now, {rates})")
+    else:
+        say(f"{done} in {result['parts']} parts: {output}, complete before")
+    if result["skipped"]:
+        say(f"skipped {result['skipped']}, see {output / 'skipped.jsonl'}:")
+        for reason, count in list(result["skipped_reasons"].items())[:5]:
+            say(f"  {count} x {reason}")
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Any]:
+    """A bar on stderr with what a second brings, of this process's parts."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    start = time.perf_counter()
+    with Progress(*columns, TimeRemainingColumn(), console=errors, disable=not (shown and errors.is_terminal)) as bar:
+        task = bar.add_task("embedding", total=None, rate="")
+
+        def update(tally: Any) -> None:
+            seconds = time.perf_counter() - start
+            counts = {"images": tally.images, "texts": tally.texts}
+            rates = [f"{count / seconds:,.0f} {name}/s" for name, count in counts.items() if count]
+            bar.update(task, completed=tally.images or tally.texts, total=tally.total, rate=", ".join(rates))
+
+        yield update

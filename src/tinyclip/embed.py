@@ -1,0 +1,413 @@
+"""Files to features: pictures, shards or texts in, parts of normalised features with their keys out.
+
+A part is written beside its place, renamed, and then recorded; a run that starts again does what has no record.
+Processes that `torchrun` started share the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinyclip.distributed import from_main, gather_objects, rank, world_size
+from tinyclip.faults import Skipped
+from tinyclip.files import flush, read_json_object, write_atomically
+from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
+from tinyclip.pipeline import Pipeline, ahead, batches
+from tinyclip.shards import captions_of, find_shards, image_of, read_shard
+from tinyclip.transforms import open_image
+
+TEXTS = {".txt", *TABLES}
+FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
+DONE, RECORDS = "embed.json", ".parts"
+TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
+# A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
+# pixels go into one of the result (docs/embed.md).
+DRAFT = 4
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text: of a sample's captions the one with this number, from 0."""
+
+    key: str
+    number: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be embedded, in parts: lists of paths (pictures), of `Text`, or one shard each."""
+
+    kind: str  # pictures, texts or shards
+    root: Path
+    parts: list[Any]
+    fingerprint: str
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (key, reason), before anything is computed
+
+
+@dataclass
+class Record:
+    """What one part holds."""
+
+    images: int = 0
+    texts: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Tally:
+    """What this process has done in this run."""
+
+    total: int | None  # pictures or texts that it has to do; unknown of shards
+    images: int = 0
+    texts: int = 0
+
+
+Progress = Callable[[Tally], None]
+
+
+def open_source(
+    path: str | Path, part_size: int = 10_000, text_column: str | None = None, key_column: str | None = None
+) -> Source:
+    """A folder of shards, else of pictures (with subfolders), a shard, a picture, a text file or a table.
+
+    Args:
+        part_size: pictures or texts a part; a part of shards is one shard.
+        text_column: of a table, one of `pack.CAPTION_COLUMNS` by default.
+        key_column: of a table; the number of the row, from 1, by default.
+
+    Raises:
+        ValueError: when there is nothing to embed in it.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if (text_column or key_column) and path.suffix.lower() not in TABLES:
+        raise ValueError(f"{path} is no table, so it has no columns")
+    if path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*.tar.gz"))):
+        return _of_files("shards", path, find_shards(path), 1)
+    if name.endswith((".tar", ".tar.gz")):
+        return _of_files("shards", path.parent, [path], 1)
+    if path.is_dir():
+        pictures = list(find_pictures(path))
+        if not pictures:
+            raise ValueError(f"{path}: neither pictures nor .tar shards in it")
+        return _of_files("pictures", path, pictures, part_size)
+    if path.suffix.lower() in {*COPIED, *CONVERTED, *OTHERS}:
+        return _of_files("pictures", path.parent, [path], part_size)
+    if path.suffix.lower() not in TEXTS:
+        raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
+    texts, skipped = _read_texts(path, text_column, key_column)
+    if not texts:
+        raise ValueError(f"{path}: no texts in it")
+    return Source("texts", path, list(batches(texts, part_size)), _digest([_file_state(path, path)]), skipped)
+
+
+def _of_files(kind: str, root: Path, files: list[Path], part_size: int) -> Source:
+    states = [_file_state(file, root) for file in files]
+    parts = files if kind == "shards" else list(batches(files, part_size))
+    return Source(kind, root, list(parts), _digest(states))
+
+
+def _file_state(file: Path, root: Path) -> str:
+    state = file.stat()
+    return f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n"
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _read_texts(
+    path: Path, text_column: str | None, key_column: str | None
+) -> tuple[list[Text], list[tuple[str, str]]]:
+    rows: list[tuple[str, Any]] = []
+    if path.suffix.lower() == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from None
+        rows = [(str(i), line) for i, line in enumerate(lines, 1)]
+    else:
+        for i, row in enumerate(read_rows(path), 1):
+            if i == 1:
+                text_column = find_column(path, row, text_column, CAPTION_COLUMNS, "--text-column")
+                key_column = key_column and find_column(path, row, key_column, (), "--key-column")
+            rows.append((str(row.get(key_column)) if key_column else str(i), row.get(str(text_column))))
+    texts, skipped = [], []
+    for key, found in rows:
+        captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
+        texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
+        if not any(captions):
+            skipped.append((key, "no text"))
+    return texts, skipped
+
+
+# --- a run ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How features are made and written."""
+
+    model: str  # as the user named it
+    what: str = "both"  # of shards: image, text or both
+    format: str = "parquet"  # or npy
+    dtype: str = "float16"  # of the features on disk, or float32
+    part_size: int = 10_000
+    batch_size: int | None = None
+    workers: int | None = None  # threads that decode
+
+    def __post_init__(self) -> None:
+        for name, known in (("format", FORMATS), ("dtype", DTYPES), ("what", WHATS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: choose {', '.join(known)}")
+
+
+def embed(
+    clip: Pipeline,
+    source: Source,
+    out: str | Path,
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda tally: None,
+) -> dict[str, Any]:
+    """Compute what is not there yet, and return what `embed.json` says at the end, with this run's `images_per_s`.
+
+    Args:
+        progress: called after every batch.
+
+    Raises:
+        ValueError: when the folder holds something else, was made from another model or source or with other
+            options, cannot be written, or nothing of the source can be read.
+    """
+    out = Path(out)
+    facts = _facts(clip, source, plan)
+    before = from_main(lambda: _open(out, facts, overwrite))
+    if before is not None:
+        return before | {"computed": 0}
+    start = time.perf_counter()
+    left = [n for n in range(rank(), len(source.parts), world_size()) if not _record(out, n).exists()]
+    total = None if source.kind == "shards" else sum(len(source.parts[n]) for n in left)
+    tally = Tally(total)
+    for number in left:
+        record = _part(clip, source, number, out, plan, lambda: progress(tally), tally)
+        write_atomically(_record(out, number), json.dumps(asdict(record)))
+    counts = gather_objects((tally.images, tally.texts))
+    seconds = time.perf_counter() - start
+    images, texts = (sum(count[i] for count in counts) for i in (0, 1))
+    result = from_main(lambda: _close(out, facts, source))
+    return result | {"computed": images + texts, "images_per_s": images / seconds, "texts_per_s": texts / seconds}
+
+
+def _facts(clip: Pipeline, source: Source, plan: Plan) -> dict[str, Any]:
+    what = plan.what if source.kind == "shards" else "text" if source.kind == "texts" else "image"
+    if plan.what not in ("both", what):
+        raise ValueError(f"{source.root}: there are only {source.kind} in it, so no {plan.what} features")
+    return {
+        "model": plan.model,
+        "model_fingerprint": fingerprint(clip),
+        "computed_in": clip.computing["dtype"],
+        "source": str(source.root),
+        "source_fingerprint": source.fingerprint,
+        "kind": source.kind,
+        "what": what,
+        "format": plan.format,
+        "dtype": plan.dtype,
+        "embed_dim": clip.model.config.embed_dim,
+        "normalized": True,
+        "part_size": None if source.kind == "shards" else plan.part_size,
+        "parts": len(source.parts),
+    }
+
+
+def fingerprint(clip: Pipeline) -> str:
+    """Of everything that features depend on: weights, shape, vocabulary and preprocessing."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, value in clip.model.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    rest = (clip.model.config.model_dump_json(), clip.preprocessing.model_dump_json(), clip.tokenizer.merges)
+    digest.update(repr(rest).encode())
+    return digest.hexdigest()
+
+
+_SAME = {"model_fingerprint": "model", "source_fingerprint": "source"}  # and what is called so is how it was named
+_CHECKED = ("computed_in", "model_fingerprint", "kind", "what", "format", "dtype", "part_size", "source_fingerprint")
+
+
+def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Make the folder ready; what `embed.json` says where everything is done already."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for the features")
+    mine = (out / DONE).exists()
+    if not mine and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
+    if mine and overwrite:
+        for file in (*out.glob("image-*"), *out.glob("text-*"), out / "skipped.jsonl"):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(out / RECORDS, ignore_errors=True)
+        mine = False
+    if mine:
+        before = read_json_object(out / DONE)
+        for key in _CHECKED:
+            if before.get(key) != facts[key]:
+                name = _SAME.get(key, key)
+                old, new = before.get(name), facts[name]
+                change = f"{old}, now {new}" if old != new else f"{new}, which has changed since"
+                raise ValueError(
+                    f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
+                )
+        if before.get("done"):
+            return before
+    for temporary in out.glob(".*.tmp"):  # of a run that was killed
+        temporary.unlink()
+    write_atomically(out / DONE, json.dumps(facts | {"done": False}, indent=2) + "\n")
+    return None
+
+
+def _record(out: Path, number: int) -> Path:
+    return out / RECORDS / f"{number:05d}.json"
+
+
+def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
+    records = [read_json_object(_record(out, number)) for number in range(len(source.parts))]
+    skipped = [*source.skipped, *(tuple(pair) for record in records for pair in record["skipped"])]
+    lines = (json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in skipped)
+    write_atomically(out / "skipped.jsonl", "".join(lines))
+    reasons = Counter(reason for _, reason in skipped).most_common(10)
+    counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
+    if not any(counts.values()):
+        listed = "; ".join(f"{reason} ({n})" for reason, n in reasons[:3])
+        raise ValueError(f"{source.root}: nothing could be embedded, all {len(skipped)} were skipped: {listed}")
+    result = facts | counts | {"skipped": len(skipped), "skipped_reasons": dict(reasons), "done": True}
+    write_atomically(out / DONE, json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(out / RECORDS)
+    return result
+
+
+# --- one part ---------------------------------------------------------------------------------------------------
+
+
+def _part(
+    clip: Pipeline, source: Source, number: int, out: Path, plan: Plan, progress: Callable[[], None], tally: Tally
+) -> Record:
+    record, part = Record(), source.parts[number]
+    texts: list[Text] = []
+    if source.kind == "texts":
+        texts = part
+    else:
+        items = _of_paths(part, source.root) if source.kind == "pictures" else _of_shard(part, plan, record, texts)
+        keys, rows = [], [torch.empty(0, clip.model.config.embed_dim)]
+        for some, features in _images(clip, items, plan, record):
+            keys += some
+            rows.append(features)
+            tally.images += len(some)
+            progress()
+        if plan.what != "text":
+            _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
+            record.images = len(keys)
+    if source.kind != "pictures" and plan.what != "image":
+        rows = [torch.empty(0, clip.model.config.embed_dim)]
+        for few in batches(texts, TEXTS_AT_ONCE):
+            rows.append(clip.encode_text([text.caption for text in few], batch_size=plan.batch_size).cpu())
+            tally.texts += len(few)
+            progress()
+        columns = {name: [getattr(text, name) for text in texts] for name in ("key", "number", "caption")}
+        _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
+        record.texts = len(texts)
+    return record
+
+
+Item = tuple[str, Callable[[int], Any]]  # a key, and what opens its picture
+
+
+def _of_paths(paths: Sequence[Path], root: Path) -> Iterator[Item]:
+    for path in paths:
+        yield path.relative_to(root).as_posix(), partial(open_image, path)
+
+
+def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Iterator[Item]:
+    """The shard's pictures; its captions go to `texts`, what cannot be read to `record`."""
+    faults: list[Skipped] = []
+    for sample in read_shard(shard, faults):
+        key = str(sample["__key__"])
+        if plan.what != "image":
+            try:
+                texts += [Text(key, i, caption) for i, caption in enumerate(captions_of(sample))]
+            except ValueError as error:
+                record.skipped.append((key, str(error)))
+        if plan.what != "text":
+            yield key, partial(image_of, sample)
+    record.skipped += [(fault.key or shard.name, fault.reason) for fault in faults]
+
+
+def _images(clip: Pipeline, items: Iterable[Item], plan: Plan, record: Record) -> Iterator[tuple[list[str], Tensor]]:
+    """Batches of keys and features (n, embed_dim) of the pictures that can be read; the others go to `record`."""
+    at_least = DRAFT * clip.preprocessing.image_size
+
+    def decode(item: Item) -> tuple[str, Tensor | str]:
+        key, opened = item
+        try:
+            return key, clip.preprocess(opened(at_least))
+        except ValueError as error:
+            return key, str(error).rpartition(f"{key}: ")[2]
+
+    for some in batches(ahead(decode, items, plan.workers), clip.batch_size(plan.batch_size)):
+        record.skipped += [(key, reason) for key, reason in some if isinstance(reason, str)]
+        good = [(key, tensor) for key, tensor in some if isinstance(tensor, Tensor)]
+        if good:
+            yield [key for key, _ in good], clip.encode_image(torch.stack([tensor for _, tensor in good])).cpu()
+
+
+def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> None:
+    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`."""
+    values = features.numpy().astype(plan.dtype)
+    if plan.format == "npy":
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(out / f"{name}.jsonl", lines)
+    path = out / f"{name}.{plan.format}"
+    temporary = out / f".{path.name}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            if plan.format == "npy":
+                np.save(file, values)
+            else:
+                _write_parquet(file, columns, values)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        flush(out)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_parquet(file: Any, columns: dict[str, list[Any]], values: np.ndarray) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"key": pyarrow.string(), "caption": pyarrow.string(), "number": pyarrow.int32()}
+    arrays = {name: pyarrow.array(column, types[name]) for name, column in columns.items()}
+    flat = pyarrow.array(values.reshape(-1))
+    arrays["features"] = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    # Features are noise to a compressor.
+    pyarrow.parquet.write_table(pyarrow.table(arrays), file, compression="none")
