@@ -244,9 +244,8 @@ def our_step(
     trainee = Trainee(model.to(device), stage, teacher, tokenizer, looks, precision)
     trainee.train()
     names = [str(i) for i in range(len(pixels))]
-    batch = Batch(pixels, tokens, torch.arange(len(pixels)), names)
-    if cached:
-        batch.teacher = [tuple(torch.randn(2, len(pixels), live.config.embed_dim).half())]
+    stored = [(image, text) for image, text in [torch.randn(2, len(pixels), live.config.embed_dim).half()]]
+    batch = Batch(pixels, tokens, torch.arange(len(pixels)), names, teacher=stored)
 
     def step() -> float:
         with attention(device):

@@ -81,13 +81,11 @@ class Pipeline:
         Raises:
             ValueError: for an unreadable picture or a wrong shape.
         """
-        items = _as_list(images)
+        items, size = _as_list(images), self.batch_size(batch_size)
+        ready = items.split(size) if isinstance(items, Tensor) else map(_stacked, batches(self._pictures(items), size))
         features = [self._empty()]
-        for tensors in batches(self._pictures(items), self.batch_size(batch_size)):
-            shapes = {tuple(t.shape) for t in tensors}
-            if len(shapes) > 1:
-                raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
-            batch = torch.stack(tensors).to(self.device, self.model.text_projection.dtype)
+        for batch in ready:
+            batch = batch.to(self.device, self.model.text_projection.dtype)
             features.append(_finished(self.model.encode_image(batch), normalize))
         return torch.cat(features)
 
@@ -137,7 +135,7 @@ class Pipeline:
 
     def _pictures(self, items: Sequence[ImageLike]) -> Iterator[Tensor]:
         """Each as a tensor, in order; threads work a little ahead of what is taken."""
-        if len(items) <= 1 or isinstance(items, Tensor):
+        if len(items) <= 1:
             yield from map(self._image, items)
             return
         yield from ahead(self._image, map(_loaded, items))
@@ -203,6 +201,13 @@ def _loaded(item: ImageLike) -> ImageLike:
     if isinstance(item, Image.Image):
         item.load()
     return item
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    shapes = {tuple(t.shape) for t in tensors}
+    if len(shapes) > 1:
+        raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
+    return torch.stack(tensors)
 
 
 def _as_list(images: Any) -> Any:
