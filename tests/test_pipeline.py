@@ -201,6 +201,24 @@ def test_half_precision_of_models_in_full_size(name: str, dtype: torch.dtype) ->
             assert F.cosine_similarity(actual.float(), wanted).min() > 0.9995
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # inside torch's own compiler
+def test_compiled_blocks_give_the_same_for_any_batch_and_length(folder: Path, clip: Pipeline) -> None:
+    compiled = tinyclip.load(folder / "model", compile=True)
+    texts = ["a", "the cat and the dog", "in the sea", "a thing", "the thing", "a b c d e f"]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for count in (2, 3, 6):
+        images = [folder / f"{i % 3}.png" for i in range(count)]
+        torch.testing.assert_close(compiled.encode_image(images), clip.encode_image(images))
+        torch.testing.assert_close(compiled.encode_text(texts[:count]), clip.encode_text(texts[:count]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_compiling_needs_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler"):
+        tinyclip.load(folder / "model", compile=True)
+
+
 def test_nothing_gives_no_features(clip: Pipeline) -> None:
     assert clip.encode_image([]).shape == (0, 24)
     assert clip.encode_text([]).shape == (0, 24)

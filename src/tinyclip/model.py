@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.masks import Masks, validate
-from tinyclip.resnet import ModifiedResNet, of_pixels
+from tinyclip.resnet import ModifiedResNet
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -192,21 +192,27 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
         hidden = masks.get("visual.hidden") if masks else None
-        weight = self.conv1.weight.flatten(1)
-        x = of_pixels(lambda x: F.linear(x, weight), _patches(images, self.patch_size), weight.dtype)
+        x = self._patches(images)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.positional_embedding
         x = layer_norm(self.ln_pre, _scaled(x, hidden), hidden)
         x = self.transformer(x, False, torch.zeros(len(x), dtype=torch.int64, device=x.device), masks)
         return layer_norm(self.ln_post, x, hidden) @ self.proj
 
-
-def _patches(images: Tensor, size: int) -> Tensor:
-    """images: (n, 3, s, s) -> (n, grid^2, 3 * size^2), what is left at the right and bottom dropped. The product of
-    this with the convolution's weight is the convolution, and twice as fast in bfloat16 on a CPU."""
-    n, _, side, _ = images.shape
-    grid = side // size
-    cut = images[:, :, : grid * size, : grid * size].view(n, 3, grid, size, grid, size)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, grid**2, -1)
+    def _patches(self, images: Tensor) -> Tensor:
+        """images: (n, 3, s, s) -> (n, grid^2, width): the convolution as a product of patches and weights, twice as
+        fast in bfloat16 on a CPU. What is left over at the right and bottom is dropped."""
+        n, _, side, _ = images.shape
+        size, grid, weight = self.patch_size, side // self.patch_size, self.conv1.weight
+        cut = images[:, :, : grid * size, : grid * size].view(n, 3, grid, size, grid, size)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(n, grid**2, 3, size**2)
+        if images.dtype.itemsize <= weight.dtype.itemsize:
+            return F.linear(patches.flatten(2).to(weight.dtype), weight.flatten(1))
+        # Rounded to fewer bits, all pixels of an even surface would be off the same way, and so would the sum over a
+        # patch. So only what differs from the patch's mean is rounded; the mean has a product of its own.
+        mean = patches.mean(-1, keepdim=True)
+        details = (patches - mean).flatten(2).to(weight.dtype)
+        sums = weight.flatten(2).sum(-1, dtype=images.dtype)  # (width, 3)
+        return F.linear(details, weight.flatten(1)) + F.linear(mean.squeeze(-1), sums)
 
 
 class CLIP(nn.Module):
@@ -320,12 +326,14 @@ class CLIP(nn.Module):
 
 
 def cast(model: CLIP, dtype: torch.dtype) -> CLIP:
-    """Weights to `dtype`, in place. Below 32 bits only those of matrix products in blocks and of convolutions: the
-    residual stream, norms, embeddings, projections and the logit scale stay in float32 (`docs/inference.md`)."""
+    """Weights to `dtype`, in place. Below 32 bits only those of matrix products in blocks and of convolutions, but
+    for a ResNet's first: pixels, the residual stream, norms, embeddings, projections and the logit scale stay in
+    float32 (`docs/inference.md`)."""
     if dtype.itemsize >= 4:
         return model.to(dtype)
+    of_pixels = model.visual.conv1 if isinstance(model.visual, ModifiedResNet) else None
     for module in model.modules():
-        if isinstance(module, Attention | nn.Linear | nn.Conv2d):
+        if isinstance(module, Attention | nn.Linear | nn.Conv2d) and module is not of_pixels:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return model

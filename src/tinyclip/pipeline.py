@@ -250,8 +250,7 @@ def load(
 
 def compile_towers(model: CLIP) -> None:
     """Compile the blocks of both towers, in place and at once, for any batch and any length; weights become
-    constants. What is before and after runs as it is (in one kernel with the rest, pixels would lose what `of_pixels`
-    keeps), and so do the convolutions of a ResNet.
+    constants. What is before and after runs as it is, and so do the convolutions of a ResNet.
 
     Raises:
         ValueError: when this machine has no compiler.

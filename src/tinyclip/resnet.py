@@ -4,7 +4,6 @@ pool at the end. State-dict keys are OpenAI's, batch-norm statistics included.""
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +44,6 @@ class Bottleneck(nn.Module):
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x: (n, channels, h, w); mask: (channels,) or (1,)."""
     return x if mask is None else x * mask.view(-1, 1, 1)
-
-
-def of_pixels(product: Callable[[Tensor], Tensor], pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """A product of float32 pixels with weights of fewer bits: what the pixels lose by rounding goes through it too.
-    An even surface rounds the same way in every pixel, so that sums over it would be off."""
-    coarse = pixels.to(dtype)
-    if pixels.dtype.itemsize <= dtype.itemsize:
-        return product(coarse)
-    return product(coarse) + product((pixels - coarse).to(dtype))
 
 
 class AttentionPool(nn.Module):
@@ -123,9 +113,9 @@ class ModifiedResNet(nn.Module):
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
         masks = masks or {}
         x = images.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
-        x = self.bn1(of_pixels(self.conv1, x, self.conv1.weight.dtype))
-        x = _masked(F.relu(x), masks.get("visual.stem.1"))
-        for i in (2, 3):
+        for i in (1, 2, 3):
+            if i == 2 and self.conv2.weight.dtype.itemsize < x.dtype.itemsize:
+                x = x.to(self.conv2.weight.dtype)  # pixels went through float32 (see `model.cast`)
             x = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(x))
             x = _masked(F.relu(x), masks.get(f"visual.stem.{i}"))
         x = F.avg_pool2d(x, 2)
