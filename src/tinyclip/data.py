@@ -34,10 +34,7 @@ from torch import Tensor
 from tinyclip.augment import Augment, View
 from tinyclip.faults import Fault, Skipped
 from tinyclip.index import prepare
-from tinyclip.shards import all_captions as all_captions
 from tinyclip.shards import captions_of, image_of, info_of
-from tinyclip.shards import find_shards as find_shards
-from tinyclip.shards import read_shards as read_shards
 from tinyclip.tokenizer import CLIPTokenizer
 
 TOO_MANY = 1000  # bad samples in a row
@@ -145,7 +142,7 @@ class Encoder(TaskEncoder):
     def _skip(self, sample: dict[str, Any], cause: str, reason: str) -> None:
         source = (sample.get("__sources__") or [None])[0]
         shard = Path(str(getattr(source, "shard_name", "?"))).name
-        last = Skipped(shard, str(sample["__key__"]).rpartition("/")[2], cause, reason)
+        last = Skipped(shard, str(sample["__key__"]), cause, reason)
         self.skipped.append(last)
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= TOO_MANY:
