@@ -85,16 +85,9 @@ def make_cache(
     """
     output = Path(output)
     counts = from_main(lambda: shard_counts(data))
-    info = CacheInfo(
-        teacher=name,
-        weights=weights_hash(clip),
-        scale=clip.model.logit_scale.exp().item(),
-        precision=precision,
-        augment=augment,
-        image_size=image_size or clip.preprocessing.image_size,
-        draws=draws,
-        seed=seed,
-    )
+    settings: dict[str, Any] = {"augment": augment, "draws": draws, "seed": seed, "precision": precision}
+    settings["image_size"] = image_size or clip.preprocessing.image_size
+    info = CacheInfo(teacher=name, weights=weights_hash(clip), scale=clip.model.logit_scale.exp().item(), **settings)
     with _only_call(output):
         from_main(lambda: _open_folder(output, info, clip, overwrite))
         shards = [shard for shard in find_shards(data) if shard.name in counts]
