@@ -12,12 +12,11 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
-recipe=$1
 
-# A run that has begun goes on; its folder says so also when this job is not the first to work on it.
-output=$(sed -n 's/^output: *//p' "$recipe")
+# A job that SLURM has started again goes on with its run. A new job for an old run is told so with --resume; one that
+# was stopped before its run began says that there is none, and is submitted anew.
 resume=
-[ -e "$output/recipe.yaml" ] && resume=--resume
+[ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && resume=--resume
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \

@@ -20,6 +20,7 @@ from PIL import Image
 
 import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
+from tinyclip import faults
 from tinyclip.embed import DRAFT, Plan, embed, open_source
 from tinyclip.pipeline import Pipeline
 from tinyclip.transforms import Preprocess, open_image
@@ -130,7 +131,9 @@ def test_pictures_become_features_under_their_paths(
         "3b.png": "damaged picture",
         "words.jpg": "not a picture that Pillow can read",
     }
+    assert {(s.shard, s.cause) for s in faults.read(out / "skipped.jsonl")} == {("", "corrupt_image")}
     assert (result["images"], result["texts"], result["skipped"], result["computed"]) == (7, 0, 2, 7)
+    assert result["skipped_by_cause"] == {"corrupt_image": 2}
     told = json.loads((out / "embed.json").read_text())
     assert told.items() <= result.items()
     assert (told["done"], told["embed_dim"], told["parts"], told["dtype"]) == (True, 24, 3, dtype)
@@ -163,7 +166,8 @@ def test_of_a_damaged_shard_stays_what_was_whole(clip: Pipeline, shards: Path, t
     embed(clip, open_source(shards), tmp_path / "out", Plan("m"))
     keys = [row["key"] for row in read(tmp_path / "out", "image")[0]]
     assert keys[0] == "00" and keys[-4:] == ["10", "11", "12", "19"] and len(keys) < 7
-    assert "ends after 2 samples" in skipped(tmp_path / "out")["s0.tar"]
+    (cut,) = [s for s in faults.read(tmp_path / "out" / "skipped.jsonl") if s.shard == "s0.tar"]
+    assert (cut.key, cut.cause) == ("", "truncated_shard") and "ends after 2 samples" in cut.reason
 
 
 @pytest.mark.parametrize(
@@ -354,7 +358,9 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         (tmp_path / "pictures" / f"{i}.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match=r"all 3 were skipped: not a picture that Pillow can read \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"nothing could be embedded: 3 corrupt_image; the first: 0\.jpg: not a picture"
+    ):
         embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))
     assert skipped(tmp_path / "out").keys() == {"0.jpg", "1.jpg", "2.jpg"}
 

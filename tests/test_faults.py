@@ -204,6 +204,17 @@ def test_keys_that_every_shard_starts_anew_are_no_duplicates(tmp_path: Path) -> 
     assert len(set(batch.groups.tolist())) > 3  # so they are no positives of each other either
 
 
+@pytest.mark.parametrize("when", ["indexing", "reading"])
+def test_keys_with_folders_are_listed_whole(tmp_path: Path, when: str) -> None:
+    bad = {"jpg": picture(0)[:200]} if when == "reading" else {}
+    keys = {f"{name}/0001" for name in "abc"}
+    samples = [good(i) | {"key": key} | bad for i, key in enumerate(sorted(keys))]
+    copies = samples if when == "indexing" else []  # keys that come twice
+    write_shard(tmp_path / "0.tar", [*samples, *copies, *(good(i) | {"key": f"d/{i}"} for i in range(9))])
+    skipped = drawn(tmp_path, 40)[1]
+    assert {s.key for s in skipped} == keys and {s.shard for s in skipped} == {"0.tar"}
+
+
 def test_a_folder_with_every_fault(tmp_path: Path) -> None:
     folder = broken_folder(tmp_path / "data")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

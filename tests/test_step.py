@@ -26,7 +26,7 @@ def test_gradients_are_those_of_one_graph_in_one_piece_and_in_many(case: str) ->
         assert_near(gradients(trainee_of(case, micro_batch=size), batch), reference, 1e-10)
 
 
-@pytest.mark.parametrize("case", ["masks, all terms", "resnet"])
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_in_float32_stay_near(case: str) -> None:
     batch = batch_of(64 if "resnet" in case else 32)
     reference = plain_gradients(trainee_of(case, torch.float32), batch)

@@ -19,6 +19,7 @@ import test_train
 from conftest import ROOT
 from test_killed import PATIENCE, SERVER, assert_same, begin, end, last_step, until
 from test_train import recipe, stage
+from tinyclip import cli_train
 from tinyclip.recipe import Recipe
 
 place = test_train.place
@@ -136,6 +137,23 @@ def test_what_all_processes_refuse_is_said_once(place: Path, tmp_path: Path, wor
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "python -m torch.distributed.run", "gone"])
+def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launcher: str
+) -> None:
+    """A file stands for `/proc/PID/cmdline`, as no launcher has started this process."""
+    words = ["--nproc-per-node", "2", "-m", "tinyclip.cli", "distill", "a b.yaml", "--overwrite"]
+    file = tmp_path / "cmdline"
+    if launcher != "gone":
+        file.write_text("".join(f"{word}\0" for word in ["/usr/bin/python", *launcher.split(), *words]))
+    monkeypatch.setattr(cli_train, "Path", lambda path: file if path.startswith("/proc") else Path(path))
+    monkeypatch.setattr(sys, "argv", ["tinyclip", "distill", "a b.yaml", "--overwrite"])
+    assert cli_train._hint() == "tinyclip distill 'a b.yaml' --resume"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    known = "torchrun --nproc-per-node 2 -m tinyclip.cli distill 'a b.yaml' --resume"
+    assert cli_train._hint() == (known if launcher == "torchrun" else "the same command with --resume")
+
+
 # --- scripts of the docs ----------------------------------------------------------------------------------------
 
 
@@ -149,12 +167,11 @@ def test_the_slurm_script_resumes_and_requeues(tmp_path: Path) -> None:
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "recipe.yaml").write_text(f"teacher: t\noutput: {tmp_path}/run\n")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-4]", "SLURM_NNODES": "4"}
     environment |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17"}
-    for resumed in (False, True):
+    for restarts, resumed in (({}, False), ({"SLURM_RESTART_COUNT": "0"}, False), ({"SLURM_RESTART_COUNT": "2"}, True)):
         script = ["bash", str(ROOT / "docs" / "slurm.sh"), str(tmp_path / "recipe.yaml")]
-        process = subprocess.Popen(script, env=environment)
+        process = subprocess.Popen(script, env=environment | restarts)
         deadline = time.monotonic() + PATIENCE
         while not (calls.exists() and "srun" in calls.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -167,8 +184,6 @@ def test_the_slurm_script_resumes_and_requeues(tmp_path: Path) -> None:
         (line,) = [line for line in called if line.startswith("srun")]
         assert "--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500" in line
         assert line.endswith("--resume") == resumed
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "recipe.yaml").touch()
 
 
 def test_the_page_shows_what_the_script_computes() -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyclip.terminal import AsJson, Compile, Device, Overwrite, errors, print_json, say, say_computing
+from tinyclip.faults import read
+from tinyclip.terminal import AsJson, Compile, Device, Overwrite, errors, print_faults, print_json, say, say_computing
 
 
 def embed(
@@ -64,8 +65,7 @@ def _summary(result: dict[str, Any], output: Path) -> None:
         say(f"{done} in {result['parts']} parts: {output}, complete before")
     if result["skipped"]:
         say(f"skipped {result['skipped']}, see {output / 'skipped.jsonl'}:")
-        for reason, count in list(result["skipped_reasons"].items())[:5]:
-            say(f"  {count} x {reason}")
+        print_faults(read(output / "skipped.jsonl"))
 
 
 @contextmanager

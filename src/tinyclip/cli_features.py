@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinyclip.terminal import Device, Overwrite, errors, fail, print_table, say
+from tinyclip.terminal import Device, Overwrite, errors, fail, print_faults, say
+
+if TYPE_CHECKING:
+    from tinyclip.make_cache import Report
 
 
 def cache(
@@ -41,7 +44,6 @@ def cache(
 
     Run it again after a stop: shards that are done are kept."""
     from tinyclip.distributed import best_precision, is_main, processes, resolve_device
-    from tinyclip.faults import COLUMNS, rows
     from tinyclip.make_cache import make_cache
     from tinyclip.pipeline import load
     from tinyclip.recipe import augment_from
@@ -68,14 +70,17 @@ def cache(
         except (Interrupted, KeyboardInterrupt) as stop:
             code = 128 + getattr(stop, "signal_number", signal.SIGINT)
             fail(f"stopped; finished shards are kept in {place}, the same command goes on", code)
-        if not is_main():
-            return
+        if is_main():
+            _say_report(report, place, draws)
+
+
+def _say_report(report: Report, place: Path, draws: int) -> None:
     kept = report.shards - report.computed
     say(f"{report.samples} samples with {draws} views and {report.captions} captions in {report.shards} shards")
     say(f"{report.bytes / 1e6:.1f} MB in {place}{f', {kept} shards of it were there' if kept else ''}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {place / 'skipped.jsonl'}:")
-        print_table(COLUMNS, rows(report.skipped))
+        print_faults(report.skipped)
     say(f"to use it, set in a recipe: teacher: {{cache: {place}}}")
 
 

@@ -79,11 +79,12 @@ def _calibrate(
 
     from tinyclip.axes import axis_table, count_parameters
     from tinyclip.calibrate import Calibration, calibrate
+    from tinyclip.data import AGAIN, closing
     from tinyclip.inheritance import compact, describe
     from tinyclip.pipeline import Pipeline, load
     from tinyclip.pruning import TOWERS, budgets
     from tinyclip.recipe import calibrated_from
-    from tinyclip.run import attention, closing
+    from tinyclip.run import attention
     from tinyclip.samples import plain_loader, samples
 
     if towers not in TOWERS:
@@ -95,7 +96,7 @@ def _calibrate(
     loader = plain_loader(data, clip, batch_size)
     source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
     shown = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
-    with attention(model.logit_scale.device), closing(loader):
+    with attention(model.logit_scale.device), closing(loader, AGAIN):
         masks = calibrate(model.requires_grad_(False), shown, targets, how)
     student = compact(clip.model, masks)
     Pipeline(student, clip.tokenizer, clip.preprocessing).save(output)

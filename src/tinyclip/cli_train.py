@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,13 +77,15 @@ def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -
 
 
 def _hint() -> str:
-    """The command that goes on with this run, torchrun's part of it included where it can be known."""
+    """The command that goes on with this run, torchrun's part of it included; in words where that is unknown."""
     words = ["tinyclip", *sys.argv[1:]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with suppress(OSError, StopIteration):
+        try:
             started = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")[:-1]
             first = next(i for i, word in enumerate(started) if Path(word).name == "torchrun")
-            words = ["torchrun", *started[first + 1 :]]
+        except (OSError, StopIteration):
+            return "the same command with --resume"
+        words = ["torchrun", *started[first + 1 :]]
     return shlex.join([*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 

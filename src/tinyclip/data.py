@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,13 +35,11 @@ from torch import Tensor
 from tinyclip.augment import Augment, View
 from tinyclip.faults import Fault, Skipped
 from tinyclip.index import prepare
-from tinyclip.shards import all_captions as all_captions
 from tinyclip.shards import captions_of, image_of, info_of
-from tinyclip.shards import find_shards as find_shards
-from tinyclip.shards import read_shards as read_shards
 from tinyclip.tokenizer import CLIPTokenizer
 
 TOO_MANY = 1000  # bad samples in a row
+AGAIN = "run the same command again"
 ALL_BAD = f"{TOO_MANY:,} samples in a row are bad"
 
 
@@ -145,7 +144,7 @@ class Encoder(TaskEncoder):
     def _skip(self, sample: dict[str, Any], cause: str, reason: str) -> None:
         source = (sample.get("__sources__") or [None])[0]
         shard = Path(str(getattr(source, "shard_name", "?"))).name
-        last = Skipped(shard, str(sample["__key__"]).rpartition("/")[2], cause, reason)
+        last = Skipped(shard, str(sample["__key__"]), cause, reason)
         self.skipped.append(last)
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= TOO_MANY:
@@ -220,14 +219,21 @@ def training_loader(
 
 
 def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
-    """A signal for the whole process group (a Ctrl-C, torchrun's SIGTERM) reaches the workers too. They stay until
-    the training process has saved their position and ends them. When it dies they go with it at once (elsewhere than on
-    Linux within seconds, by torch's own watch), so that they hold nothing that the resumed run asks for."""
+    bind_worker(worker_id)
+    init(worker_id)
+
+
+def bind_worker(worker_id: int) -> None:
+    """Bind a loader's worker, which calls this, to the process that it works for.
+
+    A signal for the whole process group (a Ctrl-C, torchrun's SIGTERM) reaches the workers too. They stay until that
+    process has saved what it must and ends them. When it dies they go with it at once (elsewhere than on Linux within
+    seconds, by torch's own watch), so that they hold nothing that the resumed run asks for.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    init(worker_id)
 
 
 def next_batch(batches: Iterator[Batch], folder: str | Path) -> Batch:
@@ -238,6 +244,28 @@ def next_batch(batches: Iterator[Batch], folder: str | Path) -> Batch:
         # Energon wraps the message of our Encoder in the sample's description.
         found = re.search(f"{ALL_BAD}.*", str(error))
         raise ValueError(f"{folder}: {found.group().rstrip('.') if found else error}") from None
+
+
+@contextmanager
+def closing(loader: Any, hint: str) -> Iterator[None]:
+    """Stop the loader's workers at the end. One that died, as for want of memory, is an error for people; torch raises
+    it wherever the process is then.
+
+    Args:
+        hint: what to do about it.
+
+    Raises:
+        ValueError: when a worker has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        text = str(error).splitlines()[0].rstrip(". ")
+        raise ValueError(f"{text}; {hint}") from None
+    finally:
+        close_loader(loader)
 
 
 def close_loader(loader: Any) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
-from tinyclip.faults import Skipped
+from tinyclip.faults import Fault, Skipped
 from tinyclip.files import flush, read_json_object, write_atomically
 from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
 from tinyclip.pipeline import Pipeline, ahead, batches
@@ -56,7 +56,7 @@ class Source:
     root: Path
     parts: list[Any]
     fingerprint: str
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (key, reason), before anything is computed
+    skipped: list[Skipped] = field(default_factory=list)  # before anything is computed
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Record:
 
     images: int = 0
     texts: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
 
 
 @dataclass
@@ -133,9 +133,7 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def _read_texts(
-    path: Path, text_column: str | None, key_column: str | None
-) -> tuple[list[Text], list[tuple[str, str]]]:
+def _read_texts(path: Path, text_column: str | None, key_column: str | None) -> tuple[list[Text], list[Skipped]]:
     rows: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".txt":
         try:
@@ -149,12 +147,12 @@ def _read_texts(
                 text_column = find_column(path, row, text_column, CAPTION_COLUMNS, "--text-column")
                 key_column = key_column and find_column(path, row, key_column, (), "--key-column")
             rows.append((str(row.get(key_column)) if key_column else str(i), row.get(str(text_column))))
-    texts, skipped = [], []
+    texts, skipped = list[Text](), list[Skipped]()
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):
-            skipped.append((key, "no text"))
+            skipped.append(Skipped("", key, "no_caption", "no text"))
     return texts, skipped
 
 
@@ -288,15 +286,14 @@ def _record(out: Path, number: int) -> Path:
 
 def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     records = [read_json_object(_record(out, number)) for number in range(len(source.parts))]
-    skipped = [*source.skipped, *(tuple(pair) for record in records for pair in record["skipped"])]
-    lines = (json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in skipped)
-    write_atomically(out / "skipped.jsonl", "".join(lines))
-    reasons = Counter(reason for _, reason in skipped).most_common(10)
+    skipped = [*source.skipped, *(Skipped(**row) for record in records for row in record["skipped"])]
+    write_atomically(out / "skipped.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
+    by_cause = faults.counts(skipped)
     counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
     if not any(counts.values()):
-        listed = "; ".join(f"{reason} ({n})" for reason, n in reasons[:3])
-        raise ValueError(f"{source.root}: nothing could be embedded, all {len(skipped)} were skipped: {listed}")
-    result = facts | counts | {"skipped": len(skipped), "skipped_reasons": dict(reasons), "done": True}
+        first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "there is nothing in it"
+        raise ValueError(f"{source.root}: nothing could be embedded: {first}")
+    result = facts | counts | {"skipped": len(skipped), "skipped_by_cause": by_cause, "done": True}
     write_atomically(out / DONE, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(out / RECORDS)
     return result
@@ -314,8 +311,9 @@ def _part(
         texts = part
     else:
         items = _of_paths(part, source.root) if source.kind == "pictures" else _of_shard(part, plan, record, texts)
+        shard = part.name if source.kind == "shards" else ""
         keys, rows = [], [torch.empty(0, clip.model.config.embed_dim)]
-        for some, features in _images(clip, items, plan, record):
+        for some, features in _images(clip, items, shard, plan, record):
             keys += some
             rows.append(features)
             tally.images += len(some)
@@ -345,33 +343,34 @@ def _of_paths(paths: Sequence[Path], root: Path) -> Iterator[Item]:
 
 def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Iterator[Item]:
     """The shard's pictures; its captions go to `texts`, what cannot be read to `record`."""
-    faults: list[Skipped] = []
-    for sample in read_shard(shard, faults):
+    for sample in read_shard(shard, record.skipped):
         key = str(sample["__key__"])
         if plan.what != "image":
             try:
                 texts += [Text(key, i, caption) for i, caption in enumerate(captions_of(sample))]
-            except ValueError as error:
-                record.skipped.append((key, str(error)))
+            except Fault as fault:
+                record.skipped.append(Skipped(shard.name, key, fault.cause, fault.reason))
         if plan.what != "text":
             yield key, partial(image_of, sample)
-    record.skipped += [(fault.key or shard.name, fault.reason) for fault in faults]
 
 
-def _images(clip: Pipeline, items: Iterable[Item], plan: Plan, record: Record) -> Iterator[tuple[list[str], Tensor]]:
+def _images(
+    clip: Pipeline, items: Iterable[Item], shard: str, plan: Plan, record: Record
+) -> Iterator[tuple[list[str], Tensor]]:
     """Batches of keys and features (n, embed_dim) of the pictures that can be read; the others go to `record`."""
     at_least = DRAFT * clip.preprocessing.image_size
 
-    def decode(item: Item) -> tuple[str, Tensor | str]:
+    def decode(item: Item) -> tuple[str, Tensor | Skipped]:
         key, opened = item
         try:
             return key, clip.preprocess(opened(at_least))
         except ValueError as error:
-            return key, str(error).rpartition(f"{key}: ")[2]
+            reason = str(error).rpartition(f"{key}: ")[2]
+            return key, Skipped(shard, key, getattr(error, "cause", "corrupt_image"), reason)
 
     for some in batches(ahead(decode, items, plan.workers), clip.batch_size(plan.batch_size)):
-        record.skipped += [(key, reason) for key, reason in some if isinstance(reason, str)]
-        good = [(key, tensor) for key, tensor in some if isinstance(tensor, Tensor)]
+        record.skipped += [found for _, found in some if isinstance(found, Skipped)]
+        good = [(key, found) for key, found in some if isinstance(found, Tensor)]
         if good:
             yield [key for key, _ in good], clip.encode_image(torch.stack([tensor for _, tensor in good])).cpu()
 

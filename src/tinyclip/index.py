@@ -276,4 +276,4 @@ class Patient:
     def _instead(self, index: int, shard: str, key: str, fault: Fault) -> dict[str, Any]:
         source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
         where = {"__restore_key__": ("Webdataset", index), "__sources__": (source,)}
-        return {"__key__": f"{shard}/{key}", "__shard__": shard, "__fault__": fault, **where}
+        return {"__key__": key, "__shard__": shard, "__fault__": fault, **where}

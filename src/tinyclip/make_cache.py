@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyclip.augment import Augment, View
 from tinyclip.cache import Cache, CacheInfo, FeatureFile, content_hash, feature_file
-from tinyclip.data import stable_hash
+from tinyclip.data import AGAIN, bind_worker, closing, stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import flush, write_atomically
@@ -31,7 +33,9 @@ from tinyclip.teacher import Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 
 STORED = np.float16
-KNOWN_FILES = {"cache.json", "config.json", "tokenizer.json", "preprocess.json", "features", "skipped.jsonl"}
+LOCK = ".lock"
+PATIENCE = 5  # seconds for the workers of a call that was killed to end
+KNOWN_FILES = {LOCK, "cache.json", "config.json", "tokenizer.json", "preprocess.json", "features", "skipped.jsonl"}
 
 
 @dataclass
@@ -76,39 +80,33 @@ def make_cache(
         progress: called with the samples done by this process, and all of them.
 
     Raises:
-        ValueError: when the data or the place cannot be used, or the place holds another cache.
+        ValueError: when the data or the place cannot be used, the place holds another cache or another call is at work
+            in it, or a decoding process dies.
     """
     output = Path(output)
     counts = from_main(lambda: shard_counts(data))
-    info = CacheInfo(
-        teacher=name,
-        weights=weights_hash(clip),
-        scale=clip.model.logit_scale.exp().item(),
-        precision=precision,
-        augment=augment,
-        image_size=image_size or clip.preprocessing.image_size,
-        draws=draws,
-        seed=seed,
-    )
-    from_main(lambda: _open_folder(output, info, clip, overwrite))
-    shards = [shard for shard in find_shards(data) if shard.name in counts]
-    pending = from_main(lambda: [s.name for s in shards if not _is_done(output, s)])
-    mine = [shard for shard in shards if shard.name in pending[rank() :: world_size()]]
-    teacher, total, done = Teacher(clip.model, clip.preprocessing), sum(counts[s.name] for s in mine), 0
-    progress(0, total)
-    for shard in mine:
-        views = ShardViews(shard, clip.tokenizer, clip.model.config.text.context_length, info)
-        features = _Features()
-        for block in _blocks(views, batch_size, workers):
-            features.add(block, teacher, clip.tokenizer.end_id, batch_size, precision)
-            progress(done + features.seen, total)
-        if features.seen != counts[shard.name]:
-            found = f"{features.seen} of its {counts[shard.name]} samples could be read"
-            raise ValueError(f"{shard}: {found}, since it changed or the disk has faults; run the same command again")
-        done += features.seen
-        features.write(feature_file(output, shard.name), shard, info, clip.model.config.embed_dim)
-    gather_objects(None)  # wait for all
-    return from_main(lambda: _summary(output, shards, len(pending)))
+    settings: dict[str, Any] = {"augment": augment, "draws": draws, "seed": seed, "precision": precision}
+    settings["image_size"] = image_size or clip.preprocessing.image_size
+    info = CacheInfo(teacher=name, weights=weights_hash(clip), scale=clip.model.logit_scale.exp().item(), **settings)
+    with _only_call(output):
+        from_main(lambda: _open_folder(output, info, clip, overwrite))
+        shards = [shard for shard in find_shards(data) if shard.name in counts]
+        pending = from_main(lambda: [s.name for s in shards if not _is_done(output, s)])
+        mine = [shard for shard in shards if shard.name in pending[rank() :: world_size()]]
+        teacher, total, done = Teacher(clip.model, clip.preprocessing), sum(counts[s.name] for s in mine), 0
+        progress(0, total)
+        for shard in mine:
+            views = ShardViews(shard, clip.tokenizer, clip.model.config.text.context_length, info)
+            features, loader = _Features(), _loader_of(views, batch_size, workers)
+            with closing(loader, AGAIN):
+                for block in loader:
+                    features.add(block, teacher, clip.tokenizer.end_id, batch_size, precision)
+                    progress(done + features.seen, total)
+            features.check(shard, counts[shard.name])
+            done += features.seen
+            features.write(feature_file(output, shard.name), shard, info, clip.model.config.embed_dim)
+        gather_objects(None)  # wait for all
+        return from_main(lambda: _summary(output, shards, len(pending)))
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
@@ -123,15 +121,36 @@ def weights_hash(clip: Pipeline) -> str:
     return digest.hexdigest()
 
 
-def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline, overwrite: bool) -> None:
+@contextmanager
+def _only_call(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, in the first process for all that share the work."""
+    lock = FileLock(folder / LOCK, timeout=PATIENCE)
+    from_main(lambda: _enter(lock, folder))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _enter(lock: FileLock, folder: Path) -> None:
     try:
         if folder.exists():
             _check_known(folder)
-            if overwrite or not (folder / "cache.json").exists():  # the rest of one that was being removed
-                shutil.rmtree(folder)
-            else:
-                _check_same(folder, info, clip)
-        (folder / "features").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder}: another `tinyclip cache` is at work here; wait for it or stop it") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline, overwrite: bool) -> None:
+    try:
+        if overwrite or not (folder / "cache.json").exists():  # the rest of one that was being removed
+            _empty(folder)
+        else:
+            _check_same(folder, info, clip)
+        (folder / "features").mkdir(exist_ok=True)
         for leftover in (folder / "features").glob(".*.tmp"):  # of a call that was killed while it wrote
             leftover.unlink()
     except OSError as error:
@@ -141,6 +160,16 @@ def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline, overwrite: bool)
         write_atomically(folder / "preprocess.json", clip.preprocessing.model_dump_json(indent=2) + "\n")
         write_atomically(folder / "tokenizer.json", clip.tokenizer.to_json())
         write_atomically(folder / "cache.json", info.model_dump_json(indent=2) + "\n")  # last: it makes it a cache
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock; `cache.json` first, as the rest is no cache without it."""
+    (folder / "cache.json").unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def _check_known(folder: Path) -> None:
@@ -252,11 +281,12 @@ class ShardViews(IterableDataset[Any]):
         return Item(key, views, pixels, self.tokenizer(captions, self.context_length))
 
 
-def _blocks(views: ShardViews, batch_size: int, workers: int) -> Iterator[Block]:
-    """The samples of a shard, about `batch_size` views at a time."""
+def _loader_of(views: ShardViews, batch_size: int, workers: int) -> DataLoader[Any]:
+    """`Block`s of a shard, of about `batch_size` views."""
     together = max(1, batch_size // views.info.draws)
-    loader: DataLoader[Any] = DataLoader(views, together, num_workers=workers, collate_fn=_join)
-    yield from loader
+    several: dict[str, Any] = {"num_workers": workers, "worker_init_fn": bind_worker}
+    several["persistent_workers"] = workers > 0  # else the loader does not know them, and cannot end them
+    return DataLoader(views, together, collate_fn=_join, **several)
 
 
 def _join(found: list[Item | Skipped]) -> Block:
@@ -300,6 +330,12 @@ class _Features:
         image_rows = image.numpy().astype(STORED).reshape(len(block.keys), -1, image.shape[1])
         text_rows = np.split(text.numpy().astype(STORED), np.cumsum(block.captions)[:-1])
         self.samples += zip(block.keys, block.views, image_rows, text_rows, strict=True)
+
+    def check(self, shard: Path, count: int) -> None:
+        """`ValueError` when not all samples of the shard were seen."""
+        if self.seen != count:
+            found = f"{self.seen} of its {count} samples could be read"
+            raise ValueError(f"{shard}: {found}, since it changed or the disk has faults; {AGAIN}")
 
     def write(self, place: Path, shard: Path, info: CacheInfo, embed_dim: int) -> None:
         """In one piece; `ValueError` when it cannot be written."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -13,12 +13,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from tinyclip.augment import Augment
 from tinyclip.config import Count, Positive, Strict, explain
 from tinyclip.distributed import Precision
+from tinyclip.overrides import model_from, override
 from tinyclip.shape import Shape, StudentShape
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
-M = TypeVar("M", bound=Strict)
 
 
 class TowerSparsity(Strict):
@@ -379,8 +379,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys, see docs/recipes.md")
     data = json.loads(json.dumps(data, default=str))  # so that what YAML aliases share can be set apart
-    for override in overrides:
-        _override(data, override)
+    for text in overrides:
+        override(data, text)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -389,24 +389,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def shape_from(overrides: Sequence[str]) -> StudentShape:
     """A shape from `vision.width=128` and the like; `ValueError` for an unknown key or value."""
-    return _model_from(StudentShape, "--shape", overrides, "vision.width=128")
+    return model_from(StudentShape, "--shape", overrides, "vision.width=128")
 
 
 def augment_from(overrides: Sequence[str]) -> Augment:
     """Views from `rotate=20` and the like; `ValueError` for an unknown key or value."""
-    return _model_from(Augment, "--augment", overrides, "rotate=20")
-
-
-def _model_from(model: type[M], option: str, overrides: Sequence[str], example: str) -> M:
-    data: dict[str, Any] = {}
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{option} {override}: write e.g. {example}")
-        _override(data, override)
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"{option}: {explain(error)}") from None
+    return model_from(Augment, "--augment", overrides, "rotate=20")
 
 
 def calibrated_from(settings: dict[str, Any]) -> Calibrated:
@@ -415,24 +403,3 @@ def calibrated_from(settings: dict[str, Any]) -> Calibrated:
         return Calibrated.model_validate(settings)
     except ValidationError as error:
         raise ValueError(f"--calibrate: {explain(error)}") from None
-
-
-def _override(data: Any, override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ValueError(f"--set {override}: write key.path=value, e.g. stages.0.steps=200")
-    *parents, last = path.split(".")
-    node = data
-    try:
-        for key in parents:
-            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        if isinstance(node, list):
-            node[int(last)] = yaml.safe_load(text)
-        elif isinstance(node, dict):
-            node[last] = yaml.safe_load(text)
-        else:
-            raise KeyError(last)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-        raise ValueError(f"--set {override}: the recipe has no {path}") from None
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: the value is no valid YAML") from None

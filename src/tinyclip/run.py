@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tinyclip import data
 from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
-from tinyclip.data import close_loader, training_loader
+from tinyclip.data import training_loader
 from tinyclip.distributed import GO_ON, is_main, rank, world_size
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
@@ -86,18 +87,9 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | 
     )
 
 
-@contextmanager
-def closing(loader: Any) -> Iterator[None]:
-    """Stop the loader's workers at the end; a worker that died is an error for people."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        text = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{text}; {GO_ON}") from None
-    finally:
-        close_loader(loader)
+def closing(loader: Any) -> AbstractContextManager[None]:
+    """`data.closing` in a run, which can go on when a worker has died."""
+    return data.closing(loader, GO_ON)
 
 
 def attention(device: torch.device) -> AbstractContextManager[None]:
