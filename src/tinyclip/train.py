@@ -141,7 +141,8 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     resumed = (last / STATE).exists()
     if resumed:
         student = load_checkpoint(last)[0].to(run.device)
-    synchronise(student, run.device)
+    if not stage.freezes_batch_norm:  # frozen statistics are measured by the first process alone
+        synchronise(student, run.device)
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision)
     if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
         _reestimate(run, i, trainee)
