@@ -376,18 +376,29 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
     assert saved == [3, 6, 7, 9]  # 15 seconds and more after the last; the steps of save_every; the end
 
 
-def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "PATIENCE", 0.1)
-    chosen = recipe(place, tmp_path / "run", stages=[stage()])
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_two_runs_do_not_share_a_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    """The second is refused before it has changed anything, and the first ends as if alone."""
+    monkeypatch.setattr("tinyclip.start.PATIENCE", 0.1)
+    chosen, alone = (recipe(place, tmp_path / name, stages=[stage()]) for name in ("run", "alone"))
     other: list[str] = []
 
     def intrude(event: dict[str, Any]) -> None:
-        if event.get("step") == 2:
+        if event.get("step") == 3:
+            before = {path: path.stat().st_ino for path in started.folder.rglob("*")}
             with pytest.raises(ValueError, match="another process trains here; stop it first") as error:
-                train.run(train.start(chosen, resume=True))
+                train.start(chosen, **options)
+            assert {path: path.stat().st_ino for path in started.folder.rglob("*")} == before
             other.append(str(error.value))
 
     started = train.start(chosen)
+    with pytest.raises(ValueError, match="another process trains here; stop it first"):
+        train.start(chosen, **options)  # it has not begun
     started.listener = intrude
     train.run(started)
     assert len(other) == 1
+    run(alone)
+    assert_same(Path(alone.output), Path(chosen.output))
+    assert len(run(chosen, **options)[0]) == 1  # the place is free again

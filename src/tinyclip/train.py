@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
@@ -46,6 +45,7 @@ from tinyclip.resume import (
     stop_signals,
 )
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
+from tinyclip.start import LOCK
 from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
@@ -53,8 +53,7 @@ from tinyclip.teacher import image_input
 from tinyclip.tracking import FOLDERS as TRACKED
 from tinyclip.tracking import peak_memory_gb, tracked
 
-PATIENCE = 30  # seconds for the processes of a run that was killed to end
-UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", ".lock", *TRACKED}  # of a run that has not begun
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", LOCK, *TRACKED}  # of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
@@ -64,13 +63,11 @@ def run(run: Run) -> list[dict[str, Any]]:
     Under torchrun all processes call it. The first one alone writes, evaluates, and tells the run's listener.
 
     Raises:
-        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept. Also
-            when another run is at work in the folder.
+        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
-    lock = FileLock(run.folder / ".lock", timeout=PATIENCE)
-    from_main(lambda: _enter(lock, run.folder))
     try:
+        from_main(lambda: remove_leftovers(run.folder))  # of one that was killed
         with tracked(run):
             return _run_stages(run)
     except ValueError:
@@ -78,16 +75,7 @@ def run(run: Run) -> list[dict[str, Any]]:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
     finally:
-        lock.release()
-
-
-def _enter(lock: FileLock, folder: Path) -> None:
-    """Be the only run at work in the folder, and clear up after one that was killed."""
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{folder}: another process trains here; stop it first") from None
-    remove_leftovers(folder)
+        run.lock.release()
 
 
 def _run_stages(run: Run) -> list[dict[str, Any]]:
