@@ -23,6 +23,7 @@ import test_train
 from test_auto import auto
 from test_train import _events as events_of
 from test_train import recipe, run, stage, weights
+from tinyclip import run as run_module
 from tinyclip import train
 from tinyclip.distributed import gather_objects, processes
 from tinyclip.recipe import Recipe
@@ -260,6 +261,72 @@ def test_batch_statistics_of_the_first_process_are_everyones(resnet_place: Path,
     train.run(train.start(alone))
     one, two = (test_batch_norm.buffers(Path(r.output) / "student") for r in (chosen, alone))
     assert one and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+# --- stops ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["save", "close_loader"])
+def test_a_stop_at_the_end_of_a_stage_is_not_forgotten(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """In either part of a stage with masks, and in a stage before others."""
+    stages = [stage("a", student={}), auto("b")]
+    whole, parts = (recipe(place, tmp_path / name, stages=stages) for name in ("whole", "parts"))
+    run(whole)
+    for i, last in enumerate((5, 12, 16)):
+        with monkeypatch.context() as patch:
+            started = train.start(parts, resume=i > 0)
+            started.listener = interrupting(patch, moment, last)
+            with pytest.raises(Interrupted, match=f"stopped at step {last}$"):
+                train.run(started)
+    run(parts, resume=True)
+    assert_same(Path(whole.output), Path(parts.output))
+
+
+def interrupting(patch: pytest.MonkeyPatch, moment: str, step: int) -> Callable[[dict[str, Any]], None]:
+    """A listener that, at a step, lets a SIGTERM come in the middle of what follows."""
+    place = train if moment == "save" else run_module
+    own, told = getattr(place, moment), [0]
+
+    def interrupted(*args: Any) -> None:
+        if told[-1] == step:
+            told.append(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(*args)
+
+    patch.setattr(place, moment, interrupted)
+    return lambda event: told.append(event["step"]) if event["event"] == "step" else None
+
+
+def test_two_processes_stop_at_the_end_of_a_stage(place: Path, tmp_path: Path) -> None:
+    chosen = recipe(place, tmp_path / "run", stages=[stage("a", steps=3), stage("b", steps=3, student={})])
+    settings = chosen.model_dump(mode="json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = [SERVER.Process(target=interrupted_late, args=(settings, i, port)) for i in range(2)]
+    for process in begun:
+        process.start()
+    assert end(begun) == [0, 0]
+
+
+def interrupted_late(settings: dict[str, Any], index: int, port: int) -> None:
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+    def saved(*args: Any) -> None:
+        save(*args)
+        if index == 1 and args[3].step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with processes():
+        started = train.start(Recipe.model_validate(settings))
+        train.save = saved
+        with pytest.raises(Interrupted, match=r"stopped at step 3$"):
+            train.run(started)
+    assert not (started.folder / "stages" / "b").exists()
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------

@@ -192,36 +192,39 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
 
     batches = iter(loader)
     trainee.train()
-    with stop_signals() as stops, attention(run.device), closing(loader):
-        due = every is not None and 0 < progress.step < until and progress.step % every == 0
-        if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
-            judge()
-        while progress.step < until:
-            began = time.perf_counter()
-            batch = next_batch(batches, run.recipe.data)
-            progress.waited(time.perf_counter() - began)
-            metrics = trainee.step(batch, progress.step)
-            progress.advance(len(batch.keys) * world_size())
-            stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
-            if some:
-                skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
-                _left_out(run, stage, progress, skipped)
-            done = progress.step == until
-            if progress.step % run.recipe.log_every == 0 or done:
-                figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
-                figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
-                figures["memory_gb"] = peak_memory_gb(run.device)
-                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
-            else:
-                run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
-            stop = stop or stops.alone()
-            evaluate = every is not None and progress.step % every == 0 and not done
-            if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
-                keep()
-            if stop:
-                raise Interrupted(stop, progress.step)
-            if evaluate:
+    with stop_signals() as stops:
+        with attention(run.device), closing(loader):
+            due = every is not None and 0 < progress.step < until and progress.step % every == 0
+            if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
                 judge()
+            while progress.step < until:
+                began = time.perf_counter()
+                batch = next_batch(batches, run.recipe.data)
+                progress.waited(time.perf_counter() - began)
+                metrics = trainee.step(batch, progress.step)
+                progress.advance(len(batch.keys) * world_size())
+                stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
+                if some:
+                    skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
+                    _left_out(run, stage, progress, skipped)
+                done = progress.step == until
+                if progress.step % run.recipe.log_every == 0 or done:
+                    figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
+                    figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                    figures["memory_gb"] = peak_memory_gb(run.device)
+                    run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
+                else:
+                    run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
+                stop = stop or stops.alone()
+                evaluate = every is not None and progress.step % every == 0 and not done
+                if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
+                    keep()
+                if stop:
+                    raise Interrupted(stop, progress.step)
+                if evaluate:
+                    judge()
+        if stop := stops.agreed(device=run.device)[0] or stops.alone():  # it came while the last step was saved
+            raise Interrupted(stop, progress.step)
     return progress
 
 
