@@ -70,6 +70,7 @@ class Progress:
     seconds: float = 0.0
     order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
     evaluated_step: int = 0
+    precision: str = ""  # of the steps so far
     best_step: int | None = None
     best_score: float = -1.0
     evaluation: dict[str, Any] | None = None
@@ -260,7 +261,8 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     if trainee.pruner is not None:
         trainee.pruner.load(place)
         trainee.pruner.optimizer.load_state_dict(data["masks"])
-    trainee.scaler.load_state_dict(data["scaler"])
+    if data["scaler"]:  # empty, but from float16
+        trainee.scaler.load_state_dict(data["scaler"])
     for name, value in data["progress"].items():
         setattr(progress, name, value)
     if data["layout"] != [world_size(), workers]:

@@ -247,6 +247,10 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
     if 0 < progress.step == progress.order:
         text = "it goes on with another number of processes or workers, so the data comes in another order"
         run.warn(trainee.stage, text)
+    if progress.precision not in ("", trainee.precision):
+        text = f"it goes on in {trainee.precision}, as this device has it, after {progress.precision} so far"
+        run.warn(trainee.stage, text)
+    progress.precision = trainee.precision
     return loader
 
 
