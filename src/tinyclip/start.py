@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from tinyclip.cache import Cache, open_caches
 from tinyclip.calibrate import Calibration
-from tinyclip.checkpoint import load_checkpoint, read_config
+from tinyclip.checkpoint import load_checkpoint, read_config, read_tokenizer
 from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
 from tinyclip.faults import append
@@ -84,6 +84,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     if any(stage.compile for stage in recipe.stages):
         check_compiler(device)
     configs = plan(recipe, config, device)
+    _check_vocabularies(recipe, tokenizer)
     if caches:
         _check_views(recipe, configs, caches[0])
     folder = Path(recipe.output)
@@ -122,6 +123,14 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
             raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
         configs.append(config)
     return configs
+
+
+def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
+    """Whether all stages begin with the run's tokens."""
+    for i, stage in enumerate(recipe.stages):
+        named = stage.start not in ("previous", "teacher")
+        if named and read_tokenizer(resolve(stage.start)).merges != tokenizer.merges:
+            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
 
 
 def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
