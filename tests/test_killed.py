@@ -97,11 +97,13 @@ def last_step(folder: Path) -> int:
 
 
 def assert_same(one: Path, two: Path) -> None:
-    """The same student, and every step told once."""
+    """The same student, and every step, evaluation and cut told once."""
     first, second = weights(one / "student"), weights(two / "student")
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     told = [[(e["stage"], e["step"], e["loss"]) for e in events_of(f) if e["event"] == "step"] for f in (one, two)]
     assert told[0] == told[1]
+    rare = [[e for e in events_of(f) if e["event"] in ("evaluation", "cut")] for f in (one, two)]
+    assert rare[0] == rare[1]
     assert not [p for p in two.rglob("*") if p.suffix in (".tmp", ".old") or "step-" in p.name or p.name == MANIFEST]
 
 
@@ -156,9 +158,41 @@ def test_a_stage_with_masks_is_killed_in_both_parts(place: Path, tmp_path: Path,
         kill(begun)
     assert end(begin(parts, count)) == [0] * count
     assert_same(Path(whole.output), out)
-    assert [e for e in events_of(out) if e["event"] == "cut"] == [
-        e for e in events_of(Path(whole.output)) if e["event"] == "cut"
-    ]
+
+
+@pytest.mark.parametrize(("step", "before"), [(4, True), (4, False), (12, True), (12, False), (16, True)])
+def test_evaluations_and_cuts_are_told_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: bool
+) -> None:
+    """After a kill before or after the checkpoint that comes with them: evaluations every 4 steps and at the end, 16,
+    a cut at 12. At each of these steps the second save is theirs; the last evaluation has none."""
+    changes = {"stages": [auto()], "evaluation": {"data": "unused", "every": 4}}
+    whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
+
+    def started(chosen: Recipe, resume: bool = False) -> Any:
+        made = train.start(chosen, resume=resume)
+        made.evaluator = lambda model, *_: {"acc1": sum(p.sum().item() for p in model.parameters())}
+        return made
+
+    train.run(started(whole))
+    saves: list[int] = []
+
+    def killed(*args: Any) -> None:
+        saves.append(args[3].step)
+        if not before:
+            save(*args)
+        if saves.count(step) == 2:
+            raise KeyboardInterrupt
+        if before:
+            save(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if step == 16:
+            patch.setattr(train, "write_atomically", lambda *args: killed(None, None, None, Progress(step=16)))
+        patch.setattr(train, "save", killed)
+        train.run(started(parts))
+    train.run(started(parts, resume=True))
+    assert_same(Path(whole.output), Path(parts.output))
 
 
 # --- other numbers of processes ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
 from tinyclip.faults import Skipped, append, summary
 from tinyclip.files import atomic_directory, checksum, read_json_object, write_atomically
+from tinyclip.pruning import MASKS
 from tinyclip.step import Trainee
 
 STATE = "state.pt"
@@ -166,7 +167,8 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
         except RuntimeError as error:  # torch's own word for a full disk
             raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
         sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"step": progress.step, "crc32": sums}), encoding="utf-8")
+        manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
+        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     for old in older(place)[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -298,17 +300,23 @@ class _LoaderState(pickle.Unpickler):
         return LOADER_STATE[module, name]
 
 
-def forget_metrics(path: Path, stage: str, step: int) -> None:
-    """Drop what a stage logged after `step`, which is about to be done again, and a line torn by a kill."""
+def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
+    """Drop what a stage logged after the `step` of its checkpoint `last`, which is about to be done again, and a line
+    torn by a kill. An evaluation and a cut are logged before the checkpoint that has them."""
     if not path.exists():
         return
+    until = {}
+    if step:
+        until["evaluation"] = _manifest(last).get("evaluated_step", step)
+    if (last / MASKS).exists():
+        until["cut"] = 0
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= step):
+        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= until.get(event.get("event"), step)):
             kept.append(line)
     write_atomically(path, "".join(kept))
 

@@ -109,8 +109,9 @@ def _result(folder: Path) -> dict[str, Any] | None:
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
     """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
     stage = run.recipe.stages[i]
+    last = run.folder / "stages" / stage.name / "last"
     for log in ("metrics.jsonl", "skipped.jsonl"):
-        forget_metrics(run.folder / log, stage.name, step)
+        forget_metrics(run.folder / log, stage.name, step, last)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
     if step:
@@ -163,9 +164,6 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     # From here on it is a student like any other, with a new optimiser.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
-    loader = loader_of(run, i, cut=True, order=progress.order)
-    save(last, after, loader, progress, run.recipe.keep)
-    close_loader(loader)
     figures = pruner.figures(progress.step)
     run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
     for name, target in targets.items():
@@ -173,6 +171,9 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
         if abs(reached - target) > NEAR and target > pruner.constraint.start[name]:
             text = f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: see auto.steps and auto.lr"
             run.warn(stage, text)
+    loader = loader_of(run, i, cut=True, order=progress.order)
+    save(last, after, loader, progress, run.recipe.keep)
+    close_loader(loader)
 
 
 def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
