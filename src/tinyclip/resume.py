@@ -254,7 +254,7 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     Raises:
         ValueError: when the checkpoint is damaged.
     """
-    if not (place / STATE).exists():
+    if not from_main((place / STATE).exists):
         return None
     trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
     data = _read_state(place)

@@ -125,9 +125,25 @@ def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
 
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
     stage, last = run.recipe.stages[i], folder / "last"
-    if stage.auto is not None and not _is_cut(last):
-        _learn_masks(run, i, student, folder)
-    resumed = (last / STATE).exists()
+    # The first process looks: other nodes may see a shared disk as it was.
+    resumed, masked = from_main(lambda: ((last / STATE).exists(), (last / MASKS).exists()))
+    if stage.auto is not None and (masked or not resumed):
+        trainee, progress = _learn_masks(run, i, student, folder, masked)
+        progress = _loop(run, i, trainee, folder, stage.steps, progress)
+    else:
+        trainee = _begun(run, i, student, last, resumed)
+        progress = _loop(run, i, trainee, folder, stage.steps)
+    _evaluate(run, trainee, progress, folder)
+    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
+    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
+    from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
+    from_main(lambda: finish(last))  # only now is the state of no use
+    return trainee.model.eval(), result
+
+
+def _begun(run: Run, i: int, student: CLIP, last: Path, resumed: bool) -> Trainee:
+    """A student without masks, ready for its next step."""
+    stage = run.recipe.stages[i]
     if resumed:
         student = load_checkpoint(last)[0].to(run.device)
     if not stage.freezes_batch_norm:  # frozen statistics are measured by the first process alone
@@ -135,25 +151,15 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision)
     if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
         _reestimate(run, i, trainee)
-    progress = _loop(run, i, trainee, folder, stage.steps)
-    _evaluate(run, trainee, progress, folder)
-    result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
-    result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
-    from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
-    from_main(lambda: finish(last))  # only now is the state of no use
-    return student.eval(), result
+    return trainee
 
 
-def _is_cut(last: Path) -> bool:
-    """Whether an auto stage's masks have already been folded into its student."""
-    return (last / STATE).exists() and not (last / MASKS).exists()
-
-
-def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
-    """The first part of an auto stage; leaves the cut student in `last`, ready for the second."""
+def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) -> tuple[Trainee, Progress]:
+    """The first part of an auto stage, from its beginning or from masks in `last`. Leaves the cut student there, and
+    returns it and where the stage stands, ready for the second part."""
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
-    targets = saved_targets(last) if (last / MASKS).exists() else mask_targets(run, stage, student)
+    targets = saved_targets(last) if masked else mask_targets(run, stage, student)
     pruner = Pruner(student.config, run.teacher.config, stage, targets, run.recipe.seed + i, run.device)
     for name, gone in pruner.constraint.start.items():
         if gone >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
@@ -174,13 +180,14 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     loader = loader_of(run, i, cut=True, order=progress.order)
     save(last, after, loader, progress, run.recipe.keep)
     close_loader(loader)
+    return after, Progress(**asdict(progress))
 
 
-def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
-    """Train until a step of the stage, from where its last checkpoint stands."""
+def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Progress | None = None) -> Progress:
+    """Train until a step of the stage, from where its last checkpoint stands, or from a cut just made."""
     stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
-    progress, last = Progress(), folder / "last"
-    loader = _restored(run, i, trainee, last, progress)
+    progress, last = cut or Progress(), folder / "last"
+    loader = loader_of(run, i, True, cut.order) if cut else _restored(run, i, trainee, last, progress)
     clock = Clock(run.recipe.save_minutes)
 
     def keep() -> None:
