@@ -82,6 +82,24 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
     assert [e["step"] for e in logged(parts) if e["event"] == "step"] == list(range(1, 17))
 
 
+def test_the_cut_student_is_not_read_back(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another node's view of the disk may still be that before the cut."""
+    chosen = recipe(place, tmp_path / "run", stages=[auto()])
+    started = train.start(chosen)
+
+    def read(*args: Any) -> None:
+        raise AssertionError("read from the disk")
+
+    def once_cut(event: dict[str, Any]) -> None:
+        if event["event"] == "cut":
+            monkeypatch.setattr(train, "load_checkpoint", read)
+            monkeypatch.setattr("tinyclip.resume.load_checkpoint", read)
+
+    started.listener = once_cut
+    (result,) = train.run(started)
+    assert result["samples"] == 16 * 8
+
+
 @pytest.mark.parametrize("kind", ["manual", "auto", "none"])
 @pytest.mark.parametrize("towers", ["image", "text"])
 def test_the_other_tower_stays_the_teachers(place: Path, tmp_path: Path, towers: str, kind: str) -> None:

@@ -22,6 +22,7 @@ from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.resume import Interrupted
 from tinyclip.run import loader_of
+from tinyclip.step import Trainee
 from tinyclip.teacher import image_input
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -129,6 +130,31 @@ def test_a_resumed_stage_is_the_same_to_the_bit(place: Path, tmp_path: Path, mod
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     tracked = {int(value) for key, value in whole.items() if key.endswith("num_batches_tracked")}
     assert tracked == {3 if mode == "frozen" else 6}
+
+
+@pytest.mark.parametrize("mode", ["frozen", "train"])
+def test_only_statistics_that_are_learned_are_shared(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """The first process measures frozen ones, and would there wait for the others for ever."""
+    shared: list[bool] = []
+
+    def as_on_two_gpus(model: CLIP, device: torch.device) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "is_initialized", lambda: True)
+            patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+            synchronise(model, torch.device("cuda"))
+
+    def step(self: Trainee, *args: Any) -> dict[str, Tensor]:
+        shared.append(any(isinstance(norm, nn.SyncBatchNorm) for norm in batch_norms(self.model)))
+        return own(self, *args)
+
+    own = Trainee.step
+    monkeypatch.setattr(train, "synchronise", as_on_two_gpus)
+    monkeypatch.setattr(Trainee, "step", step)
+    changes = {"batch_norm": mode, "batch_norm_batches": 3 if mode == "frozen" else None}
+    train.run(train.start(recipe(place, tmp_path / "run", **changes)))
+    assert shared == [mode == "train"] * 6
 
 
 def test_from_scratch_learns_its_statistics(place: Path, tmp_path: Path) -> None:

@@ -444,9 +444,12 @@ def test_a_start_with_another_vocabulary_is_refused(place: Path, tmp_path: Path)
     save_checkpoint(
         tmp_path / "start", CLIP(small_config(vocab_size=size, image_size=16)), other, Preprocess(image_size=16)
     )
-    stages = [stage(augment=VIEWS, start=str(tmp_path / "start"))]
-    with pytest.raises(ValueError, match=r"stages.0.start: .* has another vocabulary than the teacher"):
-        run(recipe(place, tmp_path / "run", stages=stages))
+    stages = [
+        stage(name, augment=VIEWS, start=str(start))
+        for name, start in (("a", place / "teacher"), ("b", tmp_path / "start"))
+    ]
+    with pytest.raises(ValueError, match=r"stages.1.start: .* has another vocabulary than the teacher"):
+        train.start(recipe(place, tmp_path / "run", stages=stages))
     assert not (tmp_path / "run").exists()
 
 

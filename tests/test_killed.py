@@ -23,6 +23,7 @@ import test_train
 from test_auto import auto
 from test_train import _events as events_of
 from test_train import recipe, run, stage, weights
+from tinyclip import run as run_module
 from tinyclip import train
 from tinyclip.distributed import gather_objects, processes
 from tinyclip.recipe import Recipe
@@ -96,11 +97,13 @@ def last_step(folder: Path) -> int:
 
 
 def assert_same(one: Path, two: Path) -> None:
-    """The same student, and every step told once."""
+    """The same student, and every step, evaluation and cut told once."""
     first, second = weights(one / "student"), weights(two / "student")
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     told = [[(e["stage"], e["step"], e["loss"]) for e in events_of(f) if e["event"] == "step"] for f in (one, two)]
     assert told[0] == told[1]
+    rare = [[e for e in events_of(f) if e["event"] in ("evaluation", "cut")] for f in (one, two)]
+    assert rare[0] == rare[1]
     assert not [p for p in two.rglob("*") if p.suffix in (".tmp", ".old") or "step-" in p.name or p.name == MANIFEST]
 
 
@@ -155,9 +158,41 @@ def test_a_stage_with_masks_is_killed_in_both_parts(place: Path, tmp_path: Path,
         kill(begun)
     assert end(begin(parts, count)) == [0] * count
     assert_same(Path(whole.output), out)
-    assert [e for e in events_of(out) if e["event"] == "cut"] == [
-        e for e in events_of(Path(whole.output)) if e["event"] == "cut"
-    ]
+
+
+@pytest.mark.parametrize(("step", "before"), [(4, True), (4, False), (12, True), (12, False), (16, True)])
+def test_evaluations_and_cuts_are_told_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: bool
+) -> None:
+    """After a kill before or after the checkpoint that comes with them: evaluations every 4 steps and at the end, 16,
+    a cut at 12. At each of these steps the second save is theirs; the last evaluation has none."""
+    changes = {"stages": [auto()], "evaluation": {"data": "unused", "every": 4}}
+    whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
+
+    def started(chosen: Recipe, resume: bool = False) -> Any:
+        made = train.start(chosen, resume=resume)
+        made.evaluator = lambda model, *_: {"acc1": sum(p.sum().item() for p in model.parameters())}
+        return made
+
+    train.run(started(whole))
+    saves: list[int] = []
+
+    def killed(*args: Any) -> None:
+        saves.append(args[3].step)
+        if not before:
+            save(*args)
+        if saves.count(step) == 2:
+            raise KeyboardInterrupt
+        if before:
+            save(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if step == 16:
+            patch.setattr(train, "write_atomically", lambda *args: killed(None, None, None, Progress(step=16)))
+        patch.setattr(train, "save", killed)
+        train.run(started(parts))
+    train.run(started(parts, resume=True))
+    assert_same(Path(whole.output), Path(parts.output))
 
 
 # --- other numbers of processes ---------------------------------------------------------------------------------
@@ -260,6 +295,72 @@ def test_batch_statistics_of_the_first_process_are_everyones(resnet_place: Path,
     train.run(train.start(alone))
     one, two = (test_batch_norm.buffers(Path(r.output) / "student") for r in (chosen, alone))
     assert one and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+# --- stops ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["save", "close_loader"])
+def test_a_stop_at_the_end_of_a_stage_is_not_forgotten(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """In either part of a stage with masks, and in a stage before others."""
+    stages = [stage("a", student={}), auto("b")]
+    whole, parts = (recipe(place, tmp_path / name, stages=stages) for name in ("whole", "parts"))
+    run(whole)
+    for i, last in enumerate((5, 12, 16)):
+        with monkeypatch.context() as patch:
+            started = train.start(parts, resume=i > 0)
+            started.listener = interrupting(patch, moment, last)
+            with pytest.raises(Interrupted, match=f"stopped at step {last}$"):
+                train.run(started)
+    run(parts, resume=True)
+    assert_same(Path(whole.output), Path(parts.output))
+
+
+def interrupting(patch: pytest.MonkeyPatch, moment: str, step: int) -> Callable[[dict[str, Any]], None]:
+    """A listener that, at a step, lets a SIGTERM come in the middle of what follows."""
+    place = train if moment == "save" else run_module
+    own, told = getattr(place, moment), [0]
+
+    def interrupted(*args: Any) -> None:
+        if told[-1] == step:
+            told.append(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        own(*args)
+
+    patch.setattr(place, moment, interrupted)
+    return lambda event: told.append(event["step"]) if event["event"] == "step" else None
+
+
+def test_two_processes_stop_at_the_end_of_a_stage(place: Path, tmp_path: Path) -> None:
+    chosen = recipe(place, tmp_path / "run", stages=[stage("a", steps=3), stage("b", steps=3, student={})])
+    settings = chosen.model_dump(mode="json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    begun = [SERVER.Process(target=interrupted_late, args=(settings, i, port)) for i in range(2)]
+    for process in begun:
+        process.start()
+    assert end(begun) == [0, 0]
+
+
+def interrupted_late(settings: dict[str, Any], index: int, port: int) -> None:
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+    def saved(*args: Any) -> None:
+        save(*args)
+        if index == 1 and args[3].step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with processes():
+        started = train.start(Recipe.model_validate(settings))
+        train.save = saved
+        with pytest.raises(Interrupted, match=r"stopped at step 3$"):
+            train.run(started)
+    assert not (started.folder / "stages" / "b").exists()
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------
@@ -376,18 +477,29 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
     assert saved == [3, 6, 7, 9]  # 15 seconds and more after the last; the steps of save_every; the end
 
 
-def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "PATIENCE", 0.1)
-    chosen = recipe(place, tmp_path / "run", stages=[stage()])
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_two_runs_do_not_share_a_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    """The second is refused before it has changed anything, and the first ends as if alone."""
+    monkeypatch.setattr("tinyclip.start.PATIENCE", 0.1)
+    chosen, alone = (recipe(place, tmp_path / name, stages=[stage()]) for name in ("run", "alone"))
     other: list[str] = []
 
     def intrude(event: dict[str, Any]) -> None:
-        if event.get("step") == 2:
+        if event.get("step") == 3:
+            before = {path: path.stat().st_ino for path in started.folder.rglob("*")}
             with pytest.raises(ValueError, match="another process trains here; stop it first") as error:
-                train.run(train.start(chosen, resume=True))
+                train.start(chosen, **options)
+            assert {path: path.stat().st_ino for path in started.folder.rglob("*")} == before
             other.append(str(error.value))
 
     started = train.start(chosen)
+    with pytest.raises(ValueError, match="another process trains here; stop it first"):
+        train.start(chosen, **options)  # it has not begun
     started.listener = intrude
     train.run(started)
     assert len(other) == 1
+    run(alone)
+    assert_same(Path(alone.output), Path(chosen.output))
+    assert len(run(chosen, **options)[0]) == 1  # the place is free again

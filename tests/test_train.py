@@ -266,6 +266,23 @@ def test_results_do_not_depend_on_an_interruption(place: Path, tmp_path: Path) -
     assert steps == [(s, i) for s in ("75", "50") for i in range(1, 6)]
 
 
+@pytest.mark.parametrize("names", [("float32", "float16"), ("float16", "bfloat16")])
+def test_a_run_goes_on_in_the_precision_of_another_device(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    chosen = recipe(place, tmp_path / "run", stages=[stage()], precision="auto")
+    monkeypatch.setattr("tinyclip.start.best_precision", lambda device: names[0])
+    started = train.start(chosen)
+    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
+    with pytest.raises(Interrupted):
+        train.run(started)
+    monkeypatch.setattr("tinyclip.start.best_precision", lambda device: names[1])
+    (result,), events = run(chosen, resume=True)
+    assert [e["step"] for e in events if e["event"] == "step"] == [4, 5] and result["samples"] == 40
+    (warned,) = [e["text"] for e in events if e["event"] == "warning"]
+    assert warned == f"it goes on in {names[1]}, as this device has it, after {names[0]} so far"
+
+
 def _events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

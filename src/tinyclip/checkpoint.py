@@ -142,6 +142,13 @@ def read_config(path: str | Path) -> CLIPConfig:
     return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
 
 
+def read_tokenizer(path: str | Path) -> CLIPTokenizer:
+    """The tokenizer of a checkpoint, without its weights where it is our own; `ValueError` as `load_checkpoint`."""
+    path = _whole(Path(path))
+    foreign = read_foreign(path)
+    return foreign.tokenizer if foreign is not None else CLIPTokenizer.from_file(path / "tokenizer.json")
+
+
 def _whole(path: Path) -> Path:
     """The folder of a weights file whose config lies beside it: that knows more than the tensors."""
     configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)

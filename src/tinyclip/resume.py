@@ -28,6 +28,7 @@ from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
 from tinyclip.faults import Skipped, append, summary
 from tinyclip.files import atomic_directory, checksum, read_json_object, write_atomically
+from tinyclip.pruning import MASKS
 from tinyclip.step import Trainee
 
 STATE = "state.pt"
@@ -70,6 +71,7 @@ class Progress:
     seconds: float = 0.0
     order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
     evaluated_step: int = 0
+    precision: str = ""  # of the steps so far
     best_step: int | None = None
     best_score: float = -1.0
     evaluation: dict[str, Any] | None = None
@@ -165,7 +167,8 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
         except RuntimeError as error:  # torch's own word for a full disk
             raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
         sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"step": progress.step, "crc32": sums}), encoding="utf-8")
+        manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
+        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     for old in older(place)[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -251,7 +254,7 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     Raises:
         ValueError: when the checkpoint is damaged.
     """
-    if not (place / STATE).exists():
+    if not from_main((place / STATE).exists):
         return None
     trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
     data = _read_state(place)
@@ -260,7 +263,8 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     if trainee.pruner is not None:
         trainee.pruner.load(place)
         trainee.pruner.optimizer.load_state_dict(data["masks"])
-    trainee.scaler.load_state_dict(data["scaler"])
+    if data["scaler"]:  # empty, but from float16
+        trainee.scaler.load_state_dict(data["scaler"])
     for name, value in data["progress"].items():
         setattr(progress, name, value)
     if data["layout"] != [world_size(), workers]:
@@ -296,17 +300,23 @@ class _LoaderState(pickle.Unpickler):
         return LOADER_STATE[module, name]
 
 
-def forget_metrics(path: Path, stage: str, step: int) -> None:
-    """Drop what a stage logged after `step`, which is about to be done again, and a line torn by a kill."""
+def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
+    """Drop what a stage logged after the `step` of its checkpoint `last`, which is about to be done again, and a line
+    torn by a kill. An evaluation and a cut are logged before the checkpoint that has them."""
     if not path.exists():
         return
+    until = {}
+    if step:
+        until["evaluation"] = _manifest(last).get("evaluated_step", step)
+    if (last / MASKS).exists():
+        until["cut"] = 0
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= step):
+        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= until.get(event.get("event"), step)):
             kept.append(line)
     write_atomically(path, "".join(kept))
 

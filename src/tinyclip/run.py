@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip import data
@@ -40,6 +41,7 @@ class Run:
     preprocess: Preprocess
     device: torch.device
     precision: str
+    lock: FileLock  # of the folder, held by the first process until the run ends
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
     caches: list[Cache] = field(default_factory=list)  # of a cached teacher

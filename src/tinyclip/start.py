@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from tinyclip.cache import Cache, open_caches
 from tinyclip.calibrate import Calibration
-from tinyclip.checkpoint import load_checkpoint, read_config
+from tinyclip.checkpoint import load_checkpoint, read_config, read_tokenizer
 from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
 from tinyclip.faults import append
@@ -35,6 +36,8 @@ FREE_TO_CHANGE = (
     *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "tracking", "workers"),
 )
 FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
+LOCK = ".lock"  # in the run's folder
+PATIENCE = 30  # seconds for the processes of a run that was killed to end
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -43,8 +46,8 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     Under torchrun all processes call it.
 
     Raises:
-        ValueError: for a folder that exists, data that is missing, a student that does not fit its start, or a batch
-            that cannot be divided among the processes.
+        ValueError: for a folder that exists or in which another run is at work, data that is missing, a student that
+            does not fit its start, or a batch that cannot be divided among the processes.
     """
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % world_size():
@@ -81,13 +84,15 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     if any(stage.compile for stage in recipe.stages):
         check_compiler(device)
     configs = plan(recipe, config, device)
+    _check_vocabularies(recipe, tokenizer)
     if caches:
         _check_views(recipe, configs, caches[0])
     folder = Path(recipe.output)
-    from_main(lambda: _open_folder(folder, recipe, overwrite, resume))
+    lock = FileLock(folder / LOCK, timeout=PATIENCE, thread_local=False)
+    from_main(lambda: _open_folder(lock, folder, recipe, overwrite, resume))
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
-    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision, caches=caches)
+    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision, lock, caches=caches)
 
 
 def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPConfig]:
@@ -118,6 +123,14 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
             raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
         configs.append(config)
     return configs
+
+
+def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
+    """Whether all stages begin with the run's tokens."""
+    for i, stage in enumerate(recipe.stages):
+        named = stage.start not in ("previous", "teacher")
+        if named and read_tokenizer(resolve(stage.start)).merges != tokenizer.merges:
+            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
 
 
 def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
@@ -171,31 +184,55 @@ def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
     return CLIPTokenizer(merges, context_length)
 
 
-def _open_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
-    settings, known = recipe.model_dump(mode="json"), folder / "recipe.yaml"
+def _open_folder(lock: FileLock, folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    """Write the recipe into the run's folder, whose lock is held from before the first change."""
     if overwrite and resume:
         raise ValueError("give either --overwrite or --resume")
     try:
-        if resume:
-            if not known.exists():
-                raise ValueError(f"{folder}: no run to resume")
-            before = yaml.safe_load(known.read_text(encoding="utf-8"))
-            if not isinstance(before, dict):
-                raise ValueError(f"{known}: damaged, so the run cannot be resumed")
-            changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
-            if changed:
-                raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
-        elif folder.exists() and any(folder.iterdir()):
-            if not overwrite:
-                raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
-            _check_replaceable(folder, recipe)
-            shutil.rmtree(folder)
+        _check_folder(folder, recipe, overwrite, resume)  # what is refused leaves no trace
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, yaml.safe_dump(settings, sort_keys=False))
+        lock.acquire()
+        _check_folder(folder, recipe, overwrite, resume)  # another run may have been at work until now
+        if overwrite:
+            _empty(folder)
+        write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         if not resume:  # samples are listed when they come up
             append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
+    except Timeout:
+        raise ValueError(f"{folder}: another process trains here; stop it first") from None
     except OSError as error:
+        lock.release()
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    except ValueError:
+        lock.release()
+        raise
+
+
+def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    """Whether the run may have the folder as it is."""
+    settings, known = recipe.model_dump(mode="json"), folder / "recipe.yaml"
+    if resume:
+        if not known.exists():
+            raise ValueError(f"{folder}: no run to resume")
+        before = yaml.safe_load(known.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"{known}: damaged, so the run cannot be resumed")
+        changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
+        if changed:
+            raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
+    elif folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
+        _check_replaceable(folder, recipe)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but the lock, and last what tells that this is a run's folder."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def _fixed(settings: dict[str, Any], key: str) -> Any:

@@ -29,14 +29,14 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
     from_teacher = stage.start == "teacher" or (stage.start == "previous" and previous is None)
     if (recipe.teacher is None and i == 0) or (recipe.caches and from_teacher):  # random weights, nothing to slice
         return CLIP(run.configs[i])
-    base = _base(run, i, previous)
+    base, state = _base(run, i, previous), run.folder / "stages" / stage.name / "last" / STATE
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if stage.inherit == "none":
             student = CLIP(stage.student.apply(base.config)).to(run.device)
         elif stage.inherit == "manual":
             student = inherit(base, stage.student.apply(base.config))
-        elif stage.inherit == "calibrated" and not (run.folder / "stages" / stage.name / "last" / STATE).exists():
+        elif stage.inherit == "calibrated" and not from_main(state.exists):
             student = calibrated_student(run, i, base)
         else:  # auto cuts it later; a calibrated one that is resumed is already cut in its checkpoint
             student = compact(base, {})
@@ -93,10 +93,7 @@ def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
     if stage.start in ("previous", "teacher"):
         assert isinstance(run.teacher, Teacher), "the recipe's validation asks for a live teacher here"
         return run.teacher.model
-    base, tokenizer, _ = load_checkpoint(resolve(stage.start))
-    if tokenizer.merges != run.tokenizer.merges:
-        raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
-    return base.to(run.device)
+    return load_checkpoint(resolve(stage.start))[0].to(run.device)
 
 
 @torch.no_grad()

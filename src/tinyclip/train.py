@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
@@ -46,6 +45,7 @@ from tinyclip.resume import (
     stop_signals,
 )
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
+from tinyclip.start import LOCK
 from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
@@ -53,8 +53,7 @@ from tinyclip.teacher import image_input
 from tinyclip.tracking import FOLDERS as TRACKED
 from tinyclip.tracking import peak_memory_gb, tracked
 
-PATIENCE = 30  # seconds for the processes of a run that was killed to end
-UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", ".lock", *TRACKED}  # of a run that has not begun
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", LOCK, *TRACKED}  # of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
@@ -64,13 +63,11 @@ def run(run: Run) -> list[dict[str, Any]]:
     Under torchrun all processes call it. The first one alone writes, evaluates, and tells the run's listener.
 
     Raises:
-        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept. Also
-            when another run is at work in the folder.
+        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
-    lock = FileLock(run.folder / ".lock", timeout=PATIENCE)
-    from_main(lambda: _enter(lock, run.folder))
     try:
+        from_main(lambda: remove_leftovers(run.folder))  # of one that was killed
         with tracked(run):
             return _run_stages(run)
     except ValueError:
@@ -78,16 +75,7 @@ def run(run: Run) -> list[dict[str, Any]]:
             shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
     finally:
-        lock.release()
-
-
-def _enter(lock: FileLock, folder: Path) -> None:
-    """Be the only run at work in the folder, and clear up after one that was killed."""
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{folder}: another process trains here; stop it first") from None
-    remove_leftovers(folder)
+        run.lock.release()
 
 
 def _run_stages(run: Run) -> list[dict[str, Any]]:
@@ -121,8 +109,9 @@ def _result(folder: Path) -> dict[str, Any] | None:
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
     """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
     stage = run.recipe.stages[i]
+    last = run.folder / "stages" / stage.name / "last"
     for log in ("metrics.jsonl", "skipped.jsonl"):
-        forget_metrics(run.folder / log, stage.name, step)
+        forget_metrics(run.folder / log, stage.name, step, last)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
     if step:
@@ -136,34 +125,41 @@ def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
 
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
     stage, last = run.recipe.stages[i], folder / "last"
-    if stage.auto is not None and not _is_cut(last):
-        _learn_masks(run, i, student, folder)
-    resumed = (last / STATE).exists()
-    if resumed:
-        student = load_checkpoint(last)[0].to(run.device)
-    synchronise(student, run.device)
-    trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision)
-    if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
-        _reestimate(run, i, trainee)
-    progress = _loop(run, i, trainee, folder, stage.steps)
+    # The first process looks: other nodes may see a shared disk as it was.
+    resumed, masked = from_main(lambda: ((last / STATE).exists(), (last / MASKS).exists()))
+    if stage.auto is not None and (masked or not resumed):
+        trainee, progress = _learn_masks(run, i, student, folder, masked)
+        progress = _loop(run, i, trainee, folder, stage.steps, progress)
+    else:
+        trainee = _begun(run, i, student, last, resumed)
+        progress = _loop(run, i, trainee, folder, stage.steps)
     _evaluate(run, trainee, progress, folder)
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
     from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
     from_main(lambda: finish(last))  # only now is the state of no use
-    return student.eval(), result
+    return trainee.model.eval(), result
 
 
-def _is_cut(last: Path) -> bool:
-    """Whether an auto stage's masks have already been folded into its student."""
-    return (last / STATE).exists() and not (last / MASKS).exists()
+def _begun(run: Run, i: int, student: CLIP, last: Path, resumed: bool) -> Trainee:
+    """A student without masks, ready for its next step."""
+    stage = run.recipe.stages[i]
+    if resumed:
+        student = load_checkpoint(last)[0].to(run.device)
+    if not stage.freezes_batch_norm:  # frozen statistics are measured by the first process alone
+        synchronise(student, run.device)
+    trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision)
+    if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
+        _reestimate(run, i, trainee)
+    return trainee
 
 
-def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
-    """The first part of an auto stage; leaves the cut student in `last`, ready for the second."""
+def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) -> tuple[Trainee, Progress]:
+    """The first part of an auto stage, from its beginning or from masks in `last`. Leaves the cut student there, and
+    returns it and where the stage stands, ready for the second part."""
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
-    targets = saved_targets(last) if (last / MASKS).exists() else mask_targets(run, stage, student)
+    targets = saved_targets(last) if masked else mask_targets(run, stage, student)
     pruner = Pruner(student.config, run.teacher.config, stage, targets, run.recipe.seed + i, run.device)
     for name, gone in pruner.constraint.start.items():
         if gone >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
@@ -174,9 +170,6 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
     # From here on it is a student like any other, with a new optimiser.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
-    loader = loader_of(run, i, cut=True, order=progress.order)
-    save(last, after, loader, progress, run.recipe.keep)
-    close_loader(loader)
     figures = pruner.figures(progress.step)
     run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
     for name, target in targets.items():
@@ -184,13 +177,17 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path) -> None:
         if abs(reached - target) > NEAR and target > pruner.constraint.start[name]:
             text = f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: see auto.steps and auto.lr"
             run.warn(stage, text)
+    loader = loader_of(run, i, cut=True, order=progress.order)
+    save(last, after, loader, progress, run.recipe.keep)
+    close_loader(loader)
+    return after, Progress(**asdict(progress))
 
 
-def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progress:
-    """Train until a step of the stage, from where its last checkpoint stands."""
+def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Progress | None = None) -> Progress:
+    """Train until a step of the stage, from where its last checkpoint stands, or from a cut just made."""
     stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
-    progress, last = Progress(), folder / "last"
-    loader = _restored(run, i, trainee, last, progress)
+    progress, last = cut or Progress(), folder / "last"
+    loader = loader_of(run, i, True, cut.order) if cut else _restored(run, i, trainee, last, progress)
     clock = Clock(run.recipe.save_minutes)
 
     def keep() -> None:
@@ -203,36 +200,39 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int) -> Progr
 
     batches = iter(loader)
     trainee.train()
-    with stop_signals() as stops, attention(run.device), closing(loader):
-        due = every is not None and 0 < progress.step < until and progress.step % every == 0
-        if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
-            judge()
-        while progress.step < until:
-            began = time.perf_counter()
-            batch = next_batch(batches, run.recipe.data)
-            progress.waited(time.perf_counter() - began)
-            metrics = trainee.step(batch, progress.step)
-            progress.advance(len(batch.keys) * world_size())
-            stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
-            if some:
-                skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
-                _left_out(run, stage, progress, skipped)
-            done = progress.step == until
-            if progress.step % run.recipe.log_every == 0 or done:
-                figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
-                figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
-                figures["memory_gb"] = peak_memory_gb(run.device)
-                run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
-            else:
-                run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
-            stop = stop or stops.alone()
-            evaluate = every is not None and progress.step % every == 0 and not done
-            if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
-                keep()
-            if stop:
-                raise Interrupted(stop, progress.step)
-            if evaluate:
+    with stop_signals() as stops:
+        with attention(run.device), closing(loader):
+            due = every is not None and 0 < progress.step < until and progress.step % every == 0
+            if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
                 judge()
+            while progress.step < until:
+                began = time.perf_counter()
+                batch = next_batch(batches, run.recipe.data)
+                progress.waited(time.perf_counter() - began)
+                metrics = trainee.step(batch, progress.step)
+                progress.advance(len(batch.keys) * world_size())
+                stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
+                if some:
+                    skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
+                    _left_out(run, stage, progress, skipped)
+                done = progress.step == until
+                if progress.step % run.recipe.log_every == 0 or done:
+                    figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
+                    figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                    figures["memory_gb"] = peak_memory_gb(run.device)
+                    run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
+                else:
+                    run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
+                stop = stop or stops.alone()
+                evaluate = every is not None and progress.step % every == 0 and not done
+                if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
+                    keep()
+                if stop:
+                    raise Interrupted(stop, progress.step)
+                if evaluate:
+                    judge()
+        if stop := stops.agreed(device=run.device)[0] or stops.alone():  # it came while the last step was saved
+            raise Interrupted(stop, progress.step)
     return progress
 
 
@@ -255,6 +255,10 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
     if 0 < progress.step == progress.order:
         text = "it goes on with another number of processes or workers, so the data comes in another order"
         run.warn(trainee.stage, text)
+    if progress.precision not in ("", trainee.precision):
+        text = f"it goes on in {trainee.precision}, as this device has it, after {progress.precision} so far"
+        run.warn(trainee.stage, text)
+    progress.precision = trainee.precision
     return loader
 
 
