@@ -134,7 +134,7 @@ def test_pictures_become_features_under_their_paths(
     told = json.loads((out / "embed.json").read_text())
     assert told.items() <= result.items()
     assert (told["done"], told["embed_dim"], told["parts"], told["dtype"]) == (True, 24, 3, dtype)
-    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} <= {".parts", ".lock"}
 
 
 def test_a_shard_is_a_part_with_its_pictures_and_captions(clip: Pipeline, shards: Path, tmp_path: Path) -> None:
@@ -265,6 +265,31 @@ def test_what_is_complete_is_left_alone(clip: Pipeline, pictures: Path, tmp_path
     before = states(tmp_path / "out")
     assert embed(clip, open_source(pictures, 4), tmp_path / "out", Plan("m", part_size=4))["computed"] == 0
     assert states(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npy"])
+def test_what_is_damaged_or_missing_is_computed_again(kind: str, clip: Pipeline, shards: Path, tmp_path: Path) -> None:
+    out, plan = tmp_path / "out", Plan("m", format=kind)
+    before = embed(clip, open_source(shards), out, plan)
+    whole = {path.name: path.read_bytes() for path in out.glob("*-*")}
+    flipped = bytearray(whole[f"image-00000.{kind}"])
+    flipped[-9] ^= 1
+    for damage in ("flip", "cut", "remove", "remove the keys"):
+        if damage == "remove the keys" and kind == "npy":
+            (out / "text-00000.jsonl").unlink()
+        elif damage == "flip":
+            (out / f"image-00000.{kind}").write_bytes(flipped)
+        elif damage == "cut":
+            (out / f"image-00000.{kind}").write_bytes(whole[f"image-00000.{kind}"][:-9])
+        else:
+            (out / f"text-00000.{kind}").unlink()
+        other = out / f"image-00001.{kind}"
+        untouched = other.stat().st_mtime_ns
+        result = embed(clip, open_source(shards), out, plan)
+        assert result["computed"] == 6, damage  # the first shard's 3 pictures and 3 captions
+        assert result["skipped"] == before["skipped"] and result["done"]
+        assert {path.name: path.read_bytes() for path in out.glob("*-*")} == whole
+        assert other.stat().st_mtime_ns == untouched
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Files to features: pictures, shards or texts in, parts of normalised features with their keys out.
 
-A part is written beside its place, renamed, and then recorded; a run that starts again does what has no record.
+A part is written beside its place, renamed, and then recorded with its files' checksums; a run that starts again does
+what has no record or is not as recorded.
 Processes that `torchrun` started share the parts.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Skipped
-from tinyclip.files import flush, read_json_object, write_atomically
+from tinyclip.files import checksum, flush, read_json_object, write_atomically
 from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
 from tinyclip.pipeline import Pipeline, ahead, batches
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
@@ -66,6 +67,7 @@ class Record:
     images: int = 0
     texts: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    files: dict[str, list[int]] = field(default_factory=dict)  # bytes and CRC-32
 
 
 @dataclass
@@ -199,11 +201,9 @@ def embed(
     """
     out = Path(out)
     facts = _facts(clip, source, plan)
-    before = from_main(lambda: _open(out, facts, overwrite))
-    if before is not None:
-        return before | {"computed": 0}
+    from_main(lambda: _open(out, facts, overwrite))
     start = time.perf_counter()
-    left = [n for n in range(rank(), len(source.parts), world_size()) if not _record(out, n).exists()]
+    left = [n for n in range(rank(), len(source.parts), world_size()) if not _is_done(out, n)]
     total = None if source.kind == "shards" else sum(len(source.parts[n]) for n in left)
     tally = Tally(total)
     for number in left:
@@ -252,8 +252,8 @@ _SAME = {"model_fingerprint": "model", "source_fingerprint": "source"}  # and wh
 _CHECKED = ("computed_in", "model_fingerprint", "kind", "what", "format", "dtype", "part_size", "source_fingerprint")
 
 
-def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Make the folder ready; what `embed.json` says where everything is done already."""
+def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder ready."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the features")
     mine = (out / DONE).exists()
@@ -274,16 +274,26 @@ def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> dict[str, Any] |
                 raise ValueError(
                     f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
                 )
-        if before.get("done"):
-            return before
     for temporary in out.glob(".*.tmp"):  # of a run that was killed
         temporary.unlink()
     write_atomically(out / DONE, json.dumps(facts | {"done": False}, indent=2) + "\n")
-    return None
 
 
 def _record(out: Path, number: int) -> Path:
     return out / RECORDS / f"{number:05d}.json"
+
+
+def _is_done(out: Path, number: int) -> bool:
+    """Whether a part's files are there as they were written."""
+    try:
+        files = read_json_object(_record(out, number))["files"]
+        return all(_state(out / name) == state for name, state in files.items())
+    except (ValueError, KeyError, OSError):
+        return False
+
+
+def _state(path: Path) -> list[int]:
+    return [path.stat().st_size, checksum(path)]
 
 
 def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -298,7 +308,6 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
         raise ValueError(f"{source.root}: nothing could be embedded, all {len(skipped)} were skipped: {listed}")
     result = facts | counts | {"skipped": len(skipped), "skipped_reasons": dict(reasons), "done": True}
     write_atomically(out / DONE, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(out / RECORDS)
     return result
 
 
@@ -321,7 +330,7 @@ def _part(
             tally.images += len(some)
             progress()
         if plan.what != "text":
-            _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
+            record.files |= _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
             record.images = len(keys)
     if source.kind != "pictures" and plan.what != "image":
         rows = [torch.empty(0, clip.model.config.embed_dim)]
@@ -330,7 +339,7 @@ def _part(
             tally.texts += len(few)
             progress()
         columns = {name: [getattr(text, name) for text in texts] for name in ("key", "number", "caption")}
-        _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
+        record.files |= _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
         record.texts = len(texts)
     return record
 
@@ -376,14 +385,15 @@ def _images(clip: Pipeline, items: Iterable[Item], plan: Plan, record: Record) -
             yield [key for key, _ in good], clip.encode_image(torch.stack([tensor for _, tensor in good])).cpu()
 
 
-def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> None:
-    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`."""
+def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> dict[str, list[int]]:
+    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`; what it wrote."""
     values = features.numpy().astype(plan.dtype)
     if plan.format == "npy":
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(out / f"{name}.jsonl", lines)
     path = out / f"{name}.{plan.format}"
+    written = [path, path.with_suffix(".jsonl")] if plan.format == "npy" else [path]
     temporary = out / f".{path.name}.tmp"
     try:
         with temporary.open("wb") as file:
@@ -395,6 +405,7 @@ def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor
             os.fsync(file.fileno())
         temporary.replace(path)
         flush(out)
+        return {file.name: _state(file) for file in written}
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
