@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
@@ -33,7 +34,8 @@ from tinyclip.transforms import open_image
 
 TEXTS = {".txt", *TABLES}
 FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
-DONE, RECORDS = "embed.json", ".parts"
+DONE, RECORDS, LOCK, SKIPPED = "embed.json", ".parts", ".lock", "skipped.jsonl"
+PATIENCE = 5  # seconds for the processes of a run that was killed to end
 TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
 # A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
 # pixels go into one of the result (docs/embed.md).
@@ -200,8 +202,19 @@ def embed(
             options, cannot be written, or nothing of the source can be read.
     """
     out = Path(out)
-    facts = _facts(clip, source, plan)
-    from_main(lambda: _open(out, facts, overwrite))
+    facts = from_main(lambda: check(source, out, plan, overwrite)) | _facts(clip)
+    lock = FileLock(out / LOCK, timeout=PATIENCE)
+    from_main(lambda: _enter(lock, out))
+    try:
+        from_main(lambda: _open(out, facts, overwrite))
+        return _fill(clip, source, out, plan, facts, progress)
+    finally:
+        lock.release()
+
+
+def _fill(
+    clip: Pipeline, source: Source, out: Path, plan: Plan, facts: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     start = time.perf_counter()
     left = [n for n in range(rank(), len(source.parts), world_size()) if not _is_done(out, n)]
     total = None if source.kind == "shards" else sum(len(source.parts[n]) for n in left)
@@ -216,24 +229,43 @@ def embed(
     return result | {"computed": images + texts, "images_per_s": images / seconds, "texts_per_s": texts / seconds}
 
 
-def _facts(clip: Pipeline, source: Source, plan: Plan) -> dict[str, Any]:
+def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) -> dict[str, Any]:
+    """What `embed` refuses before a model is needed; the facts for `embed.json` that need none.
+
+    Raises:
+        ValueError: as `embed`.
+    """
+    out = Path(out)
     what = plan.what if source.kind == "shards" else "text" if source.kind == "texts" else "image"
     if plan.what not in ("both", what):
         raise ValueError(f"{source.root}: there are only {source.kind} in it, so no {plan.what} features")
-    return {
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for the features")
+    mine = (out / DONE).exists()
+    if not mine and out.exists() and {entry.name for entry in out.iterdir()} - {LOCK, SKIPPED}:
+        raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
+    facts = {
         "model": plan.model,
-        "model_fingerprint": fingerprint(clip),
-        "computed_in": clip.computing["dtype"],
         "source": str(source.root),
         "source_fingerprint": source.fingerprint,
         "kind": source.kind,
         "what": what,
         "format": plan.format,
         "dtype": plan.dtype,
-        "embed_dim": clip.model.config.embed_dim,
         "normalized": True,
         "part_size": None if source.kind == "shards" else plan.part_size,
         "parts": len(source.parts),
+    }
+    if mine and not overwrite:
+        _check_same(out, facts)
+    return facts
+
+
+def _facts(clip: Pipeline) -> dict[str, Any]:
+    return {
+        "model_fingerprint": fingerprint(clip),
+        "computed_in": clip.computing["dtype"],
+        "embed_dim": clip.model.config.embed_dim,
     }
 
 
@@ -248,35 +280,52 @@ def fingerprint(clip: Pipeline) -> str:
     return digest.hexdigest()
 
 
-_SAME = {"model_fingerprint": "model", "source_fingerprint": "source"}  # and what is called so is how it was named
+_NAMED = {"model_fingerprint": "model", "source_fingerprint": "source"}  # where a fact has what the user calls it
+_CALLED = {**_NAMED, "computed_in": "compute dtype"}
 _CHECKED = ("computed_in", "model_fingerprint", "kind", "what", "format", "dtype", "part_size", "source_fingerprint")
+
+
+def _check_same(out: Path, facts: dict[str, Any]) -> None:
+    """Refuse to go on with features that were made in another way."""
+    before = read_json_object(out / DONE)
+    for key in _CHECKED:
+        if key in facts and before.get(key) != facts[key]:
+            name = _CALLED.get(key, key)
+            old, new = before.get(_NAMED.get(key, key)), facts[_NAMED.get(key, key)]
+            change = f"{old}, now {new}" if old != new else f"{new}, which has changed since"
+            raise ValueError(
+                f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
+            )
+
+
+def _enter(lock: FileLock, out: Path) -> None:
+    """Be the only run that writes to the folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another `tinyclip embed` writes to {out}; wait for its end, or stop it") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror or error}") from None
 
 
 def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     """Make the folder ready."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose a folder for the features")
-    mine = (out / DONE).exists()
-    if not mine and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
-    if mine and overwrite:
-        for file in (*out.glob("image-*"), *out.glob("text-*"), out / "skipped.jsonl"):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(out / RECORDS, ignore_errors=True)
-        mine = False
-    if mine:
-        before = read_json_object(out / DONE)
-        for key in _CHECKED:
-            if before.get(key) != facts[key]:
-                name = _SAME.get(key, key)
-                old, new = before.get(name), facts[name]
-                change = f"{old}, now {new}" if old != new else f"{new}, which has changed since"
-                raise ValueError(
-                    f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
-                )
+    if overwrite:
+        _clear(out)
+        (out / SKIPPED).unlink(missing_ok=True)
+    elif (out / DONE).exists():
+        _check_same(out, facts)
     for temporary in out.glob(".*.tmp"):  # of a run that was killed
         temporary.unlink()
     write_atomically(out / DONE, json.dumps(facts | {"done": False}, indent=2) + "\n")
+
+
+def _clear(out: Path) -> None:
+    for file in (*out.glob("image-*"), *out.glob("text-*")):
+        file.unlink()
+    shutil.rmtree(out / RECORDS, ignore_errors=True)
+    (out / DONE).unlink(missing_ok=True)  # last: it makes the others ours
 
 
 def _record(out: Path, number: int) -> Path:
@@ -300,12 +349,15 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     records = [read_json_object(_record(out, number)) for number in range(len(source.parts))]
     skipped = [*source.skipped, *(tuple(pair) for record in records for pair in record["skipped"])]
     lines = (json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n" for key, reason in skipped)
-    write_atomically(out / "skipped.jsonl", "".join(lines))
+    write_atomically(out / SKIPPED, "".join(lines))
     reasons = Counter(reason for _, reason in skipped).most_common(10)
     counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
     if not any(counts.values()):
         listed = "; ".join(f"{reason} ({n})" for reason, n in reasons[:3])
-        raise ValueError(f"{source.root}: nothing could be embedded, all {len(skipped)} were skipped: {listed}")
+        _clear(out)
+        raise ValueError(
+            f"{source.root}: nothing could be embedded, all {len(skipped)} were skipped: {listed}; see {out / SKIPPED}"
+        )
     result = facts | counts | {"skipped": len(skipped), "skipped_reasons": dict(reasons), "done": True}
     write_atomically(out / DONE, json.dumps(result, indent=2) + "\n")
     return result
