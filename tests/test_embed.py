@@ -21,6 +21,7 @@ from PIL import Image
 import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
 from tinyclip import faults
+from tinyclip.cli import main
 from tinyclip.embed import DRAFT, Plan, embed, open_source
 from tinyclip.pipeline import Pipeline
 from tinyclip.transforms import Preprocess, open_image
@@ -137,7 +138,7 @@ def test_pictures_become_features_under_their_paths(
     told = json.loads((out / "embed.json").read_text())
     assert told.items() <= result.items()
     assert (told["done"], told["embed_dim"], told["parts"], told["dtype"]) == (True, 24, 3, dtype)
-    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} <= {".parts", ".lock"}
 
 
 def test_a_shard_is_a_part_with_its_pictures_and_captions(clip: Pipeline, shards: Path, tmp_path: Path) -> None:
@@ -271,6 +272,31 @@ def test_what_is_complete_is_left_alone(clip: Pipeline, pictures: Path, tmp_path
     assert states(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("kind", ["parquet", "npy"])
+def test_what_is_damaged_or_missing_is_computed_again(kind: str, clip: Pipeline, shards: Path, tmp_path: Path) -> None:
+    out, plan = tmp_path / "out", Plan("m", format=kind)
+    before = embed(clip, open_source(shards), out, plan)
+    whole = {path.name: path.read_bytes() for path in out.glob("*-*")}
+    flipped = bytearray(whole[f"image-00000.{kind}"])
+    flipped[-9] ^= 1
+    for damage in ("flip", "cut", "remove", "remove the keys"):
+        if damage == "remove the keys" and kind == "npy":
+            (out / "text-00000.jsonl").unlink()
+        elif damage == "flip":
+            (out / f"image-00000.{kind}").write_bytes(flipped)
+        elif damage == "cut":
+            (out / f"image-00000.{kind}").write_bytes(whole[f"image-00000.{kind}"][:-9])
+        else:
+            (out / f"text-00000.{kind}").unlink()
+        other = out / f"image-00001.{kind}"
+        untouched = other.stat().st_mtime_ns
+        result = embed(clip, open_source(shards), out, plan)
+        assert result["computed"] == 6, damage  # the first shard's 3 pictures and 3 captions
+        assert result["skipped"] == before["skipped"] and result["done"]
+        assert {path.name: path.read_bytes() for path in out.glob("*-*")} == whole
+        assert other.stat().st_mtime_ns == untouched
+
+
 @pytest.fixture
 def changed(clip: Pipeline, pictures: Path) -> Callable[[str], tuple[Pipeline, Plan]]:
     def change(what: str) -> tuple[Pipeline, Plan]:
@@ -283,12 +309,12 @@ def changed(clip: Pipeline, pictures: Path) -> Callable[[str], tuple[Pipeline, P
             "dtype": Plan("m", dtype="float32"),
             "part size": Plan("m", part_size=9),
         }
-        return {"model": other, "computed in": half}.get(what, clip), plan.get(what, Plan("m"))
+        return {"model": other, "compute dtype": half}.get(what, clip), plan.get(what, Plan("m"))
 
     return change
 
 
-@pytest.mark.parametrize("what", ["model", "computed in", "source", "format", "dtype", "part size"])
+@pytest.mark.parametrize("what", ["model", "compute dtype", "source", "format", "dtype", "part size"])
 def test_a_change_is_refused_and_overwritten_on_demand(
     what: str, changed: Callable[[str], tuple[Pipeline, Plan]], clip: Pipeline, pictures: Path, tmp_path: Path
 ) -> None:
@@ -358,11 +384,55 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         (tmp_path / "pictures" / f"{i}.jpg").write_text("no picture")
-    with pytest.raises(
-        ValueError, match=r"nothing could be embedded: 3 corrupt_image; the first: 0\.jpg: not a picture"
-    ):
-        embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))
-    assert skipped(tmp_path / "out").keys() == {"0.jpg", "1.jpg", "2.jpg"}
+    for _ in range(2):  # a rerun says the same
+        message = r"nothing could be embedded: 3 corrupt_image; the first: 0\.jpg: not a picture"
+        with pytest.raises(ValueError, match=message):
+            embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))
+        assert skipped(tmp_path / "out").keys() == {"0.jpg", "1.jpg", "2.jpg"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} <= {"skipped.jsonl", ".lock"}
+    (tmp_path / "pictures" / "0.jpg").write_bytes(encoded(drawing(0), "JPEG"))
+    assert embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))["images"] == 1
+
+
+def test_a_second_run_into_a_folder_is_refused(
+    clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyclip.embed.PATIENCE", 0)
+    out = tmp_path / "out"
+    refused: list[str] = []
+
+    def second(tally: object) -> None:
+        with pytest.raises(ValueError) as error:
+            embed(clip, open_source(pictures), out, Plan("m"), overwrite=True)
+        refused.append(str(error.value))
+
+    assert embed(clip, open_source(pictures), out, Plan("m"), progress=second)["images"] == 7
+    assert refused == [f"another `tinyclip embed` writes to {out}; wait for its end, or stop it"]
+    assert embed(clip, open_source(pictures), out, Plan("m"), overwrite=True)["computed"] == 7
+
+
+@pytest.mark.parametrize("wrong", ["file", "full", "what", "changed"])
+def test_errors_that_need_no_model_come_before_it(
+    wrong: str, clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out, options = tmp_path / "out", []
+    if wrong == "file":
+        out.write_text("mine")
+    elif wrong == "full":
+        out = pictures
+    elif wrong == "what":
+        options = ["--what", "text"]
+    else:
+        embed(clip, open_source(pictures), out, Plan("m"))
+        options = ["--dtype", "float32"]
+    command = ["tinyclip", "embed", str(tmp_path / "no model"), str(pictures), "-o", str(out), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    expected = {"file": "is a file", "full": "is not empty", "what": "no text features", "changed": "another dtype"}
+    assert expected[wrong] in said
 
 
 # --- decoding at a reduced scale

@@ -1,6 +1,7 @@
 """Files to features: pictures, shards or texts in, parts of normalised features with their keys out.
 
-A part is written beside its place, renamed, and then recorded; a run that starts again does what has no record.
+A part is written beside its place, renamed, and then recorded with its files' checksums; a run that starts again does
+what has no record or is not as recorded.
 Processes that `torchrun` started share the parts.
 """
 
@@ -19,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import flush, read_json_object, write_atomically
+from tinyclip.files import checksum, flush, read_json_object, write_atomically
 from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
 from tinyclip.pipeline import Pipeline, ahead, batches
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
@@ -32,7 +34,8 @@ from tinyclip.transforms import open_image
 
 TEXTS = {".txt", *TABLES}
 FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
-DONE, RECORDS = "embed.json", ".parts"
+DONE, RECORDS, LOCK, SKIPPED = "embed.json", ".parts", ".lock", "skipped.jsonl"
+PATIENCE = 5  # seconds for the processes of a run that was killed to end
 TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
 # A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
 # pixels go into one of the result (docs/embed.md).
@@ -66,6 +69,7 @@ class Record:
     images: int = 0
     texts: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    files: dict[str, list[int]] = field(default_factory=dict)  # bytes and CRC-32
 
 
 @dataclass
@@ -196,12 +200,21 @@ def embed(
             options, cannot be written, or nothing of the source can be read.
     """
     out = Path(out)
-    facts = _facts(clip, source, plan)
-    before = from_main(lambda: _open(out, facts, overwrite))
-    if before is not None:
-        return before | {"computed": 0}
+    facts = from_main(lambda: check(source, out, plan, overwrite)) | _facts(clip)
+    lock = FileLock(out / LOCK, timeout=PATIENCE)
+    from_main(lambda: _enter(lock, out))
+    try:
+        from_main(lambda: _open(out, facts, overwrite))
+        return _fill(clip, source, out, plan, facts, progress)
+    finally:
+        lock.release()
+
+
+def _fill(
+    clip: Pipeline, source: Source, out: Path, plan: Plan, facts: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     start = time.perf_counter()
-    left = [n for n in range(rank(), len(source.parts), world_size()) if not _record(out, n).exists()]
+    left = [n for n in range(rank(), len(source.parts), world_size()) if not _is_done(out, n)]
     total = None if source.kind == "shards" else sum(len(source.parts[n]) for n in left)
     tally = Tally(total)
     for number in left:
@@ -214,24 +227,43 @@ def embed(
     return result | {"computed": images + texts, "images_per_s": images / seconds, "texts_per_s": texts / seconds}
 
 
-def _facts(clip: Pipeline, source: Source, plan: Plan) -> dict[str, Any]:
+def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) -> dict[str, Any]:
+    """What `embed` refuses before a model is needed; the facts for `embed.json` that need none.
+
+    Raises:
+        ValueError: as `embed`.
+    """
+    out = Path(out)
     what = plan.what if source.kind == "shards" else "text" if source.kind == "texts" else "image"
     if plan.what not in ("both", what):
         raise ValueError(f"{source.root}: there are only {source.kind} in it, so no {plan.what} features")
-    return {
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose a folder for the features")
+    mine = (out / DONE).exists()
+    if not mine and out.exists() and {entry.name for entry in out.iterdir()} - {LOCK, SKIPPED}:
+        raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
+    facts = {
         "model": plan.model,
-        "model_fingerprint": fingerprint(clip),
-        "computed_in": clip.computing["dtype"],
         "source": str(source.root),
         "source_fingerprint": source.fingerprint,
         "kind": source.kind,
         "what": what,
         "format": plan.format,
         "dtype": plan.dtype,
-        "embed_dim": clip.model.config.embed_dim,
         "normalized": True,
         "part_size": None if source.kind == "shards" else plan.part_size,
         "parts": len(source.parts),
+    }
+    if mine and not overwrite:
+        _check_same(out, facts)
+    return facts
+
+
+def _facts(clip: Pipeline) -> dict[str, Any]:
+    return {
+        "model_fingerprint": fingerprint(clip),
+        "computed_in": clip.computing["dtype"],
+        "embed_dim": clip.model.config.embed_dim,
     }
 
 
@@ -246,56 +278,83 @@ def fingerprint(clip: Pipeline) -> str:
     return digest.hexdigest()
 
 
-_SAME = {"model_fingerprint": "model", "source_fingerprint": "source"}  # and what is called so is how it was named
+_NAMED = {"model_fingerprint": "model", "source_fingerprint": "source"}  # where a fact has what the user calls it
+_CALLED = {**_NAMED, "computed_in": "compute dtype"}
 _CHECKED = ("computed_in", "model_fingerprint", "kind", "what", "format", "dtype", "part_size", "source_fingerprint")
 
 
-def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Make the folder ready; what `embed.json` says where everything is done already."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; choose a folder for the features")
-    mine = (out / DONE).exists()
-    if not mine and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
-    if mine and overwrite:
-        for file in (*out.glob("image-*"), *out.glob("text-*"), out / "skipped.jsonl"):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(out / RECORDS, ignore_errors=True)
-        mine = False
-    if mine:
-        before = read_json_object(out / DONE)
-        for key in _CHECKED:
-            if before.get(key) != facts[key]:
-                name = _SAME.get(key, key)
-                old, new = before.get(name), facts[name]
-                change = f"{old}, now {new}" if old != new else f"{new}, which has changed since"
-                raise ValueError(
-                    f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
-                )
-        if before.get("done"):
-            return before
+def _check_same(out: Path, facts: dict[str, Any]) -> None:
+    """Refuse to go on with features that were made in another way."""
+    before = read_json_object(out / DONE)
+    for key in _CHECKED:
+        if key in facts and before.get(key) != facts[key]:
+            name = _CALLED.get(key, key)
+            old, new = before.get(_NAMED.get(key, key)), facts[_NAMED.get(key, key)]
+            change = f"{old}, now {new}" if old != new else f"{new}, which has changed since"
+            raise ValueError(
+                f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
+            )
+
+
+def _enter(lock: FileLock, out: Path) -> None:
+    """Be the only run that writes to the folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another `tinyclip embed` writes to {out}; wait for its end, or stop it") from None
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder ready."""
+    if overwrite:
+        _clear(out)
+        (out / SKIPPED).unlink(missing_ok=True)
+    elif (out / DONE).exists():
+        _check_same(out, facts)
     for temporary in out.glob(".*.tmp"):  # of a run that was killed
         temporary.unlink()
     write_atomically(out / DONE, json.dumps(facts | {"done": False}, indent=2) + "\n")
-    return None
+
+
+def _clear(out: Path) -> None:
+    for file in (*out.glob("image-*"), *out.glob("text-*")):
+        file.unlink()
+    shutil.rmtree(out / RECORDS, ignore_errors=True)
+    (out / DONE).unlink(missing_ok=True)  # last: it makes the others ours
 
 
 def _record(out: Path, number: int) -> Path:
     return out / RECORDS / f"{number:05d}.json"
 
 
+def _is_done(out: Path, number: int) -> bool:
+    """Whether a part's files are there as they were written."""
+    try:
+        files = read_json_object(_record(out, number))["files"]
+        return all(_state(out / name) == state for name, state in files.items())
+    except (ValueError, KeyError, OSError):
+        return False
+
+
+def _state(path: Path) -> list[int]:
+    return [path.stat().st_size, checksum(path)]
+
+
 def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     records = [read_json_object(_record(out, number)) for number in range(len(source.parts))]
     skipped = [*source.skipped, *(Skipped(**row) for record in records for row in record["skipped"])]
-    write_atomically(out / "skipped.jsonl", "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
+    write_atomically(out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
     by_cause = faults.counts(skipped)
     counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
     if not any(counts.values()):
+        _clear(out)
         first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "there is nothing in it"
         raise ValueError(f"{source.root}: nothing could be embedded: {first}")
     result = facts | counts | {"skipped": len(skipped), "skipped_by_cause": by_cause, "done": True}
     write_atomically(out / DONE, json.dumps(result, indent=2) + "\n")
-    shutil.rmtree(out / RECORDS)
     return result
 
 
@@ -319,7 +378,7 @@ def _part(
             tally.images += len(some)
             progress()
         if plan.what != "text":
-            _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
+            record.files |= _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
             record.images = len(keys)
     if source.kind != "pictures" and plan.what != "image":
         rows = [torch.empty(0, clip.model.config.embed_dim)]
@@ -328,7 +387,7 @@ def _part(
             tally.texts += len(few)
             progress()
         columns = {name: [getattr(text, name) for text in texts] for name in ("key", "number", "caption")}
-        _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
+        record.files |= _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
         record.texts = len(texts)
     return record
 
@@ -375,14 +434,15 @@ def _images(
             yield [key for key, _ in good], clip.encode_image(torch.stack([tensor for _, tensor in good])).cpu()
 
 
-def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> None:
-    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`."""
+def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> dict[str, list[int]]:
+    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`; what it wrote."""
     values = features.numpy().astype(plan.dtype)
     if plan.format == "npy":
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(out / f"{name}.jsonl", lines)
     path = out / f"{name}.{plan.format}"
+    written = [path, path.with_suffix(".jsonl")] if plan.format == "npy" else [path]
     temporary = out / f".{path.name}.tmp"
     try:
         with temporary.open("wb") as file:
@@ -394,6 +454,7 @@ def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor
             os.fsync(file.fileno())
         temporary.replace(path)
         flush(out)
+        return {file.name: _state(file) for file in written}
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
