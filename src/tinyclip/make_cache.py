@@ -321,7 +321,7 @@ class _Features:
         source = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": content_hash(shard)}
         left_out = [(s.key, s.cause, s.reason) for s in self.skipped]
         header = {"source": json.dumps(source), "skipped": json.dumps(left_out, ensure_ascii=False)}
-        header["checksums"] = json.dumps({name: zlib.crc32(tensor) for name, tensor in tensors.items()})
+        header["checksums"] = json.dumps({name: zlib.crc32(tensor.data) for name, tensor in tensors.items()})
         temporary = place.with_name(f".{place.name}.tmp")
         try:
             save_file(tensors, temporary, header)
