@@ -374,6 +374,14 @@ def changed(path: Path) -> None:
     path.write_bytes(data)
 
 
+def flipped(path: Path) -> None:
+    """Another byte of the text features, which are the last or the last but one in the file."""
+    data, stored_ = bytearray(path.read_bytes()), load_file(path)
+    at = data.rindex(stored_["text_features"].tobytes())
+    data[at + 5] ^= 1
+    path.write_bytes(data)
+
+
 def damage(kind: str, place: Path, cache: Path, data: Path) -> None:
     features = cache / "features" / "1.safetensors"
     if kind == "no cache":
@@ -382,6 +390,8 @@ def damage(kind: str, place: Path, cache: Path, data: Path) -> None:
         (cache / "cache.json").write_text('{"version": 2}')
     elif kind == "truncated":
         shorter(features)
+    elif kind == "flipped":
+        flipped(features)
     elif kind == "missing":
         features.unlink()
     elif kind == "changed":
@@ -398,7 +408,8 @@ def damage(kind: str, place: Path, cache: Path, data: Path) -> None:
     [
         ("no cache", "no cache of a teacher"),
         ("bad info", r"cache.json: version: "),
-        ("truncated", r"1.safetensors: damaged .* run `tinyclip cache` again"),
+        ("truncated", r"1.safetensors: damaged .*; the same `tinyclip cache` mends it"),
+        ("flipped", r"1.safetensors: damaged \(text_features has another checksum\); the same `tinyclip cache`"),
         ("missing", r"lacks 1 of the 4 shards of .* \(the first: 1.tar\)"),
         ("changed", r"data/1.tar has changed since"),
         ("grown", r"lacks 1 of the 5 shards of .* \(the first: 4.tar\)"),
@@ -484,11 +495,15 @@ def test_the_command_goes_on_refuses_and_replaces(
     assert "43 samples with 2 views and 86 captions in 4 shards" in said and "corrupt_image" in said
     assert f"teacher: {{cache: {place_}}}" in said
     times = {file: file.stat().st_mtime_ns for file in (place_ / "features").iterdir()}
-    (place_ / "features" / "1.safetensors").unlink()
-    assert command(monkeypatch, *basic, "--augment", "rotate=15") == 0
-    assert "3 shards of it were there" in capsys.readouterr().out
-    again = {file: file.stat().st_mtime_ns for file in (place_ / "features").iterdir()}
-    assert [file.stem for file in times if times[file] != again[file]] == ["1"]
+    one = place_ / "features" / "1.safetensors"
+    whole = one.read_bytes()
+    for harm in (Path.unlink, shorter, flipped):
+        harm(one)
+        assert command(monkeypatch, *basic, "--augment", "rotate=15") == 0
+        assert "3 shards of it were there" in capsys.readouterr().out
+        again = {file: file.stat().st_mtime_ns for file in (place_ / "features").iterdir()}
+        assert [file.stem for file in times if times[file] != again[file]] == ["1"]
+        assert len(one.read_bytes()) == len(whole)
     for arguments, message in (
         (basic, "differs in augment; choose another place with -o, or replace it with --overwrite"),
         ([*basic, "--augment", "rotate=999"], "--augment: rotate: "),

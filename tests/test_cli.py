@@ -15,6 +15,7 @@ from test_data import good, picture, write_shard
 from tinyclip.cli import main
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
+from tinyclip.terminal import plural
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
 
@@ -188,3 +189,7 @@ def test_interrupting_a_run_saves_it_and_exits_130(place: Path, tmp_path: Path) 
         and len(error.strip().splitlines()) == 1
     )
     assert (tmp_path / "run" / "stages" / "50" / "last" / "state.pt").exists()
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert [plural(n, "part") for n in (0, 1, 2, 1000)] == ["0 parts", "1 part", "2 parts", "1,000 parts"]

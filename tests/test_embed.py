@@ -330,6 +330,22 @@ def test_a_change_is_refused_and_overwritten_on_demand(
     np.testing.assert_allclose(read(out, "image")[1], expected, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text_column": "title"}, r"another text column \(caption, now title\)"),
+        ({"key_column": "id"}, r"another key column \(none, now id\)"),
+    ],
+)
+def test_other_columns_are_refused(columns: dict[str, str], message: str, clip: Pipeline, tmp_path: Path) -> None:
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("id,caption,title\nx,a cat,the sea\n")
+    embed(clip, open_source(table), out, Plan("m"))
+    assert embed(clip, open_source(table, text_column="caption"), out, Plan("m"))["computed"] == 0  # the default's
+    with pytest.raises(ValueError, match=message):
+        embed(clip, open_source(table, **columns), out, Plan("m"))
+
+
 # --- bad input
 
 

@@ -11,7 +11,8 @@ A cache is a folder:
         image_features  float16 (n, draws, embed_dim)   normalised
         text_features   float16 (m, embed_dim)      normalised, of all captions, sample after sample
         text_offsets    int64 (n + 1,)  captions of sample i: rows offsets[i] to offsets[i + 1]
-      and in the file's header what the data shard was (`source`) and the samples that were left out (`skipped`)
+      and in the file's header what the data shard was (`source`), the samples that were left out (`skipped`), and the
+      CRC-32 of each tensor (`checksums`)
     skipped.jsonl                       the same for all shards: shard, key, cause, reason
 
 Every file is renamed into its place when it is whole, so a cache can be gone on with after a kill.
@@ -21,8 +22,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -45,7 +48,8 @@ from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 OPEN_FILES = 64  # samples of about 40 shards are mixed in a worker's shuffle buffer; opening one takes 0.03 ms
-TENSORS = ("key_hashes", "views", "image_features", "text_features", "text_offsets")
+THREADS = 8  # that read the whole cache once, before it is used
+TENSORS = ("key_hashes", "keys", "views", "image_features", "text_features", "text_offsets")
 
 
 class CacheInfo(Strict):
@@ -100,12 +104,15 @@ class Cache:
             of = f"{len(missing)} of the {len(shards)} shards of {data} (the first: {missing[0]})"
             raise ValueError(f"{self.folder} lacks {of}; complete it with `tinyclip cache`")
         for shard in shards:
-            file = FeatureFile(self.place(shard.name))
+            file = FeatureFile(self.place(shard.name))  # opened before anything is read whole
             if not file.is_of(shard):
                 raise ValueError(f"{self.folder}: {shard} has changed since; make the cache anew with `tinyclip cache`")
             shapes = file.shape("image_features")[1:], file.shape("text_features")[1:]
             if shapes != ([self.info.draws, self.config.embed_dim], [self.config.embed_dim]):
                 raise ValueError(f"{file.path}: its features do not fit {self.folder / 'cache.json'}")
+        with ThreadPoolExecutor(THREADS) as threads:
+            for _ in threads.map(lambda shard: FeatureFile(self.place(shard.name)).check(), shards):
+                pass
 
     def place(self, shard: str) -> Path:
         return feature_file(self.folder, shard)
@@ -151,8 +158,20 @@ class FeatureFile:
             header = self._file.metadata()
             self.source: dict[str, Any] = json.loads(header["source"])
             self.skipped: list[list[str]] = json.loads(header["skipped"])  # key, cause, reason
+            self.checksums: dict[str, int] = json.loads(header["checksums"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged ({error}); remove it and run `tinyclip cache` again") from None
+            raise ValueError(f"{path}: damaged ({error}); the same `tinyclip cache` mends it") from None
+
+    def check(self) -> None:
+        """Read everything; `ValueError` when a byte of the tensors is not as it was written."""
+        try:
+            found = {name: zlib.crc32(self._file.get_tensor(name)) for name in TENSORS}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path}: damaged ({error}); the same `tinyclip cache` mends it") from None
+        if wrong := [name for name in TENSORS if found[name] != self.checksums.get(name)]:
+            raise ValueError(
+                f"{self.path}: damaged ({wrong[0]} has another checksum); the same `tinyclip cache` mends it"
+            )
 
     def shape(self, name: str) -> list[int]:
         return list(self._slices[name].get_shape())

@@ -11,7 +11,18 @@ from typing import Annotated, Any
 import typer
 
 from tinyclip.faults import read
-from tinyclip.terminal import AsJson, Compile, Device, Overwrite, errors, print_faults, print_json, say, say_computing
+from tinyclip.terminal import (
+    AsJson,
+    Compile,
+    Device,
+    Overwrite,
+    errors,
+    plural,
+    print_faults,
+    print_json,
+    say,
+    say_computing,
+)
 
 
 def embed(
@@ -58,12 +69,13 @@ def embed(
 
 def _summary(result: dict[str, Any], output: Path) -> None:
     names = [name for name in ("images", "texts") if result[name]]
-    done = " and ".join(f"{result[name]:,} {name}" for name in names)
+    counts = " and ".join(plural(result[name], name.removesuffix("s")) for name in names)
+    done = f"{counts} in {plural(result['parts'], 'part')}: {output}"
     if result["computed"]:
         rates = ", ".join(f"{result[f'{name}_per_s']:,.1f} {name}/s" for name in names)
-        say(f"{done} in {result['parts']} parts: {output} ({result['computed']:,} computed now, {rates})")
+        say(f"{done} ({result['computed']:,} computed now, {rates})")
     else:
-        say(f"{done} in {result['parts']} parts: {output}, complete before")
+        say(f"{done}, complete before")
     if result["skipped"]:
         say(f"skipped {result['skipped']}, see {output / 'skipped.jsonl'}:")
         print_faults(read(output / "skipped.jsonl"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinyclip.terminal import Device, Overwrite, errors, fail, print_faults, say
+from tinyclip.terminal import Device, Overwrite, errors, fail, plural, print_faults, say
 
 if TYPE_CHECKING:
     from tinyclip.make_cache import Report
@@ -76,8 +76,10 @@ def cache(
 
 def _say_report(report: Report, place: Path, draws: int) -> None:
     kept = report.shards - report.computed
-    say(f"{report.samples} samples with {draws} views and {report.captions} captions in {report.shards} shards")
-    say(f"{report.bytes / 1e6:.1f} MB in {place}{f', {kept} shards of it were there' if kept else ''}")
+    what = f"{plural(report.samples, 'sample')} with {plural(draws, 'view')} and {plural(report.captions, 'caption')}"
+    say(f"{what} in {plural(report.shards, 'shard')}")
+    there = f", {plural(kept, 'shard')} of it {'was' if kept == 1 else 'were'} there" if kept else ""
+    say(f"{report.bytes / 1e6:.1f} MB in {place}{there}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {place / 'skipped.jsonl'}:")
         print_faults(report.skipped)

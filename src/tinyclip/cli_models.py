@@ -132,9 +132,11 @@ def classify(
 ) -> None:
     """How well each of LABELS fits IMAGE."""
     from tinyclip.pipeline import load
+    from tinyclip.transforms import open_image
 
+    picture = open_image(image)  # before the model, which takes longer to be wrong
     clip = load(model, device=device, dtype=dtype)
-    chances = clip.classify(image, labels)[0].tolist()
+    chances = clip.classify(picture, labels)[0].tolist()
     ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     if as_json:
         listed = [{"label": name, "probability": p} for name, p in ranked]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tinyclip.axes import axis_sizes
 from tinyclip.faults import summary
+from tinyclip.terminal import plural
 
 if TYPE_CHECKING:
     from tinyclip.run import Run
@@ -99,7 +100,7 @@ class Display:
         if self.live:
             self.task = self.progress.add_task(text, total=event["steps"], figures="")
         else:
-            self.print(f"{text}: {event['steps']} steps")
+            self.print(f"{text}: {plural(event['steps'], 'step')}")
 
     def _tick(self, event: dict[str, Any]) -> None:
         if self.live:
@@ -123,7 +124,7 @@ class Display:
             self.print(f"  step {event['step']}: {figures}")
 
     def _cut(self, event: dict[str, Any]) -> None:
-        when = f"after {event['step']} steps" if event["step"] else "by importance"
+        when = f"after {plural(event['step'], 'step')}" if event["step"] else "by importance"
         self.print(f"  cut {when}; kept:")
         for line in kept_lines(event["kept"]):
             self.print(f"    {line}")
@@ -135,10 +136,10 @@ class Display:
     def _evaluation(self, event: dict[str, Any]) -> None:
         names = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")
         figures = ", ".join(f"{name} {100 * event[name]:.1f} %" for name in names if name in event)
-        self.print(f"  evaluation after {event['step']} steps: {figures}")
+        self.print(f"  evaluation after {plural(event['step'], 'step')}: {figures}")
 
     def _resumed(self, event: dict[str, Any]) -> None:
-        self.print(f"  resumed after {event['step']} steps")
+        self.print(f"  resumed after {plural(event['step'], 'step')}")
         if self.live:
             self.progress.update(self.task, completed=event["step"])
 

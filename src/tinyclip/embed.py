@@ -60,6 +60,8 @@ class Source:
     parts: list[Any]
     fingerprint: str
     skipped: list[Skipped] = field(default_factory=list)  # before anything is computed
+    text_column: str | None = None  # of a table
+    key_column: str | None = None  # of a table; None: the row's number
 
 
 @dataclass
@@ -116,10 +118,11 @@ def open_source(
         return _of_files("pictures", path.parent, [path], part_size)
     if path.suffix.lower() not in TEXTS:
         raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
-    texts, skipped = _read_texts(path, text_column, key_column)
+    texts, skipped, text_column = _read_texts(path, text_column, key_column)
     if not texts:
         raise ValueError(f"{path}: no texts in it")
-    return Source("texts", path, list(batches(texts, part_size)), _digest([_file_state(path, path)]), skipped)
+    state = _digest([_file_state(path, path)])
+    return Source("texts", path, list(batches(texts, part_size)), state, skipped, text_column, key_column)
 
 
 def _of_files(kind: str, root: Path, files: list[Path], part_size: int) -> Source:
@@ -137,7 +140,10 @@ def _digest(lines: Iterable[str]) -> str:
     return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
-def _read_texts(path: Path, text_column: str | None, key_column: str | None) -> tuple[list[Text], list[Skipped]]:
+def _read_texts(
+    path: Path, text_column: str | None, key_column: str | None
+) -> tuple[list[Text], list[Skipped], str | None]:
+    """Texts, what has none, and the column that they are from."""
     rows: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".txt":
         try:
@@ -157,7 +163,7 @@ def _read_texts(path: Path, text_column: str | None, key_column: str | None) -> 
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):
             skipped.append(Skipped("", key, "no_caption", "no text"))
-    return texts, skipped
+    return texts, skipped, text_column
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
@@ -247,6 +253,8 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
         "source": str(source.root),
         "source_fingerprint": source.fingerprint,
         "kind": source.kind,
+        "text_column": source.text_column,
+        "key_column": source.key_column,
         "what": what,
         "format": plan.format,
         "dtype": plan.dtype,
@@ -280,7 +288,18 @@ def fingerprint(clip: Pipeline) -> str:
 
 _NAMED = {"model_fingerprint": "model", "source_fingerprint": "source"}  # where a fact has what the user calls it
 _CALLED = {**_NAMED, "computed_in": "compute dtype"}
-_CHECKED = ("computed_in", "model_fingerprint", "kind", "what", "format", "dtype", "part_size", "source_fingerprint")
+_CHECKED = (
+    "computed_in",
+    "model_fingerprint",
+    "kind",
+    "what",
+    "format",
+    "dtype",
+    "part_size",
+    "source_fingerprint",
+    "text_column",
+    "key_column",
+)
 
 
 def _check_same(out: Path, facts: dict[str, Any]) -> None:
@@ -290,7 +309,7 @@ def _check_same(out: Path, facts: dict[str, Any]) -> None:
         if key in facts and before.get(key) != facts[key]:
             name = _CALLED.get(key, key)
             old, new = before.get(_NAMED.get(key, key)), facts[_NAMED.get(key, key)]
-            change = f"{old}, now {new}" if old != new else f"{new}, which has changed since"
+            change = f"{old or 'none'}, now {new or 'none'}" if old != new else f"{new}, which has changed since"
             raise ValueError(
                 f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
             )

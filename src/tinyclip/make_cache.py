@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -203,7 +204,10 @@ def _is_done(output: Path, shard: Path) -> bool:
     """Whether the features of a shard are there, and of the shard as it is now."""
     place = feature_file(output, shard.name)
     try:
-        return place.is_file() and FeatureFile(place).is_of(shard)
+        if not place.is_file() or not (file := FeatureFile(place)).is_of(shard):
+            return False
+        file.check()
+        return True
     except ValueError:  # damaged: computed again
         return False
 
@@ -353,6 +357,7 @@ class _Features:
         source = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": content_hash(shard)}
         left_out = [(s.key, s.cause, s.reason) for s in self.skipped]
         header = {"source": json.dumps(source), "skipped": json.dumps(left_out, ensure_ascii=False)}
+        header["checksums"] = json.dumps({name: zlib.crc32(tensor.data) for name, tensor in tensors.items()})
         temporary = place.with_name(f".{place.name}.tmp")
         try:
             save_file(tensors, temporary, header)

@@ -40,6 +40,11 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
+def plural(n: int, name: str) -> str:
+    """1 part, 2 parts."""
+    return f"{n:,} {name}" if n == 1 else f"{n:,} {name}s"
+
+
 def say_computing(computing: dict[str, str]) -> None:
     """On stderr, what a model computes in and where."""
     errors.print(f"computing in {computing['dtype']} on {computing['device']}")
