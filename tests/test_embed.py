@@ -22,8 +22,9 @@ import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
 from tinyclip import faults
 from tinyclip.cli import main
-from tinyclip.embed import DRAFT, Plan, embed, open_source
+from tinyclip.embed import DRAFT, Plan, embed
 from tinyclip.pipeline import Pipeline
+from tinyclip.sources import open_source
 from tinyclip.transforms import Preprocess, open_image
 
 CAPTIONS = [["a red apple", "an apple"], ["the sea"], []]

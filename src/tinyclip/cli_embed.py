@@ -45,9 +45,10 @@ def embed(
 ) -> None:
     """Write the features of SOURCE, in parts with their keys; run again, it goes on where it was stopped."""
     from tinyclip.distributed import is_main, processes, resolve_device
-    from tinyclip.embed import Plan, check, open_source
+    from tinyclip.embed import Plan, check
     from tinyclip.embed import embed as embedded
     from tinyclip.pipeline import load
+    from tinyclip.sources import open_source
 
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
     found = open_source(source, part_size, text_column, key_column)

@@ -111,7 +111,13 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
             raise ValueError(f"another process of the run has died; {GO_ON}") from None
         raise
     finally:
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+# Groups are kept for good. One that only a DDP held would be destroyed with the interpreter's lock taken, while its
+# threads wait for that lock, to let go of the last tensors: a deadlock, as the destructor waits for the threads.
+_left: list[Any] = []
 
 
 def _leave() -> NoReturn:

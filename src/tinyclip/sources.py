@@ -1,0 +1,118 @@
+"""What `tinyclip embed` reads: a folder of pictures or shards, a picture, a shard, a table or a file of texts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyclip.faults import Skipped
+from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
+from tinyclip.pipeline import batches
+from tinyclip.shards import find_shards
+
+TEXTS = {".txt", *TABLES}
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text: of a sample's captions the one with this number, from 0."""
+
+    key: str
+    number: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be embedded, in parts: lists of paths (pictures), of `Text`, or one shard each."""
+
+    kind: str  # pictures, texts or shards
+    root: Path
+    parts: list[Any]
+    fingerprint: str
+    skipped: list[Skipped] = field(default_factory=list)  # before anything is computed
+    text_column: str | None = None  # of a table
+    key_column: str | None = None  # of a table; None: the row's number
+
+
+def open_source(
+    path: str | Path, part_size: int = 10_000, text_column: str | None = None, key_column: str | None = None
+) -> Source:
+    """A folder of shards, else of pictures (with subfolders), a shard, a picture, a text file or a table.
+
+    Args:
+        part_size: pictures or texts a part; a part of shards is one shard.
+        text_column: of a table, one of `pack.CAPTION_COLUMNS` by default.
+        key_column: of a table; the number of the row, from 1, by default.
+
+    Raises:
+        ValueError: when there is nothing to embed in it.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if (text_column or key_column) and path.suffix.lower() not in TABLES:
+        raise ValueError(f"{path} is no table, so it has no columns")
+    if path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*.tar.gz"))):
+        return _of_files("shards", path, find_shards(path), 1)
+    if name.endswith((".tar", ".tar.gz")):
+        return _of_files("shards", path.parent, [path], 1)
+    if path.is_dir():
+        pictures = list(find_pictures(path))
+        if not pictures:
+            raise ValueError(f"{path}: neither pictures nor .tar shards in it")
+        return _of_files("pictures", path, pictures, part_size)
+    if path.suffix.lower() in {*COPIED, *CONVERTED, *OTHERS}:
+        return _of_files("pictures", path.parent, [path], part_size)
+    if path.suffix.lower() not in TEXTS:
+        raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
+    texts, skipped, text_column = _read_texts(path, text_column, key_column)
+    if not texts:
+        raise ValueError(f"{path}: no texts in it")
+    state = digest([_file_state(path, path)])
+    return Source("texts", path, list(batches(texts, part_size)), state, skipped, text_column, key_column)
+
+
+def _of_files(kind: str, root: Path, files: list[Path], part_size: int) -> Source:
+    states = [_file_state(file, root) for file in files]
+    parts = files if kind == "shards" else list(batches(files, part_size))
+    return Source(kind, root, list(parts), digest(states))
+
+
+def _file_state(file: Path, root: Path) -> str:
+    state = file.stat()
+    return f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n"
+
+
+def digest(lines: Iterable[str]) -> str:
+    return hashlib.blake2b("".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _read_texts(
+    path: Path, text_column: str | None, key_column: str | None
+) -> tuple[list[Text], list[Skipped], str | None]:
+    """Texts, what has none, and the column that they are from."""
+    rows: list[tuple[str, Any]] = []
+    if path.suffix.lower() == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from None
+        rows = [(str(i), line) for i, line in enumerate(lines, 1)]
+    else:
+        for i, row in enumerate(read_rows(path), 1):
+            if i == 1:
+                text_column = find_column(path, row, text_column, CAPTION_COLUMNS, "--text-column")
+                key_column = key_column and find_column(path, row, key_column, (), "--key-column")
+            rows.append((str(row.get(key_column)) if key_column else str(i), row.get(str(text_column))))
+    texts, skipped = list[Text](), list[Skipped]()
+    for key, found in rows:
+        captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
+        texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
+        if not any(captions):
+            skipped.append(Skipped("", key, "no_caption", "no text"))
+    return texts, skipped, text_column
