@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -313,6 +314,7 @@ def test_a_sample_that_the_cache_lacks_is_skipped_and_listed(place: Path, tmp_pa
     for name in ("key_hashes", "views", "image_features", "text_offsets"):
         tensors[name] = tensors[name][:-1].copy()
     metadata = {"source": json.dumps(header.source), "skipped": "[]"}
+    metadata["checksums"] = json.dumps({name: zlib.crc32(tensor.data) for name, tensor in tensors.items()})
     save_file(tensors, file, metadata)
     run(
         recipe(

@@ -23,8 +23,7 @@ import test_train
 from test_auto import auto
 from test_train import _events as events_of
 from test_train import recipe, run, stage, weights
-from tinyclip import run as run_module
-from tinyclip import train
+from tinyclip import data, train
 from tinyclip.distributed import gather_objects, processes
 from tinyclip.recipe import Recipe
 from tinyclip.resume import MANIFEST, Interrupted, Progress, restore, save
@@ -320,7 +319,7 @@ def test_a_stop_at_the_end_of_a_stage_is_not_forgotten(
 
 def interrupting(patch: pytest.MonkeyPatch, moment: str, step: int) -> Callable[[dict[str, Any]], None]:
     """A listener that, at a step, lets a SIGTERM come in the middle of what follows."""
-    place = train if moment == "save" else run_module
+    place = train if moment == "save" else data
     own, told = getattr(place, moment), [0]
 
     def interrupted(*args: Any) -> None:
