@@ -110,12 +110,15 @@ def search(
     """Find the pictures of INDEX that fit a QUERY, or are like a picture, best first."""
     from tinyclip import sheet as drawing
     from tinyclip.search import Index, check_model, open_model, pixels, plain, queries_from
+    from tinyclip.transforms import open_image
 
     texts = queries_from([*(query or []), *(read_lines(queries) if queries else [])])
     images = image or []
     asked: list[str | Path] = [*texts, *images]
     if not asked:
         raise ValueError(f"{queries}: no queries in it" if queries else "nothing to look for: give words or --image")
+    for path in images:  # before the model, which takes longer to be wrong
+        open_image(path)
     with Index.open(index) as opened:
         if sheet:
             drawing.check(sheet, len(asked) * min(top, len(opened)))

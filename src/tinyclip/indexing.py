@@ -223,7 +223,8 @@ class _Writer:
         for path in stale:
             del waiting[path]
         todo = [path for path in files if path not in waiting and not self._has(path)]
-        kept, start, computed = len(files) - len(todo) - len(waiting), time.perf_counter(), 0
+        kept = sum(entry.good for path, entry in self.have.items() if self._has(path))
+        start, computed = time.perf_counter(), 0
         count = len(waiting)
         self.progress("computing", 0, len(todo))
         for rows in rows_of(todo):
@@ -292,10 +293,9 @@ class _Writer:
         self._switch(facts | {"skipped": len(skipped), "skipped_by_cause": by_cause})
         write_atomically(self.out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
         pending.drop()
-        changed = sum(path in gone for path in added)
-        self.counts["changed"] += changed
-        self.counts["added"] += len(added) - changed
-        self.counts["removed"] += len(gone) - changed
+        now, was = ({p for p, e in entries.items() if e.good} for entries in (added, gone))
+        for name, paths in (("added", now - was), ("changed", now & was), ("removed", was - now)):
+            self.counts[name] += len(paths)
         self.vectors, self.have = vectors, {p: e for p, e in self.have.items() if p not in gone} | added
 
     def _fill(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tinyclip.files import write_atomically
 from tinyclip.transforms import open_image
@@ -87,7 +87,7 @@ def _step(tiles: Sequence[Tile]) -> int:
 
 
 def _thumbnail(file: Path, side: int) -> Image.Image:
-    """The whole picture in the middle of a square."""
+    """The whole picture in the middle of a square, as large as fits."""
     square = Image.new("RGB", (side, side), TILE)
     try:
         picture = open_image(file, side).convert("RGBA")
@@ -95,7 +95,7 @@ def _thumbnail(file: Path, side: int) -> Image.Image:
         word = "damaged" if hasattr(error, "cause") else "missing"
         ImageDraw.Draw(square).text((side // 2, side // 2), word, PALE, _font(FONT), "mm")
         return square
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2), picture)
     return square
 

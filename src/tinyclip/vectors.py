@@ -16,7 +16,7 @@ from tinyclip.files import flush
 
 # By measurement (docs/search.md, benchmarks/search.py).
 DTYPE = "f16"
-CONNECTIVITY = 32  # neighbours of a vector in the graph
+CONNECTIVITY = 16  # neighbours of a vector in the graph
 EXPANSION_ADD = 128  # candidates looked at when one is added
 EXPANSION = 512  # and when one is searched
 EXACT = 100_000  # up to so many vectors every one is compared: that takes milliseconds, and misses nothing
