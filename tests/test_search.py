@@ -23,10 +23,10 @@ from conftest import random_model
 from test_embed import drawing, encoded
 from tinyclip import faults, indexing, search, sheet, vectors
 from tinyclip.cli import main
-from tinyclip.indexing import SKIPPED, WORK, build
+from tinyclip.indexing import SKIPPED, build
 from tinyclip.pending import Pending
 from tinyclip.pipeline import Pipeline
-from tinyclip.search import INFO, Index
+from tinyclip.search import INFO, WORK, Index
 from tinyclip.vectors import Vectors
 
 model = test_embed.model
@@ -207,6 +207,38 @@ def test_who_has_opened_a_state_keeps_it(make: Make, pictures: Path, tmp_path: P
     assert names == set(names_in(pictures))
 
 
+class Exported:
+    """A model on another runtime, which computes NumPy arrays."""
+
+    computing = {"dtype": "float32", "device": "cpu", "runtime": "other"}  # noqa: RUF012
+
+    def __init__(self, clip: Pipeline) -> None:
+        self.clip, self.preprocessing = clip, clip.preprocessing
+
+    def encode_image(self, images: Any) -> np.ndarray:
+        assert all(image.dtype == np.uint8 for image in images)
+        return self.clip.encode_image(images).numpy()
+
+    def encode_text(self, texts: Any) -> np.ndarray:
+        return self.clip.encode_text(texts).numpy()
+
+    def batch_size(self, given: int | None) -> int:
+        return given or 5
+
+    def fingerprint(self) -> str:
+        return "of its files"
+
+
+def test_an_exported_model_serves_as_well(
+    clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tinyclip, "load", lambda name, **options: Exported(clip), raising=False)
+    exported, fingerprint = search.open_model("model.onnx", dtype="float32")
+    assert fingerprint == "of its files"
+    build(exported, pictures, tmp_path / "index", model="model.onnx", fingerprint=fingerprint)
+    check(tmp_path / "index", clip, pictures, names_in(pictures))
+
+
 # --- killed
 
 
@@ -306,7 +338,7 @@ def test_a_killed_command_goes_on(model: Path, clip: Pipeline, make: Make, tmp_p
         assert process.poll() is None
     process.kill()
     process.communicate()
-    with pytest.raises(ValueError, match="no index"):
+    with pytest.raises(ValueError, match="has not come to an end; run it again"):
         Index.open(out)
     result = make(folder)
     assert 0 < result["computed"] < 60 and result["added"] == 60

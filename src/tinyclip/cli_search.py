@@ -134,6 +134,10 @@ def search(
         found = opened.search(features, top, exact or None)
         if top > len(opened):
             errors.print(f"{index} has only {plural(len(opened), 'picture')}")
+        if not opened.root.is_dir():
+            errors.print(
+                f"{opened.root} is not there; if it has moved: tinyclip index {name} FOLDER -o {index} --moved"
+            )
         if sheet:
             drawing.draw(sheet, [(one, _tiles(opened, matches)) for one, matches in zip(asked, found, strict=True)])
         rows = [_listed(opened, matches) for matches in found]

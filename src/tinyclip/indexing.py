@@ -31,6 +31,7 @@ from tinyclip.search import (
     COLUMNS,
     FORMAT,
     INFO,
+    WORK,
     check_model,
     check_size,
     open_list,
@@ -42,7 +43,7 @@ from tinyclip.search import (
 )
 from tinyclip.vectors import WASTE, Vectors
 
-WORK, LOCK, SKIPPED = "work.sqlite", ".lock", "skipped.jsonl"
+LOCK, SKIPPED = ".lock", "skipped.jsonl"
 PATIENCE = 5  # seconds for a run that was killed to end
 PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
 AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress

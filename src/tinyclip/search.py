@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+import tinyclip
 from tinyclip.files import read_json_object
 from tinyclip.transforms import DRAFT, open_image
 from tinyclip.vectors import EXACT, Vectors
 
-INFO, FORMAT = "index.json", 1
+INFO, WORK, FORMAT = "index.json", "work.sqlite", 1
 COLUMNS = "id INTEGER PRIMARY KEY, path BLOB NOT NULL, size INTEGER, mtime_ns INTEGER, cause TEXT, reason TEXT"
 ATTEMPTS = 5  # to open a state before another one takes its place
 
@@ -138,14 +139,16 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
     Raises:
         ValueError: as `tinyclip.load`.
     """
+    clip = tinyclip.load(name)  # in float32, whatever it will compute in
+    if hasattr(clip, "fingerprint"):  # an exported model, which knows its own
+        return tinyclip.load(name, device=device, dtype=dtype), clip.fingerprint()
+
     from tinyclip.distributed import resolve_device, resolve_dtype
     from tinyclip.embed import fingerprint
     from tinyclip.model import cast
-    from tinyclip.pipeline import compile_towers, load
+    from tinyclip.pipeline import compile_towers
 
-    place = resolve_device(device)
-    clip = load(name)  # in float32
-    found = fingerprint(clip)
+    found, place = fingerprint(clip), resolve_device(device)
     cast(clip.model.to(place), resolve_dtype(dtype, place))
     if compile:
         compile_towers(clip.model)
@@ -190,6 +193,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         ValueError: when it is missing, damaged, or of another version.
     """
     if not (path / INFO).exists():
+        if (path / WORK).exists():
+            raise ValueError(f"{path}: its first `tinyclip index` has not come to an end; run it again")
         raise ValueError(f"{path}: no index; make one with `tinyclip index MODEL FOLDER -o {path}`")
     facts = read_json_object(path / INFO)
     if facts.get("format") != FORMAT:
