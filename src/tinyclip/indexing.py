@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -73,7 +74,7 @@ def scan(folder: str | Path) -> Folder:
     for path in find_pictures(root):
         with suppress(OSError):  # gone meanwhile, or a link to nothing
             state = path.stat()
-            if path.is_file():
+            if stat.S_ISREG(state.st_mode):
                 files[path.as_posix()[start:]] = (state.st_size, state.st_mtime_ns)
     if not files:
         raise ValueError(f"{folder}: no pictures ({', '.join(sorted([*COPIED, *CONVERTED]))}) in it")
@@ -240,8 +241,11 @@ class _Writer:
             self._publish(pending)
         elif any(self.before.get(key) != value for key, value in self.facts.items()):
             self._switch(self.before | self.facts)  # moved, or the model has another name
+        assert self.before
+        skipped = _skipped(self.out / self.before["list"])
+        write_atomically(self.out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
         told = self.counts | {"kept": kept, "computed": computed}
-        return dict(self.before or {}) | told | {"images_per_s": computed / seconds if computed else None}
+        return self.before | told | {"images_per_s": computed / seconds if computed else None}
 
     def _has(self, path: str) -> bool:
         entry = self.have.get(path)
@@ -258,9 +262,7 @@ class _Writer:
         with suppress(ValueError):  # there is none, or it is damaged and to be replaced
             facts = read_facts(self.out)
             present = {facts["vectors"], facts["list"]}
-        for file in (*self.out.glob("vectors-*"), *self.out.glob("pictures-*"), *self.out.glob(".*.tmp")):
-            if file.name not in present:
-                file.unlink()
+        _keep(self.out, present)
 
     def _check_whole(self, facts: dict[str, Any]) -> None:
         """Build upon nothing that was damaged."""
@@ -292,7 +294,6 @@ class _Writer:
         facts = self.facts | {"state": number, "vectors": file.name, "list": pictures.name, "holes": holes}
         facts |= {"vectors_state": [file.stat().st_size, checksum(file)], "pictures": len(vectors)}
         self._switch(facts | {"skipped": len(skipped), "skipped_by_cause": by_cause})
-        write_atomically(self.out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
         pending.drop()
         now, was = ({p for p, e in entries.items() if e.good} for entries in (added, gone))
         for name, paths in (("added", now - was), ("changed", now & was), ("removed", was - now)):
@@ -351,8 +352,14 @@ class _Writer:
         write_atomically(self.out / INFO, json.dumps(facts, indent=2) + "\n")
         flush(self.out)
         self.before = facts
-        for file in (*self.out.glob("vectors-*"), *self.out.glob("pictures-*")):
-            if file.name not in (facts["vectors"], facts["list"]):
+        _keep(self.out, {facts["vectors"], facts["list"]})
+
+
+def _keep(out: Path, names: set[str]) -> None:
+    """Remove the files of all states but one. Windows does not while somebody reads them; a later run will."""
+    for file in (*out.glob("vectors-*"), *out.glob("pictures-*"), *out.glob(".*.tmp")):
+        if file.name not in names:
+            with suppress(OSError):
                 file.unlink()
 
 
