@@ -45,6 +45,7 @@ def inherit(
 ) -> None:
     """Cut a student out of TEACHER, without training, and write it to OUTPUT: by the manual rule (--like or --shape)
     or by measured importance (--calibrate)."""
+    from tinyclip.card import HOW, made_from
     from tinyclip.config import CLIPConfig
     from tinyclip.inheritance import describe, manual_masks
     from tinyclip.inheritance import inherit as cut
@@ -67,7 +68,8 @@ def inherit(
     config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
     student = cut(clip.model, config)
     preprocessing = clip.preprocessing.model_copy(update={"image_size": config.vision.image_size})
-    Pipeline(student, clip.tokenizer, preprocessing).save(output)
+    card = made_from(teacher, f"{HOW['manual'].capitalize()} (`tinyclip inherit`), not trained since.")
+    Pipeline(student, clip.tokenizer, preprocessing).save(output, card=card)
     rows = describe(clip.model.config, manual_masks(clip.model.config, config))
     print_table(("axis", "teacher", "student", "kept"), rows)
 
@@ -79,6 +81,7 @@ def _calibrate(
 
     from tinyclip.axes import axis_table, count_parameters
     from tinyclip.calibrate import Calibration, calibrate
+    from tinyclip.card import HOW, made_from, shown
     from tinyclip.data import AGAIN, closing
     from tinyclip.inheritance import compact, describe
     from tinyclip.pipeline import Pipeline, load
@@ -95,11 +98,13 @@ def _calibrate(
     how.check(model.config, targets)
     loader = plain_loader(data, clip, batch_size)
     source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
-    shown = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
+    pairs = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
     with attention(model.logit_scale.device), closing(loader, AGAIN):
-        masks = calibrate(model.requires_grad_(False), shown, targets, how)
+        masks = calibrate(model.requires_grad_(False), pairs, targets, how)
     student = compact(clip.model, masks)
-    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output)
+    how_made = f"{HOW['calibrated'].capitalize()} on {shown(data)} (`tinyclip inherit`), not trained since."
+    card = made_from(teacher, how_made)
+    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output, card=card)
     print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))
     counts = [count_parameters(axis_table(m.config)) for m in (clip.model, student)]
     before, after = (c["image"] + c["text"] for c in counts)

@@ -29,7 +29,7 @@ Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a li
 
 # What checkpoints are made of, ours, OpenCLIP's and Hugging Face's; a folder with anything else is not replaced.
 CHECKPOINT_FILES = {
-    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json"),
+    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
     *("open_clip_config.json", "open_clip_model.safetensors"),
     *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
 }
