@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.config import CLIPConfig, VisionConfig
 from tinyclip.files import write_atomically
-from tinyclip.zoo import HUB_ID, find
+from tinyclip.zoo import HUB_ID, SHIPPED, find, shipped
 
 if TYPE_CHECKING:
     from tinyclip.recipe import Recipe, Stage
@@ -126,6 +126,8 @@ def read_card(folder: Path) -> Card:
 def known(model: str | Path) -> Card:
     """What is known of a model, by its path, its name in the zoo, or its Hugging Face id; nothing is downloaded."""
     name, path = str(model), Path(model)
+    if not path.exists() and name in SHIPPED:
+        path = shipped(name)
     if path.exists():
         card = read_card(path if path.is_dir() else path.parent)
     elif entry := _entry(name):

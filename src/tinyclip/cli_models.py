@@ -257,9 +257,13 @@ def zoo(
             raise ValueError("--download and --verify need the name of a model")
         listed = [models.describe(entry, cache) for entry in models.ENTRIES]
         if as_json:
-            print_json({"models": listed})
+            print_json({"models": listed, "shipped": list(models.SHIPPED)})
         else:
             print_table(models.COLUMNS, [models.row(facts) for facts in listed])
+            say(f"shipped with tinyclip, of emoji drawings: {', '.join(models.SHIPPED)}")
+        return
+    if name in models.SHIPPED:
+        _say_zoo(models.describe_shipped(name), as_json)
         return
     entry = models.get(name)
     first = verify and models.unrecorded(entry, cache)  # before anything records it
@@ -271,8 +275,12 @@ def zoo(
             path = models.cache_folder(cache) / entry.file
             errors.print(f"{path}: no checksum was recorded, so there was nothing to compare; recorded now: {digest}")
     facts = models.describe(entry, cache)
+    _say_zoo(facts if as_json else dict(models.details(facts)), as_json)
+
+
+def _say_zoo(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    for key, value in models.details(facts):
+    for key, value in facts.items():
         say(f"{key:26} {value}")

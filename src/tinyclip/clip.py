@@ -90,8 +90,8 @@ class Model(CLIP):
 
 
 def available_models() -> list[str]:
-    """Names that `load` knows: OpenAI's, and those of the zoo; a path or a Hugging Face id does too."""
-    return [*OPENAI_FILES, *(entry.name for entry in zoo.ENTRIES)]
+    """Names that `load` knows: OpenAI's, those of the zoo, and what ships with the package."""
+    return [*OPENAI_FILES, *(entry.name for entry in zoo.ENTRIES), *zoo.SHIPPED]
 
 
 def load(
@@ -113,6 +113,13 @@ def load(
 
     Raises:
         ValueError: as `tinyclip.load`, or with `jit=True`.
+
+    >>> import tinyclip.clip as clip
+    >>> from PIL import Image
+    >>> model, preprocess = clip.load("emoji-student", device="cpu")
+    >>> logits_per_image, _ = model(preprocess(Image.open("photo.jpg"))[None], clip.tokenize(["a dog", "a cat"]))
+    >>> logits_per_image.shape
+    torch.Size([1, 2])
     """
     if jit:
         raise ValueError("jit=True: models here are no TorchScript; leave it out, torch.compile makes them faster")

@@ -258,6 +258,10 @@ def load(
 
     Raises:
         ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
+
+    >>> import tinyclip
+    >>> tinyclip.load("emoji-student")
+    Pipeline(vit at 48 px, 32 tokens, 2.1 M parameters, float32 on cpu)
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
@@ -291,7 +295,12 @@ def compile_towers(model: CLIP) -> None:
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-    """CLIP's own vocabulary: int64 (n, context_length), zero-padded; texts too long keep their end token."""
+    """CLIP's own vocabulary: int64 (n, context_length), zero-padded; texts too long keep their end token.
+
+    >>> import tinyclip
+    >>> tinyclip.tokenize("a photo of a cat", context_length=8).tolist()
+    [[49406, 320, 1125, 539, 320, 2368, 49407, 0]]
+    """
     return torch.from_numpy(clip_tokenizer()(texts, context_length))
 
 
@@ -310,5 +319,11 @@ def preprocess(
     mean: tuple[float, float, float] = OPENAI_MEAN,
     std: tuple[float, float, float] = OPENAI_STD,
 ) -> TensorPreprocess:
-    """The evaluation transform for one image size; OpenAI's mean and std unless given."""
+    """The evaluation transform for one image size; OpenAI's mean and std unless given.
+
+    >>> import tinyclip
+    >>> from PIL import Image
+    >>> tinyclip.preprocess(224)(Image.open("photo.jpg")).shape
+    torch.Size([3, 224, 224])
+    """
     return TensorPreprocess(Preprocess(image_size=image_size, mean=mean, std=std))
