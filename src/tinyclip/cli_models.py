@@ -13,9 +13,12 @@ from tinyclip.terminal import (
     Compile,
     Device,
     DType,
+    Model,
     Overwrite,
     Templates,
     check_free,
+    complete_model,
+    complete_shape,
     errors,
     print_json,
     print_table,
@@ -25,9 +28,12 @@ from tinyclip.terminal import (
 
 
 def inherit(
-    teacher: Path,
+    teacher: Model,
     output: Path,
-    like: Annotated[str | None, typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.", autocompletion=complete_shape),
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
     ] = None,
@@ -112,7 +118,12 @@ def _calibrate(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.", autocompletion=complete_model
+        ),
+    ],
     output: Annotated[Path, typer.Argument(help="Folder for the result.")],
     to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
     activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
@@ -128,7 +139,7 @@ def convert(
 
 
 def classify(
-    model: Path,
+    model: Model,
     image: Path,
     labels: list[str],
     device: Device = "cpu",
@@ -191,7 +202,9 @@ def _figure(value: Any) -> str:
 
 
 def measure(
-    model: Annotated[str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.", autocompletion=complete_shape)
+    ],
     device: Device = "cpu",
     dtype: DType = "auto",
     as_json: AsJson = False,
@@ -218,7 +231,7 @@ def measure(
 
 
 def structure(
-    model: Path,
+    model: Model,
     of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
@@ -243,7 +256,9 @@ def structure(
 
 
 def zoo(
-    name: Annotated[str | None, typer.Argument(help="Details of this model alone.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Details of this model alone.", autocompletion=complete_model)
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read its file whole and check its SHA-256.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,

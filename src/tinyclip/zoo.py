@@ -353,12 +353,12 @@ def _from_hub(identifier: str) -> Path:
             f"{identifier}: no such checkpoint here, and {place} cannot be read (HTTP {status}: no such model or "
             "revision, or it needs `hf auth login`)"
         ) from None
-    except _transfer_errors() as error:
+    except transfer_errors() as error:
         raise ValueError(f"{identifier}: cannot be downloaded ({' '.join(str(error).split())})") from None
     raise ValueError(f"{identifier}: no weights in {place} that can be read")
 
 
-def _transfer_errors() -> tuple[type[Exception], ...]:
+def transfer_errors() -> tuple[type[Exception], ...]:
     """What a broken transfer raises, also of the HTTP library, of which the hub has had several."""
     from huggingface_hub.errors import HfHubHTTPError
 
