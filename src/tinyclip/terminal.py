@@ -36,7 +36,7 @@ def complete_shape(incomplete: str) -> list[str]:
 
 
 def _begun(names: Iterable[str], incomplete: str) -> list[str]:
-    return [name for name in names if incomplete and name.lower().startswith(incomplete.lower())]
+    return [name for name in names if incomplete and name.startswith(incomplete)]
 
 
 Model = Annotated[
