@@ -17,8 +17,8 @@ HEAD = """# Commands
 <!-- written by scripts/document_commands.py -->
 
 Every command explains itself with `--help`. Exit codes: 0, 2 for what you can mend (one line says what), 130 and 143
-when stopped by Ctrl-C or SIGTERM. Where a command takes a MODEL, a checkpoint's path, a [published model's](zoo.md) name,
-or `org/name` of the Hugging Face hub will do, and `emoji-student`, which ships with the package.
+when stopped by Ctrl-C or SIGTERM. Where a command takes a MODEL, a checkpoint's path, a [published model's](zoo.md)
+name, or `org/name` of the Hugging Face hub will do, and `emoji-student`, which ships with the package.
 """
 
 

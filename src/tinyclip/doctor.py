@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,11 @@ def _cache(cache: str | Path | None, problems: list[str]) -> dict[str, Any]:
     folder = cache_folder(cache)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free / 1e9
-    writable = os.access(there, os.W_OK) and there.is_dir()
-    if not writable:
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+        writable = True
+    except OSError:
+        writable = False
         problems.append(f"downloads cannot be kept in {folder}: set TINYCLIP_CACHE to a folder that can be written")
     return {"folder": str(folder), "free_gb": round(free, 1), "writable": writable, "low": free < LOW_DISK_GB}
 
