@@ -101,6 +101,10 @@ def test_recipe_tables_are_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_page_of_commands_is_up_to_date() -> None:
+    run([sys.executable, str(ROOT / "scripts" / "document_commands.py"), "--check"])
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):

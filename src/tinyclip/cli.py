@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from tinyclip import __version__, cli_data, cli_embed, cli_features, cli_models, cli_search, cli_train
+from tinyclip import (
+    __version__,
+    cli_data,
+    cli_embed,
+    cli_features,
+    cli_models,
+    cli_search,
+    cli_tools,
+    cli_train,
+)
 from tinyclip.terminal import console, fail
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
@@ -19,6 +28,7 @@ for command in (
     cli_features.cache,
     *(cli_search.index, cli_search.search),
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
+    *(cli_tools.push, cli_tools.doctor),
 ):
     app.command()(command)
 data_app.command()(cli_data.pack)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,29 @@ from tinyclip.faults import COLUMNS, Skipped, rows
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """For the shell: published and shipped models whose names begin so. Where there is none, and before anything is
+    typed, the shell completes files."""
+    from tinyclip.zoo import ENTRIES, SHIPPED
+
+    return _begun([*(entry.name for entry in ENTRIES), *SHIPPED], incomplete)
+
+
+def complete_shape(incomplete: str) -> list[str]:
+    """For the shell: also names that stand for a shape alone."""
+    from tinyclip.config import NAMED
+
+    return complete_model(incomplete) + _begun(NAMED, incomplete)
+
+
+def _begun(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if incomplete and name.startswith(incomplete)]
+
+
+Model = Annotated[
+    Path, typer.Argument(help="A checkpoint, a published model's name, or a hub id.", autocompletion=complete_model)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
@@ -29,7 +52,7 @@ Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a li
 
 # What checkpoints are made of, ours, OpenCLIP's and Hugging Face's; a folder with anything else is not replaced.
 CHECKPOINT_FILES = {
-    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json"),
+    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
     *("open_clip_config.json", "open_clip_model.safetensors"),
     *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
 }
@@ -62,10 +85,11 @@ def fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
-def print_table(columns: Any, rows: Any) -> None:
+def print_table(columns: Any, rows: Any, figures: bool = True) -> None:
+    """A table of text; `figures` after the first column are set to the right."""
     table = Table(box=None, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i == 0 or not figures else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
