@@ -74,10 +74,10 @@ def _quality(outcome: Outcome) -> list[list[str]]:
         rows.append(_row(words, figures, lambda f, key=key: _percent(f[key], f["intervals"][key])))
         if key == outcome.main:
             rows.append(
-                _row("- against the teacher", figures, lambda f: _points(f["change"], f["intervals"]["change"]))
+                _row("change from the teacher", figures, lambda f: _points(f["change"], f["intervals"]["change"]))
             )
-            rows.append(_row("- lost and won", figures, lambda f: f"{f['lost']:,} and {f['won']:,}"))
-            rows.append(_row("- McNemar's p", figures, lambda f: f"{f['p_value']:.2g}"))
+            rows.append(_row("pictures lost and won", figures, lambda f: f"{f['lost']:,} and {f['won']:,}"))
+            rows.append(_row("McNemar's p", figures, lambda f: f"{f['p_value']:.2g}"))
     agreement = lambda f: _percent(f["agreement"], f["intervals"]["agreement"])  # noqa: E731
     rows.append(_row("answers as the teacher, %", figures, agreement))
     rows.append(_row("affinity divergence, nats", figures, lambda f: f"{f['affinity_divergence']:.3f}"))
@@ -118,27 +118,28 @@ def drawing() -> Iterator[None]:
 
 
 def accuracy_figure(outcome: Outcome, costs: Costs) -> Figure:
-    """The tested figure with its interval, against MACs and against the latency of a pair with its range."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    """The tested figure with its interval, against the latency of a pair with its range, and against MACs where they
+    are known."""
+    known = any("macs_image" in cost for cost in costs.values())
+    figure = Figure(figsize=(10 if known else 6, 4.2), layout="constrained")
+    panels = figure.subplots(1, 1 + known, sharey=True, squeeze=False)[0]
     shown = {}
     for i, (name, cost) in enumerate(costs.items()):
         figures = outcome.figures[name]
         value, ends = 100 * figures[outcome.main], [100 * end for end in figures["intervals"][outcome.main]]
         style = {"color": page.COLOURS[i % len(page.COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 3}
-        apart = _distances(value, ends)
-        if "macs_image" in cost:
-            panels[0].errorbar((cost["macs_image"] + cost["macs_text"]) / 1e9, value, yerr=apart, **style)
+        style["yerr"] = _distances(value, ends)
         wide = _distances(cost["latency_ms"], cost["latency_ms_range"])
-        shown[name] = panels[1].errorbar(cost["latency_ms"], value, yerr=apart, xerr=wide, **style)
-    words = "top-1, %" if outcome.main == "acc1" else "text R@1, %"
-    for panel, label in zip(panels, ("GMACs a pair", "latency of a pair, ms"), strict=True):
-        panel.set_xlabel(label)
-        panel.set_xlim(left=0)
-        panel.margins(x=0.08)
+        shown[name] = panels[-1].errorbar(cost["latency_ms"], value, xerr=wide, **style)
+        if "macs_image" in cost:
+            panels[0].errorbar((cost["macs_image"] + cost["macs_text"]) / 1e9, value, **style)
+    panels[0].set_xlabel("GMACs of a pair")
+    panels[-1].set_xlabel("latency of a pair, ms")
+    panels[0].set_ylabel("top-1, %" if outcome.main == "acc1" else "text R@1, %")
+    for panel in panels:
+        panel.set_xlim(0, 1.08 * panel.dataLim.x1)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(words)
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
@@ -151,7 +152,8 @@ def _distances(value: float, ends: Sequence[float]) -> list[list[float]]:
 def class_figure(outcome: Outcome, student: str) -> Figure | None:
     """The classes that lost and that won most, from the teacher's figure to the student's: accuracy, or where classes
     have fewer than `COARSE` pictures on average, the mean probability of the right class. None when none changed."""
-    teacher = next(iter(outcome.answers))
+    models = list(outcome.answers)
+    teacher, colour = models[0], page.COLOURS[models.index(student) % len(page.COLOURS)]
     labels, size = outcome.own, len(outcome.choices)
     counts = np.bincount(labels, minlength=size)
     coarse = len(labels) < COARSE * np.count_nonzero(counts)
@@ -171,16 +173,15 @@ def class_figure(outcome: Outcome, student: str) -> Figure | None:
     for panel, title, places in zip(figure.subplots(1, 2), ("lost most", "won most"), (lost, won), strict=True):
         y = np.arange(len(places))[::-1]
         panel.hlines(y, before[places], after[places], color="#c8ccd4", linewidth=3, zorder=1)
-        panel.plot(before[places], y, "o", color=page.COLOURS[0], label=teacher)
-        panel.plot(after[places], y, "D", color=page.COLOURS[1], label=student)
+        handles = panel.plot(before[places], y, "o", color=page.COLOURS[0])
+        handles += panel.plot(after[places], y, "D", color=colour)
         panel.set_yticks(y, [f"{_short(outcome.choices[i])} ({counts[i]})" for i in places], fontsize=8)
         panel.set_xlim(-3, 103)
         panel.set_xlabel("probability of the right class, %" if coarse else "top-1, %", fontsize=9)
-        panel.set_title(title, fontsize=9, loc="left")
+        panel.set_title(f"{title} (number of pictures)", fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", alpha=0.25)
-    handles, names = panel.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    figure.legend(handles, [teacher, student], loc="outside upper right", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -219,16 +220,17 @@ def reliability_figure(outcome: Outcome) -> Figure:
     return figure
 
 
-def figures(outcome: Outcome, costs: Costs) -> dict[str, Figure]:
-    """Title -> figure, those that the data allow."""
-    _, *students = outcome.answers
-    drawn: dict[str, Figure | None] = {
-        "Accuracy and cost": accuracy_figure(outcome, costs),
-        "Calibration": reliability_figure(outcome),
+def figures(outcome: Outcome, costs: Costs) -> dict[str, tuple[str, Figure]]:
+    """Name -> title and figure, those that the data allow."""
+    teacher, *students = outcome.answers
+    drawn = {
+        "accuracy": ("Accuracy and cost", accuracy_figure(outcome, costs)),
+        "calibration": ("Calibration", reliability_figure(outcome)),
     }
-    if outcome.kind == "class":
-        drawn |= {f"Classes: {student}": class_figure(outcome, student) for student in students}
-    return {title: figure for title, figure in drawn.items() if figure is not None}
+    for number, student in enumerate(students if outcome.kind == "class" else [], 1):
+        if figure := class_figure(outcome, student):
+            drawn[f"classes-{number}"] = f"Classes: {student} against {teacher}", figure
+    return drawn
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
@@ -249,9 +251,10 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
         for number, outcome in enumerate(outcomes, 1):
             body.append(f"<h2>{page.escaped(heading(outcome))}</h2>")
             with drawing():
-                for i, (title, figure) in enumerate(figures(outcome, costs).items(), 1):
-                    body.append(f"<h3>{page.escaped(title)}</h3>{page.picture(figure)}")
-                    figure.savefig(place / "figures" / f"{number}-{i}.svg")
+                for name, (title, figure) in figures(outcome, costs).items():
+                    drawn = page.svg(figure)
+                    body.append(f"<h3>{page.escaped(title)}</h3>{page.framed(drawn)}")
+                    (place / "figures" / f"{number}-{name}.svg").write_text(drawn, encoding="utf-8")
             body += [_cards(outcome), _skipped(outcome)]
         (place / "report.html").write_text(page.page(f"{teacher} and its students", "\n".join(body)), encoding="utf-8")
         text = json.dumps(result(outcomes, costs), indent=2) + "\n"

@@ -19,6 +19,8 @@ from tinyclip.pipeline import load
 from tinyclip.resume import STATE
 from tinyclip.zoo import resolve
 
+ROUNDS, SECONDS = 5, 0.2  # of timing: turns of the models, and seconds for each tower in a turn
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -75,15 +77,12 @@ def tensor(features: Any) -> Tensor:
     return torch.as_tensor(features).float().cpu()
 
 
-def costs(contenders: Sequence[Contender], rounds: int = 5, seconds: float = 0.2) -> dict[str, dict[str, Any]]:
+def costs(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
     """Of each model its size (`params_*` and `macs_*` as `measure` counts them, where it has a `.model`; `bytes`) and
     speed: `pairs_per_s` in batches of 32 and `latency_ms` of one pair alone, each with the range over the rounds.
 
     Speed is that of `encode_image` of prepared pictures and `encode_text` of texts of full context, the models turn by
     turn, so that a machine that slows down slows all.
-
-    Args:
-        seconds: for each tower, model and round.
     """
     result: dict[str, dict[str, Any]] = {}
     for contender in contenders:
@@ -93,21 +92,21 @@ def costs(contenders: Sequence[Contender], rounds: int = 5, seconds: float = 0.2
         result[contender.name] |= contender.clip.computing | {"logit_scale": contender.clip.logit_scale}
     for batch, key in ((32, "pairs_per_s"), (1, "latency_ms")):
         speed = (lambda s: 32 / s) if batch > 1 else (lambda s: 1000 * s)
-        for name, times in _side_by_side(contenders, batch, rounds, seconds).items():
+        for name, times in _side_by_side(contenders, batch).items():
             result[name][key] = speed(statistics.median(times))
             result[name][f"{key}_range"] = sorted(speed(s) for s in (min(times), max(times)))
     return result
 
 
-def _side_by_side(contenders: Sequence[Contender], batch: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+def _side_by_side(contenders: Sequence[Contender], batch: int) -> dict[str, list[float]]:
     """Seconds of a batch of pairs, in each round."""
     calls = {c.name: _calls(c.clip, batch) for c in contenders}
     for call in chain(*calls.values()):
         call()  # warm
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, towers in calls.items():
-            times[name].append(sum(_median_seconds(call, seconds) for call in towers))
+            times[name].append(sum(_median_seconds(call) for call in towers))
     return times
 
 
@@ -118,9 +117,9 @@ def _calls(clip: Any, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]
     return lambda: tensor(clip.encode_image(pixels)), lambda: tensor(clip.encode_text(texts))
 
 
-def _median_seconds(call: Callable[[], Any], seconds: float) -> float:
+def _median_seconds(call: Callable[[], Any]) -> float:
     times: list[float] = []
-    while not times or sum(times) < seconds:
+    while not times or sum(times) < SECONDS:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

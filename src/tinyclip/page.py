@@ -72,12 +72,17 @@ def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
-def picture(figure: Figure) -> str:
-    """A figure as SVG within the page."""
+def svg(figure: Figure) -> str:
+    """A figure as an `<svg>` element, which may stand in a page or be a file of its own."""
     file = io.BytesIO()
     figure.savefig(file, format="svg")
     text = file.getvalue().decode()
-    return f'<div class="figure">{text[text.index("<svg") :]}</div>'
+    return text[text.index("<svg") :]
+
+
+def framed(drawing: str) -> str:
+    """An `<svg>` element as wide as the page allows."""
+    return f'<div class="figure">{drawing}</div>'
 
 
 def card(image: Image.Image, truth: str, answers: Mapping[str, Sequence[tuple[str, bool]]]) -> str:

@@ -217,7 +217,7 @@ def write_report(
     )
     body = [
         f"<h2>Models</h2>{page.table(COLUMNS, table(entries))}{page.note(costs)}",
-        f"<h2>Training</h2>{page.note(training)}{page.picture(curve_figure(series))}",
+        f"<h2>Training</h2>{page.note(training)}{page.framed(page.svg(curve_figure(series)))}",
         _structures(entries),
         f'<h2>What the models see</h2>{page.note(seen)}<div class="grid">{"".join(map(_card, grid))}</div>',
         _faults(left_out),
@@ -245,7 +245,7 @@ def _structures(entries: Sequence[Entry]) -> str:
         return ""
     note = "Heads and neurons of each block that learned or measured masks kept; grey: the teacher's."
     pictures = (
-        f"<h3>{html.escape(name)}</h3>{page.picture(structure_figure(config, original))}"
+        f"<h3>{html.escape(name)}</h3>{page.framed(page.svg(structure_figure(config, original)))}"
         for name, config in found.items()
     )
     return f"<h2>Structure</h2>{page.note(note)}{''.join(pictures)}"
