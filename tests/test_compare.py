@@ -197,6 +197,20 @@ def test_captions_alone(tmp_path: Path, contenders: list[Contender]) -> None:
         assert figures["text_retrieval_recall@1"] == pytest.approx(outcome.answers[name].right[:, 0].mean())
     student, right = outcome.figures["student"], {n: a.right[:, 0] for n, a in outcome.answers.items()}
     assert student["lost"] == (right["teacher"] & ~right["student"]).sum() > 0
+    owner = [level for level, info in rows for _ in info["captions"]]
+    chosen = {}
+    for one in contenders:  # captions of one picture count together
+        texts = one.clip.encode_text([caption for _, info in rows for caption in info["captions"]]).double().numpy()
+        answers, chosen[one.name] = outcome.answers[one.name], []
+        for level in range(40):
+            image = one.clip.encode_image([Image.new("L", (8, 8), level)]).double().numpy()[0]
+            chances = special.softmax(math.exp(one.clip.logit_scale) * texts @ image)
+            best = owner[int(chances.argmax())]
+            chosen[one.name].append(best)
+            assert answers.confidence[level] == pytest.approx(chances[np.array(owner) == best].sum(), rel=1e-5)
+            assert answers.truth[level] == pytest.approx(chances[np.array(owner) == level].sum(), rel=1e-5)
+    same = [a == b for a, b in zip(chosen["teacher"], chosen["student"], strict=True)]
+    assert student["agreement"] == pytest.approx(np.mean(same))
     assert outcome.truth(3) == "dog 3 0"
     own = {caption for i, (_, info) in enumerate(rows) if i == 3 for caption in info["captions"]}
     said = outcome.choices[outcome.answers["teacher"].choice[3]]

@@ -17,7 +17,6 @@ from tinyclip.terminal import (
     Templates,
     check_free,
     errors,
-    plural,
     print_faults,
     print_json,
     print_table,
@@ -59,21 +58,20 @@ def compare(
         with _progress(name) as progress:
             outcomes.append(judge(contenders, dataset, name, progress))
         if outcomes[-1].skipped:
-            errors.print(f"{name}: {plural(len(outcomes[-1].skipped), 'picture')} left out:")
+            errors.print(f"{name}: left out:")
             print_faults(outcomes[-1].skipped, errors)
     errors.print("measuring speed")
     measured = costs(contenders)
 
     from tinyclip.compare_report import result, table, write
 
-    if output:
-        write(output, outcomes, measured)
     if as_json:
         print_json(result(outcomes, measured))
-        return
-    print_table(*table(outcomes, measured))
-    if output:
-        say(f"report: {output / 'report.html'}")
+    else:
+        print_table(*table(outcomes, measured))
+    if output:  # after the figures, which are then not lost when it cannot be written
+        write(output, outcomes, measured)
+        (errors.print if as_json else say)(f"report: {output / 'report.html'}")
 
 
 @contextmanager

@@ -33,8 +33,8 @@ class Answers:
     """What a model chooses for each picture among the classes, or where there are none, among the captions."""
 
     choice: np.ndarray  # int64 (n,)
-    confidence: np.ndarray  # (n,) the choice's probability: softmax of similarities at the model's own logit scale
-    truth: np.ndarray  # (n,) probability of what is right, all of a picture's captions together
+    confidence: np.ndarray  # (n,) probability of the choice: softmax of similarities at the model's own logit scale
+    truth: np.ndarray  # (n,) probability of what is right; captions of one picture count together, here and above
     right: np.ndarray  # bool (n, k): right among the first 1 to k = 5 choices
 
 
@@ -161,14 +161,15 @@ def answer(images: Tensor, texts: Tensor, own: np.ndarray, groups: np.ndarray, s
         scale: the factor of the similarities, exp(logit_scale).
     """
     mine, theirs = torch.from_numpy(own), torch.from_numpy(groups)
+    count = 1 + int(max(own.max(), groups.max()))
     parts: list[tuple[Tensor, ...]] = []
     for part in _tiles(len(images), len(texts)):
-        cosines = images[part] @ texts.T
+        cosines, right = images[part] @ texts.T, mine[part, None]
         best = cosines.topk(min(5, len(texts)), dim=1).indices
-        chances = (scale * cosines).softmax(1)
-        truth = (chances * (theirs == mine[part, None])).sum(1)
-        right = (theirs[best] == mine[part, None]).cummax(1).values
-        parts.append((best[:, 0], chances.gather(1, best[:, :1])[:, 0], truth, right))
+        chances = torch.zeros(len(cosines), count).index_add_(1, theirs, (scale * cosines).softmax(1))
+        chosen = theirs[best]
+        hits = (chosen == right).cummax(1).values
+        parts.append((best[:, 0], chances.gather(1, chosen[:, :1])[:, 0], chances.gather(1, right)[:, 0], hits))
     return Answers(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 
@@ -217,10 +218,11 @@ def _of_captions(outcome: Outcome, images: Sequence[Tensor], texts: Sequence[Ten
 
 
 def _agreement(outcome: Outcome) -> Columns:
-    """Columns of `agreement`: the share of pictures for which a student chooses what the teacher chooses."""
-    teacher, *students = outcome.answers
-    chosen = outcome.answers[teacher].choice
-    return {(s, "agreement"): (outcome.answers[s].choice == chosen, 1.0) for s in students}
+    """Columns of `agreement`: the share of pictures for which a student chooses what the teacher chooses, the same
+    class, or a caption of the same picture."""
+    chosen = {name: outcome.groups[answers.choice] for name, answers in outcome.answers.items()}
+    teacher, *students = chosen
+    return {(student, "agreement"): (chosen[student] == chosen[teacher], 1.0) for student in students}
 
 
 def _note(outcome: Outcome, columns: Columns) -> None:

@@ -70,7 +70,7 @@ def _quality(outcome: Outcome) -> list[list[str]]:
     for k in RECALLS:
         shares |= {f"image_retrieval_recall@{k}": f"image R@{k}, %", f"text_retrieval_recall@{k}": f"text R@{k}, %"}
     rows = []
-    for key, words in shares.items():
+    for key, words in sorted(shares.items(), key=lambda item: item[0] != outcome.main):  # the tested one first
         rows.append(_row(words, figures, lambda f, key=key: _percent(f[key], f["intervals"][key])))
         if key == outcome.main:
             rows.append(

@@ -100,6 +100,8 @@ def check_free(
     """Refuse a place that is taken: with `overwrite`, by other than what such an output is made of."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+    if path.is_file():
+        raise ValueError(f"{path} is a file, so it is not replaced by a folder; choose another place")
     found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     if other := sorted(found - replaceable):
         raise ValueError(f"{path} holds more than {what} ({other[0]}), so it is not replaced; choose another place")
