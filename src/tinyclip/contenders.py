@@ -19,7 +19,7 @@ from tinyclip.pipeline import load
 from tinyclip.resume import STATE
 from tinyclip.zoo import resolve
 
-ROUNDS, SECONDS = 5, 0.2  # of timing: turns of the models, and seconds for each tower in a turn
+ROUNDS, SECONDS = 10, 0.1  # of timing: turns of the models, and seconds for each tower in a turn
 
 
 @dataclass(frozen=True)
