@@ -65,6 +65,11 @@ class Pipeline:
         """Names of `dtype` and `device`, as commands report them."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
 
+    @property
+    def logit_scale(self) -> float:
+        """Its exponential is the factor of the similarities in `classify`."""
+        return float(self.model.logit_scale.detach())
+
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
         length = self.model.config.text.context_length if context_length is None else context_length

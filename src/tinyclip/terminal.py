@@ -95,14 +95,14 @@ def print_table(columns: Any, rows: Any, figures: bool = True) -> None:
     console.print(table)
 
 
-def print_faults(skipped: Sequence[Skipped]) -> None:
+def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
     """What was left out of data: cause, count, examples."""
     table = Table(box=None, header_style="bold")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column == "left out" else "left", overflow="fold")
     for row in rows(skipped):
         table.add_row(*row)
-    console.print(table, highlight=False)
+    where.print(table, highlight=False)
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -118,11 +118,14 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check_free(
+    path: Path, overwrite: bool, replaceable: set[str] = CHECKPOINT_FILES, what: str = "a checkpoint"
+) -> None:
+    """Refuse a place that is taken: with `overwrite`, by other than what such an output is made of."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+    if path.is_file():
+        raise ValueError(f"{path} is a file, so it is not replaced by a folder; choose another place")
     found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if other := sorted(found - CHECKPOINT_FILES):
-        raise ValueError(
-            f"{path} holds more than a checkpoint ({other[0]}), so it is not replaced; choose another place"
-        )
+    if other := sorted(found - replaceable):
+        raise ValueError(f"{path} holds more than {what} ({other[0]}), so it is not replaced; choose another place")
