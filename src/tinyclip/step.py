@@ -216,7 +216,7 @@ class Trainee:
             keys = ", ".join(batch.keys[:8])
             raise ValueError(
                 f"the {what} of stage {self.stage.name} is {value.item()} at step {step + 1}; samples {keys}, ...; "
-                "the last good checkpoint is kept. A lower optimizer.lr or precision float32 may help."
+                "a checkpoint from before it is kept, if there is one. A lower optimizer.lr or float32 may help."
             )
 
 

@@ -64,7 +64,7 @@ def run(run: Run) -> list[dict[str, Any]]:
     Under torchrun all processes call it. The first one alone writes, evaluates, and tells the run's listener.
 
     Raises:
-        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
+        ValueError: for a loss that is not finite, or data of which too much is bad; a checkpoint from before is kept.
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
     try:
@@ -125,10 +125,10 @@ def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
         forget_metrics(run.folder / log, stage.name, step, last)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
-    if step:
-        run.emit({"event": "resumed", "stage": stage.name, "step": step})
     for fault in faults:
         run.warn(stage, fault)
+    if step:
+        run.emit({"event": "resumed", "stage": stage.name, "step": step})
 
 
 # --- one stage --------------------------------------------------------------------------------------------------
