@@ -33,6 +33,7 @@ def test_public_names() -> None:
         "HardConcrete",
         "Pipeline",
         "affinity_loss",
+        "clip",
         "compact",
         "contrastive_loss",
         "evaluate",
