@@ -118,7 +118,7 @@ ENTRIES = (
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Each is tried until there are weights: those of `transformers` first, OpenCLIP's after.
-HUB_SMALL = ("*.json", "*.txt")
+HUB_SMALL = ("*.json", "*.txt", "*.model")  # the last: vocabularies of sentencepiece
 HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors", "open_clip_*.bin")
 
 
