@@ -127,7 +127,7 @@ class OpenCLIPTokens:
 def _open_clip_teacher(name: str, device: torch.device | str) -> Pipeline | ForeignTeacher:
     package = _import("open_clip", "open_clip_torch", name)
     model_name, weights, quick = _open_clip_name(name, package)
-    with _library(name, "OpenCLIP cannot make it"), warnings.catch_warnings():
+    with _library(name, "OpenCLIP cannot make it"):
         warnings.filterwarnings("error", "QuickGELU mismatch")
         arguments = {"precision": "fp32", "force_quick_gelu": quick, "require_pretrained": True}
         network = package.create_model(model_name, weights, **arguments).eval()
@@ -151,7 +151,7 @@ def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bo
     """What `create_model` is to be asked for: its name of a model, a tag or file of weights, and whether they are of
     QuickGELU."""
     rest = name.removeprefix(OPEN_CLIP)
-    if rest.startswith(("hf-hub:", "local-dir:")) or Path(rest).is_dir():
+    if rest.startswith(("hf-hub:", "local-dir:")) or (rest and Path(rest).is_dir()):
         model_name = rest if ":" in rest else f"local-dir:{rest}"
         with _library(name, "OpenCLIP cannot read its config"):
             return model_name, None, bool(package.get_model_config(model_name).get("quick_gelu"))
@@ -168,7 +168,8 @@ def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bo
         raise ValueError(f"{name}: {file or 'no file'}: no such file")
     tags = package.list_pretrained_tags_by_model(model)
     if not at and tag not in tags:
-        known = f" (there are {', '.join(tags)})" if tags else ""
+        some = difflib.get_close_matches(tag, tags, 3, 0.3) or tags[:3]
+        known = f" (of {len(tags)} tags, as {', '.join(some)})" if tags else ""
         raise ValueError(f"{name}: name its weights, {OPEN_CLIP}{model}/TAG{known} or {OPEN_CLIP}{model}@FILE")
     # OpenCLIP only warns where the tag's activation is another than the model's.
     quick = bool(package.get_model_config(model).get("quick_gelu")) or (
@@ -216,7 +217,7 @@ class TransformersTokens:
 
 def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | ForeignTeacher:
     rest = name.removeprefix(TRANSFORMERS)
-    if not Path(rest).is_dir() and not HUB_ID.fullmatch(rest):
+    if not rest or (not Path(rest).is_dir() and not HUB_ID.fullmatch(rest)):
         raise ValueError(f"{name}: no such folder, and no id of the Hugging Face hub, which is ORG/NAME")
     folder = resolve(rest if Path(rest).is_dir() else f"hf:{rest}")
     config = read_json_object(folder / "config.json")
@@ -312,9 +313,12 @@ def _library(name: str, what: str) -> Iterator[None]:
     handlers, before = logging.root.handlers[:], logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except Exception as error:
-        raise ValueError(f"{name}: {what} ({_line(error)})") from None
+        hint = "; download it elsewhere and give the file or folder" if "download" in str(error) else ""
+        raise ValueError(f"{name}: {what} ({_line(error)}){hint}") from None
     finally:
         logging.disable(before)
         logging.root.handlers[:] = handlers  # OpenCLIP's logging adds one
@@ -325,4 +329,6 @@ def _line(error: BaseException) -> str:
     while isinstance(error, ImportError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} ..."
+    if "Weights only load failed" in text:  # torch's advice is to run what the file holds
+        return "the file is damaged, or holds more than tensors"
+    return text if len(text) <= 200 else f"{text[:200]} ..."

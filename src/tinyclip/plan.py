@@ -319,7 +319,7 @@ def plan(
     total["epochs"] = sum(s["epochs"] for s in stages) if samples else None
     total["memory_bytes"] = max(s["memory_bytes"]["total"] for s in stages)
     total["hours"] = sum(s["hours"] for s in stages) if speed else None
-    start = {"shape": shape_text(first)} | _sizes(first) if teacher else None
+    start = {"shape": shape_text(teacher)} | _sizes(teacher) if teacher else None
     return {"teacher": start, "devices": devices, "stages": stages, "total": total, "notes": notes + more}
 
 
