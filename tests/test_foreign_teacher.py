@@ -1,4 +1,4 @@
-"""Teachers of OpenCLIP and `transformers`: against the libraries themselves, in runs and caches, and what is refused."""
+"""Teachers of OpenCLIP and `transformers`: against the libraries themselves, in runs and caches; what is refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinyclip.augment import View
 from tinyclip.cache import Cache
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.cli import main
-from tinyclip.foreign_teacher import is_foreign, load_teacher, local_part, short_name
+from tinyclip.foreign_teacher import _open_clip_name, is_foreign, load_teacher, local_part, short_name
 from tinyclip.loss import affinity_loss
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline
@@ -295,6 +295,12 @@ def test_a_name_with_a_file_of_weights(open_clip: ModuleType, tmp_path: Path) ->
     torch.save({"state_dict": {"logit_scale": torch.ones(())}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights.pt: OpenCLIP cannot make it \(Error\(s\) in loading"):
         load_teacher(f"open_clip:Tiny-1@{tmp_path / 'weights.pt'}")
+
+
+def test_a_tags_activation_is_its_own(open_clip: ModuleType) -> None:
+    """OpenCLIP only warns of OpenAI's weights in a model of GELU."""
+    assert _open_clip_name("open_clip:ViT-B-32/openai", open_clip) == ("ViT-B-32", "openai", True)
+    assert _open_clip_name("open_clip:ViT-B/32/laion2b_e16", open_clip) == ("ViT-B-32", "laion2b_e16", False)
 
 
 # --- the affinity of a sigmoid ----------------------------------------------------------------------------------

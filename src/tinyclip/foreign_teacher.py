@@ -318,6 +318,8 @@ def _library(name: str, what: str) -> Iterator[None]:
             yield
     except Exception as error:
         hint = "; download it elsewhere and give the file or folder" if "download" in str(error) else ""
+        if "not found in your environment" in str(error):  # of `transformers`, for a tokenizer's package
+            hint = "; pip install tinyclip[teachers]"
         raise ValueError(f"{name}: {what} ({_line(error)}){hint}") from None
     finally:
         logging.disable(before)
