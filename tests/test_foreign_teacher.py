@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +26,15 @@ from test_cache import stopped_and_resumed, stored
 from test_data import WORDS, good, write_shard
 from test_killed import assert_same
 from test_train import run, stage
+from tinyclip import foreign_teacher
 from tinyclip.augment import View
 from tinyclip.cache import Cache
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.cli import main
+from tinyclip.foreign import from_open_clip
 from tinyclip.foreign_teacher import _open_clip_name, is_foreign, load_teacher, local_part, short_name
 from tinyclip.loss import affinity_loss
+from tinyclip.masks import sparsity
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline
 from tinyclip.plan import plan
@@ -283,6 +287,24 @@ def test_an_open_clip_that_computes_otherwise_does_not(open_clip: ModuleType, tm
     assert "no_causal_mask" in foreign(f"open_clip:{folder}").kind
 
 
+@pytest.mark.parametrize("what", ["it has another tokenizer", "it computes in another way"])
+def test_both_must_say_the_same(
+    what: str, open_clip: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that keeps capitals; our reader taking the activation for another."""
+    folder = open_clip_folder(tmp_path / "vit", open_clip, VIT)
+    if "tokenizer" in what:
+        capitals = open_clip.SimpleTokenizer(context_length=16, clean="whitespace")
+        monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: capitals)
+    else:
+        monkeypatch.setattr(foreign_teacher, "from_open_clip", partial(with_quick_gelu, from_open_clip))
+    assert what in foreign(f"open_clip:{folder}").kind
+
+
+def with_quick_gelu(read: Any, data: dict[str, Any], *arguments: Any) -> Any:
+    return read({**data, "model_cfg": data["model_cfg"] | {"quick_gelu": True}}, *arguments)
+
+
 def test_a_name_with_a_file_of_weights(open_clip: ModuleType, tmp_path: Path) -> None:
     """Of a model that OpenCLIP knows; QuickGELU is as the name says."""
     folder = open_clip_folder(tmp_path / "vit", open_clip, VIT, quick_gelu=True)
@@ -385,17 +407,21 @@ def test_student_and_teacher_see_the_same_pairs_each_in_its_own_way(place: Path,
 
 
 def test_masks_are_learned_beside_a_foreign_teacher(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """Sparsity counts from what the first stage starts from; then measured masks on top."""
-    auto = {"target_sparsity": 0.6, "steps": 3, "ramp_steps": 2, "lr": 0.6}
+    """Sparsity counts from what the first stage starts from; measured masks come on top."""
+    auto = {"target_sparsity": 0.7, "steps": 3, "ramp_steps": 2, "lr": 0.6}
     stages = [
-        stage("a", start=str(place / "small"), student={}, inherit="auto", auto=auto, steps=4),
-        stage("b", student={}, inherit="calibrated", calibrated={"target_sparsity": 0.9, "batches": 2}, steps=2),
+        stage("a", start=str(place / "small"), steps=1),
+        stage("b", student={}, inherit="auto", auto=auto, steps=4),
+        stage("c", student={}, inherit="calibrated", calibrated={"target_sparsity": 0.9, "batches": 2}, steps=1),
     ]
-    chosen = recipe(place, f"transformers:{siglip}", tmp_path / "run", stages=stages)
-    _, events = run(chosen)
-    assert [e["stage"] for e in events if e["event"] == "cut"] == ["a", "b"]
-    last = load_checkpoint(tmp_path / "run" / "student")[0].config
-    assert sum(h or 0 for h in last.vision.mlp_width) < 0.5 * sum(small_config().vision.mlp_width)
+    _, events = run(recipe(place, f"transformers:{siglip}", tmp_path / "run", stages=stages))
+    assert [e["stage"] for e in events if e["event"] == "cut"] == ["b", "c"]
+    began = next(e["sparsity"]["both"] for e in events if e["event"] == "step" and e["stage"] == "b")
+    sliced, last = (load_checkpoint(tmp_path / "run" / "stages" / s / "last")[0].config for s in "ac")
+    small = load_checkpoint(place / "small")[0].config
+    gone = [sparsity(config, small, {}, ("visual", "text"), "params").item() for config in (sliced, last)]
+    assert began == pytest.approx(gone[0], abs=0.1) and gone[0] > 0.3
+    assert gone[1] > 0.85
 
 
 def test_a_student_from_random_weights(place: Path, convnext: Path, tmp_path: Path) -> None:
@@ -443,7 +469,7 @@ def test_a_run_over_the_cache_resumes_exactly_and_needs_no_teacher(place: Path, 
 
 
 def test_a_cache_notices_another_teacher(
-    place: Path, siglip: Path, convnext: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, siglip: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the same name with other weights or another tokenizer; the same in another place is the same."""
     from shutil import copytree
@@ -452,6 +478,10 @@ def test_a_cache_notices_another_teacher(
     copytree(siglip, mine)
     main_with("cache", f"transformers:{siglip}", data, "-o", str(cache), "--workers", "0")
     main_with("cache", f"transformers:{mine}", data, "-o", str(cache), "--workers", "0")
+    assert "1 shard of it was there" in capsys.readouterr().out
+    copytree(clip_folder, tmp_path / "moved")  # its kind, in words, says where it lies
+    for folder in (clip_folder, tmp_path / "moved"):
+        main_with("cache", f"transformers:{folder}", data, "-o", str(tmp_path / "other"), "--workers", "0")
     assert "1 shard of it was there" in capsys.readouterr().out
     tensors = load_file(mine / "model.safetensors")
     tensors["logit_bias"] += 1

@@ -229,7 +229,6 @@ def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | F
         except ValueError as error:  # a CLIP with something that our model does not have
             reason = f"no CLIP that can be inherited from ({error})"
     package = _import("transformers", "transformers", name)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else they warn when the workers fork
     with _library(name, "transformers cannot load it"):
         package.logging.disable_progress_bar()
         network = (
@@ -239,12 +238,12 @@ def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | F
         raise ValueError(f"{name}: {reason}, which has no image and text features in common")
     with _library(name, "transformers cannot load its tokenizer"):
         tokenizer = package.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    length = min(tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
+        length = min(tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
     # SigLIP has learned with its padding, whatever the tokenizer says.
     masked = "attention_mask" in tokenizer.model_input_names and not kind.startswith("siglip")
     tokens = TransformersTokens(tokenizer, length, masked)
     towers = partial(_image_features, network), partial(_text_features, network, tokenizer.pad_token_id)
-    preprocess = _read_preprocess(folder, network.config.vision_config.image_size)
+    preprocess = _read_preprocess(folder, getattr(network.config.vision_config, "image_size", None))
     return _made(name, network, towers, tokens, preprocess, reason)
 
 
@@ -297,6 +296,7 @@ def _import(module: str, package: str, name: str) -> ModuleType:
     """`ValueError` when it is not installed, or cannot be imported here."""
     from importlib import import_module
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else its tokenizers warn when the workers fork
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside of it
