@@ -446,6 +446,6 @@ def test_a_teacher_of_another_size_sees_resized_images() -> None:
     teacher = Teacher(CLIP(small_config(image_size=32)), Preprocess(image_size=32))
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     tokens = torch.tensor([[5, 49407], [6, 49407]])
-    features, _ = teacher.features(images, tokens, 49407)
+    features, _ = teacher.features(images, tokens)
     assert features.shape == (2, 24) and not features.requires_grad and teacher.scale.item() == pytest.approx(1 / 0.07)
     assert not teacher.model.training

@@ -171,7 +171,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
     targets = saved_targets(last) if masked else mask_targets(run, stage, student)
-    pruner = Pruner(student.config, run.teacher.config, stage, targets, run.recipe.seed + i, run.device)
+    pruner = Pruner(student.config, run.original, stage, targets, run.recipe.seed + i, run.device)
     for name, gone in pruner.constraint.start.items():
         if gone >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
             run.warn(stage, already_gone(gone, targets[name]))
