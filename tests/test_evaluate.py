@@ -74,7 +74,7 @@ def test_zero_shot_on_shards_with_subsets(tmp_path: Path) -> None:
     (tmp_path / "templates.txt").write_text("level {c}\n{c}\n")
     result = zero_shot(Oracle(), open_dataset(tmp_path))
     assert result["acc1"] == 0.75 and result["templates"] == 2
-    assert result["subsets"]["a"] == {"acc1": 1.0, "acc5": 1.0, "n": 2}
+    assert result["subsets"]["a"] == {"acc1": 1.0, "acc5": 1.0, "mean_per_class_recall": 1.0, "n": 2}
     assert result["subsets"]["b"]["acc1"] == 0.5
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tinyclip import __version__, cli_data, cli_embed, cli_features, cli_models, cli_train
+from tinyclip import __version__, cli_data, cli_embed, cli_evaluate, cli_features, cli_models, cli_train
 from tinyclip.terminal import console, fail
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
@@ -15,7 +15,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Make and check training shard
 vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
 for command in (
     *(cli_train.distill, cli_train.train, cli_train.plan, cli_train.report),
-    *(cli_models.inherit, cli_models.convert, cli_models.classify, cli_models.evaluate),
+    *(cli_models.inherit, cli_models.convert, cli_models.classify),
+    cli_evaluate.evaluate,
     cli_features.cache,
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
 ):
