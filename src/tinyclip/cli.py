@@ -16,7 +16,7 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.
 for command in (
     *(cli_train.distill, cli_train.train, cli_train.plan, cli_train.report),
     *(cli_models.inherit, cli_models.convert, cli_models.classify),
-    cli_evaluate.evaluate,
+    *(cli_evaluate.evaluate, cli_evaluate.probe),
     cli_features.cache,
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
 ):

@@ -71,6 +71,53 @@ def evaluate(
     _print_figures(result)
 
 
+def probe(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    train: Annotated[Path, typer.Argument(help="Pictures with classes, as for evaluate; of splits, train.")],
+    test: Annotated[Path | None, typer.Argument(help="To judge on; by default TRAIN's test split, or a fifth.")] = None,
+    classes: ClassNames = None,
+    solver: Annotated[str, typer.Option(help="auto, sklearn or torch.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out parts.")] = 0,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    compile: Compile = False,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
+    from tinyclip.datasets import find_splits, open_dataset
+    from tinyclip.distributed import is_main, processes, resolve_device
+    from tinyclip.pipeline import load
+    from tinyclip.probe import check_solver
+    from tinyclip.probe import probe as probed
+
+    check_solver(solver)
+    splits = find_splits(train)
+    given = open_dataset(train, classes=classes, split="train" if "train" in splits else None)
+    other = test or (train if "train" in splits and len(splits) > 1 else None)
+    judged = open_dataset(other, classes=classes) if other else None
+    place = resolve_device(device)
+    with processes(place):
+        clip = load(model, device=place, dtype=dtype, compile=compile)
+        with progress(is_main()) as step:
+            figures = probed(clip, given, judged, solver=solver, seed=seed, device=place, progress=step)
+        if not is_main():
+            return
+    result = {"model": str(model)} | clip.computing | figures
+    for dataset in (given, judged):
+        if dataset:
+            _say_skipped(dataset)
+    if output:
+        _write(output, result)
+    if as_json:
+        print_json(result)
+        return
+    say_computing(clip.computing)
+    fractions = ("acc1", "acc5", "mean_per_class_recall", "validation_acc1")
+    rows = [[name, _figure(result[name])] for name in (*fractions, "n", "n_train", "classes")]
+    print_table(("figure", "value"), [*rows, ["C", f"{result['C']:.3g}"], ["solver", result["solver"]]])
+
+
 def _say_skipped(dataset: Any) -> None:
     """On stderr, what of the data was left out."""
     from tinyclip.faults import counts, summary

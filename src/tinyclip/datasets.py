@@ -115,7 +115,7 @@ def open_dataset(
         return _captioned(place, layouts.karpathy(karpathy, chosen, options.images), karpathy.parent)
     if place.name.lower().endswith(SHARDS):
         _no_split(place, options)
-        return _tar(place, options, [place.parent])
+        return _tar(place, options, _homes(place.parent))
     if place.is_file():
         raise ValueError(f"{path}: neither a folder nor a .tar, a table or a .json of splits")
     return _folder(place, options)
@@ -136,24 +136,39 @@ def _folder(place: Path, options: Options) -> Dataset:
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
 
-def _part(place: Path, options: Options) -> tuple[Path, list[Path]]:
-    """The folder, or tar, of the split in a folder, and where files of names may be. Splits are folders or plain tars
-    with the names of `SPLITS`, where there is nothing else to read."""
+def find_splits(place: str | Path) -> dict[str, Path]:
+    """The parts of a folder that are named as in `SPLITS`: folders of shards or of class folders, or tars. Empty when
+    there is anything else to read in it."""
+    place = Path(place)
     splits: dict[str, Path] = {}
-    for name in (options.split, *SPLITS):
-        if name and (place / name).is_dir() and (_has_shards(place / name) or layouts.class_folders(place / name)):
-            splits[name] = place / name
-        elif name and (place / f"{name}.tar").is_file():
-            splits[name] = place / f"{name}.tar"
-    others = {p for p in place.iterdir() if p.name.lower().endswith(SHARDS) and not p.name.startswith(".")}
-    others |= {place / name for name in layouts.class_folders(place)} if splits else set()
-    if splits and not others - set(splits.values()):
-        if options.split and options.split not in splits:
-            raise ValueError(f"{place}: no split {options.split!r}; it has {', '.join(splits)}")
-        return splits[options.split or next(iter(splits))], [place]
-    _no_split(place, options)
-    outside = place.parent if (place / "nshards.txt").exists() or place.name in SPLITS else place
-    return place, [place, outside]
+    for name in SPLITS if place.is_dir() else ():
+        folder, tar = place / name, place / f"{name}.tar"
+        if folder.is_dir() and (_has_shards(folder) or layouts.class_folders(folder)):
+            splits[name] = folder
+        elif tar.is_file():
+            splits[name] = tar
+    if splits:
+        others = {p for p in place.iterdir() if p.name.lower().endswith(SHARDS)}
+        others |= {place / name for name in layouts.class_folders(place)}
+        return {} if others - set(splits.values()) else splits
+    return splits
+
+
+def _part(place: Path, options: Options) -> tuple[Path, list[Path]]:
+    """What is read of a folder, and where files of names may be."""
+    splits = find_splits(place)
+    if not splits:
+        _no_split(place, options)
+        return place, _homes(place)
+    if options.split and options.split not in splits:
+        raise ValueError(f"{place}: no split {options.split!r}; it has {', '.join(splits)}")
+    return splits[options.split or next(iter(splits))], [place]
+
+
+def _homes(place: Path) -> list[Path]:
+    """A folder, and the one it is in when it is a split."""
+    inside = place.name in SPLITS or (place / "nshards.txt").exists()
+    return [place, place.parent] if inside else [place]
 
 
 def _tar(tar: Path, options: Options, homes: list[Path], place: Path | None = None) -> Dataset:
