@@ -124,15 +124,15 @@ def open_dataset(
 def _folder(place: Path, options: Options) -> Dataset:
     part, homes = _part(place, options)
     if part.is_file():
-        return _tar(part, options, homes, place)
+        return _tar(part, options, homes)
     if _has_shards(part):
         classes = of_samples(options.classes or _names_beside(homes))
-        return _dataset(place, classes, layouts.shards(_shards(part), classes), options, homes)
+        return _dataset(part, classes, layouts.shards(_shards(part), classes), options, homes)
     if names := layouts.class_folders(part):
         classes = of_folders(part, names, options.classes or _names_beside(homes))
-        return _dataset(place, classes, layouts.folders(part, classes), options, homes)
+        return _dataset(part, classes, layouts.folders(part, classes), options, homes)
     if any(p.suffix.lower() in layouts.IMAGE_ENDINGS for p in part.iterdir()):
-        return _captioned(place, [(item.path, item.captions) for item in find_items(part)], part)
+        return _captioned(part, [(item.path, item.captions) for item in find_items(part)], part)
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
 
@@ -171,17 +171,17 @@ def _homes(place: Path) -> list[Path]:
     return [place, place.parent] if inside else [place]
 
 
-def _tar(tar: Path, options: Options, homes: list[Path], place: Path | None = None) -> Dataset:
+def _tar(tar: Path, options: Options, homes: list[Path]) -> Dataset:
     """A tar of class folders, or a single shard."""
     names = layouts.tar_folders(tar)
     source = options.classes or _names_beside(homes)
     if not names:
         classes = of_samples(source)
-        return _dataset(place or tar, classes, layouts.shards([tar], classes), options, homes)
+        return _dataset(tar, classes, layouts.shards([tar], classes), options, homes)
     if tar.suffix == ".gz":
         raise ValueError(f"{tar}: class folders in a compressed tar; unpack it with gunzip")
     classes = of_folders(tar, names, source)
-    return _dataset(place or tar, classes, layouts.in_tar(tar, classes), options, homes)
+    return _dataset(tar, classes, layouts.in_tar(tar, classes), options, homes)
 
 
 def _dataset(place: Path, classes: Classes, reader: Reader, options: Options, homes: Sequence[Path]) -> Dataset:

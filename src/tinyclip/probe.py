@@ -200,12 +200,11 @@ def _chosen(solver: str, count: int, classes: int, device: torch.device) -> str:
 
 def fit_sklearn(problem: Problem, c: float) -> Linear:
     """Logistic regression of scikit-learn, in float64."""
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=c, tol=TOLERANCE, max_iter=STEPS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore")  # of steps that did not suffice, which `converged` says, and of few pictures
         model.fit(problem.features.double().numpy(), problem.places.numpy())
     weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
     return problem.linear(weight, bias, bool(model.n_iter_.max() < STEPS))
