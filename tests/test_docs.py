@@ -45,7 +45,7 @@ def workplace(tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
         shorten_recipe(path, tmp_path / "recipes" / path.name)
-    for place in ("photos", "classes/red_fox"):
+    for place in ("photos", "classes/red_fox", "classes/grey_wolf"):
         (tmp_path / place).mkdir(parents=True)
         for i in range(30):
             (tmp_path / place / f"{i}.jpg").write_bytes(picture(i))
