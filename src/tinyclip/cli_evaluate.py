@@ -16,6 +16,7 @@ from tinyclip.terminal import (
     Compile,
     Device,
     DType,
+    Model,
     Templates,
     console,
     errors,
@@ -31,7 +32,7 @@ COUNTS = ("n", "n_images", "n_texts", "classes", "templates")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    model: Model,
     data: Annotated[Path, typer.Argument(help="Class folders, shards, a val.tar, a table or a split file.")],
     templates: Templates = None,
     classes: ClassNames = None,
@@ -72,7 +73,7 @@ def evaluate(
 
 
 def probe(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    model: Model,
     train: Annotated[Path, typer.Argument(help="Pictures with classes, as for evaluate; of splits, train.")],
     test: Annotated[Path | None, typer.Argument(help="To judge on; by default TRAIN's test split, or a fifth.")] = None,
     classes: ClassNames = None,

@@ -131,7 +131,8 @@ def _folder(place: Path, options: Options) -> Dataset:
     if names := layouts.class_folders(part):
         classes = of_folders(part, names, options.classes or _names_beside(homes))
         return _dataset(part, classes, layouts.folders(part, classes), options, homes)
-    if any(p.suffix.lower() in layouts.IMAGE_ENDINGS for p in part.iterdir()):
+    files = [p for p in part.iterdir() if p.suffix.lower() in layouts.IMAGE_ENDINGS]
+    if any(file.with_suffix(ending).is_file() for file in files for ending in (".txt", ".json")):
         return _captioned(part, [(item.path, item.captions) for item in find_items(part)], part)
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
