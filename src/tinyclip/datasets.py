@@ -11,7 +11,7 @@ from PIL import Image
 from tinyclip import layouts
 from tinyclip.classnames import Classes, of_folders, of_samples, read_lines, read_templates
 from tinyclip.faults import Fault, Skipped
-from tinyclip.layouts import Mine, Reader
+from tinyclip.layouts import Item, Mine, Reader
 from tinyclip.pack import TABLES, find_items
 from tinyclip.shards import find_shards
 
@@ -48,13 +48,19 @@ class Dataset:
         """The examples of those numbers that are `mine`, with their numbers; others are not opened. A number that
         does not come is of a picture that cannot be read."""
         self.skipped.clear()
-        for number, item in self.reader(mine, self.skipped):
-            try:
-                image = item.open()
-            except Fault as fault:
-                self.skipped.append(Skipped(item.shard, item.key, fault.cause, fault.reason))
-                continue
-            yield number, Example(item.key, image, item.label, item.captions, item.subset, item.labels)
+        for number, item, image in map(_opened, self.reader(mine, self.skipped)):
+            if isinstance(image, Fault):
+                self.skipped.append(Skipped(item.shard, item.key, image.cause, image.reason))
+            else:
+                yield number, Example(item.key, image, item.label, item.captions, item.subset, item.labels)
+
+
+def _opened(numbered: tuple[int, Item]) -> tuple[int, Item, Image.Image | Fault]:
+    number, item = numbered
+    try:
+        return number, item, item.open()
+    except Fault as fault:
+        return number, item, fault
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,7 @@ def zero_shot(
     features, examples = encoded or encode_images(clip, dataset)
     several = any(e.labels is not None for e in examples)
     chosen = [i for i, e in enumerate(examples) if (e.labels if several else e.label) is not None]
-    if not chosen:
-        raise ValueError(f"{dataset.path}: no picture has a class")
+    check_classes(dataset, len(chosen))
     classes = class_features(clip, dataset.classnames, dataset.templates)
     if several:
         truth = [examples[i].labels or () for i in chosen]
@@ -166,6 +165,16 @@ def zero_shot(
     if per_class:
         result["per_class"] = [{"class": dataset.classnames[c]} | figures for c, figures in each.items()]
     return result | {"classes": len(dataset.classnames), "templates": len(dataset.templates)}
+
+
+def check_classes(dataset: Dataset, known: int) -> None:
+    """`ValueError` when no picture has a class, or more of them have one that the list lacks than have a known one."""
+    lacking = [s for s in dataset.skipped if s.cause == "unknown_class"]
+    if len(lacking) > known:
+        counted = f"{len(lacking):,} of {len(lacking) + known:,} pictures have a class that its list lacks"
+        raise ValueError(f"{dataset.path}: {counted}, so they do not match; the first: {lacking[0]}")
+    if not known:
+        raise ValueError(f"{dataset.path}: no picture has a class")
 
 
 def best(features: Tensor, others: Tensor, k: int) -> Tensor:

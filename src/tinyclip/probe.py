@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tinyclip.datasets import Dataset
 from tinyclip.distributed import from_main
-from tinyclip.evaluate import Encoder, Progress, accuracies, encode_images
+from tinyclip.evaluate import Encoder, Progress, accuracies, check_classes, encode_images
 from tinyclip.faults import counts
 
 SOLVERS = ("auto", "sklearn", "torch")
@@ -128,7 +128,8 @@ def _labelled(clip: Encoder, dataset: Dataset, progress: Progress) -> Labelled:
     if any(e.labels is not None for e in examples):
         raise ValueError(f"{dataset.path}: its pictures may have several classes, and a linear probe takes one")
     chosen = [i for i, e in enumerate(examples) if e.label is not None]
-    labels = torch.tensor([examples[i].label for i in chosen], dtype=torch.long)
+    check_classes(dataset, len(chosen))
+    labels = torch.tensor([examples[i].label for i in chosen])
     if len(labels.unique()) < 2:
         raise ValueError(f"{dataset.path}: a linear probe needs pictures of two classes or more")
     return features[chosen], labels
