@@ -96,7 +96,7 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["document_recipes.py", "document_commands.py"])
-def test_generated_pages_are_up_to_date(script: str) -> None:
+def test_what_is_written_by_a_script_is_up_to_date(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
