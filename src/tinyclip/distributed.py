@@ -196,6 +196,20 @@ class _Gather(torch.autograd.Function):
         return total.chunk(world_size())[rank()]
 
 
+def gather_uneven(rows: Tensor) -> Tensor:
+    """Every process's rows (n, ...) as `gather`, though each has another number of them. One without any may leave out
+    their shape, (0, 0)."""
+    if world_size() == 1:
+        return rows
+    shapes = gather_objects(tuple(rows.shape))
+    longest = max(shapes, key=lambda shape: shape[0])
+    padded = rows.new_zeros(longest)
+    if len(rows):
+        padded[: len(rows)] = rows
+    parts = gather(padded).split(max(1, longest[0]))
+    return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)]) if longest[0] else rows
+
+
 def gather_objects(mine: T) -> list[T]:
     """What each process has, by rank, in every process; small things only."""
     if world_size() == 1:
