@@ -101,7 +101,7 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     check_activation(activation, str(path))
     try:
         if (foreign := read_foreign(path, activation)) is not None:
-            model = _filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
+            model = filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
             return model, foreign.tokenizer, foreign.preprocess
     except ValueError as error:
         if path.is_file() and path.with_name(f"{path.name}.json").exists():  # the record of a download (see `download`)
@@ -122,11 +122,11 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
             f"{path}: preprocess.json makes {preprocess.image_size} px images, "
             f"config.json says {config.vision.image_size}"
         )
-    model = _filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
+    model = filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
     return model, tokenizer, preprocess
 
 
-def _filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
+def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
     """A model with these weights; `ValueError` as `check_state`, before anything of its size is allocated."""
     try:
         with torch.device("meta"):

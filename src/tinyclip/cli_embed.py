@@ -16,6 +16,7 @@ from tinyclip.terminal import (
     Compile,
     Device,
     Overwrite,
+    complete_model,
     errors,
     plural,
     print_faults,
@@ -26,7 +27,7 @@ from tinyclip.terminal import (
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.", autocompletion=complete_model)],
     source: Annotated[Path, typer.Argument(help="Pictures, WebDataset shards, or texts (.txt or a table).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the features.")],
     what: Annotated[str, typer.Option(help="Of shards: both, image or text.")] = "both",

@@ -1,8 +1,7 @@
-"""Commands that take a model: cut, convert, use, judge, look at."""
+"""Commands that take a model: cut, convert, use, look at."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +9,10 @@ import typer
 
 from tinyclip.terminal import (
     AsJson,
-    Compile,
     Device,
     DType,
     Model,
     Overwrite,
-    Templates,
     check_free,
     complete_model,
     complete_shape,
@@ -160,45 +157,6 @@ def classify(
     else:
         say_computing(clip.computing)
         print_table(("label", "probability"), [[name, f"{100 * p:.1f} %"] for name, p in ranked])
-
-
-def evaluate(
-    model: Path,
-    data: Path,
-    templates: Templates = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    compile: Compile = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Zero-shot accuracy and retrieval recall of MODEL on DATA (class folders or shards)."""
-    from tinyclip import evaluate as evaluation
-    from tinyclip.faults import summary
-    from tinyclip.files import write_atomically
-    from tinyclip.pipeline import load
-
-    dataset = evaluation.open_dataset(data, templates)
-    clip = load(model, device=device, dtype=dtype, compile=compile)
-    result = {"model": str(model)} | clip.computing | evaluation.evaluate(clip, dataset)
-    if dataset.skipped:
-        errors.print(f"skipped {summary(result['skipped_by_cause'])}:")
-        for skipped in dataset.skipped[:10]:
-            errors.print(f"  {skipped.cause}: {skipped}")
-    if output:
-        write_atomically(output, json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print_json(result)
-        return
-    say_computing(clip.computing)
-    subsets = result.pop("subsets", {})
-    names = [k for k, v in result.items() if isinstance(v, float)] + [k for k in result if k.startswith("n")]
-    rows = [[name, *(_figure(figures.get(name)) for figures in (result, *subsets.values()))] for name in names]
-    print_table(("figure", "all", *subsets), rows)
-
-
-def _figure(value: Any) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
 
 
 def measure(

@@ -17,6 +17,7 @@ from tinyclip.zoo import SHIPPED, cache_folder
 
 # What each extra of pyproject.toml is for; its packages are read from there. `dev` is for tinyclip's own tests.
 EXTRAS = {
+    "search": "tinyclip index and tinyclip search",
     "tracking": "following runs in TensorBoard, trackio or wandb",
 }
 LOW_DISK_GB = 2  # a published model has up to 1 GB

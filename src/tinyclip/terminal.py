@@ -48,7 +48,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
-Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a line, {c} for the class.")]
+Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
 
 # What checkpoints are made of, ours, OpenCLIP's and Hugging Face's; a folder with anything else is not replaced.
 CHECKPOINT_FILES = {
