@@ -1,11 +1,12 @@
 # make demo: sets everything up, then compresses the shipped teacher and shows the result
 # make test: sets everything up, then passes every test
+# make docs: builds the documentation site into build/site, warnings being errors
 # make test-package: builds wheel and sdist, installs the wheel into an empty environment and uses it there
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-package setup clean
+.PHONY: demo docs test test-package setup clean
 
 demo: .venv/installed
 	@$(BIN)/python scripts/demo.py
@@ -15,6 +16,9 @@ test: .venv/installed-dev
 
 test-package:
 	$(PYTHON) scripts/test_package.py
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: .venv/installed-dev
 
@@ -26,6 +30,10 @@ setup: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 clean:
