@@ -27,7 +27,8 @@ from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import checksum, flush, read_json_object, write_atomically
-from tinyclip.pipeline import Pipeline, ahead, batches
+from tinyclip.inputs import ahead, batches
+from tinyclip.pipeline import Pipeline
 from tinyclip.shards import captions_of, image_of, read_shard
 from tinyclip.sources import Source, Text
 from tinyclip.transforms import open_image

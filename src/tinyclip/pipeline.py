@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +18,12 @@ from torch import Tensor
 
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.distributed import resolve_device, resolve_dtype
+from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
 from tinyclip.model import CLIP, cast
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
-from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess, open_image
+from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.zoo import resolve
 
-S = TypeVar("S")
-T = TypeVar("T")
-BATCH = 32  # pictures at once on a CPU: more no longer fit its caches and are slower
-AHEAD = 64  # pictures decoded before they are needed
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -82,7 +76,8 @@ class Pipeline:
             ValueError: for an unreadable picture or a wrong shape.
         """
         items, size = _as_list(images), self.batch_size(batch_size)
-        ready = items.split(size) if isinstance(items, Tensor) else map(_stacked, batches(self._pictures(items), size))
+        tensors = isinstance(items, Tensor)
+        ready = items.split(size) if tensors else map(_stacked, batches(pictures(items, self._image), size))
         features = [self._empty()]
         for batch in ready:
             batch = batch.to(self.device, self.model.text_projection.dtype)
@@ -106,8 +101,7 @@ class Pipeline:
         """
         rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
         features = self._empty(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # what needs most memory first
-        for places in batches(order, self.batch_size(batch_size) * (1 if batch_size else 2)):
+        for places in by_length(rows, self.batch_size(batch_size) * (1 if batch_size else 2)):
             tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
             features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
         return features
@@ -122,10 +116,7 @@ class Pipeline:
         Raises:
             ValueError: without labels, or for an empty one.
         """
-        if not labels:
-            raise ValueError("no labels to choose from")
-        if not all(label.strip() for label in ([labels] if isinstance(labels, str) else labels)):
-            raise ValueError("a label is empty")
+        check_labels(labels)
         logits = self.similarity(images, labels) * self.model.logit_scale.detach().float().exp()
         return logits.softmax(1)
 
@@ -133,62 +124,15 @@ class Pipeline:
         """Write a checkpoint directory that `load` reads."""
         save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype)
 
-    def _pictures(self, items: Sequence[ImageLike]) -> Iterator[Tensor]:
-        """Each as a tensor, in order; threads work a little ahead of what is taken."""
-        if len(items) <= 1:
-            yield from map(self._image, items)
-            return
-        yield from ahead(self._image, map(_loaded, items))
-
     def _image(self, item: ImageLike) -> Tensor:
-        if isinstance(item, Tensor):
-            return item
-        if isinstance(item, (str, Path)):
-            item = open_image(item)
-        if isinstance(item, np.ndarray):
-            good = item.dtype == np.uint8 and 0 not in item.shape
-            if not good or not (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
-                raise ValueError(f"image array is {item.dtype} {item.shape}, expected uint8 (h, w) or (h, w, 3 or 4)")
-            item = Image.fromarray(item)
-        if not isinstance(item, Image.Image):
-            raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
-        return self.preprocess(item)
+        return item if isinstance(item, Tensor) else self.preprocess(picture_of(item))
 
     def batch_size(self, given: int | None = None) -> int:
         """Pictures at once: what is given, else what suits the device; twice as many texts."""
-        if given is not None and given < 1:
-            raise ValueError(f"batch_size {given}: at least 1 is needed")
-        return given or (BATCH if self.device.type == "cpu" else 8 * BATCH)
+        return at_once(given, BATCH if self.device.type == "cpu" else 8 * BATCH)
 
     def _empty(self, count: int = 0) -> Tensor:
         return torch.empty(count, self.model.config.embed_dim, device=self.device)
-
-
-def ahead(call: Callable[[S], T], items: Iterable[S], workers: int | None = None) -> Iterator[T]:
-    """`call` of each item, in order, by threads that work a little ahead of what is taken.
-
-    Args:
-        workers: threads; by default one a core of this process's share, 8 at most.
-    """
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: processes here
-    with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, item))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one what is left."""
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def _finished(features: Tensor, normalize: bool) -> Tensor:
@@ -196,17 +140,8 @@ def _finished(features: Tensor, normalize: bool) -> Tensor:
     return F.normalize(features, dim=-1) if normalize else features
 
 
-def _loaded(item: ImageLike) -> ImageLike:
-    """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
-    if isinstance(item, Image.Image):
-        item.load()
-    return item
-
-
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    shapes = {tuple(t.shape) for t in tensors}
-    if len(shapes) > 1:
-        raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
+    same_shape(tuple(t.shape) for t in tensors)
     return torch.stack(tensors)
 
 
