@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinyclip.measurement import measure as measure
     from tinyclip.model import CLIP as CLIP
     from tinyclip.pipeline import Pipeline as Pipeline
-    from tinyclip.pipeline import load as load
+    from tinyclip.loading import load as load
     from tinyclip.pipeline import preprocess as preprocess
     from tinyclip.pipeline import tokenize as tokenize
 
@@ -31,7 +31,7 @@ _HOME = {
     "compact": "inheritance",
     "contrastive_loss": "loss",
     "inherit": "inheritance",
-    "load": "pipeline",
+    "load": "loading",
     "measure": "measurement",
     "preprocess": "pipeline",
     "tokenize": "pipeline",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +15,14 @@ from PIL import Image
 from tinyclip import evaluate
 from tinyclip.faults import Fault, Skipped
 from tinyclip.pack import find_items
-from tinyclip.pipeline import Pipeline
+from tinyclip.pipeline import Pipeline, Tensors
+from tinyclip.runtime import RuntimePipeline
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
 from tinyclip.transforms import open_image
 
 COUNT = 300  # pictures and captions to calibrate and compare on
 HELD_OUT = 5  # one of so many is compared on and not calibrated on
 PIECES = (1, 2, 5)  # sizes of the first batches; the rest goes at once
-
-
-class Encodes(Protocol):
-    """`Pipeline` or `RuntimePipeline`."""
-
-    def encode_image(self, images: Any, /) -> Any: ...
-
-    def encode_text(self, texts: Any, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -109,8 +102,8 @@ def synthetic(clip: Pipeline, count: int = 16) -> Samples:
 
 
 def compare(
-    reference: Encodes,
-    other: Encodes,
+    reference: Pipeline,
+    other: Pipeline | RuntimePipeline,
     samples: Samples,
     data: str | Path | None = None,
     templates: str | Path | None = None,
@@ -137,7 +130,8 @@ def compare(
         figures["top1_agreement"] = float((best[0] == best[1]).mean())
     if data is not None:
         dataset = evaluate.open_dataset(data, templates)
-        figures["acc1_float32"], figures["acc1"] = (evaluate.zero_shot(clip, dataset)["acc1"] for clip in (reference, other))
+        encoders = [reference, Tensors(other) if isinstance(other, RuntimePipeline) else other]
+        figures["acc1_float32"], figures["acc1"] = (evaluate.zero_shot(clip, dataset)["acc1"] for clip in encoders)
     return figures
 
 

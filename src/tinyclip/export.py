@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ def export(
             facts["check"] = compare(clip, load(folder), samples, data, templates)
             refuse(facts["check"], "float32", to)
         elif int8:
-            facts = write_int8(folder, clip, facts, samples, data, templates)
+            facts = _write_int8(folder, clip, facts, samples, data, templates)
         else:
             facts = write(folder, clip, facts)
             facts["check"] = checked(folder, clip, samples, data, templates)
@@ -99,6 +99,37 @@ def checked(
     figures = compare(clip, other, samples, data, templates) | {"runtime": other.runtime}
     refuse(figures, other.facts["precision"], other.facts["export"])
     return figures
+
+
+def _write_int8(
+    folder: Path,
+    clip: Pipeline,
+    facts: dict[str, Any],
+    samples: Samples,
+    data: str | Path | None,
+    templates: str | Path | None,
+) -> dict[str, Any]:
+    """Quantise, and keep more and more in float as long as the check fails."""
+    from tinyclip.quantise import KEPT, quantise
+
+    with tempfile.TemporaryDirectory(dir=folder) as float32:
+        write(Path(float32), clip, facts | {"precision": "float32"})
+        for attempt, kept in enumerate(KEPT, 1):
+            result = write(folder, clip, facts, towers=False)
+            calibrated_on = samples.part(held_out=False)
+            result["in_float"] = quantise(Path(float32), folder, facts["export"], clip, calibrated_on, kept)
+            write_facts(folder, result)
+            try:
+                check = checked(folder, clip, samples.part(held_out=True), data, templates)
+            except ValueError:
+                if attempt == len(KEPT):
+                    raise
+                continue
+            result["calibration"] = {"images": len(calibrated_on.pixels), "texts": len(calibrated_on.texts)}
+            result["check"] = check
+            break
+    write_facts(folder, result)
+    return result
 
 
 # --- the towers as graphs ---------------------------------------------------------------------------------------
@@ -141,9 +172,13 @@ def programs(model: CLIP) -> dict[str, ExportedProgram]:
         }
 
 
-def write(folder: Path, clip: Pipeline, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write a folder that `load_export` reads, in float32; returns all its facts."""
-    for name, program in programs(clip.model).items():
+def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = True) -> dict[str, Any]:
+    """Write a folder that `load_export` reads, in float32; returns all its facts.
+
+    Args:
+        towers: not when they come from elsewhere.
+    """
+    for name, program in programs(clip.model).items() if towers else ():
         with quietly():
             TOWERS[facts["export"]](program, folder / f"{name}{ENDINGS[facts['export']]}")
     clip.tokenizer.save(folder / TOKENIZER)
@@ -159,7 +194,7 @@ def write(folder: Path, clip: Pipeline, facts: dict[str, Any]) -> dict[str, Any]
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """`tinyclip.json`, with the size and CRC-32 of every other file."""
-    files = sorted(file for file in folder.iterdir() if file.name != FACTS)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FACTS)
     facts["files"] = {file.name: [file.stat().st_size, checksum(file)] for file in files}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

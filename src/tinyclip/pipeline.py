@@ -20,6 +20,7 @@ from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.distributed import resolve_device, resolve_dtype
 from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
 from tinyclip.model import CLIP, cast
+from tinyclip.runtime import RuntimePipeline, check_device, find_export, load_export
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.zoo import resolve
@@ -46,6 +47,15 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """What it computes in; features come back as float32."""
         return self.model.dtype
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.config.embed_dim
+
+    @property
+    def logit_scale(self) -> float:
+        """Its exponential is the factor of the similarities in `classify`."""
+        return self.model.logit_scale.item()
 
     @property
     def computing(self) -> dict[str, str]:
@@ -151,6 +161,44 @@ def _as_list(images: Any) -> Any:
     return images if isinstance(images, (list, tuple)) else [images]
 
 
+@dataclass
+class Tensors:
+    """An exported model for what computes with torch: as a `Pipeline` it gives tensors."""
+
+    clip: RuntimePipeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.clip, name)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.clip.preprocess(image))
+
+    def encode_image(self, images: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
+        return torch.from_numpy(self.clip.encode_image(images, batch_size=batch_size, normalize=normalize))
+
+    def encode_text(self, texts: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
+        return torch.from_numpy(self.clip.encode_text(texts, batch_size=batch_size, normalize=normalize))
+
+
+def load_encoder(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    compile: bool = False,
+) -> Pipeline | Tensors:
+    """As `load`, exports included: what gives features is all that evaluating and embedding need.
+
+    Raises:
+        ValueError: as `load` and `load_export`; for an export also when it should be compiled.
+    """
+    if find_export(name_or_path) is None:
+        return load(name_or_path, device=device, dtype=dtype, compile=compile)
+    if compile:
+        raise ValueError(f"{name_or_path} is an export, which its runtime compiles; leave --compile out")
+    check_device(str(name_or_path), device)
+    return Tensors(load_export(name_or_path, dtype=dtype))
+
+
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
@@ -176,6 +224,8 @@ def load(
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
+    if find_export(name_or_path) is not None:
+        raise ValueError(f"{name_or_path} is an export, which cannot be taken here; give the checkpoint it was made of")
     model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
     cast(model.to(device), precision)
     if compile:

@@ -211,6 +211,12 @@ def find_export(path: str | Path) -> Path | None:
     return None
 
 
+def check_device(where: str, device: Any) -> None:
+    """`ValueError` for any but the CPU."""
+    if str(device) not in ("cpu", "auto"):
+        raise ValueError(f"{where} is an export, which runs on the CPU, not on {device}")
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `tinyclip.json` says, checked.
 

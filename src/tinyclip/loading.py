@@ -1,0 +1,101 @@
+"""`tinyclip.load`: a model ready to use, whatever it is stored as. No torch here, but for what needs it."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from tinyclip.runtime import RuntimePipeline, check_device, find_export, load_export
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinyclip.pipeline import Pipeline
+
+Runtime = Literal["auto", "torch", "onnxruntime", "openvino"]
+
+
+@overload
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    activation: str | None = None,
+    cache: str | Path | None = None,
+    compile: bool = False,
+    runtime: None = None,
+) -> Pipeline: ...
+
+
+@overload
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    activation: str | None = None,
+    cache: str | Path | None = None,
+    compile: bool = False,
+    runtime: str = "auto",
+) -> Pipeline | RuntimePipeline: ...
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    activation: str | None = None,
+    cache: str | Path | None = None,
+    compile: bool = False,
+    runtime: str | None = None,
+) -> Any:
+    """A model ready to use: from a checkpoint of ours or of others (`docs/convert.md`), by its name in the zoo
+    (`docs/zoo.md`), from the Hugging Face hub (`org/name`), or from a folder that `tinyclip export` wrote
+    (`docs/export.md`). The last comes as a `RuntimePipeline`, which has the methods of a `Pipeline` and gives NumPy
+    arrays; torch is then not imported.
+
+    Args:
+        device: where the weights go; "auto" takes CUDA, then MPS, then the CPU. Exports run on the CPU.
+        dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
+            older GPUs, else float32.
+        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
+        cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
+        compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
+            (`docs/inference.md`); the weights must not change after.
+        runtime: by default torch for checkpoints, and for exports the fastest runtime that is installed.
+            "openvino" or "onnxruntime" converts a checkpoint in memory, which takes seconds. "auto" does that for a
+            checkpoint on the CPU where OpenVINO is installed.
+
+    Raises:
+        ValueError: when it is missing, cannot be downloaded, anything in it does not fit, or the runtime is not
+            installed or cannot run it.
+    """
+    if runtime not in (None, "auto", "torch", "onnxruntime", "openvino"):
+        raise ValueError(f"runtime {runtime!r}: choose auto, openvino, onnxruntime or torch")
+    if find_export(name_or_path) is not None:
+        if compile:
+            raise ValueError(f"{name_or_path} is an export, which its runtime compiles; leave `compile` out")
+        check_device(str(name_or_path), device)
+        return load_export(name_or_path, runtime, dtype)
+    if runtime == "auto":
+        runtime = "openvino" if str(device) == "cpu" and not compile and find_spec("openvino") else "torch"
+    from tinyclip import pipeline
+
+    if runtime in (None, "torch"):
+        return pipeline.load(name_or_path, device, dtype, activation, cache, compile)
+    check_device(str(name_or_path), device)
+    return _converted(pipeline.load(name_or_path, activation=activation, cache=cache), str(runtime), dtype)
+
+
+def _converted(clip: Pipeline, runtime: str, dtype: Any) -> RuntimePipeline:
+    """A checkpoint's model on another runtime, by way of a folder that is gone after."""
+    from tinyclip.export import check_request, write
+
+    to = "onnx" if runtime == "onnxruntime" else "openvino"
+    check_request(to, False, None)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), clip, {"export": to, "precision": "float32"})
+        converted = load_export(folder, runtime, dtype)
+        converted.load_towers()
+    return converted
