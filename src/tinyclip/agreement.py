@@ -101,37 +101,38 @@ def synthetic(clip: Pipeline, count: int = 16) -> Samples:
     return Samples(np.stack(pixels), texts, real=False)
 
 
-def compare(
-    reference: Pipeline,
-    other: Pipeline | RuntimePipeline,
-    samples: Samples,
-    data: str | Path | None = None,
-    templates: str | Path | None = None,
-) -> dict[str, Any]:
-    """Figures of normalised features, batches and lengths mixed: `image_max_error`, `image_min_cosine`, the same of
-    texts; of real samples `top1_agreement` (a picture's best caption), of `data` its accuracy with both, fractions.
-    """
-    figures: dict[str, Any] = {"images": len(samples.pixels), "texts": len(samples.texts)}
-    pixels = torch.from_numpy(samples.pixels)
-    ours, theirs = (
-        {
-            "image": np.concatenate([np.asarray(clip.encode_image(some)) for some in _pieces(pixels)]),
-            "text": np.concatenate([np.asarray(clip.encode_text(some)) for some in _pieces(samples.texts)]),
-        }
-        for clip in (reference, other)
-    )
-    for what in ours:
-        figures[f"{what}_max_error"] = float(np.abs(ours[what] - theirs[what]).max())
-        cosines = (ours[what] * theirs[what]).sum(1)
-        figures[f"{what}_min_cosine"] = float(cosines.min())
-        figures[f"{what}_mean_cosine"] = float(cosines.mean())
-    if samples.real:
-        best = [(found["image"] @ found["text"].T).argmax(1) for found in (ours, theirs)]
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of samples: normalised features (n, embed_dim), and its accuracy on evaluation data."""
+
+    image: np.ndarray
+    text: np.ndarray
+    acc1: float | None
+
+
+def answers(clip: Pipeline | RuntimePipeline, samples: Samples, dataset: evaluate.Dataset | None) -> Answers:
+    """Batches of several sizes, and so texts of several lengths; `ValueError` when the data has no classes."""
+    encoder = Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
+    image = torch.cat([encoder.encode_image(some) for some in _pieces(torch.from_numpy(samples.pixels))])
+    text = torch.cat([encoder.encode_text(some) for some in _pieces(samples.texts)])
+    acc1 = None if dataset is None else evaluate.zero_shot(encoder, dataset)["acc1"]
+    return Answers(image.numpy(), text.numpy(), acc1)
+
+
+def compare(ours: Answers, theirs: Answers, real: bool) -> dict[str, Any]:
+    """`image_max_error`, `image_min_cosine`, `image_mean_cosine`, the same of texts; of real samples
+    `top1_agreement` (how often a picture's best caption is the same); of evaluation data `acc1` of both. Fractions."""
+    figures: dict[str, Any] = {"images": len(ours.image), "texts": len(ours.text)}
+    for what in ("image", "text"):
+        mine, other = getattr(ours, what), getattr(theirs, what)
+        cosines = (mine * other).sum(1)
+        figures[f"{what}_max_error"] = float(np.abs(mine - other).max())
+        figures[f"{what}_min_cosine"], figures[f"{what}_mean_cosine"] = float(cosines.min()), float(cosines.mean())
+    if real:
+        best = [(found.image @ found.text.T).argmax(1) for found in (ours, theirs)]
         figures["top1_agreement"] = float((best[0] == best[1]).mean())
-    if data is not None:
-        dataset = evaluate.open_dataset(data, templates)
-        encoders = [reference, Tensors(other) if isinstance(other, RuntimePipeline) else other]
-        figures["acc1_float32"], figures["acc1"] = (evaluate.zero_shot(clip, dataset)["acc1"] for clip in encoders)
+    if ours.acc1 is not None:
+        figures |= {"acc1_model": ours.acc1, "acc1": theirs.acc1}
     return figures
 
 
@@ -143,23 +144,24 @@ def _pieces(items: Any) -> Iterator[Any]:
         start += size
 
 
-# What an export may differ by. float32 computes the same in another order; 8 bits round every weight and activation.
-LEAST = {"float32": 0.9999, "int8": 0.95}  # cosine of each picture and each text with the model's
-MOST_LOST = {"float32": 0.002, "int8": 0.01}  # of the accuracy on `--data`
+# What an export may differ by. float32 computes the same in another order; bfloat16 rounds each value to 8 bits of
+# precision, int8 to one of 256.
+LEAST = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.95}  # cosine of each picture and text with the model's
+MOST_LOST = {"float32": 0.002, "bfloat16": 0.005, "int8": 0.01}  # of the accuracy on `--data`
 
 
-def refuse(figures: dict[str, Any], precision: str, to: str) -> None:
+def refuse(figures: dict[str, Any], precision: str, what: str) -> None:
     """`ValueError` when figures of `compare` are beyond the bounds of this precision."""
-    for what in ("image", "text"):
-        cosine = figures[f"{what}_min_cosine"]
+    for tower in ("image", "text"):
+        cosine = figures[f"{tower}_min_cosine"]
         if not cosine >= LEAST[precision]:  # NaN too
             raise ValueError(
-                f"the {to} export in {precision} disagrees with the model: a cosine of {what} features is {cosine:.4f}, "
-                f"at least {LEAST[precision]} is needed; nothing was written"
+                f"the {what} disagrees with the model: {tower} features have cosines down to {cosine:.4f}, at least "
+                f"{LEAST[precision]} is asked of {precision}; nothing was written"
             )
-    lost = figures.get("acc1_float32", 0) - figures.get("acc1", 0)
+    lost = figures.get("acc1_model", 0) - figures.get("acc1", 0)
     if lost > MOST_LOST[precision]:
         raise ValueError(
-            f"the {to} export in {precision} loses {100 * lost:.2f} points of top-1 accuracy, at most "
-            f"{100 * MOST_LOST[precision]:.1f} are allowed; nothing was written"
+            f"the {what} loses {100 * lost:.2f} points of top-1 accuracy, {100 * MOST_LOST[precision]:.1f} at most are "
+            f"allowed in {precision}; nothing was written"
         )

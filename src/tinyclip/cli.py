@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tinyclip import __version__, cli_data, cli_embed, cli_features, cli_models, cli_train
+from tinyclip import __version__, cli_data, cli_embed, cli_export, cli_features, cli_models, cli_train
 from tinyclip.terminal import console, fail
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
@@ -17,6 +17,7 @@ for command in (
     *(cli_train.distill, cli_train.train, cli_train.plan, cli_train.report),
     *(cli_models.inherit, cli_models.convert, cli_models.classify, cli_models.evaluate),
     cli_features.cache,
+    cli_export.export,
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
 ):
     app.command()(command)

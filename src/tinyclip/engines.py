@@ -46,14 +46,14 @@ def _openvino_alone() -> Any:
         del sys.modules[converter]
 
 
-def choose(kind: str, wanted: str | None, where: str) -> str:
-    """The runtime for a format: that of this name, else the fastest that is installed.
+def choose(kind: str, wanted: str, where: str) -> str:
+    """The runtime for a format: that of this name, or with "auto" the fastest that is installed.
 
     Raises:
         ValueError: when it cannot run the format or is not installed; `where` is named.
     """
     able = RUNS[kind]
-    if wanted is None or wanted == "auto":
+    if wanted == "auto":
         wanted = next((name for name in able if find_spec(name)), able[-1])
     if wanted not in {name for names in RUNS.values() for name in names}:
         raise ValueError(f"runtime {wanted!r}: choose auto, openvino, onnxruntime or torch")
@@ -102,7 +102,9 @@ def start(runtime: str, file: Path, dtype: str) -> Tower:
         raise
     except Exception as error:  # each has classes of its own
         version = getattr(sys.modules.get(runtime), "__version__", "")
-        raise ValueError(f"{file}: {runtime} {version} cannot load it ({_gist(error)}); export the model again") from None
+        raise ValueError(
+            f"{file}: {runtime} {version} cannot load it ({_gist(error)}); export the model again"
+        ) from None
 
 
 def _gist(error: Exception) -> str:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from tinyclip import __version__
-from tinyclip.agreement import Samples, compare, refuse, samples_of, synthetic
-from tinyclip.engines import needed
+from tinyclip.agreement import Samples, answers, compare, refuse, samples_of, synthetic
+from tinyclip.engines import RUNS, compute_dtype, needed
+from tinyclip.evaluate import Dataset, open_dataset
 from tinyclip.files import atomic_directory, checksum
 from tinyclip.interchange import WRITERS
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
-from tinyclip.runtime import ENDINGS, FACTS, FORMAT, TOKENIZER, load_export
+from tinyclip.runtime import ENDINGS, FACTS, FORMAT, TOKENIZER, RuntimePipeline, load_export, read_facts
 
 FORMATS = ("onnx", "openvino", "torch", "hf", "open_clip")
 OPSET = 18  # what ONNX Runtime reads since 1.14, and OpenVINO since 2023
@@ -57,20 +60,20 @@ def export(
             the model. Then nothing is written.
     """
     check_request(to, int8, calibration)
+    dataset = open_dataset(data, templates) if data else None
     clip = load(source, activation=activation)
     samples = samples_of(calibration, clip) if calibration else synthetic(clip)
+    check = Check(clip, samples.part(held_out=True) if int8 else samples, dataset)
+    facts: dict[str, Any] = {"export": to, "precision": "int8" if int8 else "float32", "model": str(source)}
     with atomic_directory(target) as folder:
-        facts: dict[str, Any] = {"export": to, "precision": "int8" if int8 else "float32", "model": str(source)}
         if to in WRITERS:
             WRITERS[to](folder, clip.model, clip.tokenizer, clip.preprocessing)
-            facts["check"] = compare(clip, load(folder), samples, data, templates)
-            refuse(facts["check"], "float32", to)
-        elif int8:
-            facts = _write_int8(folder, clip, facts, samples, data, templates)
-        else:
-            facts = write(folder, clip, facts)
-            facts["check"] = checked(folder, clip, samples, data, templates)
-            write_facts(folder, facts)
+            return facts | {"check": {"torch float32": check.of(load(folder), "float32", f"{to} export")}}
+        if int8:
+            return _write_int8(folder, clip, facts, samples.part(held_out=False), check)
+        facts = write(folder, clip, facts)
+        facts["check"] = check.everywhere(folder)
+        write_facts(folder, facts)
         return facts
 
 
@@ -91,45 +94,50 @@ def check_request(to: str, int8: bool, calibration: str | Path | None) -> None:
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 
 
-def checked(
-    folder: Path, clip: Pipeline, samples: Samples, data: str | Path | None, templates: str | Path | None
-) -> dict[str, Any]:
-    """Load an export back and compare it with the model; `ValueError` when they disagree."""
-    other = load_export(folder)
-    figures = compare(clip, other, samples, data, templates) | {"runtime": other.runtime}
-    refuse(figures, other.facts["precision"], other.facts["export"])
-    return figures
+class Check:
+    """Compares exports with the model that they came from, which answers once."""
+
+    def __init__(self, clip: Pipeline, samples: Samples, dataset: Dataset | None) -> None:
+        self.samples, self.dataset = samples, dataset
+        self.expected = answers(clip, samples, dataset)
+
+    def of(self, clip: Pipeline | RuntimePipeline, precision: str, what: str) -> dict[str, Any]:
+        """Figures of `compare`; `ValueError` when they are beyond the bounds of the precision."""
+        figures = compare(self.expected, answers(clip, self.samples, self.dataset), self.samples.real)
+        refuse(figures, precision, what)
+        return figures
+
+    def everywhere(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """An export in every runtime and dtype that it can be computed with here."""
+        result = {}
+        facts = read_facts(folder)
+        for runtime in (name for name in RUNS[facts["export"]] if find_spec(name)):
+            for dtype in dict.fromkeys(("float32", compute_dtype(runtime, "auto"))):
+                precision = "int8" if facts["precision"] == "int8" else dtype
+                what = f"{facts['export']} export with {runtime} in {dtype}"
+                result[f"{runtime} {dtype}"] = self.of(load_export(folder, runtime, dtype), precision, what)
+        return result
 
 
-def _write_int8(
-    folder: Path,
-    clip: Pipeline,
-    facts: dict[str, Any],
-    samples: Samples,
-    data: str | Path | None,
-    templates: str | Path | None,
-) -> dict[str, Any]:
+def _write_int8(folder: Path, clip: Pipeline, facts: dict[str, Any], samples: Samples, check: Check) -> dict[str, Any]:
     """Quantise, and keep more and more in float as long as the check fails."""
     from tinyclip.quantise import KEPT, quantise
 
     with tempfile.TemporaryDirectory(dir=folder) as float32:
         write(Path(float32), clip, facts | {"precision": "float32"})
+        facts = write(folder, clip, facts, towers=False)
+        facts["calibration"] = {"images": len(samples.pixels), "texts": len(samples.texts)}
         for attempt, kept in enumerate(KEPT, 1):
-            result = write(folder, clip, facts, towers=False)
-            calibrated_on = samples.part(held_out=False)
-            result["in_float"] = quantise(Path(float32), folder, facts["export"], clip, calibrated_on, kept)
-            write_facts(folder, result)
+            facts["in_float"] = quantise(Path(float32), folder, facts["export"], clip, samples, kept)
+            write_facts(folder, facts)
             try:
-                check = checked(folder, clip, samples.part(held_out=True), data, templates)
+                facts["check"] = check.everywhere(folder)
+                break
             except ValueError:
                 if attempt == len(KEPT):
                     raise
-                continue
-            result["calibration"] = {"images": len(calibrated_on.pixels), "texts": len(calibrated_on.texts)}
-            result["check"] = check
-            break
-    write_facts(folder, result)
-    return result
+    write_facts(folder, facts)
+    return facts
 
 
 # --- the towers as graphs ---------------------------------------------------------------------------------------
@@ -200,17 +208,19 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _onnx(program: ExportedProgram, file: Path) -> None:
-    graph = torch.onnx.export(program, opset_version=OPSET, input_names=["input"], output_names=["features"], dynamo=True, verbose=False)
+    names: dict[str, Any] = {"input_names": ["input"], "output_names": ["features"]}
+    graph = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False, **names)
     assert graph is not None
+    # By default weights are left to be cut and transposed at every start, and quantisation would not know them.
+    limits = {"input_size_limit": sys.maxsize, "output_size_limit": sys.maxsize}
+    needed("onnxscript.optimizer", "onnx").optimize_ir(graph.model, **limits)
     size = sum(p.numel() * p.element_size() for p in program.state_dict.values())
     graph.save(file, external_data=size > LARGEST_FILE)
 
 
 def _openvino(program: ExportedProgram, file: Path) -> None:
     openvino = needed("openvino")
-    from openvino.tools.ovc import convert_model
-
-    model = convert_model(program)
+    model = needed("openvino.tools.ovc", "openvino").convert_model(program)
     openvino.save_model(model, file, compress_to_fp16=False)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from tinyclip.engines import EXTRAS
 from tinyclip.runtime import RuntimePipeline, check_device, find_export, load_export
 
 if TYPE_CHECKING:
@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
     from tinyclip.pipeline import Pipeline
 
-Runtime = Literal["auto", "torch", "onnxruntime", "openvino"]
 
-
-@overload
+@overload  # of an export too, which only its folder can tell: `RuntimePipeline` has the methods of `Pipeline`
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
@@ -25,7 +23,7 @@ def load(
     activation: str | None = None,
     cache: str | Path | None = None,
     compile: bool = False,
-    runtime: None = None,
+    runtime: Literal["auto", "torch"] = "auto",
 ) -> Pipeline: ...
 
 
@@ -48,7 +46,7 @@ def load(
     activation: str | None = None,
     cache: str | Path | None = None,
     compile: bool = False,
-    runtime: str | None = None,
+    runtime: str = "auto",
 ) -> Any:
     """A model ready to use: from a checkpoint of ours or of others (`docs/convert.md`), by its name in the zoo
     (`docs/zoo.md`), from the Hugging Face hub (`org/name`), or from a folder that `tinyclip export` wrote
@@ -63,29 +61,28 @@ def load(
         cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
         compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
             (`docs/inference.md`); the weights must not change after.
-        runtime: by default torch for checkpoints, and for exports the fastest runtime that is installed.
-            "openvino" or "onnxruntime" converts a checkpoint in memory, which takes seconds. "auto" does that for a
-            checkpoint on the CPU where OpenVINO is installed.
+        runtime: "auto" is the fastest that is installed for an export, and torch for a checkpoint, as converting
+            takes longer than it spares until there are thousands of pictures (`docs/export.md`). "openvino" and
+            "onnxruntime" convert a checkpoint in memory.
 
     Raises:
         ValueError: when it is missing, cannot be downloaded, anything in it does not fit, or the runtime is not
             installed or cannot run it.
     """
-    if runtime not in (None, "auto", "torch", "onnxruntime", "openvino"):
+    if runtime not in ("auto", *EXTRAS, "torch"):
         raise ValueError(f"runtime {runtime!r}: choose auto, openvino, onnxruntime or torch")
-    if find_export(name_or_path) is not None:
-        if compile:
-            raise ValueError(f"{name_or_path} is an export, which its runtime compiles; leave `compile` out")
+    is_export = find_export(name_or_path) is not None
+    if is_export or runtime in EXTRAS:
         check_device(str(name_or_path), device)
+        if compile:
+            raise ValueError("`compile` is torch's; a runtime compiles by itself")
+    if is_export:
         return load_export(name_or_path, runtime, dtype)
-    if runtime == "auto":
-        runtime = "openvino" if str(device) == "cpu" and not compile and find_spec("openvino") else "torch"
     from tinyclip import pipeline
 
-    if runtime in (None, "torch"):
-        return pipeline.load(name_or_path, device, dtype, activation, cache, compile)
-    check_device(str(name_or_path), device)
-    return _converted(pipeline.load(name_or_path, activation=activation, cache=cache), str(runtime), dtype)
+    if runtime in EXTRAS:
+        return _converted(pipeline.load(name_or_path, activation=activation, cache=cache), runtime, dtype)
+    return pipeline.load(name_or_path, device, dtype, activation, cache, compile)
 
 
 def _converted(clip: Pipeline, runtime: str, dtype: Any) -> RuntimePipeline:

@@ -19,8 +19,9 @@ from torch import Tensor
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.distributed import resolve_device, resolve_dtype
 from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
+from tinyclip.loading import load as load_any
 from tinyclip.model import CLIP, cast
-from tinyclip.runtime import RuntimePipeline, check_device, find_export, load_export
+from tinyclip.runtime import RuntimePipeline
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.zoo import resolve
@@ -185,18 +186,15 @@ def load_encoder(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     compile: bool = False,
+    runtime: str = "auto",
 ) -> Pipeline | Tensors:
-    """As `load`, exports included: what gives features is all that evaluating and embedding need.
+    """`tinyclip.load` for what computes with torch: exports give tensors too.
 
     Raises:
-        ValueError: as `load` and `load_export`; for an export also when it should be compiled.
+        ValueError: as `tinyclip.load`.
     """
-    if find_export(name_or_path) is None:
-        return load(name_or_path, device=device, dtype=dtype, compile=compile)
-    if compile:
-        raise ValueError(f"{name_or_path} is an export, which its runtime compiles; leave --compile out")
-    check_device(str(name_or_path), device)
-    return Tensors(load_export(name_or_path, dtype=dtype))
+    clip = load_any(name_or_path, device, dtype, compile=compile, runtime=runtime)
+    return Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
 
 
 def load(
@@ -224,8 +222,6 @@ def load(
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
-    if find_export(name_or_path) is not None:
-        raise ValueError(f"{name_or_path} is an export, which cannot be taken here; give the checkpoint it was made of")
     model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
     cast(model.to(device), precision)
     if compile:

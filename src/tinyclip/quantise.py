@@ -51,7 +51,8 @@ def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[
     products = [
         op.get_friendly_name()
         for op in model.get_ordered_ops()
-        if op.get_type_name() in ("MatMul", "Convolution") and op.input_value(1).get_node().get_type_name() == "Constant"
+        if op.get_type_name() in ("MatMul", "Convolution")
+        and op.input_value(1).get_node().get_type_name() == "Constant"
     ]
     ignored = _ends(products, kept)
     with _silent():
@@ -80,11 +81,11 @@ def _nncf() -> Any:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without NNCF's own progress bars and remarks."""
+    """Without progress bars and remarks of others."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             yield
     finally:
         logging.disable(level)
@@ -96,11 +97,13 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
     model = onnx.load(source)
     weights = {tensor.name for tensor in model.graph.initializer}
     products = [
-        node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in weights
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in weights
     ]
     ignored = _ends(products, kept)
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
             self.rows = iter(inputs)
 
@@ -108,14 +111,15 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
             row = next(self.rows, None)
             return None if row is None else {"input": row}
 
-    quantization.quantize_static(
-        source,
-        target,
-        Reader(),
-        nodes_to_quantize=[name for name in products if name not in ignored],
-        per_channel=True,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm", "Conv"]},
-    )
+    with _silent():
+        quantization.quantize_static(
+            source,
+            target,
+            Reader(),
+            nodes_to_quantize=[name for name in products if name not in ignored],
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm", "Conv"]},
+        )
     return ignored

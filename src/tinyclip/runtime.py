@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from PIL import Image
 
 from tinyclip.engines import RUNS, Tower, choose, compute_dtype, start
 from tinyclip.files import checksum, read_json_object
-from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, is_tensor, picture_of, pictures, same_shape
+from tinyclip.inputs import (
+    BATCH,
+    at_once,
+    batches,
+    by_length,
+    check_labels,
+    is_tensor,
+    picture_of,
+    pictures,
+    same_shape,
+)
 from tinyclip.tokenizer import CLIPTokenizer, pad
 from tinyclip.transforms import Preprocess
 
@@ -70,8 +81,9 @@ class RuntimePipeline:
         return self.folder / f"{tower}{ENDINGS[self.facts['export']]}"
 
     def load_towers(self) -> None:
-        """Both now, instead of when they are used; `ValueError` when the runtime cannot load one."""
-        _ = self._image_tower, self._text_tower
+        """Both now and at once, instead of when they are used; `ValueError` when the runtime cannot load one."""
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(partial(getattr, self), ("_image_tower", "_text_tower")))
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> np.ndarray:
         """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
@@ -127,6 +139,7 @@ class RuntimePipeline:
 
     def similarity(self, images: Any, texts: str | Sequence[str]) -> np.ndarray:
         """Cosine similarity of every image with every text, (images, texts)."""
+        self.load_towers()
         return self.encode_image(images) @ self.encode_text(texts).T
 
     def classify(self, images: Any, labels: str | Sequence[str]) -> np.ndarray:
@@ -201,7 +214,9 @@ def find_export(path: str | Path) -> Path | None:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     is_facts = path.name == FACTS
-    if (folder / FACTS).is_file() and (path.is_dir() or is_facts or (path.is_file() and path.stem in ("image", "text"))):
+    if (folder / FACTS).is_file() and (
+        path.is_dir() or is_facts or (path.is_file() and path.stem in ("image", "text"))
+    ):
         return folder
     if path.suffix in ENDINGS.values() and path.exists():
         raise ValueError(
@@ -227,7 +242,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     again = "export the model again"
     if facts.get("format") != FORMAT:
         newer = isinstance(facts.get("format"), int) and facts["format"] > FORMAT
-        what = f"format {facts['format']} of a newer tinyclip, this one reads {FORMAT}" if newer else "no export's facts"
+        what = (
+            f"format {facts['format']} of a newer tinyclip, this one reads {FORMAT}" if newer else "no export's facts"
+        )
         raise ValueError(f"{folder / FACTS}: {what}; {'update tinyclip or ' if newer else ''}{again}")
     for key, kind in NEEDED.items():
         if not isinstance(facts.get(key), kind):
@@ -243,12 +260,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def load_export(path: str | Path, runtime: str | None = None, dtype: Any = None) -> RuntimePipeline:
+def load_export(path: str | Path, runtime: str = "auto", dtype: Any = None) -> RuntimePipeline:
     """An exported model, ready to use.
 
     Args:
-        runtime: openvino, onnxruntime or torch; by default, or with "auto", the fastest that is installed and can
-            run the format.
+        runtime: openvino, onnxruntime or torch; "auto" is the fastest that is installed and can run the format.
         dtype: of what is not int8: float32 by default, "auto" is bfloat16 where the runtime has it here.
 
     Raises:
