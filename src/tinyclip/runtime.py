@@ -251,6 +251,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder / FACTS}: {key} is missing or no {kind.__name__}; {again}")
     if facts["export"] not in RUNS:
         raise ValueError(f"{folder / FACTS}: export is {facts['export']!r}, not {', '.join(RUNS)}; {again}")
+    for name in (*(f"{tower}{ENDINGS[facts['export']]}" for tower in ("image", "text")), TOKENIZER):
+        if name not in facts["files"]:
+            raise ValueError(f"{folder / FACTS}: {name} is not among its files; {again}")
     for name, state in facts["files"].items():
         file = folder / name
         if not file.is_file():
