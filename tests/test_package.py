@@ -32,6 +32,7 @@ def test_public_names() -> None:
         "CLIPConfig",
         "HardConcrete",
         "Pipeline",
+        "RuntimePipeline",
         "affinity_loss",
         "compact",
         "contrastive_loss",
@@ -57,7 +58,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes", "tinyclip.zoo"],
+    ["tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes", "tinyclip.zoo", "tinyclip.loading"],
 )
 def test_the_core_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
@@ -77,6 +78,9 @@ def test_nothing_imports_the_command_line() -> None:
         ("tokenizer", set()),
         ("faults", set()),
         ("transforms", {"faults"}),
+        ("inputs", {"transforms"}),
+        ("engines", set()),
+        ("runtime", {"engines", "files", "inputs", "tokenizer", "transforms"}),
         ("files", set()),
         ("archive", set()),
         ("foreign", {"archive", "config", "files", "tokenizer", "transforms"}),
