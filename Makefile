@@ -1,16 +1,20 @@
 # make demo: sets everything up, then compresses the shipped teacher and shows the result
 # make test: sets everything up, then passes every test
+# make test-package: builds wheel and sdist, installs the wheel into an empty environment and uses it there
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test setup clean
+.PHONY: demo test test-package setup clean
 
 demo: .venv/installed
 	@$(BIN)/python scripts/demo.py
 
 test: .venv/installed-dev
 	scripts/check
+
+test-package:
+	$(PYTHON) scripts/test_package.py
 
 setup: .venv/installed-dev
 

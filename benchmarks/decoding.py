@@ -3,7 +3,7 @@
     python benchmarks/decoding.py
 
 For each drawn picture: the mean difference of the pixels that a model of 224 pixels gets, by how many pixels of the
-reduced picture are left for one of these (`embed.DRAFT` is the choice), and the milliseconds from file to pixels.
+reduced picture are left for one of these (`transforms.DRAFT` is the choice), and the milliseconds from file to pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from tinyclip.embed import DRAFT
-from tinyclip.transforms import Preprocess, open_image
+from tinyclip.transforms import DRAFT, Preprocess, open_image
 
 SIZE = 224
 

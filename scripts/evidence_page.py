@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.config import CLIPConfig
 from tinyclip.measurement import macs
-from tinyclip.report import COLOURS
+from tinyclip.page import COLOURS
 
 Curve = Sequence[tuple[float, float]]  # (pairs seen, top-1 in percent), pairs rising
 Results = dict[str, Any]  # {"runs": {name: {seed: record}}, "teacher": record}

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from tinyclip.axes import axis_sizes
+from tinyclip.cli import main
 from tinyclip.config import CLIPConfig, vit_clip
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
@@ -26,8 +30,6 @@ sys.path.insert(0, str(GOLDEN))
 
 import fill  # noqa: E402  (golden/fill.py)
 
-torch.set_num_threads(1)  # the models here are too small to share out, and the other cores may be busy
-
 TEXTS = [
     "a photo of a cat",
     "two dogs playing in the snow",
@@ -38,6 +40,23 @@ TEXTS = [
     "3/4 cup of sugar & salt",
     "日本語のテキスト",
 ]
+
+
+def tinyclip(*arguments: object, code: int = 0) -> str:
+    """Run the command in this process, which saves the start of another; returns its output (its error line when it
+    should fail)."""
+    output, errors, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["tinyclip", *map(str, arguments)]
+    try:
+        with redirect_stdout(output), redirect_stderr(errors):
+            main()
+        ended: object = 0
+    except SystemExit as exit:
+        ended = exit.code or 0
+    finally:
+        sys.argv = before
+    assert ended == code, f"{shlex.join(map(str, arguments))}\n{output.getvalue()}{errors.getvalue()}"
+    return errors.getvalue() if code else output.getvalue()
 
 
 def golden(name: str) -> Any:

@@ -46,7 +46,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_what_was_saved_comes_back_to_the_bit(saved: Path) -> None:
-    assert sorted(path.name for path in saved.iterdir()) == FILES
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", *FILES]
     model, tokenizer, preprocess = load_checkpoint(str(saved))
     assert same(model, a_model(0))
     assert model.config == a_model(0).config
@@ -190,7 +190,7 @@ def test_saving_again_replaces_the_whole_folder(saved: Path) -> None:
     (saved / "left over").write_text("")
     save(saved, a_model(1))
     assert same(load_checkpoint(saved)[0], a_model(1))
-    assert sorted(path.name for path in saved.iterdir()) == FILES
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", *FILES]
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import small_config
+from conftest import small_config, tinyclip
 from test_data import good, picture, write_shard
 from tinyclip.cli import main
 from tinyclip.model import CLIP
@@ -18,15 +18,6 @@ from tinyclip.pipeline import Pipeline, load
 from tinyclip.terminal import plural
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
-
-
-def tinyclip(*arguments: object, code: int = 0) -> str:
-    """Run the command; returns its output (its error line when it should fail)."""
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "tinyclip.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout if code == 0 else done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, tinyclip
 from test_data import picture
 from tinyclip.config import vit_clip
 from tinyclip.interchange import convert
@@ -45,7 +45,7 @@ def workplace(tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
         shorten_recipe(path, tmp_path / "recipes" / path.name)
-    for place in ("photos", "classes/red_fox"):
+    for place in ("photos", "classes/red_fox", "classes/grey_wolf"):
         (tmp_path / place).mkdir(parents=True)
         for i in range(30):
             (tmp_path / place / f"{i}.jpg").write_bytes(picture(i))
@@ -76,18 +76,12 @@ def shorten_recipe(source: Path, target: Path) -> None:
     target.write_text(yaml.safe_dump(recipe))
 
 
-def run(command: list[str]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_snippets_run(page: Path, workplace: Path) -> None:
     for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python":
             (workplace / "snippet.py").write_text(code)
-            run([sys.executable, "snippet.py"])
+            runpy.run_path("snippet.py", run_name="__main__")
         elif language == "yaml":
             (workplace / "full.yaml").write_text(code)
             shorten_recipe(workplace / "full.yaml", workplace / "recipe.yaml")
@@ -95,14 +89,20 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
             for line in code.splitlines():
                 assert line.startswith("tinyclip "), f"{page.name}: a command that no test runs: {line}"
                 if "distill recipes/emoji-25" in line:  # goes on from the other recipe
-                    run(["tinyclip", "distill", "recipes/emoji-50.yaml"])
-                run(shlex.split(line))
+                    tinyclip("distill", "recipes/emoji-50.yaml")
+                tinyclip(*shlex.split(line)[1:])
         else:
             raise AssertionError(f"{page.name}: a block of {language!r} that no test runs")
 
 
 def test_recipe_tables_are_up_to_date() -> None:
-    run([sys.executable, str(ROOT / "scripts" / "document_recipes.py"), "--check"])
+    command = [sys.executable, str(ROOT / "scripts" / "document_recipes.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    run([sys.executable, str(ROOT / "scripts" / "document_commands.py"), "--check"])
 
 
 def test_links_lead_somewhere() -> None:

@@ -22,10 +22,10 @@ import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
 from tinyclip import faults
 from tinyclip.cli import main
-from tinyclip.embed import DRAFT, Plan, embed
+from tinyclip.embed import Plan, embed
 from tinyclip.pipeline import Pipeline
 from tinyclip.sources import open_source
-from tinyclip.transforms import Preprocess, open_image
+from tinyclip.transforms import DRAFT, Preprocess, open_image
 
 CAPTIONS = [["a red apple", "an apple"], ["the sea"], []]
 

@@ -34,6 +34,7 @@ def test_public_names() -> None:
         "Pipeline",
         "RuntimePipeline",
         "affinity_loss",
+        "clip",
         "compact",
         "contrastive_loss",
         "evaluate",
@@ -58,7 +59,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes", "tinyclip.zoo", "tinyclip.loading"],
+    [
+        *("tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes", "tinyclip.zoo"),
+        *("tinyclip.search", "tinyclip.sheet", "tinyclip.loading"),
+    ],
 )
 def test_the_core_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"

@@ -233,7 +233,10 @@ def test_a_name_of_several_models_names_them() -> None:
         ("ViT-B-32", "the name stands for a shape"),
     ],
 )
-def test_an_unknown_name_is_one_line_with_what_is_like_it(name: str, message: str, tmp_path: Path) -> None:
+def test_an_unknown_name_is_one_line_with_what_is_like_it(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what lies where the tests are run, as after `make demo`, is not meant
     with pytest.raises(ValueError, match=message) as caught:
         resolve(name, tmp_path)
     assert "\n" not in str(caught.value)

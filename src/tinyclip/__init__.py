@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinyclip import clip as clip
     from tinyclip import evaluate as evaluate
     from tinyclip.config import CLIPConfig as CLIPConfig
     from tinyclip.inheritance import compact as compact
@@ -38,12 +39,13 @@ _HOME = {
     "preprocess": "pipeline",
     "tokenize": "pipeline",
 }
-__all__ = [*_HOME, "evaluate"]
+_MODULES = ("clip", "evaluate")
+__all__ = [*_HOME, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":
-        return import_module("tinyclip.evaluate")
+    if name in _MODULES:
+        return import_module(f"tinyclip.{name}")
     if name in _HOME:
         return getattr(import_module(f"tinyclip.{_HOME[name]}"), name)
     raise AttributeError(f"module 'tinyclip' has no attribute {name!r}")

@@ -1,4 +1,5 @@
-"""Checkpoints: a directory with `config.json`, `model.safetensors`, `tokenizer.json` and `preprocess.json`.
+"""Checkpoints: a directory with `config.json`, `model.safetensors`, `tokenizer.json`, `preprocess.json`, and the model
+card `README.md`.
 
 A directory is written beside its place and renamed into it, so a reader never sees half of one.
 """
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tinyclip.card import Card, write_card
 from tinyclip.config import CLIPConfig, explain
 from tinyclip.files import atomic_directory, read_json_object
 from tinyclip.foreign import (
@@ -43,14 +45,20 @@ def save_checkpoint(
     tokenizer: CLIPTokenizer,
     preprocess: Preprocess,
     dtype: torch.dtype | None = None,
+    card: Card | None = None,
 ) -> None:
     """Write a model with all it needs, atomically; `dtype` converts floating-point weights.
+
+    Args:
+        card: what is known of the model, for its README.md; by default its shape alone.
 
     Raises:
         ValueError: when the place cannot be written.
     """
+    card = card or Card()
     with atomic_directory(path) as folder:
         save_into(folder, model, tokenizer, preprocess, dtype)
+        write_card(folder, model.config, card.model_copy(update={"name": card.name or Path(path).name}))
 
 
 def save_into(
@@ -60,7 +68,7 @@ def save_into(
     preprocess: Preprocess,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a checkpoint's files into a folder that exists (see `save_checkpoint`)."""
+    """Write a checkpoint's files, but for its card, into a folder that exists (see `save_checkpoint`)."""
     state = model.state_dict()
     if dtype is not None:  # of weights; batch-norm statistics keep theirs, as variances may leave float16's range
         weights = {key for key, _ in model.named_parameters()}

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from tinyclip import __version__, cli_data, cli_embed, cli_export, cli_features, cli_models, cli_train
+from tinyclip import (
+    __version__,
+    cli_compare,
+    cli_data,
+    cli_embed,
+    cli_export,
+    cli_features,
+    cli_models,
+    cli_search,
+    cli_tools,
+    cli_train,
+)
 from tinyclip.terminal import console, fail
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
@@ -15,10 +26,12 @@ data_app = typer.Typer(no_args_is_help=True, help="Make and check training shard
 vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
 for command in (
     *(cli_train.distill, cli_train.train, cli_train.plan, cli_train.report),
-    *(cli_models.inherit, cli_models.convert, cli_models.classify, cli_models.evaluate),
+    *(cli_models.inherit, cli_models.convert, cli_models.classify, cli_models.evaluate, cli_compare.compare),
     cli_features.cache,
     cli_export.export,
+    *(cli_search.index, cli_search.search),
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
+    *(cli_tools.push, cli_tools.doctor),
 ):
     app.command()(command)
 data_app.command()(cli_data.pack)

@@ -84,6 +84,7 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
+    from tinyclip.card import made_from
     from tinyclip.inheritance import prune_vocabulary
     from tinyclip.pipeline import Pipeline, load
     from tinyclip.shards import all_captions
@@ -95,6 +96,7 @@ def prune(
     else:
         kept = clip.tokenizer.kept_ids(read_lines(texts))
     small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
-    small.save(output)
+    how = f"The same model with {len(kept):,} of its {clip.tokenizer.vocab_size:,} tokens (`tinyclip vocab prune`)."
+    small.save(output, card=made_from(model, how))
     saved = (clip.tokenizer.vocab_size - len(kept)) * clip.model.config.text.width
     say(f"kept {len(kept)} of {clip.tokenizer.vocab_size} tokens, {saved:,} parameters fewer: {output}")

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinyclip.terminal import Device, Overwrite, errors, fail, plural, print_faults, say
+from tinyclip.terminal import Device, Overwrite, complete_model, errors, fail, plural, print_faults, say
 
 if TYPE_CHECKING:
     from tinyclip.make_cache import Report
 
 
 def cache(
-    teacher: Annotated[str, typer.Argument(help="Checkpoint, or a published model's name.")],
+    teacher: Annotated[
+        str, typer.Argument(help="Checkpoint, or a published model's name.", autocompletion=complete_model)
+    ],
     shards: Annotated[Path, typer.Argument(help="Folder of training shards.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the cache; default: SHARDS/cache-TEACHER.")

@@ -13,10 +13,13 @@ from tinyclip.terminal import (
     Compile,
     Device,
     DType,
+    Model,
     Overwrite,
     Runtime,
     Templates,
     check_free,
+    complete_model,
+    complete_shape,
     errors,
     print_json,
     print_table,
@@ -26,9 +29,12 @@ from tinyclip.terminal import (
 
 
 def inherit(
-    teacher: Path,
+    teacher: Model,
     output: Path,
-    like: Annotated[str | None, typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.")] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.", autocompletion=complete_shape),
+    ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
     ] = None,
@@ -46,6 +52,7 @@ def inherit(
 ) -> None:
     """Cut a student out of TEACHER, without training, and write it to OUTPUT: by the manual rule (--like or --shape)
     or by measured importance (--calibrate)."""
+    from tinyclip.card import HOW, made_from
     from tinyclip.config import CLIPConfig
     from tinyclip.inheritance import describe, manual_masks
     from tinyclip.inheritance import inherit as cut
@@ -68,7 +75,8 @@ def inherit(
     config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
     student = cut(clip.model, config)
     preprocessing = clip.preprocessing.model_copy(update={"image_size": config.vision.image_size})
-    Pipeline(student, clip.tokenizer, preprocessing).save(output)
+    card = made_from(teacher, f"{HOW['manual'].capitalize()} (`tinyclip inherit`), not trained since.")
+    Pipeline(student, clip.tokenizer, preprocessing).save(output, card=card)
     rows = describe(clip.model.config, manual_masks(clip.model.config, config))
     print_table(("axis", "teacher", "student", "kept"), rows)
 
@@ -80,6 +88,7 @@ def _calibrate(
 
     from tinyclip.axes import axis_table, count_parameters
     from tinyclip.calibrate import Calibration, calibrate
+    from tinyclip.card import HOW, made_from, shown
     from tinyclip.data import AGAIN, closing
     from tinyclip.inheritance import compact, describe
     from tinyclip.pipeline import Pipeline, load
@@ -96,11 +105,13 @@ def _calibrate(
     how.check(model.config, targets)
     loader = plain_loader(data, clip, batch_size)
     source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
-    shown = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
+    pairs = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
     with attention(model.logit_scale.device), closing(loader, AGAIN):
-        masks = calibrate(model.requires_grad_(False), shown, targets, how)
+        masks = calibrate(model.requires_grad_(False), pairs, targets, how)
     student = compact(clip.model, masks)
-    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output)
+    how_made = f"{HOW['calibrated'].capitalize()} on {shown(data)} (`tinyclip inherit`), not trained since."
+    card = made_from(teacher, how_made)
+    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output, card=card)
     print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))
     counts = [count_parameters(axis_table(m.config)) for m in (clip.model, student)]
     before, after = (c["image"] + c["text"] for c in counts)
@@ -108,7 +119,12 @@ def _calibrate(
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.", autocompletion=complete_model
+        ),
+    ],
     output: Annotated[Path, typer.Argument(help="Folder for the result.")],
     to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
     activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
@@ -124,7 +140,7 @@ def convert(
 
 
 def classify(
-    model: Path,
+    model: Model,
     image: Path,
     labels: list[str],
     device: Device = "cpu",
@@ -189,7 +205,10 @@ def _figure(value: Any) -> str:
 
 
 def measure(
-    model: Annotated[str, typer.Argument(help="A checkpoint, an export, a name of the zoo or of a shape.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint, an export, a name of the zoo or of a shape.", autocompletion=complete_shape),
+    ],
     device: Device = "cpu",
     dtype: DType = "auto",
     runtime: Runtime = "auto",
@@ -221,7 +240,7 @@ def measure(
 
 
 def structure(
-    model: Path,
+    model: Model,
     of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
@@ -246,7 +265,9 @@ def structure(
 
 
 def zoo(
-    name: Annotated[str | None, typer.Argument(help="Details of this model alone.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Details of this model alone.", autocompletion=complete_model)
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read its file whole and check its SHA-256.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,
@@ -260,9 +281,13 @@ def zoo(
             raise ValueError("--download and --verify need the name of a model")
         listed = [models.describe(entry, cache) for entry in models.ENTRIES]
         if as_json:
-            print_json({"models": listed})
+            print_json({"models": listed, "shipped": list(models.SHIPPED)})
         else:
             print_table(models.COLUMNS, [models.row(facts) for facts in listed])
+            say(f"shipped with tinyclip, of emoji drawings: {', '.join(models.SHIPPED)}")
+        return
+    if name in models.SHIPPED:
+        _say_zoo(models.describe_shipped(name), as_json)
         return
     entry = models.get(name)
     first = verify and models.unrecorded(entry, cache)  # before anything records it
@@ -274,8 +299,12 @@ def zoo(
             path = models.cache_folder(cache) / entry.file
             errors.print(f"{path}: no checksum was recorded, so there was nothing to compare; recorded now: {digest}")
     facts = models.describe(entry, cache)
+    _say_zoo(facts if as_json else dict(models.details(facts)), as_json)
+
+
+def _say_zoo(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    for key, value in models.details(facts):
+    for key, value in facts.items():
         say(f"{key:26} {value}")

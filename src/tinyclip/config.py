@@ -190,6 +190,11 @@ class CLIPConfig(Strict):
 
         Raises `ValueError` for an unknown name, and for an automatically compressed model, whose shape
         is only known from its checkpoint.
+
+        >>> import tinyclip
+        >>> config = tinyclip.CLIPConfig.named("TinyCLIP-ViT-40M-32-Text-19M")
+        >>> config.vision.width, config.text.layers
+        (512, 6)
         """
         if name.startswith("TinyCLIP-auto-") or name in AUTO_NAMES:
             raise ValueError(

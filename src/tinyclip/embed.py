@@ -31,15 +31,12 @@ from tinyclip.inputs import ahead, batches
 from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.shards import captions_of, image_of, read_shard
 from tinyclip.sources import Source, Text
-from tinyclip.transforms import open_image
+from tinyclip.transforms import DRAFT, open_image
 
 FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
 DONE, RECORDS, LOCK, SKIPPED = "embed.json", ".parts", ".lock", "skipped.jsonl"
 PATIENCE = 5  # seconds for the processes of a run that was killed to end
 TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
-# A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
-# pixels go into one of the result (docs/embed.md).
-DRAFT = 4
 
 
 @dataclass

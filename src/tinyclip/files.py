@@ -109,8 +109,8 @@ def _swap(one: Path, two: Path) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a text file so that a reader sees the old or the new one, never a part.
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, so that a reader sees the old or the new one, never a part.
 
     Raises:
         ValueError: when it cannot be written.
@@ -119,11 +119,9 @@ def write_atomically(path: str | Path, text: str) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)

@@ -23,6 +23,12 @@ def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
 
     Raises:
         ValueError: naming what the teacher has too little of, or a family that differs.
+
+    >>> import tinyclip
+    >>> teacher = tinyclip.load("emoji-student").model
+    >>> shape = teacher.config.model_dump() | {"embed_dim": 96}
+    >>> tinyclip.inherit(teacher, tinyclip.CLIPConfig.from_dict(shape)).config.embed_dim
+    96
     """
     masks = manual_masks(teacher.config, student_config)
     student = compact(resize_positions(teacher, student_config), masks)
@@ -160,6 +166,12 @@ def compact(model: CLIP, masks: Masks) -> CLIP:
 
     Raises:
         ValueError: when a mask does not fit the model, or nothing would be left of an axis that needs something.
+
+    >>> import torch, tinyclip
+    >>> model = tinyclip.load("emoji-student").model
+    >>> heads = torch.tensor([1.0, 0.5, 0, 1, 1])  # of the image tower's first block
+    >>> tinyclip.compact(model, {"visual.heads.0": heads}).config.vision.heads
+    (4, 4, 6, 5, 6, 6)
     """
     validate(masks, model.config)
     masks = {name: mask.detach() for name, mask in masks.items()}

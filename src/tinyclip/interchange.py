@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tinyclip.card import converted, write_card
 from tinyclip.checkpoint import load_checkpoint, save_into, write_weights
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig, resnet_tower
 from tinyclip.files import atomic_directory
@@ -33,8 +34,10 @@ def convert(source: str | Path, target: str | Path, to: str = "tinyclip", activa
     if to not in WRITERS:
         raise ValueError(f"no format {to!r}; known: {', '.join(WRITERS)}")
     model, tokenizer, preprocess = load_checkpoint(resolve(source), activation)
+    card = converted(source, Path(target).name)
     with atomic_directory(target) as folder:
         WRITERS[to](folder, model, tokenizer, preprocess)
+        write_card(folder, model.config, card, LIBRARIES[to])
     return model
 
 
@@ -149,6 +152,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
+LIBRARIES = {"tinyclip": "tinyclip", "open_clip": "open_clip", "hf": "transformers"}  # as the hub calls them
 WRITERS: dict[str, Callable[[Path, CLIP, CLIPTokenizer, Preprocess], None]] = {
     "tinyclip": save_into,
     "open_clip": save_open_clip,

@@ -38,6 +38,11 @@ def affinity_loss(
         student_image, student_text: (n, d) normalised features.
         teacher_image, teacher_text: (n, d') normalised features; d' may differ from d.
         student_scale, teacher_scale: exp(logit_scale) of each.
+
+    >>> import torch, tinyclip
+    >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in "it")
+    >>> tinyclip.affinity_loss(image, text, image, text, 50.0, 50.0).shape  # a scalar
+    torch.Size([])
     """
     image_to_text = _softmax_targets(teacher_image, teacher_text, teacher_scale)
     text_to_image = _softmax_targets(teacher_text, teacher_image, teacher_scale)

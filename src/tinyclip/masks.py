@@ -159,6 +159,13 @@ class HardConcrete(nn.Module):
 
     Raises:
         ValueError: for a tower that takes no learned masks.
+
+    >>> import tinyclip
+    >>> model = tinyclip.load("emoji-student").model
+    >>> hard = tinyclip.HardConcrete(model.config)
+    >>> masks = hard.deterministic()  # nothing is removed yet; `sample` is for training
+    >>> tinyclip.compact(model, masks).config == model.config
+    True
     """
 
     def __init__(

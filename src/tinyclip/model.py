@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int, activation: str) -> None:
         super().__init__()
         width, patch = config.width, config.patch_size
-        self.patch_size = patch
+        self.patch_size, self.input_resolution = patch, config.image_size
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(config.grid**2 + 1, width))

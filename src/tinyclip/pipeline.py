@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tinyclip.card import Card
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.distributed import resolve_device, resolve_dtype
 from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
@@ -29,11 +30,17 @@ from tinyclip.zoo import resolve
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline:
     """A CLIP with its tokenizer and preprocessing.
 
-    `clip.model` is the plain `CLIP`; the methods here take what people have: paths, pictures, words.
+    `clip.model` is the plain `CLIP`; the methods here take what people have: paths, pictures, words. It may be used by
+    several threads at once, pickled, and sent to other processes.
+
+    >>> import tinyclip
+    >>> clip = tinyclip.load("emoji-student")
+    >>> clip.encode_image(["photo.jpg", "photo.jpg"]).shape
+    torch.Size([2, 192])
     """
 
     model: CLIP
@@ -54,14 +61,14 @@ class Pipeline:
         return self.model.config.embed_dim
 
     @property
-    def logit_scale(self) -> float:
-        """Its exponential is the factor of the similarities in `classify`."""
-        return self.model.logit_scale.item()
-
-    @property
     def computing(self) -> dict[str, str]:
         """Names of `dtype` and `device`, as commands report them."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+
+    @property
+    def logit_scale(self) -> float:
+        """Its exponential is the factor of the similarities in `classify`."""
+        return float(self.model.logit_scale.detach())
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
@@ -72,7 +79,11 @@ class Pipeline:
         """A picture -> float32 (3, image_size, image_size), normalised as this model wants it."""
         return torch.from_numpy(self.preprocessing(image))
 
-    @torch.inference_mode()
+    def __repr__(self) -> str:
+        config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
+        towers = f"{config.vision.kind} at {config.vision.image_size} px, {config.text.context_length} tokens"
+        return f"Pipeline({towers}, {parameters / 1e6:.1f} M parameters, {str(self.dtype)[6:]} on {self.device})"
+
     def encode_image(
         self, images: ImageLike | Sequence[ImageLike], *, batch_size: int | None = None, normalize: bool = True
     ) -> Tensor:
@@ -90,12 +101,12 @@ class Pipeline:
         tensors = isinstance(items, Tensor)
         ready = items.split(size) if tensors else map(_stacked, batches(pictures(items, self._image), size))
         features = [self._empty()]
-        for batch in ready:
-            batch = batch.to(self.device, self.model.text_projection.dtype)
-            features.append(_finished(self.model.encode_image(batch), normalize))
-        return torch.cat(features)
+        with torch.inference_mode():
+            for batch in ready:
+                batch = batch.to(self.device, self.model.text_projection.dtype)
+                features.append(_finished(self.model.encode_image(batch), normalize))
+        return torch.cat(features)  # outside, where autograd takes the result: for a probe that is trained on it
 
-    @torch.inference_mode()
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int | None = None, normalize: bool = True
     ) -> Tensor:
@@ -112,17 +123,26 @@ class Pipeline:
         """
         rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
         features = self._empty(len(rows))
-        for places in by_length(rows, self.batch_size(batch_size) * (1 if batch_size else 2)):
-            tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
-            features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
+        with torch.inference_mode():
+            for places in by_length(rows, self.batch_size(batch_size) * (1 if batch_size else 2)):
+                tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
+                features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
         return features
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
-        """Cosine similarity of every image with every text, (images, texts)."""
+        """Cosine similarity of every image with every text, float32 (images, texts).
+
+        >>> clip.similarity("photo.jpg", ["a red apple", "a dog"]).shape
+        torch.Size([1, 2])
+        """
         return self.encode_image(images) @ self.encode_text(texts).T
 
     def classify(self, images: ImageLike | Sequence[ImageLike], labels: str | Sequence[str]) -> Tensor:
-        """Probability of each label for each image, (images, labels): softmax of scaled similarities.
+        """Probability of each label for each image, float32 (images, labels): softmax of scaled similarities.
+
+        >>> probabilities = clip.classify("photo.jpg", ["a red apple", "a dog", "a bicycle"])
+        >>> probabilities.shape, round(probabilities.sum().item(), 3)
+        (torch.Size([1, 3]), 1.0)
 
         Raises:
             ValueError: without labels, or for an empty one.
@@ -131,9 +151,9 @@ class Pipeline:
         logits = self.similarity(images, labels) * self.model.logit_scale.detach().float().exp()
         return logits.softmax(1)
 
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint directory that `load` reads."""
-        save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype)
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
+        """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`)."""
+        save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype, card)
 
     def _image(self, item: ImageLike) -> Tensor:
         return item if isinstance(item, Tensor) else self.preprocess(picture_of(item))
@@ -219,6 +239,10 @@ def load(
 
     Raises:
         ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
+
+    >>> import tinyclip
+    >>> tinyclip.load("emoji-student")
+    Pipeline(vit at 48 px, 32 tokens, 2.1 M parameters, float32 on cpu)
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
@@ -252,7 +276,12 @@ def compile_towers(model: CLIP) -> None:
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-    """CLIP's own vocabulary: int64 (n, context_length), zero-padded; texts too long keep their end token."""
+    """CLIP's own vocabulary: int64 (n, context_length), zero-padded; texts too long keep their end token.
+
+    >>> import tinyclip
+    >>> tinyclip.tokenize("a photo of a cat", context_length=8).tolist()
+    [[49406, 320, 1125, 539, 320, 2368, 49407, 0]]
+    """
     return torch.from_numpy(clip_tokenizer()(texts, context_length))
 
 
@@ -271,5 +300,11 @@ def preprocess(
     mean: tuple[float, float, float] = OPENAI_MEAN,
     std: tuple[float, float, float] = OPENAI_STD,
 ) -> TensorPreprocess:
-    """The evaluation transform for one image size; OpenAI's mean and std unless given."""
+    """The evaluation transform for one image size; OpenAI's mean and std unless given.
+
+    >>> import tinyclip
+    >>> from PIL import Image
+    >>> tinyclip.preprocess(224)(Image.open("photo.jpg")).shape
+    torch.Size([3, 224, 224])
+    """
     return TensorPreprocess(Preprocess(image_size=image_size, mean=mean, std=std))

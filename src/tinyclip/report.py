@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,13 +14,13 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tinyclip import evaluate, faults
-from tinyclip.augment import on_colour
+from tinyclip import evaluate, faults, page
 from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig
 from tinyclip.faults import Skipped
 from tinyclip.measurement import measure
 from tinyclip.model import CLIP
+from tinyclip.page import COLOURS
 from tinyclip.pipeline import Pipeline, load
 from tinyclip.recipe import StoredTeachers
 from tinyclip.structure import figure as structure_figure
@@ -39,7 +37,6 @@ COLUMNS = (
     "R@1 %",
     "unseen R@5 %",
 )
-COLOURS = ("#4c566a", "#2a7de1", "#12a37f", "#d9822b", "#c23b5a", "#7a4fd0", "#8a8a00")
 
 
 @dataclass
@@ -208,32 +205,24 @@ def write_report(
     """One HTML file that needs nothing else."""
     from tinyclip.files import write_atomically
 
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in table(entries))
     measured = entries[0].measured
-    note = (
+    costs = (
         f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
         f"{measured['batch_size']}, texts of full context, the models turn by turn in one process."
     )
-    structures = _structures(entries)
-    write_atomically(
-        path,
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
-<main><h1>{html.escape(title)}</h1>
-<h2>Models</h2>
-<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p class="note">{html.escape(note)}</p>
-<h2>Training</h2>
-<p class="note">Stages one after the other. Losses of different terms cannot be compared.</p>
-<div class="figure">{_svg(curve_figure(series))}</div>
-{structures}<h2>What the models see</h2>
-<p class="note">Pictures evenly spread over the evaluation data, with each model's three best
-classes by the first prompt, and their cosine similarity. Green: the right one.</p>
-<div class="grid">{"".join(_card(g) for g in grid)}</div>
-{_faults(left_out)}</main></html>
-""",
+    training = "Stages one after the other. Losses of different terms cannot be compared."
+    seen = (
+        "Pictures evenly spread over the evaluation data, with each model's three best classes by the first prompt, "
+        "and their cosine similarity. Green: the right one."
     )
+    body = [
+        f"<h2>Models</h2>{page.table(COLUMNS, table(entries))}{page.note(costs)}",
+        f"<h2>Training</h2>{page.note(training)}{page.framed(page.svg(curve_figure(series)))}",
+        _structures(entries),
+        f'<h2>What the models see</h2>{page.note(seen)}<div class="grid">{"".join(map(_card, grid))}</div>',
+        _faults(left_out),
+    ]
+    write_atomically(path, page.page(title, "\n".join(body)))
 
 
 def _faults(left_out: Sequence[Skipped]) -> str:
@@ -241,13 +230,9 @@ def _faults(left_out: Sequence[Skipped]) -> str:
     if not left_out:
         return ""
     note = "Each once, though it may have come up in several epochs; skipped.jsonl in the run's folder has all."
-    head = "".join(f"<th>{column}</th>" for column in (*faults.COLUMNS, "what it is"))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (*row, faults.CAUSES[row[0]])) + "</tr>"
-        for row in faults.rows(left_out)
-    )
-    table = f'<div class="scroll"><table class="words"><tr>{head}</tr>{body}</table></div>'
-    return f'<h2>Left out of the training data</h2><p class="note">{note}</p>{table}'
+    rows = [(*row, faults.CAUSES[row[0]]) for row in faults.rows(left_out)]
+    table = page.table((*faults.COLUMNS, "what it is"), rows, "words")
+    return f"<h2>Left out of the training data</h2>{page.note(note)}{table}"
 
 
 def _structures(entries: Sequence[Entry]) -> str:
@@ -260,48 +245,18 @@ def _structures(entries: Sequence[Entry]) -> str:
         return ""
     note = "Heads and neurons of each block that learned or measured masks kept; grey: the teacher's."
     pictures = (
-        f"<h3>{html.escape(name)}</h3><div class='figure'>{_svg(structure_figure(config, original))}</div>"
+        f"<h3>{html.escape(name)}</h3>{page.framed(page.svg(structure_figure(config, original)))}"
         for name, config in found.items()
     )
-    return f'<h2>Structure</h2><p class="note">{note}</p>{"".join(pictures)}'
-
-
-def _svg(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    text = file.getvalue().decode()
-    return text[text.index("<svg") :]
-
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;margin:0}
-main{max-width:1100px;margin:auto;padding:1.5rem}
-h1{font-size:1.6rem} h2{font-size:1.15rem;margin-top:2rem}
-.scroll{overflow-x:auto} table{border-collapse:collapse;background:#fff}
-th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
-th:first-child,td:first-child,.words td,.words th{text-align:left} .words td{white-space:normal} th{font-weight:600}
-.note{color:#555;font-size:.9rem} .figure svg{max-width:100%;height:auto;background:#fff}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:.8rem}
-.card{background:#fff;border:1px solid #e4e4e4;border-radius:8px;padding:.8rem;display:flex;gap:.8rem;font-size:.82rem}
-.card img{width:72px;height:72px;flex:none;image-rendering:auto} .card b{display:block;margin-bottom:.3rem}
-.card dt{color:#555;margin-top:.25rem} .card dd{margin:0} .right{color:#0a7d4f;font-weight:600}
-"""
+    return f"<h2>Structure</h2>{page.note(note)}{''.join(pictures)}"
 
 
 def _card(guess: Guess) -> str:
-    lines = []
-    for model, named in guess.guesses.items():
-        shown = ", ".join(
-            f'<span class="{"right" if name == guess.truth else ""}">{html.escape(name)} {value:.2f}</span>'
-            for name, value in named
-        )
-        lines.append(f"<dt>{html.escape(model)}</dt><dd>{shown}</dd>")
-    picture = io.BytesIO()
-    on_colour(guess.image, (255, 255, 255)).convert("RGB").save(picture, "PNG")
-    data = base64.b64encode(picture.getvalue()).decode()
-    truth = html.escape(guess.truth)
-    image = f'<img alt="{truth}" src="data:image/png;base64,{data}">'
-    return f'<div class="card">{image}<div><b>{truth}</b><dl>{"".join(lines)}</dl></div></div>'
+    said = {
+        model: [(f"{name} {value:.2f}", name == guess.truth) for name, value in named]
+        for model, named in guess.guesses.items()
+    }
+    return page.card(guess.image, guess.truth, said)
 
 
 def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Entry]:

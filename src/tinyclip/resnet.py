@@ -78,6 +78,7 @@ class ModifiedResNet(nn.Module):
     def __init__(self, config: ResNetConfig, embed_dim: int) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        self.input_resolution = config.image_size
         first, second, third = config.stem
         self.conv1 = nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)

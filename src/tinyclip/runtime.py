@@ -154,8 +154,8 @@ class RuntimePipeline:
         return weights / weights.sum(1, keepdims=True)
 
     def fingerprint(self) -> str:
-        """Of everything that features depend on."""
-        rest = {key: self.facts[key] for key in ("files", "config", "preprocess")} | self.computing
+        """Of everything that features depend on, as it is stored."""
+        rest = {key: self.facts[key] for key in ("files", "config", "preprocess")}
         return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,29 @@ from tinyclip.faults import COLUMNS, Skipped, rows
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """For the shell: published and shipped models whose names begin so. Where there is none, and before anything is
+    typed, the shell completes files."""
+    from tinyclip.zoo import ENTRIES, SHIPPED
+
+    return _begun([*(entry.name for entry in ENTRIES), *SHIPPED], incomplete)
+
+
+def complete_shape(incomplete: str) -> list[str]:
+    """For the shell: also names that stand for a shape alone."""
+    from tinyclip.config import NAMED
+
+    return complete_model(incomplete) + _begun(NAMED, incomplete)
+
+
+def _begun(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if incomplete and name.startswith(incomplete)]
+
+
+Model = Annotated[
+    Path, typer.Argument(help="A checkpoint, a published model's name, or a hub id.", autocompletion=complete_model)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
@@ -31,7 +54,7 @@ Templates = Annotated[Path | None, typer.Option(help="Prompt templates, one a li
 # What checkpoints (ours, OpenCLIP's, Hugging Face's) and exports are made of; a folder with anything else is not
 # replaced.
 CHECKPOINT_FILES = {
-    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json"),
+    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
     *("open_clip_config.json", "open_clip_model.safetensors"),
     *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
     *("tinyclip.json", "image.onnx", "text.onnx", "image.onnx.data", "text.onnx.data", "image.pt2", "text.pt2"),
@@ -67,23 +90,24 @@ def fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
-def print_table(columns: Any, rows: Any) -> None:
+def print_table(columns: Any, rows: Any, figures: bool = True) -> None:
+    """A table of text; `figures` after the first column are set to the right."""
     table = Table(box=None, header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if i == 0 or not figures else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
 
-def print_faults(skipped: Sequence[Skipped]) -> None:
+def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
     """What was left out of data: cause, count, examples."""
     table = Table(box=None, header_style="bold")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column == "left out" else "left", overflow="fold")
     for row in rows(skipped):
         table.add_row(*row)
-    console.print(table, highlight=False)
+    where.print(table, highlight=False)
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -99,11 +123,14 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check_free(
+    path: Path, overwrite: bool, replaceable: set[str] = CHECKPOINT_FILES, what: str = "a checkpoint"
+) -> None:
+    """Refuse a place that is taken: with `overwrite`, by other than what such an output is made of."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+    if path.is_file():
+        raise ValueError(f"{path} is a file, so it is not replaced by a folder; choose another place")
     found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if other := sorted(found - CHECKPOINT_FILES):
-        raise ValueError(
-            f"{path} holds more than a checkpoint ({other[0]}), so it is not replaced; choose another place"
-        )
+    if other := sorted(found - replaceable):
+        raise ValueError(f"{path} holds more than {what} ({other[0]}), so it is not replaced; choose another place")

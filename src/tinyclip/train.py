@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyclip import card
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tinyclip.data import close_loader, next_batch
 from tinyclip.distributed import from_main, gather_objects, is_main, world_size
 from tinyclip.faults import Skipped
@@ -86,14 +87,17 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
         if (result := from_main(lambda folder=folder: _result(folder))) is not None:  # type: ignore[misc]
             student = load_checkpoint(folder / "last")[0].to(run.device)
             results.append(result)
+            from_main(lambda i=i, result=result: _describe(run, i, result))  # type: ignore[misc]
             continue
         from_main(lambda i=i, folder=folder: _announce(run, i, *settle(folder / "last")))  # type: ignore[misc]
         student = starting_student(run, i, student)
         student, result = _train_stage(run, i, student.to(run.device), folder)
         results.append(result)
+        from_main(lambda i=i, result=result: _describe(run, i, result))  # type: ignore[misc]
     assert student is not None
     dtype = getattr(torch, run.recipe.save_dtype)
-    arguments = student, run.tokenizer, preprocess_for(run, student), dtype
+    facts = card.of_run(run.recipe, len(results) - 1, results[-1]["evaluation"])
+    arguments = student, run.tokenizer, preprocess_for(run, student), dtype, facts
     from_main(lambda: save_checkpoint(run.folder / "student", *arguments))
     return results
 
@@ -104,6 +108,13 @@ def _result(folder: Path) -> dict[str, Any] | None:
         return None
     finish(folder / "last")  # a kill may have come between
     return read_json_object(folder / "result.json")
+
+
+def _describe(run: Run, i: int, result: dict[str, Any]) -> None:
+    """Write the card of a stage that is done; a kill may have come before it was."""
+    place = run.folder / "stages" / run.recipe.stages[i].name / "last"
+    if not (place / card.FILE).exists():
+        card.write_card(place, read_config(place), card.of_run(run.recipe, i, result["evaluation"]))
 
 
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
@@ -303,4 +314,6 @@ def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
     if score > progress.best_score and trainee.pruner is None:  # masks that still move make no student
         progress.best_score, progress.best_step = score, progress.step
-        save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess)
+        stage = run.recipe.stages.index(trainee.stage)
+        facts = card.of_run(run.recipe, stage, progress.evaluation, progress.step)
+        save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess, card=facts)

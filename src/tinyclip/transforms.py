@@ -21,6 +21,9 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 
 LONGEST = 100  # times the shorter side
+# A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
+# pixels go into one of the result (docs/embed.md).
+DRAFT = 4
 
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

@@ -116,9 +116,11 @@ ENTRIES = (
     ),
 )
 
+SHIPPED = ("emoji-student",)  # in the package itself: a CLIP of emoji drawings, the 25 % that `make demo` makes
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Each is tried until there are weights: those of `transformers` first, OpenCLIP's after.
-HUB_SMALL = ("*.json", "*.txt")
+HUB_SMALL = ("*.json", "*.txt", "README.md")
 HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors", "open_clip_*.bin")
 
 
@@ -149,7 +151,8 @@ def cache_folder(cache: str | Path | None = None) -> Path:
 
 
 def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
-    """The local file or folder of a path, a zoo name, or a Hugging Face id (`org/name`, `hf:org/name@revision`).
+    """The local file or folder of a path, a name of the zoo or of a model that ships with the package, or a Hugging
+    Face id (`org/name`, `hf:org/name@revision`).
 
     A local path wins over a name. What is missing is downloaded, into `cache` or the hub's own cache.
 
@@ -159,6 +162,8 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
     name = str(name_or_path)
     if Path(name).exists():
         return Path(name)
+    if name in SHIPPED:
+        return shipped(name)
     if name.startswith("hf:"):
         return _from_hub(name.removeprefix("hf:"))
     if entry := find(name):
@@ -168,6 +173,16 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
     if name in NAMED:
         raise ValueError(f"{name}: no such checkpoint; the name stands for a shape, its weights are not in the zoo")
     raise ValueError(f"{name}: no such checkpoint; {_hint(name)}")
+
+
+def shipped(name: str) -> Path:
+    """The folder of a model that ships with the package."""
+    return Path(__file__).parent / "models" / name
+
+
+def describe_shipped(name: str) -> dict[str, str]:
+    """What `tinyclip zoo` says of a model that ships with the package."""
+    return {"name": name, "state": "shipped", "path": str(shipped(name)), "card": str(shipped(name) / "README.md")}
 
 
 def get(name: str) -> Entry:
@@ -182,6 +197,8 @@ def _hint(name: str) -> str:
         return difflib.SequenceMatcher(None, wanted, _key(entry.name)[: len(wanted)]).ratio()
 
     wanted = _key(name)
+    if wanted and any(name.startswith(wanted) for name in SHIPPED):
+        return f"did you mean {SHIPPED[0]}?"
     like = [e.name for e in sorted(ENTRIES, key=likeness, reverse=True)[:3] if likeness(e) > 0.7]
     return f"did you mean {' or '.join(like)}?" if like else "`tinyclip zoo` lists the published models"
 
@@ -336,12 +353,12 @@ def _from_hub(identifier: str) -> Path:
             f"{identifier}: no such checkpoint here, and {place} cannot be read (HTTP {status}: no such model or "
             "revision, or it needs `hf auth login`)"
         ) from None
-    except _transfer_errors() as error:
+    except transfer_errors() as error:
         raise ValueError(f"{identifier}: cannot be downloaded ({' '.join(str(error).split())})") from None
     raise ValueError(f"{identifier}: no weights in {place} that can be read")
 
 
-def _transfer_errors() -> tuple[type[Exception], ...]:
+def transfer_errors() -> tuple[type[Exception], ...]:
     """What a broken transfer raises, also of the HTTP library, of which the hub has had several."""
     from huggingface_hub.errors import HfHubHTTPError
 

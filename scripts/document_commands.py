@@ -1,0 +1,76 @@
+"""Write docs/cli.md, every command with its options; `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from tinyclip.cli import app
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+HEAD = """# Commands
+
+<!-- written by scripts/document_commands.py -->
+
+Every command explains itself with `--help`. Exit codes: 0, 2 for what you can mend (one line says what), 130 and 143
+when stopped by Ctrl-C or SIGTERM. Where a command takes a MODEL, a checkpoint's path, a [published model's](zoo.md)
+name, or `org/name` of the Hugging Face hub will do, and `emoji-student`, which ships with the package.
+"""
+
+
+def commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every command under a group, by its full name."""
+    for key, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} {key}")
+        else:
+            yield f"{name} {key}", command
+
+
+def page() -> str:
+    parts = [HEAD]
+    for name, command in commands(typer.main.get_command(app), "tinyclip"):
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        usage = " ".join([name, *map(_written, arguments), *(["[options]"] if options else [])])
+        parts += [f"## {name}\n", f"{_line(command.help)}\n", f"    {usage}\n"]
+        rows = [(f"`{_written(p)}`", p.help) for p in arguments if p.help]
+        rows += [(", ".join(f"`{o}`" for o in (*p.opts, *p.secondary_opts)), _option(p)) for p in options]
+        if rows:
+            parts.append("\n".join(["| what | |", "|---|---|", *(f"| {a} | {_line(b)} |" for a, b in rows)]) + "\n")
+    return "\n".join(parts)
+
+
+def _written(argument: Any) -> str:
+    name = argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
+
+
+def _option(option: Any) -> str:
+    default = option.default
+    plain = isinstance(default, str | int | float) and not isinstance(default, bool) and default != ""
+    shown = f" Default: {default}." if plain else ""
+    return f"{option.help or ''}{' Required.' if option.required else ''}{shown}"
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def main() -> int:
+    text = page()
+    if sys.argv[1:] == ["--check"]:
+        if PAGE.read_text(encoding="utf-8") == text:
+            return 0
+        print(f"{PAGE} is not up to date: run scripts/document_commands.py")
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The command that sets models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyclip.terminal import (
+    AsJson,
+    Device,
+    DType,
+    Overwrite,
+    Templates,
+    check_free,
+    errors,
+    print_faults,
+    print_json,
+    print_table,
+    say,
+    say_computing,
+)
+
+
+def compare(
+    teacher: Annotated[str, typer.Argument(help="What the students are compared with: a checkpoint or a name.")],
+    students: Annotated[list[str], typer.Argument(help="One or several; each has its own tokenizer and image size.")],
+    data: Annotated[list[Path], typer.Option(help="Pictures with classes or captions, as `evaluate` reads them.")],
+    templates: Templates = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for a report with figures.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy, agreement with TEACHER, calibration, size and speed of STUDENTS, with intervals and a paired test.
+
+    Several --data make one table. What is compared is read once for all models, and once more for the report.
+    """
+    from tinyclip.compare import check, judge
+    from tinyclip.contenders import costs, labels, load_all
+    from tinyclip.evaluate import open_dataset
+
+    if output:
+        from tinyclip.compare_report import FILES
+
+        check_free(output, overwrite, FILES, "a comparison")
+    datasets = [open_dataset(path, templates) for path in data]
+    for dataset in datasets:
+        check(dataset)
+    contenders = load_all([teacher, *students], device, dtype)
+    say_computing(contenders[0].clip.computing)
+    outcomes = []
+    for name, dataset in zip(labels([str(path) for path in data]), datasets, strict=True):
+        with _progress(name) as progress:
+            outcomes.append(judge(contenders, dataset, name, progress))
+        if outcomes[-1].skipped:
+            errors.print(f"{name}: left out:")
+            print_faults(outcomes[-1].skipped, errors)
+    errors.print("measuring speed")
+    measured = costs(contenders)
+
+    from tinyclip.compare_report import result, table, write
+
+    if as_json:
+        print_json(result(outcomes, measured))
+    else:
+        print_table(*table(outcomes, measured))
+    if output:  # after the figures, which are then not lost when it cannot be written
+        write(output, outcomes, measured)
+        (errors.print if as_json else say)(f"report: {output / 'report.html'}")
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int], None]]:
+    """The number of pictures, on stderr."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    columns, shown = (SpinnerColumn(), TextColumn("{task.description}")), errors.is_terminal
+    with Progress(*columns, console=errors, transient=True, disable=not shown) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda count: bar.update(task, description=f"{name}: {count:,} pictures")

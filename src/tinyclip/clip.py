@@ -1,0 +1,163 @@
+"""In place of OpenAI's `clip` package: `import tinyclip.clip as clip`, and code written for theirs runs.
+
+`load`, `tokenize` and `available_models` have the signatures of openai/CLIP (clip/clip.py); what `load` returns has
+the methods and attributes of its model (clip/model.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyclip import zoo
+from tinyclip.config import CLIPConfig
+from tinyclip.distributed import resolve_device
+from tinyclip.download import check, fetch
+from tinyclip.masks import Masks
+from tinyclip.model import CLIP, cast
+from tinyclip.pipeline import TensorPreprocess
+from tinyclip.pipeline import load as load_pipeline
+from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
+
+__all__ = ["available_models", "load", "tokenize"]
+
+# OpenAI's own files (openai/CLIP, clip/clip.py). A link has the SHA-256 of its file.
+OPENAI = "https://openaipublic.azureedge.net/clip/models/"
+OPENAI_FILES = {
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599/RN101.pt",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd/RN50x4.pt",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa/RN50x16.pt",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c/RN50x64.pt",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
+}
+
+
+class Model(CLIP):
+    """A `CLIP` that answers as OpenAI's does: raw features in the model's `dtype`, `forward` gives logits.
+
+    Args:
+        vocabulary: the model's own tokenizer, where its vocabulary was reduced; it then takes `clip.tokenize`'s
+            tokens all the same.
+    """
+
+    def __init__(self, config: CLIPConfig, vocabulary: CLIPTokenizer | None = None) -> None:
+        super().__init__(config)
+        self.vocabulary = vocabulary
+
+    @property
+    def context_length(self) -> int:
+        return self.config.text.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.text.vocab_size
+
+    def encode_image(self, image: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
+        """image: (n, 3, input_resolution, input_resolution), preprocessed -> image_features (n, embed_dim)."""
+        image = image.to(self.text_projection.dtype)  # not below float32 without need, see `cast`
+        return super().encode_image(image, masks, normalize).to(self.dtype)
+
+    def encode_text(self, text: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
+        """text: int (n, length), tokens of `clip.tokenize` -> text_features (n, embed_dim).
+
+        What follows the last end token of the batch is not computed. A reduced vocabulary's own tokens are found by
+        way of the words.
+        """
+        if self.vocabulary is not None:
+            words = [clip_tokenizer().decode(row) for row in text.tolist()]
+            rows = self.vocabulary.rows(words, self.context_length)
+            text = torch.from_numpy(pad(rows, max(map(len, rows), default=2))).to(text.device)
+        elif text.ndim == 2 and text.numel():
+            text = text[:, : int(text.argmax(-1).max()) + 1]
+        return super().encode_text(text, masks, normalize).to(self.dtype)
+
+    def forward(  # type: ignore[override]
+        self, image: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """logits_per_image (images, texts) and logits_per_text (texts, images): scaled cosine similarities."""
+        image_features = F.normalize(self.encode_image(image), dim=-1)
+        text_features = F.normalize(self.encode_text(text), dim=-1)
+        logits_per_image = self.logit_scale.exp().to(self.dtype) * image_features @ text_features.t()
+        return logits_per_image, logits_per_image.t()
+
+
+def available_models() -> list[str]:
+    """Names that `load` knows: OpenAI's, those of the zoo, and what ships with the package."""
+    return [*OPENAI_FILES, *(entry.name for entry in zoo.ENTRIES), *zoo.SHIPPED]
+
+
+def load(
+    name: str,
+    device: str | torch.device | None = None,
+    jit: bool = False,
+    download_root: str | None = None,
+) -> tuple[Model, TensorPreprocess]:
+    """A model and its preprocessing, from a name of `available_models()` or whatever `tinyclip.load` takes.
+
+    Args:
+        device: CUDA where there is one, else the CPU. On CUDA it computes in float16, as OpenAI's does.
+        jit: only False, as there is no TorchScript here.
+        download_root: folder of downloads; $TINYCLIP_CACHE or the platform's by default.
+
+    Returns:
+        The model, in evaluation mode; and a callable from a PIL picture to a float32 tensor
+        (3, input_resolution, input_resolution).
+
+    Raises:
+        ValueError: as `tinyclip.load`, or with `jit=True`.
+
+    >>> import tinyclip.clip as clip
+    >>> from PIL import Image
+    >>> model, preprocess = clip.load("emoji-student", device="cpu")
+    >>> logits_per_image, _ = model(preprocess(Image.open("photo.jpg"))[None], clip.tokenize(["a dog", "a cat"]))
+    >>> logits_per_image.shape
+    torch.Size([1, 2])
+    """
+    if jit:
+        raise ValueError("jit=True: models here are no TorchScript; leave it out, torch.compile makes them faster")
+    place = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = _openai_file(name, download_root) if name in OPENAI_FILES and not Path(name).exists() else name
+    clip = load_pipeline(path, cache=download_root)
+    own = clip.tokenizer if clip.tokenizer.merges != clip_tokenizer().merges else None
+    with torch.device("meta"):
+        model = Model(clip.model.config, own)
+    model.load_state_dict(clip.model.state_dict(), assign=True)
+    cast(model.to(place), torch.float16 if place.type == "cuda" else torch.float32)
+    return model.eval(), TensorPreprocess(clip.preprocessing)
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
+    """CLIP's own vocabulary: int32 (n, context_length), zero-padded.
+
+    Args:
+        truncate: cut a text that is too long, keeping its end token.
+
+    Raises:
+        RuntimeError: for a text that is too long, as OpenAI's function does.
+    """
+    tokenizer = clip_tokenizer()
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not truncate:
+        for text, row in zip(texts, tokenizer.rows(texts, context_length + 1), strict=True):
+            if len(row) > context_length:
+                raise RuntimeError(f"Input {text} is too long for context length {context_length}")
+    return torch.from_numpy(tokenizer(texts, context_length)).int()
+
+
+def _openai_file(name: str, cache: str | None) -> Path:
+    """One of OpenAI's files, downloaded once, its SHA-256 that of its link."""
+    digest, _, file = OPENAI_FILES[name].partition("/")
+    path = zoo.cache_folder(cache) / file
+    if not path.exists():
+        fetch(OPENAI + OPENAI_FILES[name], path)
+    if (found := check(path)["sha256"]) != digest:
+        raise ValueError(f"{path} is not OpenAI's {name}: its SHA-256 is {found}, not {digest}; delete it")
+    return path
