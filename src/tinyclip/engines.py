@@ -26,12 +26,13 @@ def needed(package: str, extra: str | None = None) -> Any:
     Raises:
         ValueError: when it is not installed, with what to type.
     """
+    root = package.partition(".")[0]
     try:
         return _openvino_alone() if package == "openvino" else import_module(package)
     except ImportError as error:
-        if error.name is not None and error.name.partition(".")[0] != package:
+        if error.name is not None and error.name.partition(".")[0] != root:
             raise ValueError(f"{package} cannot be imported: {error}") from None
-        raise ValueError(f"needs {package}: pip install tinyclip[{extra or EXTRAS[package]}]") from None
+        raise ValueError(f"needs {root}: pip install tinyclip[{extra or EXTRAS[root]}]") from None
 
 
 def _openvino_alone() -> Any:

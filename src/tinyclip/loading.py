@@ -68,6 +68,10 @@ def load(
     Raises:
         ValueError: when it is missing, cannot be downloaded, anything in it does not fit, or the runtime is not
             installed or cannot run it.
+
+    >>> import tinyclip
+    >>> tinyclip.load("emoji-student")
+    Pipeline(vit at 48 px, 32 tokens, 2.1 M parameters, float32 on cpu)
     """
     if runtime not in ("auto", *EXTRAS, "torch"):
         raise ValueError(f"runtime {runtime!r}: choose auto, openvino, onnxruntime or torch")

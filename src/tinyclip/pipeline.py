@@ -225,24 +225,10 @@ def load(
     cache: str | Path | None = None,
     compile: bool = False,
 ) -> Pipeline:
-    """A model ready to use, from a checkpoint of ours or of others (`docs/convert.md`), by its name in
-    the zoo (`docs/zoo.md`), or from the Hugging Face hub (`org/name`).
-
-    Args:
-        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
-        device: where the weights go; "auto" takes CUDA, then MPS, then the CPU.
-        dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
-            older GPUs, else float32.
-        cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
-        compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
-            (`docs/inference.md`); the weights must not change after.
+    """`tinyclip.load` of a checkpoint, for what needs its weights.
 
     Raises:
-        ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
-
-    >>> import tinyclip
-    >>> tinyclip.load("emoji-student")
-    Pipeline(vit at 48 px, 32 tokens, 2.1 M parameters, float32 on cpu)
+        ValueError: as there, and for an export.
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)

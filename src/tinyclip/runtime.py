@@ -40,7 +40,7 @@ ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of a tower's
 NEEDED = {"export": str, "precision": str, "config": dict, "preprocess": dict, "logit_scale": float, "files": dict}
 
 
-@dataclass
+@dataclass(repr=False)
 class RuntimePipeline:
     """An exported CLIP with its tokenizer and preprocessing: `Pipeline` on another runtime, its features NumPy arrays.
 
@@ -53,6 +53,11 @@ class RuntimePipeline:
     dtype: str  # of what is not int8
     tokenizer: CLIPTokenizer
     preprocessing: Preprocess
+
+    def __repr__(self) -> str:
+        side, kind = self.preprocessing.image_size, self.facts["export"]
+        how = f"{self.computing['dtype']} with {self.runtime} on cpu"
+        return f"RuntimePipeline({kind} at {side} px, {self._context} tokens, {how})"
 
     @property
     def computing(self) -> dict[str, str]:
