@@ -61,6 +61,7 @@ def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[
             model,
             nncf.Dataset(inputs),
             model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric: no zero points to make up for
             subset_size=len(inputs),
             # Attention in 8 bits costs accuracy and is slower (`benchmarks/export.py`); so is smoothing, which
             # multiplies what goes into each product.
