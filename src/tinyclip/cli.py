@@ -9,6 +9,7 @@ import typer
 
 from tinyclip import (
     __version__,
+    cli_app,
     cli_compare,
     cli_data,
     cli_embed,
@@ -27,7 +28,7 @@ for command in (
     *(cli_train.distill, cli_train.train, cli_train.plan, cli_train.report),
     *(cli_models.inherit, cli_models.convert, cli_models.classify, cli_models.evaluate, cli_compare.compare),
     cli_features.cache,
-    *(cli_search.index, cli_search.search),
+    *(cli_search.index, cli_search.search, cli_app.app),
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
     *(cli_tools.push, cli_tools.doctor),
 ):
