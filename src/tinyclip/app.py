@@ -291,7 +291,7 @@ def page(model: Served, index: Index | None = None, student: Served | None = Non
                 gr.on([button.click, given[1].submit], classify, given, result, api_visibility="private")
             if index is not None:
                 with gr.Tab("Search"):
-                    gr.Markdown(f"{len(index):,} pictures of {safe(str(index.path))}")
+                    gr.Markdown(f"{len(index):,} pictures of {safe(index.path.name)}")
                     with gr.Row():
                         with gr.Column():
                             words = gr.Textbox(label="Words", placeholder="a green apple", max_lines=1)
