@@ -38,7 +38,7 @@ def compare(name: str, first: CLIPConfig, stage: Stage, pairs: int) -> None:
     model = CLIP(first).to(device)
     teachers: dict[str, Teacher | CachedTeacher] = {
         "live": Teacher(model, preprocess),
-        "stored": CachedTeacher(first, [model.logit_scale.exp()]),
+        "stored": CachedTeacher(first.embed_dim, [model.logit_scale.exp()]),
     }
     trainees = {}
     for kind, teacher in teachers.items():

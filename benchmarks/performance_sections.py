@@ -253,7 +253,7 @@ def our_step(
     stage = Stage(name="step", steps=1000, batch_size=len(pixels), **keys)
     model, tokenizer, looks = load_checkpoint(student / "tinyclip")
     device = live.scale.device
-    teacher = CachedTeacher(live.config, live.scales) if cached else live
+    teacher = CachedTeacher(live.embed_dim, live.scales) if cached else live
     trainee = Trainee(model.to(device), stage, teacher, tokenizer, looks, precision)
     trainee.train()
     names = [str(i) for i in range(len(pixels))]

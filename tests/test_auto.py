@@ -161,7 +161,7 @@ def test_an_untouched_tower_spares_its_computation_and_changes_nothing(
         batch = next(iter(loader))
     own = student.encode_text(shorten(batch.tokens, started.tokenizer.end_id, 12), normalize=True)
     monkeypatch.setattr(student, "encode_text", None)  # not to be called
-    theirs = trainee.teacher.features(batch.images, batch.tokens, started.tokenizer.end_id)
+    theirs = trainee.teacher.features(batch.images, batch.tokens)
     assert torch.equal(trainee.student(batch.images, batch.tokens, 0, theirs)["text"], own)
     trainee.step(batch, 0)
 

@@ -176,7 +176,7 @@ def test_losses_are_those_of_the_live_teacher(
     settings = stage(augment=VIEWS, loss={"image_affinity": 0.5, "feature": 0.1, "student_scale": 50})
     chosen = Stage.model_validate(settings)
     live, losses = Teacher(clip.model, clip.preprocessing), []
-    for teacher in (live, CachedTeacher(caches[0].config, [torch.tensor(caches[0].info.scale)])):
+    for teacher in (live, CachedTeacher(caches[0].embed_dim, [torch.tensor(caches[0].info.scale)])):
         student = inherit(clip.model, chosen.student.apply(clip.model.config)).train()
         trainee = Trainee(student, chosen, teacher, clip.tokenizer, clip.preprocessing, "float32")
         losses.append([trainee.step(b, i)["loss"].item() for i, b in enumerate(batches(place, caches, 5))])
@@ -189,7 +189,7 @@ def test_several_teachers_are_averaged_in_their_targets(place: Path) -> None:
     caches = open_caches([place / "cache-teacher", place / "cache-wide"], place / "data")
     (batch,) = batches(place, caches, 1)
     scales = [torch.tensor(20.0), torch.tensor(70.0)]
-    teacher = CachedTeacher(caches[0].config, scales)
+    teacher = CachedTeacher(caches[0].embed_dim, scales)
     chosen = Stage.model_validate(stage(augment=VIEWS, loss={"student_scale": 30, "text_affinity": 1}))
     model = load(place / "teacher").model
     student = inherit(model, chosen.student.apply(model.config)).double().train()

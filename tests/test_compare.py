@@ -290,9 +290,11 @@ def test_the_table_has_a_dash_for_what_a_runtime_does_not_know(
     for cost in measured.values():
         for key in ("pairs_per_s", "latency_ms"):
             assert 0 < cost[f"{key}_range"][0] <= cost[key] <= cost[f"{key}_range"][1]
+    measured["wide"] |= {"dtype": "int8", "runtime": "openvino"}
     columns, rows = compare_report.table([outcome], measured)
     table = {row[0]: row[1:] for row in rows}
     assert columns == ["", "teacher", "student", "wide"]
+    assert table["computed in"] == ["float32 on cpu"] * 2 + ["int8 on cpu, openvino"]
     assert table["parameters, M"][0] == "-" != table["parameters, M"][1]
     assert table["cosine of images"][0] == table["cosine of images"][2] == "-"
     figures = outcome.figures["student"]

@@ -23,7 +23,7 @@ from PIL import Image
 from test_data import LOADERS, good, loader, picture, write_shard
 from test_train import place as place
 from test_train import recipe, stage, weights
-from tinyclip import cli_data, cli_models, faults, index, train
+from tinyclip import cli_data, cli_evaluate, faults, index, train
 from tinyclip.data import close_loader, next_batch
 from tinyclip.evaluate import open_dataset
 from tinyclip.faults import CAUSES, Fault, Skipped
@@ -513,7 +513,7 @@ def test_evaluation_counts_by_cause(place: Path, tmp_path: Path, capsys: pytest.
     expected = Counter(cause for cause, _ in BAD.values())
     del expected["no_caption"]  # pictures can be judged without
     assert counted == expected | {"truncated_shard": 1, "damaged_shard": 3, "empty_shard": 1, "duplicate_key": 2}
-    cli_models.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
+    cli_evaluate.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["skipped_by_cause"] == counted and result["skipped"] == sum(counted.values())
     errors = capsys.readouterr().err

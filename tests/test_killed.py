@@ -140,7 +140,7 @@ def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, cou
         kill(begun)
     for index in range(count):
         said = (tmp_path / f"parts-{index}.err").read_text().splitlines()
-        assert len(said) <= 1 and all("another process of the run has died; go on" in line for line in said)
+        assert len(said) <= 1 and all("another process has died; the same command goes on" in line for line in said)
     assert end(begin(parts, count)) == [0] * count
     assert_same(Path(whole.output), out)
 

@@ -58,7 +58,7 @@ def test_a_replay_draws_the_same_random_numbers(checkpointing: bool) -> None:
         outputs.append(reference.student(batch.images[piece], batch.tokens[piece], 0))
     after = torch.get_rng_state()
     whole = {name: torch.cat([o[name] for o in outputs]) for name in outputs[0] if name != "scale"}
-    theirs = reference.teacher.features(batch.images, batch.tokens, reference.student.end_id)
+    theirs = reference.teacher.features(batch.images, batch.tokens)
     theirs = theirs[0].clone(), theirs[1].clone()
     reference._terms(whole | {"scale": outputs[0]["scale"]}, [theirs], batch)["loss"].backward()
     trainee = noisy(micro_batch=3, grad_checkpointing=checkpointing)

@@ -117,7 +117,7 @@ def plain_gradients(trainee: Trainee, batch: Batch, step: int = 1) -> dict[str, 
     """Of the whole batch by one graph: neither leaves nor replays."""
     teacher, student = trainee.teacher, trainee.student
     assert teacher is not None
-    theirs = tuple(x.clone() for x in teacher.features(batch.images, batch.tokens, student.end_id))
+    theirs = tuple(x.clone() for x in teacher.features(batch.images, batch.tokens))
     outputs = student(batch.images, batch.tokens, step, theirs)
     loss = trainee._terms(outputs, [theirs], batch)["loss"]
     names = named(trainee)

@@ -46,7 +46,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Served:
-    """A model that one visitor at a time uses, as times of two at once would mean nothing."""
+    """A model that one visitor at a time uses, as times of two at once would mean nothing; so two share a `lock`."""
 
     name: str
     clip: Any  # what `tinyclip.load` returns

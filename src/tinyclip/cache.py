@@ -3,7 +3,7 @@
 A cache is a folder:
 
     cache.json                          how it was made: `CacheInfo`
-    config.json, tokenizer.json, preprocess.json   the teacher's, as in a checkpoint
+    config.json, tokenizer.json, preprocess.json   the teacher's, as in a checkpoint, where it is our own
     features/SHARD.safetensors          of the data shard SHARD.tar, sorted by `key_hashes`:
         key_hashes      int64 (n,)      `stable_hash` of the samples' keys
         keys            uint8           the keys themselves, as a JSON list
@@ -52,6 +52,15 @@ THREADS = 8  # that read the whole cache once, before it is used
 TENSORS = ("key_hashes", "keys", "views", "image_features", "text_features", "text_offsets")
 
 
+class ForeignInfo(Strict):
+    """What a cache says of a teacher of another library, which has no config of ours."""
+
+    kind: str  # see `ForeignTeacher`
+    embed_dim: Positive
+    preprocess: Preprocess
+    tokens: str  # hash of what its tokenizer makes of some texts
+
+
 class CacheInfo(Strict):
     """How a cache was made. Two caches with equal `augment`, `image_size`, `draws` and `seed` hold the same views."""
 
@@ -64,6 +73,7 @@ class CacheInfo(Strict):
     image_size: Positive  # of the views, pixels
     draws: Positive  # views a picture
     seed: Count
+    foreign: ForeignInfo | None = None
 
 
 VIEW_SETTINGS = ("augment", "image_size", "draws", "seed")
@@ -75,9 +85,9 @@ class Cache:
 
     folder: Path
     info: CacheInfo
-    config: CLIPConfig
-    tokenizer: CLIPTokenizer
-    preprocess: Preprocess
+    config: CLIPConfig | None  # these three of a teacher of our own
+    tokenizer: CLIPTokenizer | None
+    preprocess: Preprocess | None
     _files: OrderedDict[str, FeatureFile] = field(default_factory=OrderedDict, repr=False)
 
     @classmethod
@@ -87,9 +97,24 @@ class Cache:
         if not (folder / "cache.json").is_file():
             raise ValueError(f"{folder}: no cache of a teacher; make one with `tinyclip cache`")
         info = read_info(folder)
+        if info.foreign is not None:
+            return cls(folder, info, None, None, None)
         config = CLIPConfig.from_json(folder / "config.json")
         tokenizer = CLIPTokenizer.from_file(folder / "tokenizer.json")
         return cls(folder, info, config, tokenizer, read_preprocess(folder / "preprocess.json"))
+
+    @property
+    def own(self) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
+        """Of a teacher of our own."""
+        assert self.config is not None and self.tokenizer is not None and self.preprocess is not None
+        return self.config, self.tokenizer, self.preprocess
+
+    @property
+    def embed_dim(self) -> int:
+        if self.config is not None:
+            return self.config.embed_dim
+        assert self.info.foreign is not None, "`load` reads one of the two"
+        return self.info.foreign.embed_dim
 
     def check_data(self, data: str | Path) -> None:
         """Whether the cache has all shards that are read of this folder, as they are.
@@ -108,7 +133,7 @@ class Cache:
             if not file.is_of(shard):
                 raise ValueError(f"{self.folder}: {shard} has changed since; make the cache anew with `tinyclip cache`")
             shapes = file.shape("image_features")[1:], file.shape("text_features")[1:]
-            if shapes != ([self.info.draws, self.config.embed_dim], [self.config.embed_dim]):
+            if shapes != ([self.info.draws, self.embed_dim], [self.embed_dim]):
                 raise ValueError(f"{file.path}: its features do not fit {self.folder / 'cache.json'}")
         with ThreadPoolExecutor(THREADS) as threads:
             for _ in threads.map(lambda shard: FeatureFile(self.place(shard.name)).check(), shards):

@@ -32,6 +32,7 @@ from tinyclip.foreign import (
 from tinyclip.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
 from tinyclip.hugging_face import read_hugging_face
 from tinyclip.model import CLIP
+from tinyclip.runtime import find_export
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -99,9 +100,11 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     """
     path = _whole(Path(path))
     check_activation(activation, str(path))
+    if find_export(path) is not None:
+        raise ValueError(f"{path} is an export, which cannot be used for this; give the checkpoint that it was made of")
     try:
         if (foreign := read_foreign(path, activation)) is not None:
-            model = _filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
+            model = filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
             return model, foreign.tokenizer, foreign.preprocess
     except ValueError as error:
         if path.is_file() and path.with_name(f"{path.name}.json").exists():  # the record of a download (see `download`)
@@ -122,11 +125,11 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
             f"{path}: preprocess.json makes {preprocess.image_size} px images, "
             f"config.json says {config.vision.image_size}"
         )
-    model = _filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
+    model = filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
     return model, tokenizer, preprocess
 
 
-def _filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
+def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
     """A model with these weights; `ValueError` as `check_state`, before anything of its size is allocated."""
     try:
         with torch.device("meta"):

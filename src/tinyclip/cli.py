@@ -13,6 +13,8 @@ from tinyclip import (
     cli_compare,
     cli_data,
     cli_embed,
+    cli_evaluate,
+    cli_export,
     cli_features,
     cli_models,
     cli_search,
@@ -26,8 +28,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Make and check training shard
 vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
 for command in (
     *(cli_train.distill, cli_train.train, cli_train.plan, cli_train.report),
-    *(cli_models.inherit, cli_models.convert, cli_models.classify, cli_models.evaluate, cli_compare.compare),
+    *(cli_models.inherit, cli_models.convert, cli_models.classify),
+    *(cli_evaluate.evaluate, cli_evaluate.probe, cli_compare.compare),
     cli_features.cache,
+    cli_export.export,
     *(cli_search.index, cli_search.search, cli_app.app),
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
     *(cli_tools.push, cli_tools.doctor),

@@ -36,7 +36,7 @@ def app(
     if opened and index:
         check_model(opened.facts, index, str(model), fingerprint)
     served = pages.Served(model.name, clip)  # visitors need not know where it is
-    second = pages.Served(Path(student).name, open_model(student, device, dtype)[0]) if student else None
+    second = pages.Served(Path(student).name, open_model(student, device, dtype)[0], served.lock) if student else None
     say_computing(clip.computing)
     if not pages.is_loopback(place):
         errors.print("warning: everyone who can reach this machine can use the page; it has no password")

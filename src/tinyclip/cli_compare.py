@@ -16,6 +16,7 @@ from tinyclip.terminal import (
     Overwrite,
     Templates,
     check_free,
+    complete_model,
     errors,
     print_faults,
     print_json,
@@ -26,8 +27,18 @@ from tinyclip.terminal import (
 
 
 def compare(
-    teacher: Annotated[str, typer.Argument(help="What the students are compared with: a checkpoint or a name.")],
-    students: Annotated[list[str], typer.Argument(help="One or several; each has its own tokenizer and image size.")],
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="What the students are compared with: a checkpoint or a name.", autocompletion=complete_model
+        ),
+    ],
+    students: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or several; each has its own tokenizer and image size.", autocompletion=complete_model
+        ),
+    ],
     data: Annotated[list[Path], typer.Option(help="Pictures with classes or captions, as `evaluate` reads them.")],
     templates: Templates = None,
     device: Device = "auto",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tinyclip.terminal import (
+    Model,
     Overwrite,
     check_free,
     errors,
@@ -78,7 +79,7 @@ def prepare(
 
 
 def prune(
-    model: Path,
+    model: Model,
     output: Path,
     texts: Annotated[Path, typer.Option(help="File of texts, one a line, or folder of shards, whose tokens are kept.")],
     overwrite: Overwrite = False,

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 def cache(
     teacher: Annotated[
-        str, typer.Argument(help="Checkpoint, or a published model's name.", autocompletion=complete_model)
+        str,
+        typer.Argument(
+            help="As in recipes: a checkpoint, a name, open_clip:.., transformers:..", autocompletion=complete_model
+        ),
     ],
     shards: Annotated[Path, typer.Argument(help="Folder of training shards.")],
     output: Annotated[
@@ -46,8 +49,8 @@ def cache(
 
     Run it again after a stop: shards that are done are kept."""
     from tinyclip.distributed import best_precision, is_main, processes, resolve_device
+    from tinyclip.foreign_teacher import load_teacher, short_name
     from tinyclip.make_cache import make_cache
-    from tinyclip.pipeline import load
     from tinyclip.recipe import augment_from
     from tinyclip.resume import Interrupted
 
@@ -55,13 +58,13 @@ def cache(
         raise ValueError("give either --recipe or --augment")
     if precision not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"--precision {precision}: bfloat16, float16, float32 or auto")
-    place = output or shards / f"cache-{Path(teacher).stem}"
+    place = output or shards / f"cache-{short_name(teacher)}"
     where = resolve_device(device)
     with processes(where):
-        clip = load(teacher, device=where)
+        clip = load_teacher(teacher, where)
         views = augment_from(augment or [])
         if recipe:
-            views, largest = _views_of(recipe, clip.model.config)
+            views, largest = _views_of(recipe, clip)
             image_size = image_size or largest
         settings: dict[str, Any] = {"draws": draws, "seed": seed, "batch_size": batch_size, "workers": workers}
         settings |= {"precision": best_precision(where) if precision == "auto" else precision}
@@ -88,9 +91,10 @@ def _say_report(report: Report, place: Path, draws: int) -> None:
     say(f"to use it, set in a recipe: teacher: {{cache: {place}}}")
 
 
-def _views_of(path: Path, teacher: Any) -> tuple[Any, int]:
+def _views_of(path: Path, clip: Any) -> tuple[Any, int]:
     """The augmentation of a recipe's stages, and the largest picture that teacher and students take."""
-    from tinyclip.plan import stage_shapes
+    from tinyclip.pipeline import Pipeline
+    from tinyclip.plan import first_start, stage_shapes
     from tinyclip.recipe import load_recipe
 
     recipe = load_recipe(path)
@@ -101,8 +105,10 @@ def _views_of(path: Path, teacher: Any) -> tuple[Any, int]:
                 f"{path}: stages {first.name} and {stage.name} differ in `augment`, and a cache has the views of one; "
                 "make them equal, or two recipes of them"
             )
-    shapes, _ = stage_shapes(recipe, teacher)
-    return first.augment, max(config.vision.image_size for config in (teacher, *(s.student for s in shapes)))
+    own = isinstance(clip, Pipeline)
+    shapes, _ = stage_shapes(recipe, clip.model.config if own else first_start(recipe))
+    size = (clip.preprocessing if own else clip.preprocess).image_size
+    return first.augment, max(size, *(s.student.vision.image_size for s in shapes))
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Commands that take a model: cut, convert, use, judge, look at."""
+"""Commands that take a model: cut, convert, use, look at."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +9,11 @@ import typer
 
 from tinyclip.terminal import (
     AsJson,
-    Compile,
     Device,
     DType,
     Model,
     Overwrite,
-    Templates,
+    Runtime,
     check_free,
     complete_model,
     complete_shape,
@@ -144,14 +142,15 @@ def classify(
     labels: list[str],
     device: Device = "cpu",
     dtype: DType = "auto",
+    runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
     """How well each of LABELS fits IMAGE."""
-    from tinyclip.pipeline import load
+    from tinyclip.loading import load
     from tinyclip.transforms import open_image
 
     picture = open_image(image)  # before the model, which takes longer to be wrong
-    clip = load(model, device=device, dtype=dtype)
+    clip = load(model, device=device, dtype=dtype, runtime=runtime)
     chances = clip.classify(picture, labels)[0].tolist()
     ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     if as_json:
@@ -162,65 +161,32 @@ def classify(
         print_table(("label", "probability"), [[name, f"{100 * p:.1f} %"] for name, p in ranked])
 
 
-def evaluate(
-    model: Path,
-    data: Path,
-    templates: Templates = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    compile: Compile = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Zero-shot accuracy and retrieval recall of MODEL on DATA (class folders or shards)."""
-    from tinyclip import evaluate as evaluation
-    from tinyclip.faults import summary
-    from tinyclip.files import write_atomically
-    from tinyclip.pipeline import load
-
-    dataset = evaluation.open_dataset(data, templates)
-    clip = load(model, device=device, dtype=dtype, compile=compile)
-    result = {"model": str(model)} | clip.computing | evaluation.evaluate(clip, dataset)
-    if dataset.skipped:
-        errors.print(f"skipped {summary(result['skipped_by_cause'])}:")
-        for skipped in dataset.skipped[:10]:
-            errors.print(f"  {skipped.cause}: {skipped}")
-    if output:
-        write_atomically(output, json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print_json(result)
-        return
-    say_computing(clip.computing)
-    subsets = result.pop("subsets", {})
-    names = [k for k, v in result.items() if isinstance(v, float)] + [k for k in result if k.startswith("n")]
-    rows = [[name, *(_figure(figures.get(name)) for figures in (result, *subsets.values()))] for name in names]
-    print_table(("figure", "all", *subsets), rows)
-
-
-def _figure(value: Any) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
-
-
 def measure(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.", autocompletion=complete_shape)
+        str,
+        typer.Argument(help="A checkpoint, an export, a name of the zoo or of a shape.", autocompletion=complete_shape),
     ],
     device: Device = "cpu",
     dtype: DType = "auto",
+    runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, MACs and pairs/s of MODEL here."""
+    """Parameters, MACs and pairs/s of MODEL here; of an export also its size."""
     from tinyclip.config import NAMED, CLIPConfig
     from tinyclip.distributed import resolve_device, resolve_dtype
     from tinyclip.measurement import measure as measured
+    from tinyclip.measurement import measure_export
     from tinyclip.model import CLIP, cast
-    from tinyclip.pipeline import load
+    from tinyclip.pipeline import Tensors, load_encoder
 
-    place = resolve_device(device)
-    precision = resolve_dtype(dtype, place)
-    shape_only = model in NAMED and not Path(model).exists()
-    network = CLIP(CLIPConfig.named(model)).eval() if shape_only else load(model).model
-    result = {"model": model} | measured(cast(network.to(place), precision))
+    if model in NAMED and not Path(model).exists():
+        place = resolve_device(device)
+        network = CLIP(CLIPConfig.named(model)).eval().to(place)
+        found = measured(cast(network, resolve_dtype(dtype, place)))
+    else:
+        clip = load_encoder(model, device, dtype, runtime=runtime)
+        found = measure_export(clip.clip) if isinstance(clip, Tensors) else measured(clip.model)
+    result = {"model": model} | found
     if as_json:
         print_json(result)
         return

@@ -15,6 +15,7 @@ from tinyclip.terminal import (
     Compile,
     Device,
     DType,
+    complete_model,
     errors,
     plural,
     print_faults,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def index(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.", autocompletion=complete_model)],
     folder: Annotated[Path, typer.Argument(help="Pictures, with subfolders.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
     moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed one, at another place.")] = False,

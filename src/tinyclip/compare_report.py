@@ -47,6 +47,7 @@ def table(outcomes: Sequence[Outcome], costs: Costs) -> tuple[list[str], list[li
     rows = [
         _row("parameters, M", costs, lambda c: f"{(c['params_image'] + c['params_text']) / 1e6:.2f}"),
         _row("MACs, G", costs, lambda c: f"{(c['macs_image'] + c['macs_text']) / 1e9:.3f}"),
+        _row("computed in", costs, _computing),
         _row("size on disk, MB", costs, lambda c: f"{c['bytes'] / 1e6:.1f}"),
         _row("pairs/s", costs, lambda c: f"{c['pairs_per_s']:,.0f}"),
         _row("latency of a pair, ms", costs, lambda c: f"{c['latency_ms']:.2f}"),
@@ -96,6 +97,10 @@ def _row(words: str, models: Mapping[str, Mapping[str, Any]], cell: Any) -> list
         except (KeyError, TypeError):
             row.append("-")
     return row
+
+
+def _computing(cost: Mapping[str, Any]) -> str:
+    return f"{cost['dtype']} on {cost['device']}" + (f", {cost['runtime']}" if "runtime" in cost else "")
 
 
 def _percent(value: float, interval: Sequence[float]) -> str:
@@ -245,7 +250,7 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
     """
     teacher = next(iter(costs))
     columns, rows = table(outcomes, costs)
-    body = [page.table(columns, rows), *(page.note(text) for text in _notes(costs))]
+    body = [page.table(columns, rows), *(page.note(text) for text in _notes())]
     with atomic_directory(folder) as place:
         (place / "figures").mkdir()
         for number, outcome in enumerate(outcomes, 1):
@@ -262,8 +267,7 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
         _write_answers(place / "answers.csv", outcomes)
 
 
-def _notes(costs: Costs) -> list[str]:
-    computing = sorted({f"{cost['dtype']} on {cost['device']}" for cost in costs.values()})
+def _notes() -> list[str]:
     return [
         f"In brackets: intervals of {100 * LEVEL:.0f} %, percentiles of {RESAMPLES:,} bootstrap samples of the "
         "pictures; classes and captions stay. McNemar's exact test: how likely so uneven a split of the pictures lost "
@@ -271,8 +275,8 @@ def _notes(costs: Costs) -> list[str]:
         "Affinity divergence: mean KL divergence of the student's distributions of texts for an image and of images "
         f"for a text from the teacher's. Calibration error: expected, over {BINS} bins of confidence. Both at each "
         "model's own logit scale.",
-        f"Parameters without the token embedding. Speed: {', '.join(computing)}, texts of full context, pairs/s in "
-        "batches of 32, latency of one pair alone, the models turn by turn in one process.",
+        "Parameters without the token embedding. Speed with texts of full context: pairs/s in batches of 32, latency "
+        "of one pair alone, the models turn by turn in one process.",
     ]
 
 

@@ -7,7 +7,7 @@ import hashlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,11 +56,13 @@ class Batch:
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)  # since the worker's last batch
     teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # stored (n, embed_dim) image and text features
+    teacher_tokens: Tensor | None = None  # int64 (n, length), of a teacher that has another tokenizer
 
     def pin_memory(self) -> Batch:
         images, tokens, groups = (t.pin_memory() for t in (self.images, self.tokens, self.groups))
         teacher = [(image.pin_memory(), text.pin_memory()) for image, text in self.teacher]
-        return Batch(images, tokens, groups, self.keys, self.skipped, teacher)
+        theirs = None if self.teacher_tokens is None else self.teacher_tokens.pin_memory()
+        return Batch(images, tokens, groups, self.keys, self.skipped, teacher, theirs)
 
 
 @edataclass
@@ -78,8 +80,10 @@ class Pair(Sample):
     tokens: np.ndarray
     group: int
     teacher: list[tuple[np.ndarray, np.ndarray]]  # stored image and text features of each teacher
+    teacher_tokens: np.ndarray | None
 
 
+Tokenize = Callable[[Sequence[str]], np.ndarray]  # texts -> int64 (n, length)
 # (shard, key, number of captions, generator) -> a stored view, the index of a caption, features of each teacher
 StoredDraw = Callable[[str, str, int, Random], tuple[View, int, list[tuple[np.ndarray, np.ndarray]]]]
 
@@ -100,11 +104,13 @@ class Encoder(TaskEncoder):
         image_size: int,
         augment: Augment,
         stored: StoredDraw | None = None,
+        teacher_tokenize: Tokenize | None = None,
     ):
         super().__init__()
         self.cookers = [Cooker(_raw)]
         self.tokenizer, self.context_length = tokenizer, context_length
         self.image_size, self.augment, self.stored = image_size, augment, stored
+        self.teacher_tokenize = teacher_tokenize
         self.bad_in_a_row = 0
         self.skipped: list[Skipped] = []
 
@@ -133,7 +139,9 @@ class Encoder(TaskEncoder):
             raise SkipSample from None
         self.bad_in_a_row = 0
         tokens = self.tokenizer([caption], self.context_length)[0]
-        return Pair.derive_from(raw, pixels=pixels, tokens=tokens, group=stable_hash(group), teacher=teacher)
+        theirs = self.teacher_tokenize([caption])[0] if self.teacher_tokenize else None
+        features = {"teacher": teacher, "teacher_tokens": theirs}
+        return Pair.derive_from(raw, pixels=pixels, tokens=tokens, group=stable_hash(group), **features)
 
     @staticmethod
     def worker_seed() -> int:
@@ -152,6 +160,7 @@ class Encoder(TaskEncoder):
 
     def batch(self, samples: list[Pair]) -> Batch:
         skipped, self.skipped = self.skipped, []
+        theirs = [s.teacher_tokens for s in samples if s.teacher_tokens is not None]
         return Batch(
             images=torch.from_numpy(np.stack([s.pixels for s in samples])),
             tokens=torch.from_numpy(np.stack([s.tokens for s in samples])),
@@ -161,6 +170,7 @@ class Encoder(TaskEncoder):
             teacher=[
                 (_stacked(pairs, 0), _stacked(pairs, 1)) for pairs in zip(*(s.teacher for s in samples), strict=True)
             ],
+            teacher_tokens=torch.from_numpy(np.stack(theirs)) if theirs else None,
         )
 
 
@@ -192,12 +202,14 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     stored: StoredDraw | None = None,
+    teacher_tokenize: Tokenize | None = None,
 ) -> Any:
     """An endless, shuffled Energon loader of `Batch`es whose `save_state_rank()` resumes it.
 
     Args:
         rank, world_size: this process, and among how many the data is divided; each gets `batch_size` pairs.
         stored: where views and teacher features come from instead of `augment` (see `cache.draw_stored`).
+        teacher_tokenize: of a teacher that has another tokenizer, for `Batch.teacher_tokens`.
 
     Raises:
         ValueError: when the folder holds no usable shards.
@@ -210,7 +222,7 @@ def training_loader(
         batch_size=batch_size,
         shuffle_buffer_size=min(samples, 4096),
         max_samples_per_sequence=100,
-        task_encoder=Encoder(tokenizer, context_length, image_size, augment, stored),
+        task_encoder=Encoder(tokenizer, context_length, image_size, augment, stored, teacher_tokenize),
     )
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
     loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)

@@ -108,7 +108,7 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         if not claim("an error"):  # asked before the connections close, through which the others would learn of it
             _leave()
         if isinstance(error, RuntimeError) and _is_lost(error):
-            raise ValueError(f"another process of the run has died; {GO_ON}") from None
+            raise ValueError("another process has died; the same command goes on, a run's with --resume") from None
         raise
     finally:
         _left.append(dist.group.WORLD)
@@ -194,6 +194,20 @@ class _Gather(torch.autograd.Function):
         total = total.clone()
         dist.all_reduce(total)  # gloo scatters no sums
         return total.chunk(world_size())[rank()]
+
+
+def gather_uneven(rows: Tensor) -> Tensor:
+    """Every process's rows (n, ...) as `gather`, though each has another number of them. One without any may leave out
+    their shape, (0, 0)."""
+    if world_size() == 1:
+        return rows
+    shapes = gather_objects(tuple(rows.shape))
+    longest = max(shapes, key=lambda shape: shape[0])
+    padded = rows.new_zeros(longest)
+    if len(rows):
+        padded[: len(rows)] = rows
+    parts = gather(padded).split(max(1, longest[0]))
+    return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)]) if longest[0] else rows
 
 
 def gather_objects(mine: T) -> list[T]:

@@ -270,30 +270,44 @@ def read_open_clip(folder: Path, activation: str | None) -> Foreign:
     """
     where = folder / OPEN_CLIP_CONFIG
     data = read_json_object(where)
+    path = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder}: no {' or '.join(OPEN_CLIP_WEIGHTS)}")
+    return from_open_clip(data, read_tensors(path)[0], activation, str(where), str(path))
+
+
+def from_open_clip(
+    data: dict[str, Any], tensors: Mapping[str, Tensor], activation: str | None, where: str, source: str
+) -> Foreign:
+    """What an `open_clip_config.json` says and the weights that go with it.
+
+    Args:
+        where, source: what errors call the config and the weights.
+
+    Raises:
+        ValueError: as `read_open_clip`.
+    """
     model, looks = _object(data, "model_cfg", where), _object(data, "preprocess_cfg", where)
     vision, text = _object(model, "vision_cfg", where), _object(model, "text_cfg", where)
     for section, values in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
         for key, value in values.items():
             if key not in SHAPES and value and value not in SAME.get(key, ()):
                 raise ValueError(f"{where}: {section}.{key} is {value!r}, which cannot be read")
-    path = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder}: no {' or '.join(OPEN_CLIP_WEIGHTS)}")
-    state, _ = canonical(read_tensors(path)[0], str(path))
+    state, _ = canonical(tensors, source)
     width, heads = _number(text, "width", 512, where), _number(text, "heads", 8, where)
     head_dims = (_number(vision, "head_width", 64, where), width // heads)
     layers = (None if _is_resnet(state) else _number(vision, "layers", 12, where), _number(text, "layers", 12, where))
     stated = Stated(head_dims, layers, _number(vision, "image_size", 224, where))
-    said = agree(activation, "quick_gelu" if model.get("quick_gelu") else "gelu", str(where))
-    config = config_from(state, str(path), said, stated)
+    said = agree(activation, "quick_gelu" if model.get("quick_gelu") else "gelu", where)
+    config = config_from(state, source, said, stated)
     for key, same in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
         if looks.get(key, same) != same:
             raise ValueError(f"{where}: preprocess_cfg.{key} is {looks[key]!r}, only {same!r} can be done")
     preprocess = preprocessing(config, looks.get("mean"), looks.get("std"), where)
-    return Foreign(config, state, own_tokenizer(config, str(path)), preprocess)
+    return Foreign(config, state, own_tokenizer(config, source), preprocess)
 
 
-def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: Path) -> Preprocess:
+def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: str | Path) -> Preprocess:
     """The evaluation transform; OpenAI's mean and std where a file does not say them."""
     try:
         return Preprocess(
@@ -305,14 +319,14 @@ def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: Path) -> Prepr
         raise ValueError(f"{where}: mean {mean!r} and std {std!r} should be three numbers each, std above 0") from None
 
 
-def _object(data: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
+def _object(data: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     value = data.get(key, {})
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {key} should be an object")
     return value
 
 
-def _number(data: dict[str, Any], key: str, default: int, where: Path) -> int:
+def _number(data: dict[str, Any], key: str, default: int, where: str) -> int:
     value = data.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{where}: {key} is {value!r}, not a positive whole number")

@@ -65,7 +65,10 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     where = folder / "config.json"
     data = read_json_object(where)
     if data.get("model_type") != "clip":
-        raise ValueError(f"{where}: a model of type {data.get('model_type')!r}, only 'clip' can be read")
+        raise ValueError(
+            f"{where}: a model of type {data.get('model_type')!r}, only 'clip' can be read; a recipe's teacher may be "
+            f"others too, as `transformers:{folder}`"
+        )
     vision = _section(data, "vision_config", {"hidden_size": 768, "num_attention_heads": 12}, where)
     defaults = {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 49408, "eos_token_id": 49407}
     text = _section(data, "text_config", defaults, where)

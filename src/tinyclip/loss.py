@@ -34,6 +34,12 @@ def affinity_loss(
     Half the cross-entropy image-to-text plus half text-to-image, against the teacher's softmax, averaged
     over rows (TinyCLIP, ICCV 2023, section 3.1). The teacher's side takes no gradient.
 
+    Of a teacher that was trained with a sigmoid (SigLIP, ICCV 2023) it is the same. That gives each pair a probability
+    of its own, p_ij = sigmoid(x_ij) with x_ij = scale * cosine + bias. Which text of a row fits, given that just one
+    does, has probabilities in proportion to p_ij * prod_{k != j}(1 - p_ik), and so to the odds p_ij / (1 - p_ij) =
+    exp(x_ij): the softmax of the row, in which the bias cancels. The shares p_ij / sum_k p_ik are close to that while
+    all p are small, and level where pairs are sure, so they would hide which of them fits best.
+
     Args:
         student_image, student_text: (n, d) normalised features.
         teacher_image, teacher_text: (n, d') normalised features; d' may differ from d.

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,20 +19,20 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyclip.augment import Augment, View
-from tinyclip.cache import Cache, CacheInfo, FeatureFile, content_hash, feature_file
-from tinyclip.data import AGAIN, bind_worker, closing, stable_hash
+from tinyclip.cache import Cache, CacheInfo, FeatureFile, ForeignInfo, content_hash, feature_file
+from tinyclip.data import AGAIN, Tokenize, bind_worker, closing, stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import flush, write_atomically
+from tinyclip.foreign_teacher import PROBES
 from tinyclip.index import shard_counts
 from tinyclip.pipeline import Pipeline
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
-from tinyclip.teacher import Teacher
-from tinyclip.tokenizer import CLIPTokenizer
+from tinyclip.teacher import ForeignTeacher, Teacher
 
 STORED = np.float16
 LOCK = ".lock"
@@ -52,7 +53,7 @@ class Report:
 
 
 def make_cache(
-    clip: Pipeline,
+    clip: Pipeline | ForeignTeacher,
     name: str,
     data: str | Path,
     output: str | Path,
@@ -73,7 +74,7 @@ def make_cache(
     of `distributed.processes`.
 
     Args:
-        clip: the teacher, on the device to compute on.
+        clip: the teacher as `load_teacher` gives it, on the device to compute on.
         name: what it is called in the cache.
         image_size: of the views, pixels; by default the teacher's.
         batch_size: views, or texts, that the teacher sees at a time.
@@ -87,25 +88,31 @@ def make_cache(
     output = Path(output)
     counts = from_main(lambda: shard_counts(data))
     settings: dict[str, Any] = {"augment": augment, "draws": draws, "seed": seed, "precision": precision}
-    settings["image_size"] = image_size or clip.preprocessing.image_size
-    info = CacheInfo(teacher=name, weights=weights_hash(clip), scale=clip.model.logit_scale.exp().item(), **settings)
+    teacher = Teacher(clip.model, clip.preprocessing) if isinstance(clip, Pipeline) else clip
+    settings["image_size"] = image_size or teacher.preprocess.image_size
+    facts: dict[str, Any] = {
+        "weights": weights_hash(teacher.network),
+        "scale": teacher.scale.item(),
+        "foreign": _foreign_info(clip),
+    }
+    info = CacheInfo(teacher=name, **facts, **settings)
     with _only_call(output):
         from_main(lambda: _open_folder(output, info, clip, overwrite))
         shards = [shard for shard in find_shards(data) if shard.name in counts]
         pending = from_main(lambda: [s.name for s in shards if not _is_done(output, s)])
         mine = [shard for shard in shards if shard.name in pending[rank() :: world_size()]]
-        teacher, total, done = Teacher(clip.model, clip.preprocessing), sum(counts[s.name] for s in mine), 0
+        total, done, tokenize = sum(counts[s.name] for s in mine), 0, _tokenize(clip)
         progress(0, total)
         for shard in mine:
-            views = ShardViews(shard, clip.tokenizer, clip.model.config.text.context_length, info)
+            views = ShardViews(shard, tokenize, info)
             features, loader = _Features(), _loader_of(views, batch_size, workers)
             with closing(loader, AGAIN):
                 for block in loader:
-                    features.add(block, teacher, clip.tokenizer.end_id, batch_size, precision)
+                    features.add(block, teacher, batch_size, precision)
                     progress(done + features.seen, total)
             features.check(shard, counts[shard.name])
             done += features.seen
-            features.write(feature_file(output, shard.name), shard, info, clip.model.config.embed_dim)
+            features.write(feature_file(output, shard.name), shard, info, teacher.embed_dim)
         gather_objects(None)  # wait for all
         return from_main(lambda: _summary(output, shards, len(pending)))
 
@@ -113,13 +120,26 @@ def make_cache(
 # --- the folder -------------------------------------------------------------------------------------------------
 
 
-def weights_hash(clip: Pipeline) -> str:
+def weights_hash(network: nn.Module) -> str:
     """Hash of all parameters and buffers, so that another teacher of the same name is noticed."""
     digest = hashlib.sha256()
-    for key, value in sorted(clip.model.state_dict().items()):
+    for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
     return digest.hexdigest()
+
+
+def _tokenize(clip: Pipeline | ForeignTeacher) -> Tokenize:
+    if isinstance(clip, Pipeline):
+        return partial(clip.tokenizer, context_length=clip.model.config.text.context_length)
+    return clip.tokenize
+
+
+def _foreign_info(clip: Pipeline | ForeignTeacher) -> ForeignInfo | None:
+    if isinstance(clip, Pipeline):
+        return None
+    tokens = hashlib.sha256(_tokenize(clip)(PROBES).tobytes()).hexdigest()
+    return ForeignInfo(kind=clip.kind, embed_dim=clip.embed_dim, preprocess=clip.preprocess, tokens=tokens)
 
 
 @contextmanager
@@ -145,7 +165,7 @@ def _enter(lock: FileLock, folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline, overwrite: bool) -> None:
+def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher, overwrite: bool) -> None:
     try:
         if overwrite or not (folder / "cache.json").exists():  # the rest of one that was being removed
             _empty(folder)
@@ -157,9 +177,10 @@ def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline, overwrite: bool)
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
     if not (folder / "cache.json").exists():
-        write_atomically(folder / "config.json", clip.model.config.model_dump_json(indent=2) + "\n")
-        write_atomically(folder / "preprocess.json", clip.preprocessing.model_dump_json(indent=2) + "\n")
-        write_atomically(folder / "tokenizer.json", clip.tokenizer.to_json())
+        if isinstance(clip, Pipeline):
+            write_atomically(folder / "config.json", clip.model.config.model_dump_json(indent=2) + "\n")
+            write_atomically(folder / "preprocess.json", clip.preprocessing.model_dump_json(indent=2) + "\n")
+            write_atomically(folder / "tokenizer.json", clip.tokenizer.to_json())
         write_atomically(folder / "cache.json", info.model_dump_json(indent=2) + "\n")  # last: it makes it a cache
 
 
@@ -181,18 +202,20 @@ def _check_known(folder: Path) -> None:
         raise ValueError(f"{folder} holds more than a cache ({other[0]}); choose another place")
 
 
-def _check_same(folder: Path, info: CacheInfo, clip: Pipeline) -> None:
+def _check_same(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher) -> None:
     """Refuse to go on with a cache that was made in another way."""
     try:
         cache = Cache.load(folder)
     except ValueError as error:
         raise ValueError(f"{error}; --overwrite makes it anew") from None
-    now, before = info.model_dump(), cache.info.model_dump()
-    differing = [name for name in now if name != "teacher" and now[name] != before[name]]
-    if cache.tokenizer.merges != clip.tokenizer.merges:
-        differing.append("tokenizer")
-    if cache.preprocess != clip.preprocessing:
-        differing.append("preprocess")
+    # What a teacher is called, and why it is foreign, may name the place where it lies.
+    now, before = (i.model_dump(exclude={"teacher": True, "foreign": {"kind"}}) for i in (info, cache.info))
+    differing = [name for name in now if now[name] != before[name]]
+    if isinstance(clip, Pipeline) and cache.tokenizer is not None:
+        if cache.tokenizer.merges != clip.tokenizer.merges:
+            differing.append("tokenizer")
+        if cache.preprocess != clip.preprocessing:
+            differing.append("preprocess")
     if differing:
         raise ValueError(
             f"{folder} holds a cache of {cache.info.teacher} that differs in {', '.join(differing)}; "
@@ -255,9 +278,9 @@ class Block:
 class ShardViews(IterableDataset[Any]):
     """The samples of a shard with their views; each worker decodes every n-th."""
 
-    def __init__(self, shard: Path, tokenizer: CLIPTokenizer, context_length: int, info: CacheInfo) -> None:
+    def __init__(self, shard: Path, tokenize: Tokenize, info: CacheInfo) -> None:
         super().__init__()
-        self.shard, self.tokenizer, self.context_length, self.info = shard, tokenizer, context_length, info
+        self.shard, self.tokenize, self.info = shard, tokenize, info
 
     def __iter__(self) -> Iterator[Item | Skipped]:
         """Samples, and what cannot be used."""
@@ -282,7 +305,7 @@ class ShardViews(IterableDataset[Any]):
         rngs = [Random(f"{info.seed}:{self.shard.name}:{key}:{i}") for i in range(info.draws)]
         views = [info.augment.draw(image.width, image.height, rng) for rng in rngs]
         pixels = np.stack([view.apply(image, info.image_size) for view in views])
-        return Item(key, views, pixels, self.tokenizer(captions, self.context_length))
+        return Item(key, views, pixels, self.tokenize(captions))
 
 
 def _loader_of(views: ShardViews, batch_size: int, workers: int) -> DataLoader[Any]:
@@ -320,14 +343,14 @@ class _Features:
         """Samples, bad ones included."""
         return len(self.samples) + sum(bool(s.key) for s in self.skipped)
 
-    def add(self, block: Block, teacher: Teacher, end_id: int, batch_size: int, precision: Precision) -> None:
+    def add(self, block: Block, teacher: Teacher | ForeignTeacher, batch_size: int, precision: Precision) -> None:
         self.skipped += block.skipped
         if not block.keys:
             return
-        device = teacher.model.logit_scale.device
+        device = teacher.scale.device
         with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
             images = [teacher.image_features(part.to(device)) for part in block.images.split(batch_size)]
-            texts = [teacher.text_features(part, end_id) for part in block.tokens.split(batch_size)]
+            texts = [teacher.text_features(part) for part in block.tokens.split(batch_size)]
         image, text = (torch.cat(parts).cpu() for parts in (images, texts))
         if not (image.isfinite().all() and text.isfinite().all()):
             raise ValueError(f"the teacher's features of {', '.join(block.keys[:8])}, ... are not finite")

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.axes import axis_table, count_parameters
+from tinyclip.cache import read_info
 from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.foreign_teacher import is_foreign
 from tinyclip.index import known_samples
 from tinyclip.inheritance import manual_masks
 from tinyclip.loss import TILE
@@ -57,11 +59,43 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
         assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
         return recipe.model, []
     name = recipe.caches[0] if recipe.caches else str(recipe.teacher)
+    if _is_foreign(recipe):
+        return _beside_foreign(recipe, name)
     if (shape := known_shape(name)) is not None:
         return shape, []
     if recipe.teacher_shape is None:
         raise ValueError(f"{name}: no such checkpoint; put it there, or set `teacher_shape` to a model name")
     return recipe.teacher_shape, [f"{name} is not here: its shape is taken from teacher_shape"]
+
+
+def _is_foreign(recipe: Recipe) -> bool:
+    """Whether the teacher is of another library, and so perhaps of no shape of ours."""
+    if recipe.caches:
+        folder = Path(recipe.caches[0])
+        return (folder / "cache.json").is_file() and read_info(folder).foreign is not None
+    return isinstance(recipe.teacher, str) and is_foreign(recipe.teacher)
+
+
+def _beside_foreign(recipe: Recipe, name: str) -> tuple[CLIPConfig, list[str]]:
+    """`teacher_config` of a teacher of another library, which is not loaded for it."""
+    stage, given = recipe.stages[0], recipe.teacher_shape
+    if stage.start in ("previous", "teacher") and stage.inherit != "none":
+        if given is None:
+            raise ValueError(f"{name}: its shape is known once it is loaded; set `teacher_shape` to a model name")
+        return given, [f"{name}: its shape is taken from teacher_shape"]
+    note = f"{name}: what it costs itself is not counted; set `teacher_shape` to a model of about its size"
+    return first_start(recipe), [note] if given is None and not recipe.caches else []
+
+
+def first_start(recipe: Recipe) -> CLIPConfig:
+    """Shape of what the first stage starts from where that is not the teacher; `ValueError` when nothing says it."""
+    stage = recipe.stages[0]
+    named = stage.start not in ("previous", "teacher")
+    shape = known_shape(stage.start) if named else stage.student.like
+    if shape is None:
+        absent = f"start: {stage.start} is not here" if named else "student: give the whole shape with `like: NAME`"
+        raise ValueError(f"stages.0.{absent}")
+    return shape
 
 
 def known_shape(name_or_path: str) -> CLIPConfig | None:
@@ -271,6 +305,8 @@ def plan(
     first, notes = teacher_config(recipe)
     shapes, more = stage_shapes(recipe, first)
     teacher = first if recipe.teacher is not None else None
+    if _is_foreign(recipe):
+        teacher = recipe.teacher_shape
     live = None if recipe.caches else teacher  # stored features cost nothing here
     samples = samples or known_samples(recipe.data)
     if tflops is not None:
@@ -283,7 +319,7 @@ def plan(
     total["epochs"] = sum(s["epochs"] for s in stages) if samples else None
     total["memory_bytes"] = max(s["memory_bytes"]["total"] for s in stages)
     total["hours"] = sum(s["hours"] for s in stages) if speed else None
-    start = {"shape": shape_text(first)} | _sizes(first) if teacher else None
+    start = {"shape": shape_text(teacher)} | _sizes(teacher) if teacher else None
     return {"teacher": start, "devices": devices, "stages": stages, "total": total, "notes": notes + more}
 
 

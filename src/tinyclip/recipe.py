@@ -256,7 +256,9 @@ class Recipe(Strict):
 
     description: str = Field("", description="what it does, its command, expected time and result")
     teacher: str | StoredTeachers | None = Field(
-        None, description="checkpoint of the teacher, or {cache: ..}: its stored features; none: train from scratch"
+        None,
+        description="checkpoint of the teacher, open_clip:NAME/TAG or transformers:NAME of another library, or "
+        "{cache: ..}: stored features; none: train from scratch",
     )
     teacher_shape: Shape = Field(
         None, description="a whole config, or a model name: what `plan` and `--smoke` take while the teacher is absent"

@@ -18,6 +18,7 @@ from tinyclip import evaluate, faults, page
 from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig
 from tinyclip.faults import Skipped
+from tinyclip.foreign_teacher import is_foreign
 from tinyclip.measurement import measure
 from tinyclip.model import CLIP
 from tinyclip.page import COLOURS
@@ -97,10 +98,14 @@ def _measure_side_by_side(entries: Sequence[Entry], rounds: int = 3) -> None:
 
 
 def _teacher_entry(teacher: Any, evaluation: dict[str, Any] | None) -> list[Entry]:
-    """The teacher of a recipe. Of stored ones the first, without accuracies, as long as its cache is there."""
+    """The teacher of a recipe. Of stored ones the first, without accuracies, as long as its cache is there;
+    none of another library, which cannot be measured beside ours."""
+    if isinstance(teacher, str) and is_foreign(teacher):
+        return []
     if not isinstance(teacher, str):
-        stored = StoredTeachers.model_validate(teacher).folders[0]
-        return [Entry("teacher", Path(stored), {}, {}, stored=True)] if Path(stored).exists() else []
+        stored = Path(StoredTeachers.model_validate(teacher).folders[0])
+        known = (stored / "config.json").exists()  # not of a teacher of another library
+        return [Entry("teacher", stored, {}, {}, stored=True)] if known else []
     path, clip = Path(teacher), load(teacher)
     figures: dict[str, Any] = {}
     if evaluation:

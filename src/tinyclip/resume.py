@@ -202,7 +202,8 @@ def settle(last: Path) -> tuple[int, list[str]]:
             place.rename(last)
         return step, [f"{fault}; going on from step {step}" for fault in faults.values()]
     if faults:
-        raise ValueError(f"{next(iter(faults.values()))}; remove {last.parent} to start the stage anew")
+        first = next(iter(faults.values()))
+        raise ValueError(f"{first}, and no older one is whole; remove {last.parent} to start the stage anew")
     return 0, []
 
 

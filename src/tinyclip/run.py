@@ -21,7 +21,7 @@ from tinyclip.data import training_loader
 from tinyclip.distributed import GO_ON, is_main, rank, world_size
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
-from tinyclip.teacher import CachedTeacher, Teacher
+from tinyclip.teacher import AnyTeacher, ForeignTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -35,7 +35,8 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    teacher: Teacher | CachedTeacher | None
+    teacher: AnyTeacher | None
+    original: CLIPConfig  # what sparsity counts from: the teacher's shape, else that of the first stage's start
     configs: list[CLIPConfig]
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
@@ -71,12 +72,15 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | 
         pairs: of a batch; by default this process's share of the stage's.
     """
     stage, config = run.recipe.stages[i], run.configs[i]
-    teacher = run.teacher.config if run.teacher else config
-    size = max(config.vision.image_size, teacher.vision.image_size)
+    size, context, teacher = config.vision.image_size, config.text.context_length, run.teacher
+    if isinstance(teacher, Teacher | ForeignTeacher):
+        size = max(size, teacher.preprocess.image_size)
+    if isinstance(teacher, Teacher):  # it reads the same tokens
+        context = max(context, teacher.config.text.context_length)
     return training_loader(
         run.recipe.data,
         tokenizer=run.tokenizer,
-        context_length=max(config.text.context_length, teacher.text.context_length),
+        context_length=context,
         image_size=run.caches[0].info.image_size if run.caches else size,
         augment=stage.augment,
         batch_size=pairs or stage.batch_size // world_size(),
@@ -86,6 +90,7 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | 
         rank=rank(),
         world_size=world_size(),
         stored=partial(draw_stored, run.caches) if run.caches else None,
+        teacher_tokenize=teacher.tokenize if isinstance(teacher, ForeignTeacher) else None,
     )
 
 

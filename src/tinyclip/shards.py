@@ -172,8 +172,14 @@ def read_shards(folder: str | Path, skipped: list[Skipped] | None = None) -> Ite
         yield from read_shard(shard, skipped)
 
 
-def read_shard(shard: Path, skipped: list[Skipped] | None = None) -> Iterator[dict[str, Any]]:
-    """`read_shards` of a single one."""
+def read_shard(
+    shard: Path, skipped: list[Skipped] | None = None, wanted: Callable[[int], bool] = lambda number: True
+) -> Iterator[dict[str, Any]]:
+    """`read_shards` of a single one.
+
+    Args:
+        wanted: of which samples, numbered from 0, the files are read; others come with `__key__` and `__shard__` alone.
+    """
 
     def leave_out(key: str, fault: Fault) -> None:
         if skipped is None:
@@ -182,13 +188,15 @@ def read_shard(shard: Path, skipped: list[Skipped] | None = None) -> Iterator[di
 
     try:
         with open_shard(shard) as tar:
-            found = False
+            found, number = False, 0
             for entry in entries(tar):
                 found = True
                 if entry.fault:
                     leave_out(entry.key, entry.fault)
                 else:
-                    yield {"__key__": entry.key, "__shard__": shard.name} | _bytes_of(tar, entry)
+                    files = _bytes_of(tar, entry) if wanted(number) else {}
+                    yield {"__key__": entry.key, "__shard__": shard.name} | files
+                    number += 1
             if not found:
                 raise Fault("empty_shard", "an empty shard")
     except Fault as fault:

@@ -26,7 +26,7 @@ from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Evaluator, attention
 from tinyclip.shape import StudentShape
 from tinyclip.step import Trainee
-from tinyclip.teacher import CachedTeacher, Teacher
+from tinyclip.teacher import AnyTeacher, CachedTeacher, Teacher
 from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import Preprocess
 
@@ -205,9 +205,9 @@ def measured_speed(recipe: Recipe, steps: int = 3, pairs: int = 32) -> Speed:
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     first, _ = teacher_config(recipe)
     preprocess = Preprocess(image_size=first.vision.image_size)
-    teacher: Teacher | CachedTeacher | None = None
+    teacher: AnyTeacher | None = None
     if recipe.caches:
-        teacher = CachedTeacher(first, [torch.tensor(50.0, device=device)] * len(recipe.caches))
+        teacher = CachedTeacher(first.embed_dim, [torch.tensor(50.0, device=device)] * len(recipe.caches))
     elif recipe.teacher is not None:
         teacher = Teacher(CLIP(first).to(device), preprocess)
 

@@ -17,15 +17,18 @@ from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
 from tinyclip.faults import append
 from tinyclip.files import write_atomically
+from tinyclip.foreign import own_tokenizer
+from tinyclip.foreign_teacher import load_teacher, local_part
 from tinyclip.index import known_faults, prepare
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
+from tinyclip.pipeline import Pipeline
 from tinyclip.pruning import TOWERS, budgets
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.run import Run
 from tinyclip.shards import all_captions
 from tinyclip.student import check_compiler
-from tinyclip.teacher import CachedTeacher, Teacher
+from tinyclip.teacher import AnyTeacher, CachedTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.tracking import check_trackers
 from tinyclip.transforms import Preprocess
@@ -63,24 +66,32 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
             )
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
-    teacher: Teacher | CachedTeacher | None = None
+    teacher: AnyTeacher | None = None
+    foreign: str | None = None  # what a teacher is that no student can inherit from
     caches = open_caches(recipe.caches, recipe.data)
     if caches:
         first = caches[0]
-        scales = [torch.tensor(cache.info.scale, device=device) for cache in caches]
-        teacher, config = CachedTeacher(first.config, scales), first.config
-        tokenizer, preprocess = first.tokenizer, first.preprocess
+        teacher = CachedTeacher(first.embed_dim, [torch.tensor(cache.info.scale, device=device) for cache in caches])
+        if first.info.foreign is not None:
+            foreign = first.info.foreign.kind
+        else:
+            config, tokenizer, preprocess = first.own
     elif recipe.teacher is not None:
         assert isinstance(recipe.teacher, str), "a teacher is a checkpoint or a cache"
-        model, tokenizer, preprocess = load_checkpoint(resolve(recipe.teacher))
-        teacher = Teacher(model.to(device), preprocess)
-        config = model.config
+        loaded = load_teacher(recipe.teacher, device)
+        if isinstance(loaded, Pipeline):
+            teacher = Teacher(loaded.model, loaded.preprocessing)
+            config, tokenizer, preprocess = loaded.model.config, loaded.tokenizer, loaded.preprocessing
+        else:
+            teacher, foreign = loaded, loaded.kind
     else:
         assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
         tokenizer = _vocabulary(recipe, recipe.model.text.context_length)
         text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
         config = recipe.model.model_copy(update={"text": text})
         preprocess = Preprocess(image_size=config.vision.image_size)
+    if foreign is not None:
+        config, tokenizer, preprocess = _first_start(recipe, foreign)
     if any(stage.compile for stage in recipe.stages):
         check_compiler(device)
     configs = plan(recipe, config, device)
@@ -92,7 +103,37 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     from_main(lambda: _open_folder(lock, folder, recipe, overwrite, resume))
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
-    return Run(recipe, folder, teacher, configs, tokenizer, preprocess, device, precision, lock, caches=caches)
+    return Run(recipe, folder, teacher, config, configs, tokenizer, preprocess, device, precision, lock, caches=caches)
+
+
+def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
+    """What a run begins with whose teacher gives it no weights: the checkpoint that the first stage names, else the
+    shape that it states, with CLIP's tokenizer.
+
+    Raises:
+        ValueError: for a stage that would need the teacher's weights.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if stage.towers != "both":
+            raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, and that is {kind}")
+        if stage.start != "teacher" and (stage.start != "previous" or i > 0):
+            continue
+        if stage.inherit != "none":
+            raise ValueError(
+                f"stages.{i}.inherit: {stage.inherit} needs a CLIP to inherit from, and the teacher is {kind}; name a "
+                "checkpoint with `start`, or take `inherit: none` with `student: {like: NAME}`"
+            )
+        if stage.student.like is None:
+            raise ValueError(
+                f"stages.{i}.student: give the whole shape with `like: NAME`, since the teacher, {kind}, has none "
+                "that it could be relative to"
+            )
+    start, like = recipe.stages[0].start, recipe.stages[0].student.like
+    if start not in ("previous", "teacher"):
+        model, tokenizer, preprocess = load_checkpoint(resolve(start))
+        return model.config, tokenizer, preprocess
+    assert like is not None, "checked above"
+    return like, own_tokenizer(like, "stages.0.student.like"), Preprocess(image_size=like.vision.image_size)
 
 
 def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPConfig]:
@@ -248,7 +289,7 @@ def _check_replaceable(folder: Path, recipe: Recipe) -> None:
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder} is no run of tinyclip; remove it by hand or choose another output")
     evaluation = (recipe.evaluation.data, recipe.evaluation.templates) if recipe.evaluation else ()
-    teacher = recipe.caches or (recipe.teacher,)
+    teacher = recipe.caches or ((local_part(str(recipe.teacher)),) if recipe.teacher is not None else ())
     for source in (*teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")

@@ -20,7 +20,7 @@ from tinyclip.model import CLIP
 from tinyclip.pruning import Pruner
 from tinyclip.recipe import Stage
 from tinyclip.student import Student, make_projections, set_trained
-from tinyclip.teacher import CachedTeacher, Features, Teacher
+from tinyclip.teacher import AnyTeacher, Features
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -37,7 +37,7 @@ class Trainee:
 
     model: CLIP
     stage: Stage
-    teacher: Teacher | CachedTeacher | None
+    teacher: AnyTeacher | None
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
     precision: str
@@ -160,7 +160,7 @@ class Trainee:
         if self.teacher is None or not (self.stage.loss.distils or self.stage.towers != "both"):
             return []
         with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
-            theirs = self.teacher.features_of(batch, piece, images, self.tokenizer.end_id)
+            theirs = self.teacher.features_of(batch, piece, images)
         return [(image.clone(), text.clone()) for image, text in theirs]  # no inference tensors any more
 
     # --- the loss -----------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Trainee:
             keys = ", ".join(batch.keys[:8])
             raise ValueError(
                 f"the {what} of stage {self.stage.name} is {value.item()} at step {step + 1}; samples {keys}, ...; "
-                "the last good checkpoint is kept. A lower optimizer.lr or precision float32 may help."
+                "a checkpoint from before it is kept, if there is one. A lower optimizer.lr or float32 may help."
             )
 
 

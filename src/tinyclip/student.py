@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyclip.model import CLIP, Block
 from tinyclip.pruning import Pruner
 from tinyclip.recipe import Stage
-from tinyclip.teacher import CachedTeacher, Features, Teacher, image_input, shorten
+from tinyclip.teacher import AnyTeacher, Features, image_input, shorten
 from tinyclip.transforms import Preprocess
 
 
@@ -99,13 +99,13 @@ def set_trained(model: CLIP, stage: Stage) -> None:
                 part.requires_grad_(False)
 
 
-def make_projections(student: CLIP, teacher: Teacher | CachedTeacher | None, stage: Stage) -> nn.ModuleDict:
+def make_projections(student: CLIP, teacher: AnyTeacher | None, stage: Stage) -> nn.ModuleDict:
     """Learned maps from the student's embedding to the teacher's, for the terms that need them; they start as the
     inherited one, the first dims. Not part of the student."""
     projections = nn.ModuleDict()
     if teacher is not None and {"feature", "interactive"} & set(stage.loss.distils):
         for name in ("image", "text"):
-            projection = nn.Linear(student.config.embed_dim, teacher.config.embed_dim, bias=False)
+            projection = nn.Linear(student.config.embed_dim, teacher.embed_dim, bias=False)
             nn.init.eye_(projection.weight)
             projections[name] = projection
     return projections

@@ -27,7 +27,8 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
     stage, recipe = run.recipe.stages[i], run.recipe
     torch.manual_seed(recipe.seed + i)
     from_teacher = stage.start == "teacher" or (stage.start == "previous" and previous is None)
-    if (recipe.teacher is None and i == 0) or (recipe.caches and from_teacher):  # random weights, nothing to slice
+    own = isinstance(run.teacher, Teacher)
+    if (recipe.teacher is None and i == 0) or (from_teacher and not own):  # random weights, nothing to slice
         return CLIP(run.configs[i])
     base, state = _base(run, i, previous), run.folder / "stages" / stage.name / "last" / STATE
     with warnings.catch_warnings(record=True) as caught:
@@ -66,7 +67,7 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> dict[str, Tenso
     model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
     loader = loader_of(run, i, pairs=pairs)
     source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
-    how = Calibration.of(settings, run.teacher.config, float(scale), run.recipe.seed + i)
+    how = Calibration.of(settings, run.original, float(scale), run.recipe.seed + i)
     with attention(run.device), closing(loader):
         if targets is None:
             assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
@@ -119,5 +120,5 @@ def mask_targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
     goal = stage.auto.latency_ms
     removed = from_main(lambda: fraction_for_latency(latency_ms, goal))
     run.emit({"event": "latency", "stage": stage.name, "latency_ms": goal, "macs_removed": removed})
-    start = sparsity(config, run.teacher.config, {}, towers, "macs").item()
+    start = sparsity(config, run.original, {}, towers, "macs").item()
     return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}

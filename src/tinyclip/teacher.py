@@ -1,18 +1,19 @@
 """What a teacher is: a frozen model that turns a training batch into features, or its features in a cache.
 
-Both have `config`, `scale`, `scales` and `features_of`; several stored teachers are an ensemble.
+All have `embed_dim`, `scale`, `scales` and `features_of`; several stored teachers are an ensemble.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyclip.config import CLIPConfig
-from tinyclip.data import Batch
+from tinyclip.data import Batch, Tokenize
 from tinyclip.model import CLIP
 from tinyclip.transforms import Preprocess
 
@@ -21,7 +22,7 @@ Features = tuple[Tensor, Tensor]  # normalised image_features and text_features,
 
 @dataclass
 class Teacher:
-    """A live teacher. Its model is put in evaluation mode and never updated."""
+    """A live teacher of our own. Its model is put in evaluation mode and never updated."""
 
     model: CLIP
     preprocess: Preprocess
@@ -29,11 +30,11 @@ class Teacher:
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
 
-    def features_of(self, batch: Batch, piece: slice, images: Tensor, end_id: int) -> list[Features]:
+    def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
         """What each teacher says of a piece of a batch, here the one. `images` are the piece's, on the device."""
-        return [self.features(images, batch.tokens[piece], end_id)]
+        return [self.features(images, batch.tokens[piece])]
 
-    def features(self, images: Tensor, tokens: Tensor, end_id: int) -> Features:
+    def features(self, images: Tensor, tokens: Tensor) -> Features:
         """Normalised image_features and text_features, (n, embed_dim) in float32 (float64 of such a model). They are
         inference tensors: clone what a backward pass is to keep.
 
@@ -41,7 +42,7 @@ class Teacher:
             images: uint8 (n, 3, s, s).
             tokens: int64 (n, length).
         """
-        return self.image_features(images), self.text_features(tokens, end_id)
+        return self.image_features(images), self.text_features(tokens)
 
     @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:
@@ -50,14 +51,23 @@ class Teacher:
         return _at_least_float32(self.model.encode_image(pixels, normalize=True))
 
     @torch.inference_mode()
-    def text_features(self, tokens: Tensor, end_id: int) -> Tensor:
+    def text_features(self, tokens: Tensor) -> Tensor:
         """int64 (n, length) -> (n, embed_dim), as `features`."""
-        tokens = shorten(tokens, end_id, self.config.text.context_length).to(self.model.logit_scale.device)
+        text = self.config.text  # whose highest id is the end token
+        tokens = shorten(tokens, text.vocab_size - 1, text.context_length).to(self.model.logit_scale.device)
         return _at_least_float32(self.model.encode_text(tokens, normalize=True))
 
     @property
     def config(self) -> CLIPConfig:
         return self.model.config
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
 
     @property
     def scale(self) -> Tensor:
@@ -71,17 +81,60 @@ class Teacher:
 
 
 @dataclass
+class ForeignTeacher:
+    """A live teacher that another library runs (made by `foreign_teacher`), with its own tokenizer, resolution and
+    normalisation. It is put in evaluation mode and never updated.
+
+    It sees the same views as the student, resized as any other (`image_input`), and the same captions as its own
+    tokens. Of a model that was trained with a sigmoid (SigLIP) the affinity is the same softmax of scaled cosines:
+    see `loss.affinity_loss` for why its bias takes no part.
+    """
+
+    network: nn.Module
+    encode_image: Callable[[Tensor], Tensor]  # normalised pixels (n, 3, s, s) -> (n, embed_dim)
+    encode_text: Callable[[Tensor], Tensor]  # tokens (n, length) -> (n, embed_dim)
+    tokenize: Tokenize
+    preprocess: Preprocess
+    scale: Tensor  # exp(logit_scale)
+    embed_dim: int
+    kind: str  # in words, and so why no student can inherit from it: "a SigLIP"
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
+
+    def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
+        """As `Teacher.features_of`; the batch has the teacher's tokens too."""
+        assert batch.teacher_tokens is not None, "the loader was made for this teacher"
+        return [(self.image_features(images), self.text_features(batch.teacher_tokens[piece]))]
+
+    @torch.inference_mode()
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 (n, 3, s, s) on the network's device -> (n, embed_dim), normalised, float32."""
+        return F.normalize(self.encode_image(image_input(images, self.preprocess)).float(), dim=-1)
+
+    @torch.inference_mode()
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """int64 (n, length) of its own tokens -> (n, embed_dim), normalised, float32."""
+        return F.normalize(self.encode_text(tokens.to(self.scale.device)).float(), dim=-1)
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """`scale` of each teacher."""
+        return [self.scale]
+
+
+@dataclass
 class CachedTeacher:
     """One or several teachers whose features come with the batches, read from caches; the models are not here.
 
-    The first one speaks for all where there can be only one: its shape is what sparsity counts from, its scale what
-    the student takes with `student_scale: teacher`.
+    The first one speaks for all where there can be only one: its scale is what the student takes with
+    `student_scale: teacher`.
     """
 
-    config: CLIPConfig
+    embed_dim: int  # of the first; the terms that need it take one teacher
     scales: list[Tensor]
 
-    def features_of(self, batch: Batch, piece: slice, images: Tensor, end_id: int) -> list[Features]:
+    def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
         """What each teacher says of a piece of a batch."""
         pairs = [(image[piece].to(images.device), text[piece].to(images.device)) for image, text in batch.teacher]
         return [(_at_least_float32(image), _at_least_float32(text)) for image, text in pairs]
@@ -90,6 +143,9 @@ class CachedTeacher:
     def scale(self) -> Tensor:
         """exp(logit_scale) of the first"""
         return self.scales[0]
+
+
+AnyTeacher = Teacher | ForeignTeacher | CachedTeacher
 
 
 def _at_least_float32(features: Tensor) -> Tensor:

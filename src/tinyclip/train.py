@@ -64,7 +64,7 @@ def run(run: Run) -> list[dict[str, Any]]:
     Under torchrun all processes call it. The first one alone writes, evaluates, and tells the run's listener.
 
     Raises:
-        ValueError: for a loss that is not finite, or data of which too much is bad; the last checkpoint is kept.
+        ValueError: for a loss that is not finite, or data of which too much is bad; a checkpoint from before is kept.
         Interrupted: after SIGINT or SIGTERM, the state saved.
     """
     try:
@@ -125,10 +125,10 @@ def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
         forget_metrics(run.folder / log, stage.name, step, last)
     event = {"event": "stage", "stage": stage.name, "index": i, "steps": stage.steps}
     (run.listener if step else run.emit)(event)
-    if step:
-        run.emit({"event": "resumed", "stage": stage.name, "step": step})
     for fault in faults:
         run.warn(stage, fault)
+    if step:
+        run.emit({"event": "resumed", "stage": stage.name, "step": step})
 
 
 # --- one stage --------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
     targets = saved_targets(last) if masked else mask_targets(run, stage, student)
-    pruner = Pruner(student.config, run.teacher.config, stage, targets, run.recipe.seed + i, run.device)
+    pruner = Pruner(student.config, run.original, stage, targets, run.recipe.seed + i, run.device)
     for name, gone in pruner.constraint.start.items():
         if gone >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
             run.warn(stage, already_gone(gone, targets[name]))

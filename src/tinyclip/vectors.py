@@ -1,6 +1,6 @@
 """Many features in one file, and the nearest of them: a thin layer over USearch, the only place that knows it.
 
-A file is read through a memory map: opening takes no time, and a search touches only the pages that it needs.
+A file is searched through a memory map: its pages are the system's cache, shared by all who search it.
 """
 
 from __future__ import annotations

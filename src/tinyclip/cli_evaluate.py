@@ -1,0 +1,164 @@
+"""Commands that judge a model: zero-shot and retrieval figures, and the linear probe."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyclip.terminal import (
+    AsJson,
+    Compile,
+    Device,
+    DType,
+    Model,
+    Runtime,
+    Templates,
+    console,
+    errors,
+    print_json,
+    print_table,
+    say_computing,
+)
+
+ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
+PerClass = Annotated[bool, typer.Option("--per-class", help="Also the figures of each class.")]
+COUNTS = ("n", "n_images", "n_texts", "classes", "templates")
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Class folders, shards, a val.tar, a table or a split file.")],
+    templates: Templates = None,
+    classes: ClassNames = None,
+    split: Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures in a table.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of the captions in a table.")] = None,
+    per_class: PerClass = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    compile: Compile = False,
+    runtime: Runtime = "auto",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Zero-shot accuracy and retrieval recall of MODEL on DATA; under torchrun the processes share the work."""
+    from tinyclip import evaluate as evaluation
+    from tinyclip.distributed import is_main, processes, resolve_device
+    from tinyclip.pipeline import load_encoder
+
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
+    place = resolve_device(device)
+    with processes(place):
+        clip = load_encoder(model, place, dtype, compile, runtime)
+        with progress(is_main()) as step:
+            figures = evaluation.evaluate(clip, dataset, per_class=per_class, progress=step)
+        if not is_main():
+            return
+    result = {"model": str(model)} | clip.computing | figures
+    _say_skipped(dataset)
+    if output:
+        _write(output, result)
+    if as_json:
+        print_json(result)
+        return
+    say_computing(clip.computing)
+    _print_figures(result)
+
+
+def probe(
+    model: Model,
+    train: Annotated[Path, typer.Argument(help="Pictures with classes, as for evaluate; of splits, train.")],
+    test: Annotated[Path | None, typer.Argument(help="To judge on; by default TRAIN's test split, or a fifth.")] = None,
+    classes: ClassNames = None,
+    solver: Annotated[str, typer.Option(help="auto, sklearn or torch.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out parts.")] = 0,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    compile: Compile = False,
+    runtime: Runtime = "auto",
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
+    from tinyclip.datasets import find_splits, open_dataset
+    from tinyclip.distributed import is_main, processes, resolve_device
+    from tinyclip.pipeline import load_encoder
+    from tinyclip.probe import check_solver
+    from tinyclip.probe import probe as probed
+
+    check_solver(solver)
+    splits = find_splits(train)
+    given = open_dataset(train, classes=classes, split="train" if "train" in splits else None)
+    other = test or (train if "train" in splits and len(splits) > 1 else None)
+    judged = open_dataset(other, classes=classes) if other else None
+    place = resolve_device(device)
+    with processes(place):
+        clip = load_encoder(model, place, dtype, compile, runtime)
+        with progress(is_main()) as step:
+            figures = probed(clip, given, judged, solver=solver, seed=seed, device=place, progress=step)
+        if not is_main():
+            return
+    result = {"model": str(model)} | clip.computing | figures
+    for dataset in (given, judged):
+        if dataset:
+            _say_skipped(dataset)
+    if output:
+        _write(output, result)
+    if as_json:
+        print_json(result)
+        return
+    say_computing(clip.computing)
+    fractions = ("acc1", "acc5", "mean_per_class_recall", "validation_acc1")
+    rows = [[name, _figure(result[name])] for name in (*fractions, "n", "n_train", "classes")]
+    print_table(("figure", "value"), [*rows, ["C", f"{result['C']:.3g}"], ["solver", result["solver"]]])
+
+
+def _say_skipped(dataset: Any) -> None:
+    """On stderr, what of the data was left out."""
+    from tinyclip.faults import counts, summary
+
+    if dataset.skipped:
+        errors.print(f"skipped {summary(counts(dataset.skipped))}:")
+        for skipped in dataset.skipped[:10]:
+            errors.print(f"  {skipped.cause}: {skipped}")
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    from tinyclip.files import write_atomically
+
+    write_atomically(output, json.dumps(result, indent=2) + "\n")
+
+
+def _print_figures(result: dict[str, Any]) -> None:
+    subsets = result.get("subsets", {})
+    names = [k for k, v in result.items() if isinstance(v, float)] + [k for k in COUNTS if k in result]
+    rows = [[name, *(_figure(figures.get(name)) for figures in (result, *subsets.values()))] for name in names]
+    print_table(("figure", "all", *subsets), rows)
+    if "per_class" in result:
+        each = sorted(result["per_class"], key=lambda row: list(row.values())[1])
+        console.print()
+        print_table(list(each[0]), [[row["class"], *map(_figure, list(row.values())[1:])] for row in each])
+
+
+def _figure(value: Any) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
+
+
+@contextmanager
+def progress(shown: bool) -> Iterator[Callable[[int], None]]:
+    """A line on a terminal's stderr with the pictures that this process has encoded, and how many a second."""
+    start = time.perf_counter()
+    if not (shown and errors.is_terminal):
+        yield lambda done: None
+        return
+    with errors.status("reading pictures") as status:
+        yield lambda done: status.update(f"{done:,} pictures, {done / (time.perf_counter() - start):,.0f}/s")
