@@ -6,6 +6,7 @@ Results are HTML of our own, pictures in it as data, so the server has no file o
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import socket
@@ -327,7 +328,11 @@ def listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(found[4][:2], family=found[0])
     except OSError as error:
-        reason = "already in use; choose another with --port" if error.errno == 98 else error.strerror or str(error)
+        reason = (
+            "already in use; choose another with --port"
+            if error.errno == errno.EADDRINUSE
+            else error.strerror or str(error)
+        )
         raise ValueError(f"{host}, port {port}: {reason}") from None
 
 
