@@ -1,17 +1,21 @@
 # make demo: sets everything up, then compresses the shipped teacher and shows the result
 # make test: sets everything up, then passes every test
+# make test-app: the page of `tinyclip app` in a headless Chromium ($CHROMIUM, or the one on the path)
 # make test-package: builds wheel and sdist, installs the wheel into an empty environment and uses it there
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-package setup clean
+.PHONY: demo test test-app test-package setup clean
 
 demo: .venv/installed
 	@$(BIN)/python scripts/demo.py
 
 test: .venv/installed-dev
 	scripts/check
+
+test-app: .venv/installed-app
+	$(BIN)/python -m pytest tests/app
 
 test-package:
 	$(PYTHON) scripts/test_package.py
@@ -26,6 +30,10 @@ setup: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/installed-app: .venv/installed-dev
+	$(PIP) --editable '.[dev,app,app-test]'
 	@touch $@
 
 clean:

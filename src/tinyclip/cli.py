@@ -9,6 +9,7 @@ import typer
 
 from tinyclip import (
     __version__,
+    cli_app,
     cli_compare,
     cli_data,
     cli_embed,
@@ -31,7 +32,7 @@ for command in (
     *(cli_evaluate.evaluate, cli_evaluate.probe, cli_compare.compare),
     cli_features.cache,
     cli_export.export,
-    *(cli_search.index, cli_search.search),
+    *(cli_search.index, cli_search.search, cli_app.app),
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
     *(cli_tools.push, cli_tools.doctor),
 ):
