@@ -424,7 +424,10 @@ def test_a_stage_without_a_whole_checkpoint_is_one_clear_line(place: Path, tmp_p
     for place_ in stages.iterdir():
         flipped(place_ / "state.pt")
     before = sorted(stages.rglob("*"))
-    with pytest.raises(ValueError, match=r"^[^\n]*last/state.pt: damaged; remove [^\n]*stages/50 to start the stage"):
+    with pytest.raises(
+        ValueError,
+        match=r"^[^\n]*last/state.pt: damaged, and no older one is whole; remove [^\n]*stages/50 to start the stage",
+    ):
         run(chosen, resume=True)
     assert sorted(stages.rglob("*")) == before
     shutil.rmtree(stages)

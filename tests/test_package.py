@@ -32,6 +32,7 @@ def test_public_names() -> None:
         "CLIPConfig",
         "HardConcrete",
         "Pipeline",
+        "RuntimePipeline",
         "affinity_loss",
         "clip",
         "compact",
@@ -60,7 +61,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     "module",
     [
         *("tinyclip", "tinyclip.tokenizer", "tinyclip.transforms", "tinyclip.config", "tinyclip.axes", "tinyclip.zoo"),
-        *("tinyclip.search", "tinyclip.sheet"),
+        *("tinyclip.search", "tinyclip.sheet", "tinyclip.loading"),
     ],
 )
 def test_the_core_loads_no_torch(module: str) -> None:
@@ -81,6 +82,9 @@ def test_nothing_imports_the_command_line() -> None:
         ("tokenizer", set()),
         ("faults", set()),
         ("transforms", {"faults"}),
+        ("inputs", {"transforms"}),
+        ("engines", set()),
+        ("runtime", {"engines", "files", "inputs", "tokenizer", "transforms"}),
         ("files", set()),
         ("archive", set()),
         ("foreign", {"archive", "config", "files", "tokenizer", "transforms"}),

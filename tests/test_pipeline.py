@@ -14,7 +14,7 @@ from PIL import Image
 
 import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
-from tinyclip import pipeline
+from tinyclip import inputs
 from tinyclip.config import CLIPConfig
 from tinyclip.model import CLIP, cast
 from tinyclip.pipeline import Pipeline
@@ -117,10 +117,10 @@ def test_many_texts_come_back_in_order_and_no_batch_is_longer_than_its_longest(
 def test_pictures_are_decoded_only_a_little_ahead(
     folder: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "AHEAD", 5)
+    monkeypatch.setattr(inputs, "AHEAD", 5)
     opened, behind = [], []
-    open_image, encode = pipeline.open_image, clip.model.encode_image
-    monkeypatch.setattr(pipeline, "open_image", lambda path: opened.append(path) or open_image(path))
+    open_image, encode = inputs.open_image, clip.model.encode_image
+    monkeypatch.setattr(inputs, "open_image", lambda path: opened.append(path) or open_image(path))
     taken = 0
 
     def counted(images: torch.Tensor) -> torch.Tensor:

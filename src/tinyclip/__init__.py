@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from tinyclip.config import CLIPConfig as CLIPConfig
     from tinyclip.inheritance import compact as compact
     from tinyclip.inheritance import inherit as inherit
+    from tinyclip.loading import load as load
     from tinyclip.loss import affinity_loss as affinity_loss
     from tinyclip.loss import contrastive_loss as contrastive_loss
     from tinyclip.masks import HardConcrete as HardConcrete
     from tinyclip.measurement import measure as measure
     from tinyclip.model import CLIP as CLIP
     from tinyclip.pipeline import Pipeline as Pipeline
-    from tinyclip.pipeline import load as load
     from tinyclip.pipeline import preprocess as preprocess
     from tinyclip.pipeline import tokenize as tokenize
+    from tinyclip.runtime import RuntimePipeline as RuntimePipeline
 
 __version__ = "0.1.0"
 
@@ -28,11 +29,12 @@ _HOME = {
     "CLIPConfig": "config",
     "HardConcrete": "masks",
     "Pipeline": "pipeline",
+    "RuntimePipeline": "runtime",
     "affinity_loss": "loss",
     "compact": "inheritance",
     "contrastive_loss": "loss",
     "inherit": "inheritance",
-    "load": "pipeline",
+    "load": "loading",
     "measure": "measurement",
     "preprocess": "pipeline",
     "tokenize": "pipeline",

@@ -32,6 +32,7 @@ from tinyclip.foreign import (
 from tinyclip.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
 from tinyclip.hugging_face import read_hugging_face
 from tinyclip.model import CLIP
+from tinyclip.runtime import find_export
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -99,6 +100,8 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     """
     path = _whole(Path(path))
     check_activation(activation, str(path))
+    if find_export(path) is not None:
+        raise ValueError(f"{path} is an export, which cannot be used for this; give the checkpoint that it was made of")
     try:
         if (foreign := read_foreign(path, activation)) is not None:
             model = filled(foreign.config, foreign.state, f"{path} is no whole CLIP")

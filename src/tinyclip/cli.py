@@ -9,10 +9,12 @@ import typer
 
 from tinyclip import (
     __version__,
+    cli_app,
     cli_compare,
     cli_data,
     cli_embed,
     cli_evaluate,
+    cli_export,
     cli_features,
     cli_models,
     cli_search,
@@ -29,7 +31,8 @@ for command in (
     *(cli_models.inherit, cli_models.convert, cli_models.classify),
     *(cli_evaluate.evaluate, cli_evaluate.probe, cli_compare.compare),
     cli_features.cache,
-    *(cli_search.index, cli_search.search),
+    cli_export.export,
+    *(cli_search.index, cli_search.search, cli_app.app),
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
     *(cli_tools.push, cli_tools.doctor),
 ):

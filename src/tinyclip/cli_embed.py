@@ -16,6 +16,7 @@ from tinyclip.terminal import (
     Compile,
     Device,
     Overwrite,
+    Runtime,
     complete_model,
     errors,
     plural,
@@ -41,6 +42,7 @@ def embed(
     device: Device = "auto",
     compute_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     compile: Compile = False,
+    runtime: Runtime = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +50,7 @@ def embed(
     from tinyclip.distributed import is_main, processes, resolve_device
     from tinyclip.embed import Plan, check
     from tinyclip.embed import embed as embedded
-    from tinyclip.pipeline import load
+    from tinyclip.pipeline import load_encoder
     from tinyclip.sources import open_source
 
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
@@ -56,7 +58,7 @@ def embed(
     check(found, output, plan, overwrite)  # before a model is loaded
     place = resolve_device(device)
     with processes(place):
-        clip = load(model, device=place, dtype=compute_dtype, compile=compile)
+        clip = load_encoder(model, place, compute_dtype, compile, runtime)
         if is_main():
             say_computing(clip.computing)
         with _progress(is_main()) as progress:

@@ -17,6 +17,7 @@ from tinyclip.terminal import (
     Device,
     DType,
     Model,
+    Runtime,
     Templates,
     console,
     errors,
@@ -44,19 +45,20 @@ def evaluate(
     device: Device = "auto",
     dtype: DType = "auto",
     compile: Compile = False,
+    runtime: Runtime = "auto",
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of MODEL on DATA; under torchrun the processes share the work."""
     from tinyclip import evaluate as evaluation
     from tinyclip.distributed import is_main, processes, resolve_device
-    from tinyclip.pipeline import load
+    from tinyclip.pipeline import load_encoder
 
     columns = {"image_column": image_column, "caption_column": caption_column}
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     place = resolve_device(device)
     with processes(place):
-        clip = load(model, device=place, dtype=dtype, compile=compile)
+        clip = load_encoder(model, place, dtype, compile, runtime)
         with progress(is_main()) as step:
             figures = evaluation.evaluate(clip, dataset, per_class=per_class, progress=step)
         if not is_main():
@@ -82,13 +84,14 @@ def probe(
     device: Device = "auto",
     dtype: DType = "auto",
     compile: Compile = False,
+    runtime: Runtime = "auto",
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
     from tinyclip.datasets import find_splits, open_dataset
     from tinyclip.distributed import is_main, processes, resolve_device
-    from tinyclip.pipeline import load
+    from tinyclip.pipeline import load_encoder
     from tinyclip.probe import check_solver
     from tinyclip.probe import probe as probed
 
@@ -99,7 +102,7 @@ def probe(
     judged = open_dataset(other, classes=classes) if other else None
     place = resolve_device(device)
     with processes(place):
-        clip = load(model, device=place, dtype=dtype, compile=compile)
+        clip = load_encoder(model, place, dtype, compile, runtime)
         with progress(is_main()) as step:
             figures = probed(clip, given, judged, solver=solver, seed=seed, device=place, progress=step)
         if not is_main():

@@ -13,6 +13,7 @@ from tinyclip.terminal import (
     DType,
     Model,
     Overwrite,
+    Runtime,
     check_free,
     complete_model,
     complete_shape,
@@ -141,14 +142,15 @@ def classify(
     labels: list[str],
     device: Device = "cpu",
     dtype: DType = "auto",
+    runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
     """How well each of LABELS fits IMAGE."""
-    from tinyclip.pipeline import load
+    from tinyclip.loading import load
     from tinyclip.transforms import open_image
 
     picture = open_image(image)  # before the model, which takes longer to be wrong
-    clip = load(model, device=device, dtype=dtype)
+    clip = load(model, device=device, dtype=dtype, runtime=runtime)
     chances = clip.classify(picture, labels)[0].tolist()
     ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     if as_json:
@@ -161,24 +163,30 @@ def classify(
 
 def measure(
     model: Annotated[
-        str, typer.Argument(help="A checkpoint, a name of the zoo or of a shape.", autocompletion=complete_shape)
+        str,
+        typer.Argument(help="A checkpoint, an export, a name of the zoo or of a shape.", autocompletion=complete_shape),
     ],
     device: Device = "cpu",
     dtype: DType = "auto",
+    runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, MACs and pairs/s of MODEL here."""
+    """Parameters, MACs and pairs/s of MODEL here; of an export also its size."""
     from tinyclip.config import NAMED, CLIPConfig
     from tinyclip.distributed import resolve_device, resolve_dtype
     from tinyclip.measurement import measure as measured
+    from tinyclip.measurement import measure_export
     from tinyclip.model import CLIP, cast
-    from tinyclip.pipeline import load
+    from tinyclip.pipeline import Tensors, load_encoder
 
-    place = resolve_device(device)
-    precision = resolve_dtype(dtype, place)
-    shape_only = model in NAMED and not Path(model).exists()
-    network = CLIP(CLIPConfig.named(model)).eval() if shape_only else load(model).model
-    result = {"model": model} | measured(cast(network.to(place), precision))
+    if model in NAMED and not Path(model).exists():
+        place = resolve_device(device)
+        network = CLIP(CLIPConfig.named(model)).eval().to(place)
+        found = measured(cast(network, resolve_dtype(dtype, place)))
+    else:
+        clip = load_encoder(model, device, dtype, runtime=runtime)
+        found = measure_export(clip.clip) if isinstance(clip, Tensors) else measured(clip.model)
+    result = {"model": model} | found
     if as_json:
         print_json(result)
         return

@@ -16,9 +16,9 @@ from torch import Tensor
 from tinyclip.contenders import Contender, tensor
 from tinyclip.evaluate import Dataset, Example, class_features, encode_images
 from tinyclip.faults import Skipped
+from tinyclip.inputs import batches
 from tinyclip.loss import affinity_loss
 from tinyclip.page import thumbnail
-from tinyclip.pipeline import batches
 from tinyclip.stats import Bootstrapped, bootstrap, calibration, mcnemar
 
 AT_ONCE = 64  # pictures decoded and held

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from tinyclip.measurement import measure
-from tinyclip.pipeline import load
+from tinyclip.pipeline import load_encoder
 from tinyclip.resume import STATE
+from tinyclip.runtime import find_export
 from tinyclip.zoo import resolve
 
 ROUNDS, SECONDS = 10, 0.1  # of timing: turns of the models, and seconds for each tower in a turn
@@ -40,7 +41,7 @@ def load_all(sources: Sequence[str], device: str = "auto", dtype: str = "auto") 
     """
     names = labels(sources)
     return [
-        Contender(name, source, load(source, device=device, dtype=dtype), disk_size(resolve(source)))
+        Contender(name, source, load_encoder(source, device, dtype), disk_size(find_export(source) or resolve(source)))
         for name, source in zip(names, sources, strict=True)
     ]
 

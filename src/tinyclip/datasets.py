@@ -11,6 +11,7 @@ from PIL import Image
 from tinyclip import layouts
 from tinyclip.classnames import Classes, of_folders, of_samples, read_lines, read_templates
 from tinyclip.faults import Fault, Skipped
+from tinyclip.inputs import ahead
 from tinyclip.layouts import Item, Mine, Reader
 from tinyclip.pack import TABLES, find_items
 from tinyclip.shards import find_shards
@@ -48,7 +49,7 @@ class Dataset:
         """The examples of those numbers that are `mine`, with their numbers; others are not opened. A number that
         does not come is of a picture that cannot be read."""
         self.skipped.clear()
-        for number, item, image in map(_opened, self.reader(mine, self.skipped)):
+        for number, item, image in ahead(_opened, self.reader(mine, self.skipped)):
             if isinstance(image, Fault):
                 self.skipped.append(Skipped(item.shard, item.key, image.cause, image.reason))
             else:

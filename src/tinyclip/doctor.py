@@ -17,7 +17,11 @@ from tinyclip.zoo import SHIPPED, cache_folder
 
 # What each extra of pyproject.toml is for; its packages are read from there. `dev` is for tinyclip's own tests.
 EXTRAS = {
+    "onnx": "exports to ONNX, and running them on onnxruntime",
+    "openvino": "exports to OpenVINO, running them there, and 8 bits",
+    "probe": "tinyclip probe by scikit-learn",
     "search": "tinyclip index and tinyclip search",
+    "teachers": "teachers from OpenCLIP and transformers",
     "tracking": "following runs in TensorBoard, trackio or wandb",
 }
 LOW_DISK_GB = 2  # a published model has up to 1 GB

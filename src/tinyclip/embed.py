@@ -27,7 +27,8 @@ from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import checksum, flush, read_json_object, write_atomically
-from tinyclip.pipeline import Pipeline, ahead, batches
+from tinyclip.inputs import ahead, batches
+from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.shards import captions_of, image_of, read_shard
 from tinyclip.sources import Source, Text
 from tinyclip.transforms import DRAFT, open_image
@@ -82,7 +83,7 @@ class Plan:
 
 
 def embed(
-    clip: Pipeline,
+    clip: Pipeline | Tensors,
     source: Source,
     out: str | Path,
     plan: Plan,
@@ -111,7 +112,7 @@ def embed(
 
 
 def _fill(
-    clip: Pipeline, source: Source, out: Path, plan: Plan, facts: dict[str, Any], progress: Progress
+    clip: Pipeline | Tensors, source: Source, out: Path, plan: Plan, facts: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     start = time.perf_counter()
     left = [n for n in range(rank(), len(source.parts), world_size()) if not _is_done(out, n)]
@@ -161,16 +162,18 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
     return facts
 
 
-def _facts(clip: Pipeline) -> dict[str, Any]:
+def _facts(clip: Pipeline | Tensors) -> dict[str, Any]:
     return {
         "model_fingerprint": fingerprint(clip),
         "computed_in": clip.computing["dtype"],
-        "embed_dim": clip.model.config.embed_dim,
+        "embed_dim": clip.embed_dim,
     }
 
 
-def fingerprint(clip: Pipeline) -> str:
+def fingerprint(clip: Pipeline | Tensors) -> str:
     """Of everything that features depend on: weights, shape, vocabulary and preprocessing."""
+    if isinstance(clip, Tensors):
+        return clip.clip.fingerprint()
     digest = hashlib.blake2b(digest_size=16)
     for key, value in clip.model.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)}".encode())
@@ -275,7 +278,13 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _part(
-    clip: Pipeline, source: Source, number: int, out: Path, plan: Plan, progress: Callable[[], None], tally: Tally
+    clip: Pipeline | Tensors,
+    source: Source,
+    number: int,
+    out: Path,
+    plan: Plan,
+    progress: Callable[[], None],
+    tally: Tally,
 ) -> Record:
     record, part = Record(), source.parts[number]
     texts: list[Text] = []
@@ -284,7 +293,7 @@ def _part(
     else:
         items = _of_paths(part, source.root) if source.kind == "pictures" else _of_shard(part, plan, record, texts)
         shard = part.name if source.kind == "shards" else ""
-        keys, rows = [], [torch.empty(0, clip.model.config.embed_dim)]
+        keys, rows = [], [torch.empty(0, clip.embed_dim)]
         for some, features in _images(clip, items, shard, plan, record):
             keys += some
             rows.append(features)
@@ -294,7 +303,7 @@ def _part(
             record.files |= _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
             record.images = len(keys)
     if source.kind != "pictures" and plan.what != "image":
-        rows = [torch.empty(0, clip.model.config.embed_dim)]
+        rows = [torch.empty(0, clip.embed_dim)]
         for few in batches(texts, TEXTS_AT_ONCE):
             rows.append(clip.encode_text([text.caption for text in few], batch_size=plan.batch_size).cpu())
             tally.texts += len(few)
@@ -327,7 +336,7 @@ def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Ite
 
 
 def _images(
-    clip: Pipeline, items: Iterable[Item], shard: str, plan: Plan, record: Record
+    clip: Pipeline | Tensors, items: Iterable[Item], shard: str, plan: Plan, record: Record
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Batches of keys and features (n, embed_dim) of the pictures that can be read; the others go to `record`."""
     at_least = DRAFT * clip.preprocessing.image_size

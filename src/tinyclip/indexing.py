@@ -26,8 +26,8 @@ from filelock import FileLock, Timeout
 from tinyclip import faults
 from tinyclip.faults import Skipped
 from tinyclip.files import checksum, flush, write_atomically
+from tinyclip.inputs import ahead, batches
 from tinyclip.pending import Pending, Row, State
-from tinyclip.pipeline import ahead, batches
 from tinyclip.search import (
     COLUMNS,
     FORMAT,

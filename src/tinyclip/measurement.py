@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.model import CLIP
+from tinyclip.runtime import RuntimePipeline
 
 
 def macs(config: CLIPConfig) -> dict[str, int]:
@@ -90,6 +92,22 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
         result |= {"pairs_per_s": batch_size / (image_s + text_s), "batch_size": batch_size}
         result |= {"device": str(weight.device), "dtype": str(model.dtype).removeprefix("torch.")}
     return result
+
+
+def measure_export(clip: RuntimePipeline, *, batch_size: int = 32, seconds: float = 2.0) -> dict[str, Any]:
+    """`measure` of an exported model, with `size_mb` of its folder; several batches are under way at once."""
+    config = CLIPConfig.from_dict(clip.facts["config"])
+    counts, operations = count_parameters(axis_table(config)), macs(config)
+    result: dict[str, Any] = {f"params_{part}": count for part, count in counts.items()}
+    result |= {f"macs_{part}": count for part, count in operations.items()} | {"size_mb": clip.size() / 1e6}
+    size, count = config.vision.image_size, 4 * batch_size
+    images = np.random.default_rng(0).random((count, 3, size, size), np.float32)
+    texts = ["a " * config.text.context_length] * count  # as long as can be
+    cpu = torch.device("cpu")
+    image_s = _seconds(lambda: clip.encode_image(images, batch_size=batch_size), cpu, seconds)
+    text_s = _seconds(lambda: clip.encode_text(texts, batch_size=batch_size), cpu, seconds)
+    result |= {"images_per_s": count / image_s, "texts_per_s": count / text_s}
+    return result | {"pairs_per_s": count / (image_s + text_s), "batch_size": batch_size} | clip.computing
 
 
 def pair_latency_ms(model: CLIP, batch_size: int = 32) -> float:

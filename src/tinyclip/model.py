@@ -36,7 +36,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor, hidden: Tensor | None) -> Tensor:
 
 def at(x: Tensor, read: Tensor) -> Tensor:
     """x: (n, length, width), read: int64 (n,), a position in each row -> (n, 1, width)."""
-    return x[torch.arange(len(x), device=x.device), read].unsqueeze(1)
+    return x[torch.arange(x.shape[0], device=x.device), read].unsqueeze(1)
 
 
 class Attention(nn.Module):
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         inner = self.heads * self.head_dim
         rows = slice(first * inner, stop * inner)
         parts = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        return parts.view(len(x), -1, stop - first, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return parts.view(x.shape[0], -1, stop - first, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
 
 
 class Linear(nn.Linear):
@@ -101,6 +101,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (n, length, width) -> the same; mask: (mlp_width,), applied after the non-linearity."""
+        if self.c_fc.out_features == 0:
+            return self.c_proj.bias.expand_as(x)
         x = self.act(self.c_fc(x))
         return self.c_proj(x if mask is None else x * mask)
 
@@ -193,9 +195,9 @@ class VisionTransformer(nn.Module):
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
         hidden = masks.get("visual.hidden") if masks else None
         x = self._patches(images)
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], 1) + self.positional_embedding
         x = layer_norm(self.ln_pre, _scaled(x, hidden), hidden)
-        x = self.transformer(x, False, torch.zeros(len(x), dtype=torch.int64, device=x.device), masks)
+        x = self.transformer(x, False, torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), masks)
         return layer_norm(self.ln_post, x, hidden) @ self.proj
 
     def _patches(self, images: Tensor) -> Tensor:

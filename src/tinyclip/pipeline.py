@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +19,14 @@ from torch import Tensor
 from tinyclip.card import Card
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.distributed import resolve_device, resolve_dtype
+from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
+from tinyclip.loading import load as load_any
 from tinyclip.model import CLIP, cast
+from tinyclip.runtime import RuntimePipeline
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
-from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess, open_image
+from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.zoo import resolve
 
-S = TypeVar("S")
-T = TypeVar("T")
-BATCH = 32  # pictures at once on a CPU: more no longer fit its caches and are slower
-AHEAD = 64  # pictures decoded before they are needed
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -59,6 +55,10 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         """What it computes in; features come back as float32."""
         return self.model.dtype
+
+    @property
+    def embed_dim(self) -> int:
+        return self.model.config.embed_dim
 
     @property
     def computing(self) -> dict[str, str]:
@@ -98,7 +98,8 @@ class Pipeline:
             ValueError: for an unreadable picture or a wrong shape.
         """
         items, size = _as_list(images), self.batch_size(batch_size)
-        ready = items.split(size) if isinstance(items, Tensor) else map(_stacked, batches(self._pictures(items), size))
+        tensors = isinstance(items, Tensor)
+        ready = items.split(size) if tensors else map(_stacked, batches(pictures(items, self._image), size))
         features = [self._empty()]
         with torch.inference_mode():
             for batch in ready:
@@ -122,9 +123,8 @@ class Pipeline:
         """
         rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
         features = self._empty(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)  # what needs most memory first
         with torch.inference_mode():
-            for places in batches(order, self.batch_size(batch_size) * (1 if batch_size else 2)):
+            for places in by_length(rows, self.batch_size(batch_size) * (1 if batch_size else 2)):
                 tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
                 features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
         return features
@@ -147,10 +147,7 @@ class Pipeline:
         Raises:
             ValueError: without labels, or for an empty one.
         """
-        if not labels:
-            raise ValueError("no labels to choose from")
-        if not all(label.strip() for label in ([labels] if isinstance(labels, str) else labels)):
-            raise ValueError("a label is empty")
+        check_labels(labels)
         logits = self.similarity(images, labels) * self.model.logit_scale.detach().float().exp()
         return logits.softmax(1)
 
@@ -158,62 +155,15 @@ class Pipeline:
         """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`)."""
         save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype, card)
 
-    def _pictures(self, items: Sequence[ImageLike]) -> Iterator[Tensor]:
-        """Each as a tensor, in order; threads work a little ahead of what is taken."""
-        if len(items) <= 1:
-            yield from map(self._image, items)
-            return
-        yield from ahead(self._image, map(_loaded, items))
-
     def _image(self, item: ImageLike) -> Tensor:
-        if isinstance(item, Tensor):
-            return item
-        if isinstance(item, (str, Path)):
-            item = open_image(item)
-        if isinstance(item, np.ndarray):
-            good = item.dtype == np.uint8 and 0 not in item.shape
-            if not good or not (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
-                raise ValueError(f"image array is {item.dtype} {item.shape}, expected uint8 (h, w) or (h, w, 3 or 4)")
-            item = Image.fromarray(item)
-        if not isinstance(item, Image.Image):
-            raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
-        return self.preprocess(item)
+        return item if isinstance(item, Tensor) else self.preprocess(picture_of(item))
 
     def batch_size(self, given: int | None = None) -> int:
         """Pictures at once: what is given, else what suits the device; twice as many texts."""
-        if given is not None and given < 1:
-            raise ValueError(f"batch_size {given}: at least 1 is needed")
-        return given or (BATCH if self.device.type == "cpu" else 8 * BATCH)
+        return at_once(given, BATCH if self.device.type == "cpu" else 8 * BATCH)
 
     def _empty(self, count: int = 0) -> Tensor:
         return torch.empty(count, self.model.config.embed_dim, device=self.device)
-
-
-def ahead(call: Callable[[S], T], items: Iterable[S], workers: int | None = None) -> Iterator[T]:
-    """`call` of each item, in order, by threads that work a little ahead of what is taken.
-
-    Args:
-        workers: threads; by default one a core of this process's share, 8 at most.
-    """
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: processes here
-    with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, item))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one what is left."""
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def _finished(features: Tensor, normalize: bool) -> Tensor:
@@ -221,17 +171,8 @@ def _finished(features: Tensor, normalize: bool) -> Tensor:
     return F.normalize(features, dim=-1) if normalize else features
 
 
-def _loaded(item: ImageLike) -> ImageLike:
-    """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
-    if isinstance(item, Image.Image):
-        item.load()
-    return item
-
-
 def _stacked(tensors: list[Tensor]) -> Tensor:
-    shapes = {tuple(t.shape) for t in tensors}
-    if len(shapes) > 1:
-        raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(shapes)))}")
+    same_shape(tuple(t.shape) for t in tensors)
     return torch.stack(tensors)
 
 
@@ -239,6 +180,41 @@ def _as_list(images: Any) -> Any:
     if isinstance(images, Tensor):
         return images if images.ndim == 4 else images[None]
     return images if isinstance(images, (list, tuple)) else [images]
+
+
+@dataclass
+class Tensors:
+    """An exported model for what computes with torch: as a `Pipeline` it gives tensors."""
+
+    clip: RuntimePipeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.clip, name)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.clip.preprocess(image))
+
+    def encode_image(self, images: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
+        return torch.from_numpy(self.clip.encode_image(images, batch_size=batch_size, normalize=normalize))
+
+    def encode_text(self, texts: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
+        return torch.from_numpy(self.clip.encode_text(texts, batch_size=batch_size, normalize=normalize))
+
+
+def load_encoder(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    compile: bool = False,
+    runtime: str = "auto",
+) -> Pipeline | Tensors:
+    """`tinyclip.load` for what computes with torch: exports give tensors too.
+
+    Raises:
+        ValueError: as `tinyclip.load`.
+    """
+    clip = load_any(name_or_path, device, dtype, compile=compile, runtime=runtime)
+    return Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
 
 
 def load(
@@ -249,24 +225,10 @@ def load(
     cache: str | Path | None = None,
     compile: bool = False,
 ) -> Pipeline:
-    """A model ready to use, from a checkpoint of ours or of others (`docs/convert.md`), by its name in
-    the zoo (`docs/zoo.md`), or from the Hugging Face hub (`org/name`).
-
-    Args:
-        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
-        device: where the weights go; "auto" takes CUDA, then MPS, then the CPU.
-        dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
-            older GPUs, else float32.
-        cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
-        compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
-            (`docs/inference.md`); the weights must not change after.
+    """`tinyclip.load` of a checkpoint, for what needs its weights.
 
     Raises:
-        ValueError: when it is missing, cannot be downloaded, or anything in it does not fit.
-
-    >>> import tinyclip
-    >>> tinyclip.load("emoji-student")
-    Pipeline(vit at 48 px, 32 tokens, 2.1 M parameters, float32 on cpu)
+        ValueError: as there, and for an export.
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyclip.faults import Skipped
+from tinyclip.inputs import batches
 from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
-from tinyclip.pipeline import batches
 from tinyclip.shards import find_shards
 
 TEXTS = {".txt", *TABLES}

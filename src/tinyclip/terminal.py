@@ -47,14 +47,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
+Runtime = Annotated[str, typer.Option(help="auto, openvino, onnxruntime or torch.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
 
-# What checkpoints are made of, ours, OpenCLIP's and Hugging Face's; a folder with anything else is not replaced.
+# What checkpoints (ours, OpenCLIP's, Hugging Face's) and exports are made of; a folder with anything else is not
+# replaced.
 CHECKPOINT_FILES = {
     *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
     *("open_clip_config.json", "open_clip_model.safetensors"),
     *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+    *("tinyclip.json", "image.onnx", "text.onnx", "image.onnx.data", "text.onnx.data", "image.pt2", "text.pt2"),
+    *("image.xml", "image.bin", "text.xml", "text.bin"),
 }
 
 
@@ -70,7 +74,8 @@ def plural(n: int, name: str) -> str:
 
 def say_computing(computing: dict[str, str]) -> None:
     """On stderr, what a model computes in and where."""
-    errors.print(f"computing in {computing['dtype']} on {computing['device']}")
+    runtime = f" with {computing['runtime']}" if "runtime" in computing else ""
+    errors.print(f"computing in {computing['dtype']} on {computing['device']}{runtime}")
 
 
 def fail(text: str, code: int) -> None:

@@ -11,7 +11,6 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import ftfy
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.models import BPE
@@ -29,6 +28,8 @@ PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 def clean(text: str) -> str:
     """OpenCLIP's cleaning: ftfy, html unescape twice, single spaces, lower case."""
     if not is_plain(text):
+        import ftfy  # takes as long as tokenising some thousand plain texts
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 

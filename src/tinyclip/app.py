@@ -1,0 +1,392 @@
+"""A page to try models on: classify a picture, search an index, compare a student with its teacher. Gradio draws it.
+
+Results are HTML of our own, pictures in it as data, so the server has no file of the index to give away.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import io
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from ipaddress import ip_address
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from tinyclip.search import Index, Match, pixels, plain, shown
+from tinyclip.transforms import open_image
+
+MOST_LABELS, LONGEST_LABEL = 200, 300  # characters
+MOST_FOUND = 60
+MOST_BARS = 20
+UPLOAD = 20 * 2**20  # bytes of a picture
+THUMBNAIL = 240  # pixels of the longer side
+RUNS = 3  # of which the median is shown
+KEPT = 3600  # seconds that an uploaded picture stays
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Probabilities float64 (labels,) in the order of the labels, and what they took."""
+
+    chances: np.ndarray
+    image_ms: float
+    text_ms: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that one visitor at a time uses, as times of two at once would mean nothing; so two share a `lock`."""
+
+    name: str
+    clip: Any  # what `tinyclip.load` returns
+    lock: Lock = field(default_factory=Lock, compare=False)
+
+    def encode_image(self, picture: Image.Image | np.ndarray) -> np.ndarray:
+        """float32 (1, embed_dim)."""
+        with self.lock:
+            return plain(self.clip.encode_image(picture))
+
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 (n, embed_dim)."""
+        with self.lock:
+            return plain(self.clip.encode_text(texts))
+
+    def classify(self, picture: Image.Image, labels: Sequence[str]) -> Timed:
+        """As `Pipeline.classify`, and the median time of the picture and of all labels, in ms."""
+        with self.lock:
+            image, image_ms = _timed(lambda: plain(self.clip.encode_image(picture)))
+            text, text_ms = _timed(lambda: plain(self.clip.encode_text(labels)))
+        logits = np.exp(self.clip.logit_scale) * (text.astype(np.float64) @ image[0].astype(np.float64))
+        chances = np.exp(logits - logits.max())
+        return Timed(chances / chances.sum(), image_ms, text_ms)
+
+
+def _timed(compute: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+    times = []
+    for _ in range(RUNS):
+        began = time.perf_counter()
+        result = compute()
+        times.append(1000 * (time.perf_counter() - began))
+    return result, sorted(times)[RUNS // 2]
+
+
+# --- what visitors give ------------------------------------------------------------------------------------------
+
+
+def labels_from(text: str | None) -> list[str]:
+    """Labels, one a line or with commas between them; blanks and repetitions are passed over.
+
+    Raises:
+        ValueError: for none, more than `MOST_LABELS`, or one that is too long.
+    """
+    labels = list(dict.fromkeys(one.strip() for one in (text or "").replace(",", "\n").splitlines() if one.strip()))
+    if not labels:
+        raise ValueError("No labels: type some, one a line or with commas.")
+    if len(labels) > MOST_LABELS:
+        raise ValueError(f"{len(labels):,} labels are too many: {MOST_LABELS} at most.")
+    if max(map(len, labels)) > LONGEST_LABEL:
+        raise ValueError(f"A label is too long: {LONGEST_LABEL} characters at most.")
+    return labels
+
+
+def picture_from(file: str | None) -> Image.Image:
+    """The uploaded picture, decoded.
+
+    Raises:
+        ValueError: when there is none, it is damaged, or too large.
+    """
+    if not file:
+        raise ValueError("No picture: choose one first.")
+    try:
+        with Path(file).open("rb") as opened:
+            return open_image(opened)
+    except OSError:
+        raise ValueError("The picture is no longer here: choose it again.") from None
+    except ValueError as error:
+        raise ValueError(f"This cannot be used: {error}.") from None
+
+
+def query_from(text: str | None) -> str:
+    """Words to search for.
+
+    Raises:
+        ValueError: when there are none, or too many.
+    """
+    words = (text or "").strip()
+    if not words:
+        raise ValueError("Nothing to look for: type some words.")
+    if len(words) > LONGEST_LABEL:
+        raise ValueError(f"Too many words: {LONGEST_LABEL} characters at most.")
+    return words
+
+
+# --- what they get -----------------------------------------------------------------------------------------------
+
+
+def safe(text: str) -> str:
+    """Text for HTML that Gradio's page also runs through templates, whose signs must not be met."""
+    return escape(shown(text)).translate({ord(sign): f"&#{ord(sign)};" for sign in "{}$`\\"})
+
+
+def bars(labels: Sequence[str], result: Timed, title: str, times: bool = False) -> str:
+    """A bar for each label, the most probable first."""
+    order = np.argsort(-result.chances, kind="stable")
+    rows = [
+        f'<li><span class="label">{safe(labels[i])}</span><span class="percent">{100 * result.chances[i]:.1f} %</span>'
+        f'<span class="bar" aria-hidden="true"><span style="width:{100 * result.chances[i]:.2f}%"></span></span></li>'
+        for i in order[:MOST_BARS]
+    ]
+    more = len(labels) - MOST_BARS
+    rest = f"<p>{more} less probable labels are not shown.</p>" if more > 0 else ""
+    label = "label" if len(labels) == 1 else "labels"
+    took = f"{result.image_ms:.1f} ms for the picture, {result.text_ms:.1f} ms for {len(labels)} {label}"
+    time = f'<p class="took">{took}</p>' if times else ""
+    return _section(f"Probabilities, {title}", f"{time}<ol class='bars'>{''.join(rows)}</ol>{rest}")
+
+
+def gallery(index: Index, matches: Sequence[Match], query: str) -> str:
+    """The pictures that were found, best first, as thumbnails."""
+    tiles = [
+        f'<li><figure>{thumbnail(index.file(match.path), match.path)}<figcaption><b title="cosine">{match.cosine:.3f}'
+        f"</b> {safe(match.path)}</figcaption></figure></li>"
+        for match in matches
+    ]
+    return _section(f"Found for {safe(query)}", f"<ol class='found'>{''.join(tiles)}</ol>")
+
+
+def _section(title: str, body: str) -> str:
+    return f'<section class="result" role="region" aria-label="{title}"><h3>{title}</h3>{body}</section>'
+
+
+def thumbnail(file: Path, name: str) -> str:
+    """An `img` with the picture as data, or a word where it cannot be read any more."""
+    try:
+        picture = open_image(file, THUMBNAIL)
+    except (ValueError, OSError) as error:
+        word = "damaged" if hasattr(error, "cause") else "missing"
+        return f'<span class="gone" role="img" aria-label="{safe(name)}, {word}">{word}</span>'
+    picture = ImageOps.contain(picture.convert("RGBA"), (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="{safe(name)}" src="data:image/webp;base64,{data}">'
+
+
+def find(index: Index, features: np.ndarray, query: str, count: float) -> str:
+    """A gallery of the `count` pictures nearest to features (1, embed_dim).
+
+    Raises:
+        ValueError: for a `count` out of bounds.
+    """
+    if not 1 <= count <= MOST_FOUND:
+        raise ValueError(f"{count:g} pictures: 1 to {MOST_FOUND} can be asked for.")
+    return gallery(index, index.search(features, int(count))[0], query)
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+CSS = """
+.result h3 { margin: 0 0 .5rem; font-size: 1rem; overflow-wrap: anywhere; }
+.result ol { list-style: none; margin: 0; padding: 0; }
+.result .took { margin: 0 0 .5rem; }
+.bars li { display: grid; grid-template-columns: 1fr auto; gap: 0 .75rem; margin-bottom: .6rem; }
+.bars .label { overflow-wrap: anywhere; }
+.bars .percent { font-variant-numeric: tabular-nums; }
+.bars .bar { grid-column: 1 / -1; height: .6rem; border-radius: .3rem; background: var(--border-color-primary); }
+.bars .bar span { display: block; height: 100%; min-width: 2px; border-radius: .3rem; background: var(--color-accent); }
+.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 1rem; }
+.found figure { margin: 0; }
+.found img, .found .gone { width: 100%; aspect-ratio: 1; height: auto; object-fit: contain; margin: 0;
+  border-radius: .4rem; background: var(--background-fill-secondary); }
+.found .gone { display: grid; place-items: center; }
+.found figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+button:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--color-accent); outline-offset: 2px; }
+"""
+
+
+def gradio() -> Any:
+    """The package, which only this page needs.
+
+    Raises:
+        ValueError: when it is not installed.
+    """
+    # Gradio fetches its newest version's number and counts visits unless told otherwise before its import.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError("the page needs gradio: pip install tinyclip[app]") from None
+    return gradio
+
+
+def page(model: Served, index: Index | None = None, student: Served | None = None) -> Any:
+    """A `gradio.Blocks`; a tab without an index, or without a student, is not there."""
+    gr = gradio()
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise gr.Error(safe(" ".join(str(error).split())), print_exception=False) from None
+
+    def picture(label: str = "Picture") -> Any:
+        image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], buttons=[], height=280)
+        image.alt_text = "The chosen picture"
+        # Gradio would decode it before we can say what is wrong with it; the path was already checked to be an upload
+        image.preprocess = lambda payload: payload.path if payload else None
+        return image
+
+    def labels() -> Any:
+        return gr.Textbox(
+            label="Labels", info="One a line, or with commas between them.", lines=4, value="a cat, a dog, an apple"
+        )
+
+    def classify(file: str | None, text: str) -> str:
+        with told():
+            wanted = labels_from(text)
+            return bars(wanted, model.classify(picture_from(file), wanted), model.name)
+
+    def by_words(text: str, count: float) -> str:
+        assert index is not None
+        with told():
+            query = query_from(text)
+            return find(index, model.encode_text([query]), f"“{query}”", count)
+
+    def by_picture(file: str | None, count: float) -> str:
+        assert index is not None
+        with told():
+            picture_from(file)  # says what is wrong with it
+            looked_at = pixels(model.clip, Path(str(file)))  # as the index looked at its own
+            return find(index, model.encode_image(looked_at), "a picture like this", count)
+
+    def compare(file: str | None, text: str) -> tuple[str, str]:
+        assert student is not None
+        with told():
+            wanted, image = labels_from(text), picture_from(file)
+            results = [(one.classify(image, wanted), one.name) for one in (model, student)]
+            teacher, small = (bars(wanted, result, name, times=True) for result, name in results)
+            return teacher, small
+
+    with gr.Blocks(title="tinyclip", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
+        gr.Markdown(f"# tinyclip\nModel: {safe(model.name)}")
+        with gr.Tabs():
+            with gr.Tab("Classify"), gr.Row():
+                with gr.Column():
+                    given = [picture(), labels()]
+                    button = gr.Button("Classify", variant="primary")
+                with gr.Column():
+                    result = gr.HTML(min_height=120, js_on_load=None)
+                gr.on([button.click, given[1].submit], classify, given, result, api_visibility="private")
+            if index is not None:
+                with gr.Tab("Search"):
+                    gr.Markdown(f"{len(index):,} pictures of {safe(index.path.name)}")
+                    with gr.Row():
+                        with gr.Column():
+                            words = gr.Textbox(label="Words", placeholder="a green apple", max_lines=1)
+                            asked = gr.Button("Search by words", variant="primary")
+                            count = gr.Slider(1, MOST_FOUND, 12, step=1, label="Pictures to find", buttons=[])
+                        with gr.Column():
+                            like = picture("Picture to look like")
+                            shown_like = gr.Button("Search by picture")
+                    found = gr.HTML(min_height=120, js_on_load=None)
+                    gr.on([asked.click, words.submit], by_words, [words, count], found, api_visibility="private")
+                    shown_like.click(by_picture, [like, count], found, api_visibility="private")
+            if student is not None:
+                with gr.Tab("Compare"):
+                    with gr.Row():
+                        given = [picture(), labels()]
+                    button = gr.Button("Compare", variant="primary")
+                    with gr.Row():
+                        results = [gr.HTML(min_height=120, js_on_load=None) for _ in range(2)]
+                    gr.on([button.click, given[1].submit], compare, given, results, api_visibility="private")
+    return blocks
+
+
+# --- the server --------------------------------------------------------------------------------------------------
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port, before anything else takes time; 0 is any that is free.
+
+    Raises:
+        ValueError: when it is taken, or no address of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(found[4][:2], family=found[0])
+    except OSError as error:
+        reason = (
+            "already in use; choose another with --port"
+            if error.errno == errno.EADDRINUSE
+            else error.strerror or str(error)
+        )
+        raise ValueError(f"{host}, port {port}: {reason}") from None
+
+
+def is_loopback(place: socket.socket) -> bool:
+    """Whether only this machine reaches it."""
+    return ip_address(place.getsockname()[0]).is_loopback
+
+
+def address(place: socket.socket) -> str:
+    """The page's, for a browser of this machine."""
+    host, port = place.getsockname()[:2]
+    if ip_address(host).is_unspecified:
+        host = "localhost"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class NoRelay:
+    """Gradio fetches other sites' files for whoever asks; this page has no use for that."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "").lower()
+        if scope["type"] == "http" and ("/proxy=" in path or ("file" in path and ":/" in path)):
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        await self.app(scope, receive, send)
+
+
+def serve(blocks: Callable[[], Any], place: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve a page until it is stopped; `ready` is called once it answers. Uploads are in a folder of its own, which
+    is gone afterwards."""
+    gr = gradio()
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+    with tempfile.TemporaryDirectory(prefix="tinyclip-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        app = FastAPI(openapi_url=None)
+        app.add_middleware(NoRelay)
+        if is_loopback(place):  # so that no site can pass for us by giving its own name our address
+            names = ["localhost", place.getsockname()[0]]
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
+        options: dict[str, Any] = {"allowed_paths": [], "max_file_size": UPLOAD, "footer_links": [], "css": CSS}
+        options |= {"run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False}
+        app = gr.mount_gradio_app(app, blocks(), "/", theme=gr.themes.Default(), pwa=False, **options)
+        # Open pages hold connections; they must not hold up the end.
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+        Server(config).run(sockets=[place])

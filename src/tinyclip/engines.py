@@ -1,0 +1,179 @@
+"""What runs an exported tower: OpenVINO, ONNX Runtime, or torch for its own format. Each is imported when it is
+needed, and no other."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Tower = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]  # batches in, their features out, in order
+# What can run each format, fastest first (docs/export.md).
+RUNS = {"onnx": ("openvino", "onnxruntime"), "openvino": ("openvino",), "torch": ("torch",)}
+EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
+HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's names
+
+
+def needed(package: str, extra: str | None = None) -> Any:
+    """The package, imported.
+
+    Raises:
+        ValueError: when it is not installed, with what to type.
+    """
+    root = package.partition(".")[0]
+    try:
+        return _openvino_alone() if package == "openvino" else import_module(package)
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] != root:
+            raise ValueError(f"{package} cannot be imported: {error}") from None
+        raise ValueError(f"needs {root}: pip install tinyclip[{extra or EXTRAS[root]}]") from None
+
+
+def _openvino_alone() -> Any:
+    """OpenVINO without its converter, whose import takes half of the time and reports its use to the makers."""
+    converter = "openvino.tools.ovc"
+    if "openvino" in sys.modules or converter in sys.modules:
+        return import_module("openvino")
+    sys.modules[converter] = None  # type: ignore[assignment]  # an import of it fails, which OpenVINO allows for
+    try:
+        return import_module("openvino")
+    finally:
+        del sys.modules[converter]
+
+
+def choose(kind: str, wanted: str, where: str) -> str:
+    """The runtime for a format: that of this name, or with "auto" the fastest that is installed.
+
+    Raises:
+        ValueError: when it cannot run the format or is not installed; `where` is named.
+    """
+    able = RUNS[kind]
+    if wanted == "auto":
+        wanted = next((name for name in able if find_spec(name)), able[-1])
+    if wanted not in {name for names in RUNS.values() for name in names}:
+        raise ValueError(f"runtime {wanted!r}: choose auto, openvino, onnxruntime or torch")
+    if wanted not in able:
+        raise ValueError(f"{where} is an export to {kind}, which {wanted} cannot run; {' or '.join(able)} can")
+    if find_spec(wanted) is None:
+        raise ValueError(f"needs {wanted}: pip install tinyclip[{EXTRAS[wanted]}]")
+    return wanted
+
+
+def compute_dtype(runtime: str, dtype: Any) -> str:
+    """What a runtime computes in: float32 unless told otherwise; "auto" is bfloat16 where it has that here.
+
+    Args:
+        dtype: a name, or torch's.
+
+    Raises:
+        ValueError: for what the runtime cannot compute in here.
+    """
+    name = str(dtype or "float32").removeprefix("torch.")
+    has = computes_in(runtime)
+    if name == "auto":
+        return "bfloat16" if "bfloat16" in has else "float32"
+    if name not in has:
+        raise ValueError(f"dtype {name!r}: {runtime} computes in {' or '.join(has)} here")
+    return name
+
+
+def computes_in(runtime: str) -> list[str]:
+    """The floating-point types that a runtime computes in on this processor."""
+    if runtime != "openvino":
+        return ["float32"]
+    found = needed("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [name for name, short in (("float32", "FP32"), ("bfloat16", "BF16"), ("float16", "FP16")) if short in found]
+
+
+def start(runtime: str, file: Path, dtype: str) -> Tower:
+    """The tower in a file, ready to run.
+
+    Raises:
+        ValueError: when the runtime cannot load it, with what it says.
+    """
+    try:
+        return STARTS[runtime](file, dtype)
+    except ValueError:
+        raise
+    except Exception as error:  # each has classes of its own
+        version = getattr(sys.modules.get(runtime), "__version__", "")
+        raise ValueError(
+            f"{file}: {runtime} {version} cannot load it ({_gist(error)}); export the model again"
+        ) from None
+
+
+def _gist(error: Exception) -> str:
+    """What an error of a runtime says, without the places in its sources."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "["))]
+    return (said or lines or [type(error).__name__])[0][:300]
+
+
+def _openvino(file: Path, dtype: str) -> Tower:
+    openvino = needed("openvino")
+    # Several batches at once, each on its share of the cores: a quarter faster than one after another on all of them.
+    settings = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "THROUGHPUT"}
+    compiled = openvino.Core().compile_model(file, "CPU", settings)
+    at_once = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+    free: list[Any] = []  # requests that were used before
+
+    def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        busy: deque[tuple[Any, np.ndarray]] = deque()
+
+        def first_done() -> np.ndarray:
+            request, _ = busy.popleft()
+            request.wait()
+            found = request.get_output_tensor(0).data.copy()
+            free.append(request)
+            return found
+
+        for batch in inputs:
+            if len(busy) == at_once:
+                yield first_done()
+            request = free.pop() if free else compiled.create_infer_request()
+            request.start_async([batch], share_inputs=True)
+            busy.append((request, batch))  # the batch must outlive the request
+        while busy:
+            yield first_done()
+
+    return run
+
+
+def _onnxruntime(file: Path, dtype: str) -> Tower:
+    onnxruntime = needed("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; they are raised
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for batch in inputs:
+            yield session.run(None, {name: batch})[0]
+
+    return run
+
+
+def _torch(file: Path, dtype: str) -> Tower:
+    import torch
+
+    module = torch.export.load(file).module()
+
+    def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for batch in inputs:
+            with torch.inference_mode():
+                yield module(torch.from_numpy(batch)).numpy()
+
+    return run
+
+
+STARTS: dict[str, Callable[[Path, str], Tower]] = {
+    "openvino": _openvino,
+    "onnxruntime": _onnxruntime,
+    "torch": _torch,
+}

@@ -1,0 +1,96 @@
+"""What the page computes and refuses; the page itself is tested in a browser (`tests/app`)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tinyclip as package
+from conftest import tinyclip
+from tinyclip import app
+from tinyclip.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def clip() -> Pipeline:
+    return package.load("emoji-student")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)).save(file)
+    return file
+
+
+def test_labels_are_taken_apart() -> None:
+    assert app.labels_from(" a cat,a dog\r\n\n, a cat ,an apple") == ["a cat", "a dog", "an apple"]
+    for text, message in (
+        (None, "No labels"),
+        (" ,\n ", "No labels"),
+        ("\n".join(map(str, range(2000))), "2,000 labels are too many"),
+        ("a" * 301, "too long"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            app.labels_from(text)
+
+
+def test_probabilities_are_those_of_classify(clip: Pipeline, picture: Path) -> None:
+    labels = ["a red apple", "a dog", "the sea"]
+    result = app.Served("m", clip).classify(app.picture_from(str(picture)), labels)
+    assert result.chances == pytest.approx(clip.classify(picture, labels)[0].double().numpy(), abs=1e-5)
+    assert result.chances.sum() == pytest.approx(1)
+
+
+def test_bars_are_in_order_and_safe() -> None:
+    result = app.Timed(np.array([0.25, 0.75]), 1.25, 2.0)
+    text = app.bars(["<b>${1}{{2}}</b>", "dog"], result, "m", times=True)
+    assert text.index("75.0 %") < text.index("25.0 %") and "1.2 ms for the picture, 2.0 ms for 2 labels" in text
+    assert not re.search(r"<b>|[{}$`]", text)
+    many = app.bars([str(i) for i in range(50)], app.Timed(np.full(50, 0.02), 1, 1), "m")
+    assert many.count("<li>") == app.MOST_BARS and "30 less probable labels" in many
+
+
+def test_pictures_that_cannot_be_used(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = tmp_path / "words.png"
+    words.write_text("no picture")
+    cases = [(None, "No picture"), (str(words), "not a picture"), (str(tmp_path / "gone.png"), "no longer here")]
+    for file, message in cases:
+        with pytest.raises(ValueError, match=message) as raised:
+            app.picture_from(file)
+        assert str(tmp_path) not in str(raised.value)  # visitors need not know where
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="too large"):
+        app.picture_from(str(picture))
+
+
+def test_thumbnails_are_data(picture: Path, tmp_path: Path) -> None:
+    found = re.fullmatch(
+        r'<img alt="a&quot;b.png" src="data:image/webp;base64,(.+)">', app.thumbnail(picture, 'a"b.png')
+    )
+    assert found
+    assert Image.open(io.BytesIO(base64.b64decode(found[1]))).size == (240, 144)
+    assert "missing" in app.thumbnail(tmp_path / "gone.png", "gone.png")
+
+
+def test_without_gradio_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert tinyclip("app", "emoji-student", code=2) == "tinyclip: the page needs gradio: pip install tinyclip[app]\n"
+
+
+def test_a_port_that_is_taken() -> None:
+    with app.listen("127.0.0.1", 0) as place:
+        assert app.is_loopback(place) and re.fullmatch(r"http://127\.0\.0\.1:\d+", app.address(place))
+        with pytest.raises(ValueError, match=r"already in use; choose another with --port"):
+            app.listen("127.0.0.1", place.getsockname()[1])
+    with app.listen("0.0.0.0", 0) as place:
+        assert not app.is_loopback(place) and app.address(place).startswith("http://localhost:")
+    with pytest.raises(ValueError, match=r"nowhere\.invalid, port 0: "):
+        app.listen("nowhere.invalid", 0)
