@@ -1,12 +1,13 @@
 # make demo: sets everything up, then compresses the shipped teacher and shows the result
 # make test: sets everything up, then passes every test
+# make docs: builds the documentation site into build/site, warnings being errors
 # make test-app: the page of `tinyclip app` in a headless Chromium ($CHROMIUM, or the one on the path)
 # make test-package: builds wheel and sdist, installs the wheel into an empty environment and uses it there
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-app test-package setup clean
+.PHONY: demo docs test test-app test-package setup clean
 
 demo: .venv/installed
 	@$(BIN)/python scripts/demo.py
@@ -19,6 +20,9 @@ test-app: .venv/installed-app
 
 test-package:
 	$(PYTHON) scripts/test_package.py
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 setup: .venv/installed-dev
 
@@ -34,6 +38,10 @@ setup: .venv/installed-dev
 
 .venv/installed-app: .venv/installed-dev
 	$(PIP) --editable '.[dev,app,app-test]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 clean:

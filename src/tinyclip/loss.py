@@ -41,9 +41,12 @@ def affinity_loss(
     all p are small, and level where pairs are sure, so they would hide which of them fits best.
 
     Args:
-        student_image, student_text: (n, d) normalised features.
-        teacher_image, teacher_text: (n, d') normalised features; d' may differ from d.
-        student_scale, teacher_scale: exp(logit_scale) of each.
+        student_image: (n, d) normalised features.
+        student_text: (n, d), as are those of pictures.
+        teacher_image: (n, d') normalised features; d' may differ from d.
+        teacher_text: (n, d').
+        student_scale: exp(logit_scale) of the student.
+        teacher_scale: exp(logit_scale) of the teacher.
 
     >>> import torch, tinyclip
     >>> image, text = (torch.nn.functional.normalize(torch.randn(8, 16), dim=1) for _ in "it")
@@ -62,7 +65,8 @@ def contrastive_loss(
     """CLIP's symmetric contrastive loss.
 
     Args:
-        image_features, text_features: (n, d) normalised.
+        image_features: (n, d) normalised.
+        text_features: (n, d) normalised.
         scale: exp(logit_scale).
         groups: int (n,); pairs of one group are all positives of each other, with equal shares. By default
             each pair is its own group.
