@@ -36,12 +36,12 @@ setup: .venv/installed-dev
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-.venv/installed-docs: .venv/installed
-	$(PIP) --editable '.[docs]'
-	@touch $@
-
 .venv/installed-app: .venv/installed-dev
 	$(PIP) --editable '.[dev,app,app-test]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 clean:

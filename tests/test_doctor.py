@@ -71,7 +71,7 @@ def test_what_is_optional_is_no_problem(requirements: list[str]) -> None:
 
 def test_every_extra_says_what_it_is_for() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert doctor.EXTRAS.keys() == extras.keys() - {"dev"}
+    assert doctor.EXTRAS.keys() == extras.keys() - {"dev", "app-test", "docs"}
 
 
 def test_a_broken_torch_is_no_traceback(requirements: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import tinyclip
 from tinyclip.zoo import SHIPPED, cache_folder
 
-# What each extra of pyproject.toml is for; its packages are read from there. `dev` is for tinyclip's own tests.
+# What each extra of pyproject.toml is for; its packages are read from there. The others are for the project itself.
 EXTRAS = {
+    "app": "tinyclip app",
     "onnx": "exports to ONNX, and running them on onnxruntime",
     "openvino": "exports to OpenVINO, running them there, and 8 bits",
     "probe": "tinyclip probe by scikit-learn",
@@ -55,7 +56,7 @@ def _packages(problems: list[str]) -> list[dict[str, Any]]:
     found = []
     for requirement in requirements:
         name, wanted, extra = _parsed(requirement)
-        if extra == "dev":
+        if extra is not None and extra not in EXTRAS:
             continue
         version = _version(name)
         found.append({"name": name, "version": version, "wanted": wanted, "extra": extra})
