@@ -463,7 +463,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         ),
         (("export", "nowhere", "--to", "onnx", "-o", "x"), "nowhere: no such checkpoint"),
         (("export", "uneven-onnx", "--to", "openvino", "-o", "x"), "uneven-onnx is an export, which cannot be used"),
-        (("export", "uneven", "--to", "onnx", "-o", "0.png", "--overwrite"), "it is a file"),
+        (("export", "uneven", "--to", "onnx", "-o", "0.png", "--overwrite"), "is a file, so"),
         (("export", "uneven", "--to", "onnx", "-o", "x", "--data", "nowhere"), "nowhere: no such data folder"),
         (
             ("export", "uneven", "--to", "onnx", "--int8", "-o", "x", "--calibration-data", "nowhere"),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -159,10 +160,14 @@ def _onnxruntime(file: Path, dtype: str) -> Tower:
     return run
 
 
+_loading = Lock()  # torch reads one program at a time: its reader is global
+
+
 def _torch(file: Path, dtype: str) -> Tower:
     import torch
 
-    module = torch.export.load(file).module()
+    with _loading:
+        module = torch.export.load(file).module()
 
     def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for batch in inputs:
