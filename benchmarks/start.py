@@ -39,7 +39,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds + 1):
             for name, (model, *options) in ways.items():
-                command = [sys.executable, "-m", "tinyclip.cli", "classify", model, str(folder / "photo.png")]
+                command = [sys.executable, "-m", "tinyclip", "classify", model, str(folder / "photo.png")]
                 start = time.perf_counter()
                 subprocess.run([*command, "a dog", "a cat", *options], check=True, capture_output=True)
                 seconds[name].append(time.perf_counter() - start)

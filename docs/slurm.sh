@@ -21,7 +21,7 @@ resume=
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" --shutdown-timeout 240 \
-    -m tinyclip.cli distill "$@" $resume &
+    -m tinyclip distill "$@" $resume &
 job=$!
 
 # 300 s before the end SLURM sends SIGTERM here; passed on, it makes the run save itself and stop.

@@ -164,7 +164,7 @@ def test_interrupting_a_run_saves_it_and_exits_130(place: Path, tmp_path: Path) 
     import signal
 
     sets = ("--set", f"output={tmp_path / 'run'}", "--set", "stages.0.steps=5000", "--set", "log_every=1")
-    command = [sys.executable, "-m", "tinyclip.cli", "distill", str(place / "recipe.yaml"), *sets]
+    command = [sys.executable, "-m", "tinyclip", "distill", str(place / "recipe.yaml"), *sets]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

@@ -99,7 +99,7 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
                 if "distill recipes/emoji-25" in line:  # goes on from the other recipe
                     tinyclip("distill", "recipes/emoji-50.yaml")
                 if "tinyclip export" in text:  # its runtimes' threads would stay here, where later pages fork
-                    apart("-m", "tinyclip.cli", *shlex.split(line)[1:])
+                    apart("-m", "tinyclip", *shlex.split(line)[1:])
                 else:
                     tinyclip(*shlex.split(line)[1:])
         else:

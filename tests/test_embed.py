@@ -220,7 +220,7 @@ def start(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | {k: str(v) for k, v in variables.items()}
-        command = [sys.executable, "-m", "tinyclip.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "tinyclip", *map(str, arguments)]
         pipe = subprocess.PIPE
         started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
     return started

@@ -142,7 +142,7 @@ def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launcher: str
 ) -> None:
     """A file stands for `/proc/PID/cmdline`, as no launcher has started this process."""
-    words = ["--nproc-per-node", "2", "-m", "tinyclip.cli", "distill", "a b.yaml", "--overwrite"]
+    words = ["--nproc-per-node", "2", "-m", "tinyclip", "distill", "a b.yaml", "--overwrite"]
     file = tmp_path / "cmdline"
     if launcher != "gone":
         file.write_text("".join(f"{word}\0" for word in ["/usr/bin/python", *launcher.split(), *words]))
@@ -150,7 +150,7 @@ def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
     monkeypatch.setattr(sys, "argv", ["tinyclip", "distill", "a b.yaml", "--overwrite"])
     assert cli_train._hint() == "tinyclip distill 'a b.yaml' --resume"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    known = "torchrun --nproc-per-node 2 -m tinyclip.cli distill 'a b.yaml' --resume"
+    known = "torchrun --nproc-per-node 2 -m tinyclip distill 'a b.yaml' --resume"
     assert cli_train._hint() == (known if launcher == "torchrun" else "the same command with --resume")
 
 

@@ -293,7 +293,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(place: Path, tmp_path: Pa
     run(recipe(place, whole, stages=[long]))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(place, killed, stages=[long]).model_dump(mode="json")))
-    command = [sys.executable, "-m", "tinyclip.cli", "distill", str(path)]
+    command = [sys.executable, "-m", "tinyclip", "distill", str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on the number of threads
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,11 +43,21 @@ vocab_app.command()(cli_data.prune)
 app.add_typer(data_app, name="data")
 app.add_typer(vocab_app, name="vocab")
 
+USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has under changing names
+
 
 def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
     try:
-        app()
+        sys.exit(
+            app(prog_name="tinyclip", standalone_mode=False)
+        )  # of the errors of usage typer would make several lines
+    except USAGE as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        where = error.ctx.command_path if error.ctx else "tinyclip"
+        fail(f"{error.format_message().rstrip('.')} (see `{where} --help`)", 2)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
@@ -64,7 +74,3 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         console.print(__version__)
         raise typer.Exit
-
-
-if __name__ == "__main__":
-    main()

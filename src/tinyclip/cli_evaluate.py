@@ -21,6 +21,7 @@ from tinyclip.terminal import (
     Templates,
     console,
     errors,
+    print_faults,
     print_json,
     print_table,
     say_computing,
@@ -124,12 +125,8 @@ def probe(
 
 def _say_skipped(dataset: Any) -> None:
     """On stderr, what of the data was left out."""
-    from tinyclip.faults import counts, summary
-
     if dataset.skipped:
-        errors.print(f"skipped {summary(counts(dataset.skipped))}:")
-        for skipped in dataset.skipped[:10]:
-            errors.print(f"  {skipped.cause}: {skipped}")
+        print_faults(dataset.skipped, errors)
 
 
 def _write(output: Path, result: dict[str, Any]) -> None:

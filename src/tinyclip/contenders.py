@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinyclip.measurement import measure
+from tinyclip.measurement import counted
 from tinyclip.pipeline import load_encoder
 from tinyclip.resume import STATE
 from tinyclip.runtime import find_export
@@ -79,7 +79,7 @@ def tensor(features: Any) -> Tensor:
 
 
 def costs(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
-    """Of each model its size (`params_*` and `macs_*` as `measure` counts them, where it has a `.model`; `bytes`) and
+    """Of each model its size (`params_*` and `macs_*` as `measure` counts them; `bytes`) and
     speed: `pairs_per_s` in batches of 32 and `latency_ms` of one pair alone, each with the range over the rounds.
 
     Speed is that of `encode_image` of prepared pictures and `encode_text` of texts of full context, the models turn by
@@ -87,9 +87,7 @@ def costs(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
     """
     result: dict[str, dict[str, Any]] = {}
     for contender in contenders:
-        network = getattr(contender.clip, "model", None)
-        counted = measure(network, seconds=0) if network is not None else {}
-        result[contender.name] = {"source": contender.source, "bytes": contender.size} | counted
+        result[contender.name] = {"source": contender.source, "bytes": contender.size} | counted(contender.clip.config)
         result[contender.name] |= contender.clip.computing | {"logit_scale": contender.clip.logit_scale}
     for batch, key in ((32, "pairs_per_s"), (1, "latency_ms")):
         speed = (lambda s: 32 / s) if batch > 1 else (lambda s: 1000 * s)

@@ -7,7 +7,6 @@ Processes that `torchrun` started share the parts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -164,23 +163,10 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
 
 def _facts(clip: Pipeline | Tensors) -> dict[str, Any]:
     return {
-        "model_fingerprint": fingerprint(clip),
+        "model_fingerprint": clip.fingerprint(),
         "computed_in": clip.computing["dtype"],
         "embed_dim": clip.embed_dim,
     }
-
-
-def fingerprint(clip: Pipeline | Tensors) -> str:
-    """Of everything that features depend on: weights, shape, vocabulary and preprocessing."""
-    if isinstance(clip, Tensors):
-        return clip.clip.fingerprint()
-    digest = hashlib.blake2b(digest_size=16)
-    for key, value in clip.model.state_dict().items():
-        digest.update(f"{key} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    rest = (clip.model.config.model_dump_json(), clip.preprocessing.model_dump_json(), clip.tokenizer.merges)
-    digest.update(repr(rest).encode())
-    return digest.hexdigest()
 
 
 _NAMED = {"model_fingerprint": "model", "source_fingerprint": "source"}  # where a fact has what the user calls it

@@ -194,6 +194,7 @@ def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = Tr
     versions |= {name: needed(name).__version__ for name in PACKAGES.get(facts["export"], ())}
     facts = {"format": FORMAT} | facts
     facts |= {"config": clip.model.config.model_dump(mode="json"), "logit_scale": clip.model.logit_scale.item()}
+    facts |= {"fingerprint": clip.fingerprint()}
     facts |= {"preprocess": clip.preprocessing.model_dump(mode="json"), "versions": versions}
     facts |= {"opset": OPSET} if facts["export"] == "onnx" else {}
     write_facts(folder, facts)

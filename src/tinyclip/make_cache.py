@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyclip.augment import Augment, View
@@ -30,6 +30,7 @@ from tinyclip.faults import Fault, Skipped
 from tinyclip.files import flush, write_atomically
 from tinyclip.foreign_teacher import PROBES
 from tinyclip.index import shard_counts
+from tinyclip.model import weights_hash
 from tinyclip.pipeline import Pipeline
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
 from tinyclip.teacher import ForeignTeacher, Teacher
@@ -118,15 +119,6 @@ def make_cache(
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
-
-
-def weights_hash(network: nn.Module) -> str:
-    """Hash of all parameters and buffers, so that another teacher of the same name is noticed."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
-    return digest.hexdigest()
 
 
 def _tokenize(clip: Pipeline | ForeignTeacher) -> Tokenize:

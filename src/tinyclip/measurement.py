@@ -64,6 +64,12 @@ def _transformer(config: TransformerConfig, length: int) -> int:
     return total
 
 
+def counted(config: CLIPConfig) -> dict[str, Any]:
+    """Parameters and MACs of a shape, as `measure` names them."""
+    counts, operations = count_parameters(axis_table(config)), macs(config)
+    return {f"params_{k}": n for k, n in counts.items()} | {f"macs_{k}": n for k, n in operations.items()}
+
+
 def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[str, Any]:
     """`params_image`, `params_text` (both without the token embedding), `params_embedding`, `macs_image`,
     `macs_text`, and the throughput here: `images_per_s`, `texts_per_s`, `pairs_per_s` (median of several runs).
@@ -77,9 +83,7 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
     >>> figures["params_image"], figures["params_text"], figures["macs_image"]
     (1048840, 213669, 40080768)
     """
-    counts, operations = count_parameters(axis_table(model.config)), macs(model.config)
-    result: dict[str, Any] = {f"params_{part}": count for part, count in counts.items()}
-    result |= {f"macs_{part}": count for part, count in operations.items()}
+    result = counted(model.config)
     if seconds > 0:
         weight, text = model.text_projection, model.config.text
         size = model.config.vision.image_size
@@ -96,10 +100,8 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
 
 def measure_export(clip: RuntimePipeline, *, batch_size: int = 32, seconds: float = 2.0) -> dict[str, Any]:
     """`measure` of an exported model, with `size_mb` of its folder; several batches are under way at once."""
-    config = CLIPConfig.from_dict(clip.facts["config"])
-    counts, operations = count_parameters(axis_table(config)), macs(config)
-    result: dict[str, Any] = {f"params_{part}": count for part, count in counts.items()}
-    result |= {f"macs_{part}": count for part, count in operations.items()} | {"size_mb": clip.size() / 1e6}
+    config = clip.config
+    result = counted(config) | {"size_mb": clip.size() / 1e6}
     size, count = config.vision.image_size, 4 * batch_size
     images = np.random.default_rng(0).random((count, 3, size, size), np.float32)
     texts = ["a " * config.text.context_length] * count  # as long as can be

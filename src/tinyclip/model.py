@@ -6,6 +6,7 @@ residual writes, heads, neurons and branches; `inheritance.compact` cuts what th
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import torch
@@ -325,6 +326,15 @@ class CLIP(nn.Module):
         """Normalised image_features and text_features (n, embed_dim), and exp(logit_scale)."""
         image_features = self.encode_image(images, masks, normalize=True)
         return image_features, self.encode_text(tokens, masks, normalize=True), self.logit_scale.exp()
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Of all parameters and buffers, so that another model of the same name is noticed."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
+    return digest.hexdigest()
 
 
 def cast(model: CLIP, dtype: torch.dtype) -> CLIP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from tinyclip.card import Card
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.config import CLIPConfig
 from tinyclip.distributed import resolve_device, resolve_dtype
 from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
 from tinyclip.loading import load as load_any
-from tinyclip.model import CLIP, cast
+from tinyclip.model import CLIP, cast, weights_hash
 from tinyclip.runtime import RuntimePipeline
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
@@ -57,8 +59,12 @@ class Pipeline:
         return self.model.dtype
 
     @property
+    def config(self) -> CLIPConfig:
+        return self.model.config
+
+    @property
     def embed_dim(self) -> int:
-        return self.model.config.embed_dim
+        return self.config.embed_dim
 
     @property
     def computing(self) -> dict[str, str]:
@@ -154,6 +160,11 @@ class Pipeline:
     def save(self, path: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
         """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`)."""
         save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype, card)
+
+    def fingerprint(self) -> str:
+        """Of everything that features depend on: weights in their present dtype, shape, vocabulary, preprocessing."""
+        rest = (self.model.config.model_dump_json(), self.preprocessing.model_dump_json(), self.tokenizer.merges)
+        return hashlib.blake2b(repr((weights_hash(self.model), *rest)).encode(), digest_size=16).hexdigest()
 
     def _image(self, item: ImageLike) -> Tensor:
         return item if isinstance(item, Tensor) else self.preprocess(picture_of(item))

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tinyclip.config import CLIPConfig
 from tinyclip.engines import RUNS, Tower, choose, compute_dtype, start
 from tinyclip.files import checksum, read_json_object
 from tinyclip.inputs import (
@@ -37,7 +36,15 @@ from tinyclip.transforms import Preprocess
 FACTS, TOKENIZER = "tinyclip.json", "tokenizer.json"
 FORMAT = 1  # of `FACTS`
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of a tower's file
-NEEDED = {"export": str, "precision": str, "config": dict, "preprocess": dict, "logit_scale": float, "files": dict}
+NEEDED = {
+    "export": str,
+    "precision": str,
+    "fingerprint": str,
+    "config": dict,
+    "preprocess": dict,
+    "logit_scale": float,
+    "files": dict,
+}
 
 
 @dataclass(repr=False)
@@ -51,6 +58,7 @@ class RuntimePipeline:
     facts: dict[str, Any]  # what `tinyclip.json` says
     runtime: str  # openvino, onnxruntime or torch
     dtype: str  # of what is not int8
+    config: CLIPConfig
     tokenizer: CLIPTokenizer
     preprocessing: Preprocess
 
@@ -67,7 +75,7 @@ class RuntimePipeline:
 
     @property
     def embed_dim(self) -> int:
-        return int(self.facts["config"]["embed_dim"])
+        return self.config.embed_dim
 
     @property
     def logit_scale(self) -> float:
@@ -96,7 +104,7 @@ class RuntimePipeline:
 
     @property
     def _context(self) -> int:
-        return int(self.facts["config"]["text"]["context_length"])
+        return self.config.text.context_length
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """A picture -> float32 (3, image_size, image_size), normalised as this model wants it."""
@@ -159,9 +167,8 @@ class RuntimePipeline:
         return weights / weights.sum(1, keepdims=True)
 
     def fingerprint(self) -> str:
-        """Of everything that features depend on, as it is stored."""
-        rest = {key: self.facts[key] for key in ("files", "config", "preprocess")}
-        return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
+        """Of the model that was exported, so that what it made, an index say, serves here too."""
+        return str(self.facts["fingerprint"])
 
     def size(self) -> int:
         """Bytes of the whole folder."""
@@ -286,7 +293,7 @@ def load_export(path: str | Path, runtime: str = "auto", dtype: Any = None) -> R
     tokenizer = CLIPTokenizer.from_file(folder / TOKENIZER)
     try:
         preprocessing = Preprocess(**facts["preprocess"])
-        _ = int(facts["config"]["embed_dim"]), int(facts["config"]["text"]["context_length"])
-    except (ValueError, TypeError, KeyError) as error:
+        config = CLIPConfig.from_dict(facts["config"])
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / FACTS}: {' '.join(str(error).split())}; export the model again") from None
-    return RuntimePipeline(folder, facts, chosen, compute_dtype(chosen, dtype), tokenizer, preprocessing)
+    return RuntimePipeline(folder, facts, chosen, compute_dtype(chosen, dtype), config, tokenizer, preprocessing)

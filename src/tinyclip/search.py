@@ -140,15 +140,15 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
         ValueError: as `tinyclip.load`.
     """
     clip = tinyclip.load(name)  # in float32, whatever it will compute in
-    if hasattr(clip, "fingerprint"):  # an exported model, which knows its own
-        return tinyclip.load(name, device=device, dtype=dtype), clip.fingerprint()
+    found = clip.fingerprint()
+    if not hasattr(clip, "model"):  # an export
+        return tinyclip.load(name, device=device, dtype=dtype), found
 
     from tinyclip.distributed import resolve_device, resolve_dtype
-    from tinyclip.embed import fingerprint
     from tinyclip.model import cast
     from tinyclip.pipeline import compile_towers
 
-    found, place = fingerprint(clip), resolve_device(device)
+    place = resolve_device(device)
     cast(clip.model.to(place), resolve_dtype(dtype, place))
     if compile:
         compile_towers(clip.model)

@@ -83,6 +83,8 @@ def open_image(source: str | Path | object, at_least: int | None = None) -> Imag
         with _quiet():
             opened = Image.open(source)  # type: ignore[arg-type]
         with opened as image:
+            if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                raise UnidentifiedImageError
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()

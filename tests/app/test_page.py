@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parent.parent.parent
 TEACHER = ROOT / "assets" / "emoji-teacher"
-COMMAND = [sys.executable, "-m", "tinyclip.cli"]
+COMMAND = [sys.executable, "-m", "tinyclip"]
 APPLE = "twemoji-1f34f.webp"
 NAMES = (APPLE, "twemoji-1f436.webp", "twemoji-1f431.webp", "twemoji-1f34b.webp")
 
