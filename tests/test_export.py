@@ -161,6 +161,20 @@ def test_threads_and_pickles(place: Path) -> None:
     np.testing.assert_allclose(again.encode_text(TEXTS), text, atol=2e-5)
 
 
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_both_towers_are_loaded_at_once(to: str, place: Path) -> None:
+    image = Image.open(place / "0.png")
+    found = tinyclip.load(place / f"shortest-{to}").classify(image, ["a cat", "a dog"])
+    whole = tinyclip.load(place / "shortest").classify(image, ["a cat", "a dog"]).numpy()
+    np.testing.assert_allclose(found, whole, atol=2e-4)
+
+
+def test_what_the_model_made_its_export_can_use(place: Path) -> None:
+    expected = tinyclip.load(place / "shortest").fingerprint()
+    assert {tinyclip.load(place / f"shortest-{to}").fingerprint() for to in ("onnx", "torch")} == {expected}
+    assert tinyclip.load(place / "uneven").fingerprint() != expected
+
+
 def test_a_checkpoint_is_converted_in_memory(place: Path) -> None:
     clip = tinyclip.load(place / "shortest", runtime="openvino")
     _, _, text = expected("shortest", TEXTS)
@@ -320,7 +334,7 @@ def flip(folder: Path) -> None:
         (lambda folder: (folder / "tinyclip.json").write_text("{}"), r"no export's facts"),
         (lambda folder: change(folder, format=2), r"format 2 of a newer tinyclip, this one reads 1; update"),
         (lambda folder: change(folder, config=None), r"config is missing or no dict"),
-        (lambda folder: change(folder, config={}), r"'embed_dim'"),
+        (lambda folder: change(folder, config={}), r"config: embed_dim: Field required"),
         (lambda folder: change(folder, export="tflite"), r"export is 'tflite'"),
         (lambda folder: change(folder, preprocess={"image_size": 0}), r"image_size"),
         (lambda folder: change(folder, files={}), r"image\.onnx is not among its files"),
@@ -332,6 +346,12 @@ def test_a_damaged_folder_is_one_line(damage: Callable[[Path], Any], message: st
     with pytest.raises(ValueError, match=message) as error:
         tinyclip.load(copy)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_a_model_of_others_is_one_line(tmp_path: Path, copy: Path) -> None:
+    (copy / "image.onnx").rename(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"is no export of tinyclip: .* has no tinyclip\.json"):
+        tinyclip.load(tmp_path)
 
 
 def of_the_future(file: Path) -> None:

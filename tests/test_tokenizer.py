@@ -88,6 +88,12 @@ def test_what_is_no_text_is_refused(texts: Any) -> None:
         clip_tokenizer()(texts)
 
 
+def test_what_is_no_unicode_is_refused() -> None:
+    """As labels in another encoding come from the command line."""
+    with pytest.raises(ValueError, match="'caf\\?' is not valid Unicode"):
+        clip_tokenizer()(b"caf\xe9".decode("utf-8", "surrogateescape"))
+
+
 def test_no_texts_give_no_rows() -> None:
     tokens = clip_tokenizer()([])
     assert (tokens.dtype, tokens.shape) == (np.int64, (0, 77))

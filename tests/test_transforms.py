@@ -194,6 +194,13 @@ def test_a_damaged_file_is_named(damage: Callable[[bytes], bytes], message: str,
         open_image(picture_file)
 
 
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.eps")
+    (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
+    with pytest.raises(ValueError, match="not a picture that Pillow can read"):
+        open_image(tmp_path / "picture.png")
+
+
 def test_a_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=tmp_path.name):
         open_image(tmp_path)

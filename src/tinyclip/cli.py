@@ -49,9 +49,8 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has 
 def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
     try:
-        sys.exit(
-            app(prog_name="tinyclip", standalone_mode=False)
-        )  # of the errors of usage typer would make several lines
+        # Typer itself would make several lines of an error of usage.
+        sys.exit(app(prog_name="tinyclip", standalone_mode=False) or 0)
     except USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()

@@ -19,6 +19,7 @@ from tinyclip.terminal import (
     Model,
     Runtime,
     Templates,
+    check_file,
     console,
     errors,
     print_faults,
@@ -55,6 +56,7 @@ def evaluate(
     from tinyclip.distributed import is_main, processes, resolve_device
     from tinyclip.pipeline import load_encoder
 
+    check_file(output)
     columns = {"image_column": image_column, "caption_column": caption_column}
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     place = resolve_device(device)
@@ -96,6 +98,7 @@ def probe(
     from tinyclip.probe import check_solver
     from tinyclip.probe import probe as probed
 
+    check_file(output)
     check_solver(solver)
     splits = find_splits(train)
     given = open_dataset(train, classes=classes, split="train" if "train" in splits else None)

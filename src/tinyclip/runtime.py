@@ -230,7 +230,10 @@ def find_export(path: str | Path) -> Path | None:
         path.is_dir() or is_facts or (path.is_file() and path.stem in ("image", "text"))
     ):
         return folder
-    if path.suffix in ENDINGS.values() and path.exists():
+    alone = path.suffix in ENDINGS.values() and path.exists()
+    if path.is_dir() and not any(path.glob("*config*.json")):  # of a checkpoint
+        alone = alone or any(file.suffix in ENDINGS.values() for file in path.iterdir())
+    if alone:
         raise ValueError(
             f"{path} is no export of tinyclip: {folder if path.is_file() else path} has no {FACTS}, which says how "
             "pictures and texts go in; make one with `tinyclip export`"

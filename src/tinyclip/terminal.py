@@ -123,6 +123,21 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
 
 
+def check_file(path: Path | None) -> None:
+    """Refuse a place for a file that cannot be one, before the work that it is to hold."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; choose a file")
+    for parent in path.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ValueError(f"{parent} is a file, so there can be no {path.name} in it")
+            if not os.access(parent, os.W_OK):
+                raise ValueError(f"cannot write to {parent}")
+            return
+
+
 def check_free(
     path: Path, overwrite: bool, replaceable: set[str] = CHECKPOINT_FILES, what: str = "a checkpoint"
 ) -> None:

@@ -114,6 +114,8 @@ class CLIPTokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
                 raise ValueError(f"expected texts, got {type(text).__name__}")
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"{text.encode(errors='replace').decode()!r} is not valid Unicode")
             rows.append([self.start_id, *self.encode(text)[: length - 2], self.end_id])
         return rows
 
