@@ -76,18 +76,10 @@ def shorten_recipe(source: Path, target: Path) -> None:
     target.write_text(yaml.safe_dump(recipe))
 
 
-def apart(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{arguments}\n{done.stdout}{done.stderr}"
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_snippets_run(page: Path, workplace: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for language, code in BLOCK.findall(text):
-        if language == "python" and "tinyclip export" in text:
-            apart("-c", code)
-        elif language == "python":
+    for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
             (workplace / "snippet.py").write_text(code)
             runpy.run_path("snippet.py", run_name="__main__")
         elif language == "yaml":
@@ -98,10 +90,7 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
                 assert line.startswith("tinyclip "), f"{page.name}: a command that no test runs: {line}"
                 if "distill recipes/emoji-25" in line:  # goes on from the other recipe
                     tinyclip("distill", "recipes/emoji-50.yaml")
-                if "tinyclip export" in text:  # its runtimes' threads would stay here, where later pages fork
-                    apart("-m", "tinyclip", *shlex.split(line)[1:])
-                else:
-                    tinyclip(*shlex.split(line)[1:])
+                tinyclip(*shlex.split(line)[1:])
         else:
             raise AssertionError(f"{page.name}: a block of {language!r} that no test runs")
 

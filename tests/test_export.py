@@ -349,9 +349,10 @@ def test_a_damaged_folder_is_one_line(damage: Callable[[Path], Any], message: st
 
 
 def test_a_folder_with_a_model_of_others_is_one_line(tmp_path: Path, copy: Path) -> None:
-    (copy / "image.onnx").rename(tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match=r"is no export of tinyclip: .* has no tinyclip\.json"):
-        tinyclip.load(tmp_path)
+    (tmp_path / "others").mkdir()
+    (copy / "image.onnx").rename(tmp_path / "others" / "model.onnx")
+    with pytest.raises(ValueError, match=r"others is no export of tinyclip: .* has no tinyclip\.json"):
+        tinyclip.load(tmp_path / "others")
 
 
 def of_the_future(file: Path) -> None:
@@ -507,3 +508,17 @@ def test_bad_input_is_one_line(
     error = command(*arguments, code=2)
     assert named in error and len(error.splitlines()) == 1
     assert not (place / "x").exists()
+
+
+def test_signals_after_a_model_is_gone(place: Path) -> None:
+    """OpenVINO deleted in another thread than it was made in takes the first one's stack for signals with it."""
+    code = f"""
+import gc, signal, subprocess, threading, tinyclip
+signal.signal(signal.SIGCHLD, lambda *_: None)
+clips = [tinyclip.load({str(place / "shortest-onnx")!r}, runtime="openvino")]
+clips[0].encode_text("a")
+deleting = threading.Thread(target=lambda: (clips.clear(), gc.collect()))
+deleting.start()
+deleting.join()
+subprocess.run(["true"])"""
+    subprocess.run([sys.executable, "-c", code], check=True)

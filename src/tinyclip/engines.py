@@ -3,9 +3,11 @@ needed, and no other."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,11 +86,23 @@ def compute_dtype(runtime: str, dtype: Any) -> str:
     return name
 
 
+def core() -> Any:
+    """OpenVINO's, one for the whole life of a process. Where AMX is, the first lends its thread a stack for signals and
+    takes it back when it is deleted; deleted by another thread, it leaves the first with a signal stack that is gone,
+    and the next signal, of a child that ends say, kills the process."""
+    return _core_of(os.getpid())
+
+
+@cache
+def _core_of(process: int) -> Any:
+    return needed("openvino").Core()
+
+
 def computes_in(runtime: str) -> list[str]:
     """The floating-point types that a runtime computes in on this processor."""
     if runtime != "openvino":
         return ["float32"]
-    found = needed("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [name for name, short in (("float32", "FP32"), ("bfloat16", "BF16"), ("float16", "FP16")) if short in found]
 
 
@@ -117,10 +131,9 @@ def _gist(error: Exception) -> str:
 
 
 def _openvino(file: Path, dtype: str) -> Tower:
-    openvino = needed("openvino")
     # Several batches at once, each on its share of the cores: a quarter faster than one after another on all of them.
     settings = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "THROUGHPUT"}
-    compiled = openvino.Core().compile_model(file, "CPU", settings)
+    compiled = core().compile_model(file, "CPU", settings)
     at_once = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     free: list[Any] = []  # requests that were used before
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinyclip.agreement import Samples
-from tinyclip.engines import needed
+from tinyclip.engines import core, needed
 from tinyclip.pipeline import Pipeline
 from tinyclip.runtime import ENDINGS
 from tinyclip.tokenizer import pad
@@ -47,7 +47,7 @@ def _ends(names: list[str], kept: tuple[int, int]) -> list[str]:
 
 def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int, int]) -> list[str]:
     openvino, nncf = needed("openvino"), _nncf()
-    model = openvino.Core().read_model(source)
+    model = core().read_model(source)
     products = [
         op.get_friendly_name()
         for op in model.get_ordered_ops()
