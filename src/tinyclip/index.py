@@ -17,6 +17,7 @@ import time
 import zlib
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,11 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
     faults = [asdict(s) for s in damaged]
     counts: dict[str, int] = {}
     if len(shards) > 8:
-        with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(_index_shard, shards))
+        try:
+            with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                found = list(pool.map(_index_shard, shards))
+        except BrokenProcessPool:
+            raise ValueError(f"{folder}: a process that indexed shards died, perhaps for lack of memory") from None
     else:
         found = [_index_shard(shard) for shard in shards]
     for shard, (count, left_out) in zip(shards, found, strict=True):
