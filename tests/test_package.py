@@ -71,7 +71,7 @@ def test_the_core_loads_no_torch(module: str) -> None:
 
 
 def test_nothing_imports_the_command_line() -> None:
-    assert [module for module in MODULES if "cli" in imports(module)] == []
+    assert [module for module in MODULES if "cli" in imports(module)] == ["__main__"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_nothing_imports_the_command_line() -> None:
         ("transforms", {"faults"}),
         ("inputs", {"transforms"}),
         ("engines", set()),
-        ("runtime", {"engines", "files", "inputs", "tokenizer", "transforms"}),
+        ("runtime", {"config", "engines", "files", "inputs", "tokenizer", "transforms"}),
         ("files", set()),
         ("archive", set()),
         ("foreign", {"archive", "config", "files", "tokenizer", "transforms"}),

@@ -123,11 +123,9 @@ def drawing() -> Iterator[None]:
 
 
 def accuracy_figure(outcome: Outcome, costs: Costs) -> Figure:
-    """The tested figure with its interval, against the latency of a pair with its range, and against MACs where they
-    are known."""
-    known = any("macs_image" in cost for cost in costs.values())
-    figure = Figure(figsize=(10 if known else 6, 4.2), layout="constrained")
-    panels = figure.subplots(1, 1 + known, sharey=True, squeeze=False)[0]
+    """The tested figure with its interval, against MACs and against the latency of a pair with its range."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     shown = {}
     for i, (name, cost) in enumerate(costs.items()):
         figures = outcome.figures[name]
@@ -135,11 +133,10 @@ def accuracy_figure(outcome: Outcome, costs: Costs) -> Figure:
         style = {"color": page.COLOURS[i % len(page.COLOURS)], "marker": MARKERS[i % len(MARKERS)], "capsize": 3}
         style["yerr"] = _distances(value, ends)
         wide = _distances(cost["latency_ms"], cost["latency_ms_range"])
-        shown[name] = panels[-1].errorbar(cost["latency_ms"], value, xerr=wide, **style)
-        if "macs_image" in cost:
-            panels[0].errorbar((cost["macs_image"] + cost["macs_text"]) / 1e9, value, **style)
+        shown[name] = panels[1].errorbar(cost["latency_ms"], value, xerr=wide, **style)
+        panels[0].errorbar((cost["macs_image"] + cost["macs_text"]) / 1e9, value, **style)
     panels[0].set_xlabel("GMACs of a pair")
-    panels[-1].set_xlabel("latency of a pair, ms")
+    panels[1].set_xlabel("latency of a pair, ms")
     panels[0].set_ylabel("top-1, %" if outcome.main == "acc1" else "text R@1, %")
     for panel in panels:
         panel.set_xlim(0, 1.08 * panel.dataLim.x1)
