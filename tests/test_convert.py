@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import TEXTS, random_inputs, random_model, small_tokenizer
+from conftest import tinyclip as command
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.cli import main
 from tinyclip.config import CLIPConfig, ResNetConfig, vit_clip
 from tinyclip.interchange import convert, mlp_ratio, open_clip_config
 from tinyclip.model import CLIP
@@ -207,22 +206,7 @@ def test_a_cut_resnet_cannot_be_had_by_open_clip(changes: dict[str, Any], messag
 # --- the command
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `tinyclip`; returns its output, or its error line when it should fail."""
-
-    def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["tinyclip", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output, error = capsys.readouterr()
-        assert (stop.value.code or 0) == code, output + error
-        return output if code == 0 else error
-
-    return run
-
-
-def test_the_command(command: Callable[..., str], tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path) -> None:
     model = random_model(config(), dtype=torch.float32)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "theirs.pt")
     output = command("convert", tmp_path / "theirs.pt", tmp_path / "ours", "--activation", "quick_gelu")
@@ -239,7 +223,7 @@ def test_the_command(command: Callable[..., str], tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_of_something_else_is_not_replaced(command: Callable[..., str], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     save(tmp_path / "ours", config())
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "tsconfig.json").write_text("{}")

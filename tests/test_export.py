@@ -20,11 +20,11 @@ from PIL import Image
 
 import tinyclip
 from conftest import random_model, small_tokenizer, uneven_config
+from conftest import tinyclip as command
 from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
 from tinyclip import agreement, engines
 from tinyclip.checkpoint import save_checkpoint
-from tinyclip.cli import main
 from tinyclip.config import CLIPConfig, vit_clip
 from tinyclip.export import TOWERS, export, write_facts
 from tinyclip.model import CLIP
@@ -407,22 +407,7 @@ def test_a_package_that_the_export_needs(place: Path, tmp_path: Path, monkeypatc
 # --- the commands
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `tinyclip`; returns its output, or its error line when it should fail."""
-
-    def run(*arguments: object, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["tinyclip", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        output, error = capsys.readouterr()
-        assert (stop.value.code or 0) == code, output + error
-        return output if code == 0 else error
-
-    return run
-
-
-def test_export_then_use_it(command: Callable[..., str], place: Path, tmp_path: Path) -> None:
+def test_export_then_use_it(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.onnx"
     made = ("export", place / "shortest", "--to", "onnx", "-o", out)
     shown = command(*made)
@@ -448,7 +433,7 @@ def test_export_then_use_it(command: Callable[..., str], place: Path, tmp_path: 
         np.testing.assert_allclose(ours["features"].to_pylist(), theirs["features"].to_pylist(), atol=2e-3)
 
 
-def test_evaluating_an_export(command: Callable[..., str], place: Path, tmp_path: Path) -> None:
+def test_evaluating_an_export(place: Path, tmp_path: Path) -> None:
     for i, name in enumerate(("cat", "dog")):
         (tmp_path / "eval" / name).mkdir(parents=True)
         shutil.copy(place / f"{i}.png", tmp_path / "eval" / name)
@@ -502,7 +487,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: tuple[str, ...], named: str, command: Callable[..., str], place: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], named: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
     error = command(*arguments, code=2)

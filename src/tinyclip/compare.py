@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tinyclip.contenders import Contender, tensor
-from tinyclip.evaluate import Dataset, Example, class_features, encode_images
+from tinyclip.contenders import Contender
+from tinyclip.evaluate import Dataset, Example, as_tensor, class_features, encode_images
 from tinyclip.faults import Skipped
 from tinyclip.inputs import batches
 from tinyclip.loss import affinity_loss
@@ -110,7 +110,7 @@ def judge(
     captions = [caption for i in captioned for caption in examples[i].captions]
     owner = np.array([n for n, i in enumerate(captioned) for _ in examples[i].captions], np.int64)
     prompts = [class_features(c.clip, dataset.classnames, dataset.templates) for c in contenders] if classed else []
-    texts = [tensor(c.clip.encode_text(captions)) for c in contenders] if captioned else []
+    texts = [as_tensor(c.clip.encode_text(captions)) for c in contenders] if captioned else []
 
     if classed:
         own = np.array([examples[i].label for i in classed], np.int64)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from tinyclip.evaluate import as_tensor
 from tinyclip.measurement import counted
 from tinyclip.pipeline import load_encoder
 from tinyclip.resume import STATE
@@ -73,11 +73,6 @@ def disk_size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name != STATE)
 
 
-def tensor(features: Any) -> Tensor:
-    """What any runtime returns, in float32 on the CPU."""
-    return torch.as_tensor(features).float().cpu()
-
-
 def costs(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
     """Of each model its size (`params_*` and `macs_*` as `measure` counts them; `bytes`) and
     speed: `pairs_per_s` in batches of 32 and `latency_ms` of one pair alone, each with the range over the rounds.
@@ -113,7 +108,7 @@ def _calls(clip: Any, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]
     """Both towers; the results come to the CPU, so that a device is waited for."""
     pixels = torch.rand(batch, *clip.preprocess(Image.new("RGB", (8, 8))).shape)
     texts = [" ".join(["a"] * clip.tokenize("a").shape[1])] * batch  # more than fits
-    return lambda: tensor(clip.encode_image(pixels)), lambda: tensor(clip.encode_text(texts))
+    return lambda: as_tensor(clip.encode_image(pixels)), lambda: as_tensor(clip.encode_text(texts))
 
 
 def _median_seconds(call: Callable[[], Any]) -> float:
