@@ -231,87 +231,103 @@ def gradio() -> Any:
     return gradio
 
 
-def page(model: Served, index: Index | None = None, student: Served | None = None) -> Any:
-    """A `gradio.Blocks`; a tab without an index, or without a student, is not there."""
-    gr = gradio()
+@contextmanager
+def _told(gr: Any) -> Iterator[None]:
+    """What the visitor can mend, as the page's own error."""
+    try:
+        yield
+    except ValueError as error:
+        raise gr.Error(safe(" ".join(str(error).split())), print_exception=False) from None
 
-    @contextmanager
-    def told() -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise gr.Error(safe(" ".join(str(error).split())), print_exception=False) from None
 
-    def picture(label: str = "Picture") -> Any:
-        image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], buttons=[], height=280)
-        image.alt_text = "The chosen picture"
-        # Gradio would decode it before we can say what is wrong with it; the path was already checked to be an upload
-        image.preprocess = lambda payload: payload.path if payload else None
-        return image
+def _picture(gr: Any, label: str = "Picture") -> Any:
+    image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], buttons=[], height=280)
+    image.alt_text = "The chosen picture"
+    # Gradio would decode it before we can say what is wrong with it; the path was already checked to be an upload
+    image.preprocess = lambda payload: payload.path if payload else None
+    return image
 
-    def labels() -> Any:
-        return gr.Textbox(
-            label="Labels", info="One a line, or with commas between them.", lines=4, value="a cat, a dog, an apple"
-        )
 
+def _labels(gr: Any) -> Any:
+    return gr.Textbox(
+        label="Labels", info="One a line, or with commas between them.", lines=4, value="a cat, a dog, an apple"
+    )
+
+
+def _result(gr: Any) -> Any:
+    return gr.HTML(min_height=120, js_on_load=None)
+
+
+def _classify_tab(gr: Any, model: Served) -> None:
     def classify(file: str | None, text: str) -> str:
-        with told():
+        with _told(gr):
             wanted = labels_from(text)
             return bars(wanted, model.classify(picture_from(file), wanted), model.name)
 
+    with gr.Tab("Classify"), gr.Row():
+        with gr.Column():
+            given = [_picture(gr), _labels(gr)]
+            button = gr.Button("Classify", variant="primary")
+        with gr.Column():
+            result = _result(gr)
+        gr.on([button.click, given[1].submit], classify, given, result, api_visibility="private")
+
+
+def _search_tab(gr: Any, model: Served, index: Index) -> None:
     def by_words(text: str, count: float) -> str:
-        assert index is not None
-        with told():
+        with _told(gr):
             query = query_from(text)
             return find(index, model.encode_text([query]), f"“{query}”", count)
 
     def by_picture(file: str | None, count: float) -> str:
-        assert index is not None
-        with told():
+        with _told(gr):
             picture_from(file)  # says what is wrong with it
             looked_at = pixels(model.clip, Path(str(file)))  # as the index looked at its own
             return find(index, model.encode_image(looked_at), "a picture like this", count)
 
+    with gr.Tab("Search"):
+        gr.Markdown(f"{len(index):,} pictures of {safe(index.path.name)}")
+        with gr.Row():
+            with gr.Column():
+                words = gr.Textbox(label="Words", placeholder="a green apple", max_lines=1)
+                asked = gr.Button("Search by words", variant="primary")
+                count = gr.Slider(1, MOST_FOUND, 12, step=1, label="Pictures to find", buttons=[])
+            with gr.Column():
+                like = _picture(gr, "Picture to look like")
+                shown_like = gr.Button("Search by picture")
+        found = _result(gr)
+        gr.on([asked.click, words.submit], by_words, [words, count], found, api_visibility="private")
+        shown_like.click(by_picture, [like, count], found, api_visibility="private")
+
+
+def _compare_tab(gr: Any, model: Served, student: Served) -> None:
     def compare(file: str | None, text: str) -> tuple[str, str]:
-        assert student is not None
-        with told():
+        with _told(gr):
             wanted, image = labels_from(text), picture_from(file)
             results = [(one.classify(image, wanted), one.name) for one in (model, student)]
             teacher, small = (bars(wanted, result, name, times=True) for result, name in results)
             return teacher, small
 
+    with gr.Tab("Compare"):
+        with gr.Row():
+            given = [_picture(gr), _labels(gr)]
+        button = gr.Button("Compare", variant="primary")
+        with gr.Row():
+            results = [_result(gr) for _ in range(2)]
+        gr.on([button.click, given[1].submit], compare, given, results, api_visibility="private")
+
+
+def page(model: Served, index: Index | None = None, student: Served | None = None) -> Any:
+    """A `gradio.Blocks`; a tab without an index, or without a student, is not there."""
+    gr = gradio()
     with gr.Blocks(title="tinyclip", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         gr.Markdown(f"# tinyclip\nModel: {safe(model.name)}")
         with gr.Tabs():
-            with gr.Tab("Classify"), gr.Row():
-                with gr.Column():
-                    given = [picture(), labels()]
-                    button = gr.Button("Classify", variant="primary")
-                with gr.Column():
-                    result = gr.HTML(min_height=120, js_on_load=None)
-                gr.on([button.click, given[1].submit], classify, given, result, api_visibility="private")
+            _classify_tab(gr, model)
             if index is not None:
-                with gr.Tab("Search"):
-                    gr.Markdown(f"{len(index):,} pictures of {safe(index.path.name)}")
-                    with gr.Row():
-                        with gr.Column():
-                            words = gr.Textbox(label="Words", placeholder="a green apple", max_lines=1)
-                            asked = gr.Button("Search by words", variant="primary")
-                            count = gr.Slider(1, MOST_FOUND, 12, step=1, label="Pictures to find", buttons=[])
-                        with gr.Column():
-                            like = picture("Picture to look like")
-                            shown_like = gr.Button("Search by picture")
-                    found = gr.HTML(min_height=120, js_on_load=None)
-                    gr.on([asked.click, words.submit], by_words, [words, count], found, api_visibility="private")
-                    shown_like.click(by_picture, [like, count], found, api_visibility="private")
+                _search_tab(gr, model, index)
             if student is not None:
-                with gr.Tab("Compare"):
-                    with gr.Row():
-                        given = [picture(), labels()]
-                    button = gr.Button("Compare", variant="primary")
-                    with gr.Row():
-                        results = [gr.HTML(min_height=120, js_on_load=None) for _ in range(2)]
-                    gr.on([button.click, given[1].submit], compare, given, results, api_visibility="private")
+                _compare_tab(gr, model, student)
     return blocks
 
 
