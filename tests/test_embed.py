@@ -414,7 +414,7 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
 def test_a_second_run_into_a_folder_is_refused(
     clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinyclip.embed.PATIENCE", 0)
+    monkeypatch.setattr("tinyclip.folder_lock.PATIENCE", 0.0)
     out = tmp_path / "out"
     refused: list[str] = []
 
@@ -424,7 +424,7 @@ def test_a_second_run_into_a_folder_is_refused(
         refused.append(str(error.value))
 
     assert embed(clip, open_source(pictures), out, Plan("m"), progress=second)["images"] == 7
-    assert refused == [f"another `tinyclip embed` writes to {out}; wait for its end, or stop it"]
+    assert refused == [f"{out}: another `tinyclip embed` is at work here; wait for it or stop it"]
     assert embed(clip, open_source(pictures), out, Plan("m"), overwrite=True)["computed"] == 7
 
 

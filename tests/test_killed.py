@@ -491,13 +491,13 @@ def test_two_runs_do_not_share_a_folder(
     def intrude(event: dict[str, Any]) -> None:
         if event.get("step") == 3:
             before = {path: path.stat().st_ino for path in started.folder.rglob("*")}
-            with pytest.raises(ValueError, match="another process trains here; stop it first") as error:
+            with pytest.raises(ValueError, match="another `tinyclip distill` is at work here") as error:
                 train.start(chosen, **options)
             assert {path: path.stat().st_ino for path in started.folder.rglob("*")} == before
             other.append(str(error.value))
 
     started = train.start(chosen)
-    with pytest.raises(ValueError, match="another process trains here; stop it first"):
+    with pytest.raises(ValueError, match="another `tinyclip distill` is at work here"):
         train.start(chosen, **options)  # it has not begun
     started.listener = intrude
     train.run(started)

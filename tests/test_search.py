@@ -387,7 +387,7 @@ def test_another_folder_is_refused_and_a_moved_one_is_known(
 
 
 def test_a_second_run_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "PATIENCE", 0)
+    monkeypatch.setattr("tinyclip.folder_lock.PATIENCE", 0.0)
     refused = []
 
     def second(what: str, done: int, total: int) -> None:
@@ -396,7 +396,7 @@ def test_a_second_run_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest
         refused.append(str(error.value))
 
     assert make(progress=second)["pictures"] == 12
-    assert set(refused) == {f"another `tinyclip index` writes to {tmp_path / 'index'}; wait for its end, or stop it"}
+    assert set(refused) == {f"{tmp_path / 'index'}: another `tinyclip index` is at work here; wait for it or stop it"}
 
 
 def test_nothing_readable_leaves_the_index_alone(make: Make, clip: Pipeline, pictures: Path, tmp_path: Path) -> None:

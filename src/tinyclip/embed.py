@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import checksum, flush, read_json_object, write_atomically
+from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.inputs import ahead, batches
 from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.shards import captions_of, image_of, read_shard
@@ -33,8 +33,7 @@ from tinyclip.sources import Source, Text
 from tinyclip.transforms import DRAFT, open_image
 
 FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
-DONE, RECORDS, LOCK, SKIPPED = "embed.json", ".parts", ".lock", "skipped.jsonl"
-PATIENCE = 5  # seconds for the processes of a run that was killed to end
+DONE, RECORDS, SKIPPED = "embed.json", ".parts", "skipped.jsonl"
 TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
 
 
@@ -101,8 +100,8 @@ def embed(
     """
     out = Path(out)
     facts = from_main(lambda: check(source, out, plan, overwrite)) | _facts(clip)
-    lock = FileLock(out / LOCK, timeout=PATIENCE)
-    from_main(lambda: _enter(lock, out))
+    lock = lock_of(out)
+    from_main(lambda: take(lock, "tinyclip embed"))
     try:
         from_main(lambda: _open(out, facts, overwrite))
         return _fill(clip, source, out, plan, facts, progress)
@@ -196,17 +195,6 @@ def _check_same(out: Path, facts: dict[str, Any]) -> None:
             raise ValueError(
                 f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
             )
-
-
-def _enter(lock: FileLock, out: Path) -> None:
-    """Be the only run that writes to the folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another `tinyclip embed` writes to {out}; wait for its end, or stop it") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}") from None
 
 
 def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from tinyclip import faults
 from tinyclip.faults import Skipped
 from tinyclip.files import checksum, flush, write_atomically
+from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.inputs import ahead, batches
 from tinyclip.pending import Pending, Row, State
 from tinyclip.search import (
@@ -44,8 +44,7 @@ from tinyclip.search import (
 )
 from tinyclip.vectors import WASTE, Vectors
 
-LOCK, SKIPPED = ".lock", "skipped.jsonl"
-PATIENCE = 5  # seconds for a run that was killed to end
+SKIPPED = "skipped.jsonl"
 PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
 AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress
 Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
@@ -138,8 +137,8 @@ def build(
     """
     folder, out = folder if isinstance(folder, Folder) else scan(folder), Path(out)
     check(folder, out, overwrite=overwrite, moved=moved)
-    lock = FileLock(out / LOCK, timeout=PATIENCE)
-    _enter(lock, out)
+    lock = lock_of(out)
+    take(lock, "tinyclip index")
     try:
         dim = plain(clip.encode_text("a")).shape[1]
         facts = {"format": FORMAT, "model": model, "model_fingerprint": fingerprint, "embed_dim": dim}
@@ -149,17 +148,6 @@ def build(
             return writer.run(pending, lambda todo: _rows(clip, folder, todo, batch_size, workers))
     finally:
         lock.release()
-
-
-def _enter(lock: FileLock, out: Path) -> None:
-    """Be the only run that writes to the index."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another `tinyclip index` writes to {out}; wait for its end, or stop it") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}") from None
 
 
 # --- computing ---------------------------------------------------------------------------------------------------

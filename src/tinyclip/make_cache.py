@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -28,6 +28,7 @@ from tinyclip.data import AGAIN, Tokenize, bind_worker, closing, stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import flush, write_atomically
+from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.foreign_teacher import PROBES
 from tinyclip.index import shard_counts
 from tinyclip.model import weights_hash
@@ -36,8 +37,6 @@ from tinyclip.shards import captions_of, find_shards, image_of, read_shard
 from tinyclip.teacher import ForeignTeacher, Teacher
 
 STORED = np.float16
-LOCK = ".lock"
-PATIENCE = 5  # seconds for the workers of a call that was killed to end
 KNOWN_FILES = {LOCK, "cache.json", "config.json", "tokenizer.json", "preprocess.json", "features", "skipped.jsonl"}
 
 
@@ -137,7 +136,7 @@ def _foreign_info(clip: Pipeline | ForeignTeacher) -> ForeignInfo | None:
 @contextmanager
 def _only_call(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, in the first process for all that share the work."""
-    lock = FileLock(folder / LOCK, timeout=PATIENCE)
+    lock = lock_of(folder)
     from_main(lambda: _enter(lock, folder))
     try:
         yield
@@ -146,15 +145,9 @@ def _only_call(folder: Path) -> Iterator[None]:
 
 
 def _enter(lock: FileLock, folder: Path) -> None:
-    try:
-        if folder.exists():
-            _check_known(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{folder}: another `tinyclip cache` is at work here; wait for it or stop it") from None
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    if folder.exists():
+        _check_known(folder)
+    take(lock, "tinyclip cache")
 
 
 def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from tinyclip.cache import Cache, open_caches
 from tinyclip.calibrate import Calibration
@@ -17,6 +17,7 @@ from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
 from tinyclip.faults import append
 from tinyclip.files import write_atomically
+from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.foreign import own_tokenizer
 from tinyclip.foreign_teacher import load_teacher, local_part
 from tinyclip.index import known_faults, prepare
@@ -39,8 +40,7 @@ FREE_TO_CHANGE = (
     *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "tracking", "workers"),
 )
 FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
-LOCK = ".lock"  # in the run's folder
-PATIENCE = 30  # seconds for the processes of a run that was killed to end
+PATIENCE = 30.0  # seconds for the processes of a run that was killed to end; each may be at a long step
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -99,7 +99,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     if caches:
         _check_views(recipe, configs, caches[0])
     folder = Path(recipe.output)
-    lock = FileLock(folder / LOCK, timeout=PATIENCE, thread_local=False)
+    lock = lock_of(folder, PATIENCE)
     from_main(lambda: _open_folder(lock, folder, recipe, overwrite, resume))
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
@@ -231,16 +231,13 @@ def _open_folder(lock: FileLock, folder: Path, recipe: Recipe, overwrite: bool, 
         raise ValueError("give either --overwrite or --resume")
     try:
         _check_folder(folder, recipe, overwrite, resume)  # what is refused leaves no trace
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        take(lock, "tinyclip distill")
         _check_folder(folder, recipe, overwrite, resume)  # another run may have been at work until now
         if overwrite:
             _empty(folder)
         write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         if not resume:  # samples are listed when they come up
             append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
-    except Timeout:
-        raise ValueError(f"{folder}: another process trains here; stop it first") from None
     except OSError as error:
         lock.release()
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None

@@ -30,6 +30,7 @@ from tinyclip.data import close_loader, next_batch
 from tinyclip.distributed import from_main, gather_objects, is_main, world_size
 from tinyclip.faults import Skipped
 from tinyclip.files import read_json_object, remove_leftovers, write_atomically
+from tinyclip.folder_lock import LOCK
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
 from tinyclip.recipe import Stage
@@ -46,7 +47,6 @@ from tinyclip.resume import (
     stop_signals,
 )
 from tinyclip.run import Run, attention, closing, loader_of, preprocess_for
-from tinyclip.start import LOCK
 from tinyclip.start import start as start
 from tinyclip.step import Trainee
 from tinyclip.students import mask_targets, starting_student
