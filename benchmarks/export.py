@@ -1,6 +1,6 @@
 """Exports beside PyTorch: size, speed and accuracy of each format, turn by turn in one process.
 
-    python benchmarks/export.py                    # docs/export.md, about 15 minutes on two cores
+    python benchmarks/export.py                    # docs/export.md takes --rounds 9, 6 minutes on two cores
     python benchmarks/export.py --rounds 3 --no-accuracy
 
 Speed is that of a ViT-40M/32 with random weights, pictures as tensors, captions of about ten words, tokenisation

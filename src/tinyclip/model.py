@@ -133,11 +133,16 @@ class Block(nn.Module):
         if self.attn is not None and self.ln_1 is not None:
             y = layer_norm(self.ln_1, x, hidden).to(self.attn.in_proj_weight.dtype)
             y = self.attn(y, causal, masks.get("heads"), read)
-            x = (x if read is None else at(x, read)) + _scaled(y, hidden, masks.get("attn"))
+            x = _sum(x if read is None else at(x, read), _scaled(y, hidden, masks.get("attn")))
         if self.mlp is not None and self.ln_2 is not None:
             y = self.mlp(layer_norm(self.ln_2, x, hidden).to(self.mlp.c_fc.weight.dtype), masks.get("mlp"))
-            x = x + _scaled(y, hidden, masks.get("ffn"))
+            x = _sum(x, _scaled(y, hidden, masks.get("ffn")))
         return x
+
+
+def _sum(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; under `torch.inference_mode` in the memory of x, which nobody needs any more. A compiler plans its own."""
+    return x.add_(y) if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() else x + y
 
 
 def _scaled(x: Tensor, *factors: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 
 import tinyclip
 from tinyclip.files import read_json_object
+from tinyclip.runtime import find_export
 from tinyclip.transforms import DRAFT, open_image
 from tinyclip.vectors import EXACT, Vectors
 
@@ -139,10 +140,11 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
     Raises:
         ValueError: as `tinyclip.load`.
     """
+    if find_export(name):
+        clip = tinyclip.load(name, device=device, dtype=dtype, compile=compile)
+        return clip, clip.fingerprint()
     clip = tinyclip.load(name)  # in float32, whatever it will compute in
     found = clip.fingerprint()
-    if not hasattr(clip, "model"):  # an export
-        return tinyclip.load(name, device=device, dtype=dtype), found
 
     from tinyclip.distributed import resolve_device, resolve_dtype
     from tinyclip.model import cast
