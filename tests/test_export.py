@@ -7,9 +7,10 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,39 @@ def test_threads_and_pickles(place: Path) -> None:
             np.testing.assert_allclose(found, image[3 - len(found) :], atol=2e-5)
     again = pickle.loads(pickle.dumps(clip))
     np.testing.assert_allclose(again.encode_text(TEXTS), text, atol=2e-5)
+
+
+def test_nothing_computes_any_more_when_a_batch_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO would go on to read from a batch that is gone, which ends the process."""
+    at_work: set[int] = set()
+
+    class Request:
+        def start_async(self, inputs: Any, share_inputs: bool) -> None:
+            at_work.add(id(self))
+
+        def wait(self) -> None:
+            at_work.discard(id(self))
+
+        def get_output_tensor(self, number: int) -> Any:
+            return SimpleNamespace(data=np.zeros((1, 2), np.float32))
+
+    compiled = SimpleNamespace(get_property=lambda name: 3, create_infer_request=Request)
+    monkeypatch.setattr(engines, "core", lambda: SimpleNamespace(compile_model=lambda *arguments: compiled))
+    tower = engines.start("openvino", Path("image.xml"), "float32")
+
+    def batches() -> Iterator[np.ndarray]:
+        for _ in range(5):
+            yield np.zeros((1, 3), np.float32)
+        assert len(at_work) > 1
+        raise ValueError("a broken picture")
+
+    with pytest.raises(ValueError, match="a broken picture"):
+        list(tower(batches()))
+    assert not at_work
+    some = tower(batches())
+    next(some)
+    some.close()  # type: ignore[attr-defined]
+    assert not at_work
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch"])

@@ -137,6 +137,12 @@ def _openvino(file: Path, dtype: str) -> Tower:
     at_once = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     free: list[Any] = []  # requests that were used before
 
+    def unused() -> Any:
+        try:
+            return free.pop()
+        except IndexError:  # none is left, perhaps since another thread was faster
+            return compiled.create_infer_request()
+
     def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         busy: deque[tuple[Any, np.ndarray]] = deque()
 
@@ -147,14 +153,18 @@ def _openvino(file: Path, dtype: str) -> Tower:
             free.append(request)
             return found
 
-        for batch in inputs:
-            if len(busy) == at_once:
+        try:
+            for batch in inputs:
+                if len(busy) == at_once:
+                    yield first_done()
+                request = unused()
+                request.start_async([batch], share_inputs=True)
+                busy.append((request, batch))  # the batch must outlive the request
+            while busy:
                 yield first_done()
-            request = free.pop() if free else compiled.create_infer_request()
-            request.start_async([batch], share_inputs=True)
-            busy.append((request, batch))  # the batch must outlive the request
-        while busy:
-            yield first_done()
+        finally:  # also when a later batch cannot be made
+            for request, _ in busy:
+                request.wait()
 
     return run
 
