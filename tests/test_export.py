@@ -24,7 +24,7 @@ from conftest import random_model, small_tokenizer, uneven_config
 from conftest import tinyclip as command
 from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
-from tinyclip import agreement, engines
+from tinyclip import agreement, engines, quantise
 from tinyclip.checkpoint import save_checkpoint
 from tinyclip.config import CLIPConfig, vit_clip
 from tinyclip.export import TOWERS, export, write_facts
@@ -288,6 +288,22 @@ def test_int8_keeps_more_in_float_and_then_gives_up(
         export(place / "shortest", tmp_path / "out", "onnx", int8=True, calibration=place / "shards")
     assert tried == [(0, 1), (1, 1), (5, 5)]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tower_of_which_all_is_kept_stays_in_float(place: Path, tmp_path: Path) -> None:
+    inputs = [np.zeros((1, 3, 32, 32), np.float32)]
+    assert quantise._onnx(place / "shortest-onnx" / "image.onnx", tmp_path / "image.onnx", inputs, (99, 99))
+    import onnx
+
+    assert not any("Quantize" in node.op_type for node in onnx.load(tmp_path / "image.onnx").graph.node)
+
+
+def test_samples_are_no_more_than_asked_for(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard, *_) = sorted((place / "shards").glob("*.tar"))
+    for i in range(3):
+        shutil.copy(shard, tmp_path / f"{i}.tar")
+    monkeypatch.setattr(agreement, "COUNT", 2)
+    assert len(agreement.samples_of(tmp_path, tinyclip.load(place / "shortest")).pixels) == 2
 
 
 def test_a_wrong_export_is_refused_and_leaves_nothing(tmp_path: Path, place: Path, monkeypatch: Any) -> None:

@@ -107,6 +107,10 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
         if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in weights
     ]
     ignored = _ends(products, kept)
+    chosen = [name for name in products if name not in ignored]
+    if not chosen:  # ONNX Runtime would take an empty list for all
+        onnx.save(model, target)
+        return ignored
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -121,7 +125,7 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
             source,
             target,
             Reader(),
-            nodes_to_quantize=[name for name in products if name not in ignored],
+            nodes_to_quantize=chosen,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
