@@ -483,7 +483,7 @@ def test_export_then_use_it(place: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours["features"].to_pylist(), theirs["features"].to_pylist(), atol=2e-3)
 
 
-def test_evaluating_an_export(place: Path, tmp_path: Path) -> None:
+def test_evaluating_an_export(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, name in enumerate(("cat", "dog")):
         (tmp_path / "eval" / name).mkdir(parents=True)
         shutil.copy(place / f"{i}.png", tmp_path / "eval" / name)
@@ -493,6 +493,11 @@ def test_evaluating_an_export(place: Path, tmp_path: Path) -> None:
     )
     assert ours["runtime"] == "openvino"
     assert (ours["acc1"], ours["n"]) == (theirs["acc1"], theirs["n"])
+    # Where there is a GPU, an export still runs on the CPU.
+    monkeypatch.setattr("tinyclip.distributed.best_device", lambda: torch.device("cuda"))
+    export_of = place / "uneven-onnx"
+    assert json.loads(command("evaluate", export_of, tmp_path / "eval", "--json"))["n"] == 2
+    assert json.loads(command("embed", export_of, tmp_path / "eval", "-o", tmp_path / "out", "--json"))["images"] == 2
 
 
 @pytest.mark.parametrize("to", ["hf", "open_clip"])
@@ -531,6 +536,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         ),
         (("classify", "uneven-onnx", "0.png", "a", "--device", "cuda"), "runs on the CPU"),
         (("classify", "uneven-onnx", "0.png", "a", "--runtime", "torch"), "torch cannot run"),
+        (("measure", "ViT-B-32", "--runtime", "openvino"), "which only torch runs"),
         (("evaluate", "uneven-onnx", "shards", "--compile"), "a runtime compiles by itself"),
         (("structure", "uneven-onnx"), "is an export, which cannot be used for this"),
         (("distill", "uneven-onnx"), "uneven-onnx"),

@@ -180,6 +180,8 @@ def measure(
     from tinyclip.pipeline import Tensors, load_encoder
 
     if model in NAMED and not Path(model).exists():
+        if runtime not in ("auto", "torch"):
+            raise ValueError(f"{model} is a shape without weights, which only torch runs, not {runtime}")
         place = resolve_device(device)
         network = CLIP(CLIPConfig.named(model)).eval().to(place)
         found = measured(cast(network, resolve_dtype(dtype, place)))
