@@ -102,6 +102,8 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
     assert open_dataset(root, classes=tmp_path / "names.txt").classnames == ["Red fox", "Wolfdog"]
     (root / "classnames.txt").write_text("owl\nwolf dog\nfox\n")  # more than there are folders: by name
     assert labels_of(open_dataset(root)) == {"fox/a.jpg": "fox", "wolf_dog/a.jpg": "wolf dog"}
+    (root / "classnames.txt").write_text("wolf dog\nfox\n")  # as many, and their names: by name too
+    assert labels_of(open_dataset(root)) == {"fox/a.jpg": "fox", "wolf_dog/a.jpg": "wolf dog"}
     (root / "classnames.txt").write_text("owl\nwolf dog\nfoxes\n")
     with pytest.raises(ValueError, match=r"classnames\.txt names 3 classes, there are 2 folders, and folder 'fox'"):
         open_dataset(root)
