@@ -152,6 +152,12 @@ def test_what_is_no_picture_is_refused(given: Any, clip: RuntimePipeline) -> Non
         clip.encode_image(given)
 
 
+def test_tensors_of_whole_numbers_are_no_prepared_pictures(clip: RuntimePipeline) -> None:
+    side = clip.preprocessing.image_size
+    with pytest.raises(ValueError, match=r"image tensor is torch\.uint8"):
+        clip.encode_image(torch.zeros(3, side, side, dtype=torch.uint8))
+
+
 def test_threads_and_pickles(place: Path) -> None:
     clip = load_export(place / "uneven-openvino")
     pixels, image, text = expected("uneven", TEXTS)

@@ -221,6 +221,7 @@ def test_compiling_needs_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_gives_no_features(clip: Pipeline) -> None:
     assert clip.encode_image([]).shape == (0, 24)
+    assert clip.encode_image(torch.empty(0, 3, 32, 32)).shape == (0, 24)
     assert clip.encode_text([]).shape == (0, 24)
 
 
@@ -252,6 +253,8 @@ def test_no_labels_are_an_error(folder: Path, clip: Pipeline) -> None:
         pytest.param(np.zeros((0, 8, 3), np.uint8), id="empty array"),
         pytest.param(torch.zeros(3, 31, 32), id="tensor of another size"),
         pytest.param(torch.zeros(32, 32), id="tensor without channels"),
+        pytest.param(torch.zeros(3, 32, 32, dtype=torch.uint8), id="tensor of whole numbers"),
+        pytest.param([torch.zeros(3, 32, 32, dtype=torch.uint8)], id="list of them"),
         pytest.param([torch.zeros(3, 32, 32), torch.zeros(3, 31, 32)], id="tensors of two sizes"),
     ],
 )

@@ -179,7 +179,7 @@ def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]
 
     for i, (query, listed) in enumerate(zip(asked, rows, strict=True)):
         if len(asked) > 1:
-            say(f"{'' if i == 0 else chr(10)}{query}")
+            say(f"{'' if i == 0 else chr(10)}{shown(query)}")
         say(f"{'rank':>4}  {'cosine':>6}  path")
         for row in listed:
             mark = "  (missing)" if row["missing"] else ""

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from tinyclip.transforms import open_image
+
+if TYPE_CHECKING:
+    import torch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -109,7 +112,21 @@ def check_labels(labels: str | Sequence[str]) -> None:
         raise ValueError("a label is empty")
 
 
-def is_tensor(item: Any) -> bool:
-    """Whether it is torch's, which is not loaded for the question."""
+def check_finite(features: np.ndarray) -> None:
+    """`ValueError` for features that can be compared with nothing."""
+    if not np.isfinite(features).all():
+        raise ValueError("the model's features are no finite numbers; try another dtype or another checkpoint")
+
+
+def is_tensor(item: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it is torch's, which is not loaded for the question.
+
+    Raises:
+        ValueError: for a tensor of whole numbers, as pictures are before they are prepared.
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(item, torch.Tensor)
+    if torch is None or not isinstance(item, torch.Tensor):
+        return False
+    if not item.is_floating_point():
+        raise ValueError(f"image tensor is {item.dtype}: a tensor is what `preprocess` gave, float (n, 3, s, s)")
+    return True
