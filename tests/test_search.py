@@ -731,6 +731,19 @@ def test_a_sheet_has_each_picture_in_its_place(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob(".*.tmp"))) == 0
 
 
+def test_small_copies_of_thin_and_odd_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 2), "red").save(tmp_path / "thin.png")
+    Image.fromarray(np.full((30, 20), 25_700, np.uint16)).save(tmp_path / "16.png")
+    clear = Image.new("P", (8, 8))
+    clear.save(tmp_path / "clear.png", transparency=0)
+    assert sheet.small_copy(tmp_path / "thin.png", 200).size == (200, 1)
+    deep = sheet.small_copy(tmp_path / "16.png", 60)
+    assert deep.size == (40, 60) and deep.getpixel((5, 5)) == (100, 100, 100, 255)
+    assert sheet.small_copy(tmp_path / "clear.png", 8).getpixel((5, 5))[3] == 0  # type: ignore[index]
+    sheet.draw(tmp_path / "sheet.png", [("words", [sheet.Tile(tmp_path / "thin.png", ())])])
+    assert app.thumbnail(tmp_path / "thin.png", "x").startswith("<img")
+
+
 def test_a_sheet_too_large_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="501 pictures are too many"):
         sheet.draw(tmp_path / "s.png", [("x", [sheet.Tile(tmp_path / "a.png", ())] * 501)])
