@@ -248,6 +248,16 @@ def test_split_files_of_karpathy(tmp_path: Path, filepath: str | None) -> None:
             open_dataset(file)
 
 
+def test_captioned_pictures_have_no_classes_to_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "a.csv").write_text("image,caption\na.jpg,a cat\n")
+    for data in (tmp_path, tmp_path / "a.csv"):
+        assert [e.captions for e in open_dataset(data)] == [("a cat",)]
+        with pytest.raises(ValueError, match="captions and no classes"):
+            open_dataset(data, classes="imagenet")
+
+
 def test_tables(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(2):
