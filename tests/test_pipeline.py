@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -261,6 +262,13 @@ def test_no_labels_are_an_error(folder: Path, clip: Pipeline) -> None:
 def test_what_is_no_picture_is_refused(image: Any, folder: Path, clip: Pipeline) -> None:
     with pytest.raises(ValueError):
         clip.encode_image(folder / image if isinstance(image, str) else image)
+
+
+def test_a_picture_that_does_not_decode_is_refused(folder: Path, clip: Pipeline) -> None:
+    data = (folder / "0.png").read_bytes()
+    for count in (1, 2):
+        with pytest.raises(ValueError, match="damaged picture"):
+            clip.encode_image([Image.open(io.BytesIO(data[: len(data) // 2]))] * count)
 
 
 def test_an_unreadable_picture_is_named(folder: Path, clip: Pipeline) -> None:

@@ -45,16 +45,17 @@ def picture_of(item: Any) -> Image.Image:
 
 def pictures(items: Sequence[Any], prepare: Callable[[Any], T]) -> Iterator[T]:
     """`prepare` of each item, in order; threads work a little ahead of what is taken."""
-    if len(items) <= 1:
-        yield from map(prepare, items)
-    else:
-        yield from ahead(prepare, map(_loaded, items))
+    loaded = map(_loaded, items)
+    yield from ahead(prepare, loaded) if len(items) > 1 else map(prepare, loaded)
 
 
 def _loaded(item: Any) -> Any:
     """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
     if isinstance(item, Image.Image):
-        item.load()
+        try:
+            item.load()
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+            raise ValueError(f"damaged picture ({error or type(error).__name__})") from None
     return item
 
 
