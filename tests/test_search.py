@@ -665,6 +665,8 @@ def test_the_commands_find_show_and_draw(
         (["INDEX", "--queries", "none.txt"], "No such file"),
         (["INDEX", "--image", "none.png"], "no such file"),
         (["INDEX", "cat", "--sheet", "x.gif"], "written as .png"),
+        (["INDEX", "cat", "--sheet", "INSIDE"], "empty.txt is a file, so there can be no a.png in it"),
+        (["INDEX", "cat", "--dtype", "x"], "choose auto, float32, bfloat16 or float16\n"),
         (["INDEX", "cat", "--model", "none"], "--model says where it is now"),
         (["INDEX", "cat", "--model", "OTHER"], "made with another model"),
         (["none", "cat"], "no index; make one with"),
@@ -686,6 +688,7 @@ def test_a_bad_search_is_one_line(
     other = Pipeline(random_model(clip.model.config, 1, torch.float32), clip.tokenizer, clip.preprocessing)
     other.save(tmp_path / "other")
     places = {"INDEX": tmp_path / "index", "EMPTY": tmp_path / "empty.txt", "OTHER": tmp_path / "other"}
+    places |= {"INSIDE": places["EMPTY"] / "a.png"}
     code, out, err = command(monkeypatch, capsys, "search", *(places.get(a, a) for a in arguments))
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
 

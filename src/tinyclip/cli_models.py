@@ -208,7 +208,7 @@ def structure(
     from tinyclip import structure as drawing
     from tinyclip.pipeline import load
 
-    if output and output.suffix not in (".png", ".svg", ".pdf"):
+    if output and output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
     if of and not output:
         raise ValueError("--of goes with --output: it is drawn behind the picture")
