@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -323,6 +324,26 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(tmp_path: Path, place: Pat
     monkeypatch.setitem(TOWERS, "torch", wrong)
     with pytest.raises(ValueError, match=r"torch export with torch in float32 disagrees"):
         export(place / "shortest", tmp_path / "out", "torch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "message"), [("torch", "No space left"), ("openvino", r"is the disk full\? \(basic_ios")]
+)
+def test_a_full_disk_is_one_line(
+    to: str, message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to write by itself, torch would end the process."""
+
+    def full(*_: Any, **options: Any) -> None:
+        raise RuntimeError("basic_ios::clear") if options else OSError(errno.ENOSPC, "No space left on device")
+
+    if to == "torch":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(engines.needed("openvino"), "save_model", full)
+    with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/out: {message}"):
+        export(place / "shortest", tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@ needed, and no other."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import deque
@@ -104,6 +105,18 @@ def computes_in(runtime: str) -> list[str]:
         return ["float32"]
     found = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [name for name, short in (("float32", "FP32"), ("bfloat16", "BF16"), ("float16", "FP16")) if short in found]
+
+
+def save_openvino(model: Any, file: Path) -> None:
+    """Write a model of OpenVINO's as it is.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    try:
+        needed("openvino").save_model(model, file, compress_to_fp16=False)
+    except RuntimeError as error:  # its own word for a full disk
+        raise OSError(errno.ENOSPC, f"is the disk full? ({_gist(error)})") from None
 
 
 def start(runtime: str, file: Path, dtype: str) -> Tower:
