@@ -221,6 +221,9 @@ def test_a_checkpoint_is_converted_in_memory(place: Path) -> None:
     _, _, text = expected("shortest", TEXTS)
     np.testing.assert_allclose(clip.encode_text(TEXTS), text, atol=2e-5)
     assert clip.computing["runtime"] == "openvino"
+    assert isinstance(clip, RuntimePipeline) and clip.size() > 10_000
+    with pytest.raises(ValueError, match="only exports can be pickled"):
+        pickle.dumps(clip)
 
 
 # --- without torch
