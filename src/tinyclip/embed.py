@@ -140,7 +140,8 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the features")
     mine = (out / DONE).exists()
-    if not mine and out.exists() and {e.name for e in out.iterdir() if e.suffix != ".tmp"} - {LOCK, SKIPPED}:
+    mine_too = {out / LOCK, out / SKIPPED, *out.glob(".*.tmp")}  # of a run that was killed or read nothing
+    if not mine and out.exists() and set(out.iterdir()) - mine_too:
         raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
     facts = {
         "model": plan.model,
