@@ -7,6 +7,8 @@ import io
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +85,11 @@ def test_thumbnails_are_data(picture: Path, tmp_path: Path) -> None:
 def test_without_gradio_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert tinyclip("app", "emoji-student", code=2) == "tinyclip: the page needs gradio: pip install tinyclip[app]\n"
+
+
+def test_an_address_of_ipv6_is_what_browsers_call_it() -> None:
+    place: Any = SimpleNamespace(getsockname=lambda: ("::1", 80, 0, 0))
+    assert app.is_loopback(place) and app.host_of(place) == "[::1]" and app.address(place) == "http://[::1]:80"
 
 
 def test_a_port_that_is_taken() -> None:

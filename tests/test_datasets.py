@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
     assert open_dataset(root, classes=tmp_path / "names.txt").classnames == ["Red fox", "Wolfdog"]
     (root / "classnames.txt").write_text("owl\nwolf dog\nfox\n")  # more than there are folders: by name
     assert labels_of(open_dataset(root)) == {"fox/a.jpg": "fox", "wolf_dog/a.jpg": "wolf dog"}
+    (root / "classnames.txt").write_text("wolf dog\nfox\n")  # as many, and their names: by name too
+    assert labels_of(open_dataset(root)) == {"fox/a.jpg": "fox", "wolf_dog/a.jpg": "wolf dog"}
     (root / "classnames.txt").write_text("owl\nwolf dog\nfoxes\n")
     with pytest.raises(ValueError, match=r"classnames\.txt names 3 classes, there are 2 folders, and folder 'fox'"):
         open_dataset(root)
@@ -147,6 +150,21 @@ def test_the_authors_tar_and_a_tar_of_tars(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     cut = open_dataset(tmp_path / "cut.tar")
     assert 0 < len(labels_of(cut)) < 4 and {s.cause for s in cut.skipped} == {"truncated_shard"}
+
+
+def test_a_damaged_tar_in_a_tar_is_left_out_alone(tmp_path: Path) -> None:
+    whole = tar(tmp_path / "inner.tar", {"a.jpg": picture(0), "b.jpg": picture(1)})
+    inner = {"cat.tar": whole, "cow.tar": b"junk" * 300, "dog.tar": whole[:600], "fox.tar": whole}
+    tar(tmp_path / "all.tar", inner)
+    dataset = open_dataset(tmp_path / "all.tar")
+    assert [dataset.classnames[e.label or 0] for e in dataset] == ["cat", "cat", "fox", "fox"]
+    assert [(s.shard, s.key) for s in dataset.skipped] == [("all.tar", "cow.tar"), ("all.tar", "dog.tar")]
+
+
+def test_keys_can_be_written_whatever_the_names_are(tmp_path: Path) -> None:
+    root = folders(tmp_path / "d", ["fox"])
+    (root / "fox" / "a.jpg").rename(os.fsdecode(bytes(root) + b"/fox/caf\xe9.jpg"))
+    assert [e.key for e in open_dataset(root)] == ["fox/caf\\xe9.jpg"]
 
 
 def test_the_tree_of_clip_benchmark(tmp_path: Path) -> None:
@@ -228,6 +246,16 @@ def test_split_files_of_karpathy(tmp_path: Path, filepath: str | None) -> None:
         file.write_text(content)
         with pytest.raises(ValueError, match=r"split\.json: (a JSON list|no `\"images\"`|cannot be read as JSON)"):
             open_dataset(file)
+
+
+def test_captioned_pictures_have_no_classes_to_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "a.csv").write_text("image,caption\na.jpg,a cat\n")
+    for data in (tmp_path, tmp_path / "a.csv"):
+        assert [e.captions for e in open_dataset(data)] == [("a cat",)]
+        with pytest.raises(ValueError, match="captions and no classes"):
+            open_dataset(data, classes="imagenet")
 
 
 def test_tables(tmp_path: Path) -> None:

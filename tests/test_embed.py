@@ -194,13 +194,42 @@ def test_of_a_damaged_shard_stays_what_was_whole(clip: Pipeline, shards: Path, t
 def test_texts_have_the_number_of_their_row_or_a_column_as_key(
     name: str, content: str, columns: dict[str, str], expected: list[Any], clip: Pipeline, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     embed(clip, open_source(tmp_path / name, 1, **columns), tmp_path / "out", Plan("m", format="npy", part_size=1))
     rows, features = read(tmp_path / "out", "text")
     assert [tuple(row.values()) for row in rows] == expected
     wanted = clip.encode_text([caption for _, _, caption in expected]).numpy()
     np.testing.assert_allclose(features, wanted, atol=1e-3)
     assert len(list(tmp_path.glob("out/*.npy"))) == len(expected)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npy"])
+def test_names_of_any_kind(kind: str, clip: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among them a link to nothing."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for i, name in enumerate((b"a b#?%.png", b"new\nline.png", b"\xff.png", "ß 日本.png".encode())):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(encoded(drawing(i)))
+    Path(os.fsdecode(bytes(folder) + b"/\xfe.png")).write_text("no picture")
+    (folder / "link.png").symlink_to("nowhere.png")
+    embed(clip, open_source(folder), tmp_path / "out", Plan("m", format=kind))
+    rows, _ = read(tmp_path / "out", "image")
+    assert [row["key"] for row in rows] == ["a b#?%.png", "new\nline.png", "ß 日本.png", "\\xff.png"]
+    assert skipped(tmp_path / "out") == {"link.png": "no such file", "\\xfe.png": "not a picture that Pillow can read"}
+
+
+def test_half_a_surrogate_pair_is_left_out(clip: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a cat"}\n{"text": "\\ud800"}\n')
+    assert embed(clip, open_source(tmp_path / "a.jsonl"), tmp_path / "out", Plan("m"))["texts"] == 1
+    assert skipped(tmp_path / "out") == {"2": "text has half a surrogate pair"}
+
+
+def test_features_that_are_no_numbers_are_not_written(model: Path, pictures: Path, tmp_path: Path) -> None:
+    broken = tinyclip.load(model)
+    broken.model.visual.proj.data.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="no finite numbers"):
+        embed(broken, open_source(pictures), tmp_path / "out", Plan("m"))
+    assert not list((tmp_path / "out").glob("image-*"))
 
 
 # --- going on
@@ -408,6 +437,7 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
         assert skipped(tmp_path / "out").keys() == {"0.jpg", "1.jpg", "2.jpg"}
         assert {path.name for path in (tmp_path / "out").iterdir()} <= {"skipped.jsonl", ".lock"}
     (tmp_path / "pictures" / "0.jpg").write_bytes(encoded(drawing(0), "JPEG"))
+    (tmp_path / "out" / ".embed.json.abc.tmp").touch()  # of a run that was killed as it began
     assert embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))["images"] == 1
 
 

@@ -262,8 +262,13 @@ def test_features_as_arrays_and_features_that_are_no_numbers(tmp_path: Path) -> 
         def _point(self, level: float) -> Tensor:
             return torch.full((2,), torch.nan)
 
-    with pytest.raises(ValueError, match="no finite numbers"):
-        evaluate(Broken(), dataset)
+    class BrokenWords(Oracle):
+        def encode_text(self, texts: Any, *, normalize: bool = True) -> Any:
+            return super().encode_text(texts, normalize=normalize) * torch.nan
+
+    for broken in (Broken(), BrokenWords()):
+        with pytest.raises(ValueError, match="no finite numbers"):
+            evaluate(broken, dataset)
 
 
 def _lines(file: Path, *lines: str) -> Path:

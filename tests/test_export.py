@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from conftest import random_model, small_tokenizer, uneven_config
 from conftest import tinyclip as command
 from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
-from tinyclip import agreement, engines
+from tinyclip import agreement, engines, quantise
 from tinyclip.checkpoint import save_checkpoint
 from tinyclip.config import CLIPConfig, vit_clip
 from tinyclip.export import TOWERS, export, write_facts
@@ -151,6 +153,12 @@ def test_what_is_no_picture_is_refused(given: Any, clip: RuntimePipeline) -> Non
         clip.encode_image(given)
 
 
+def test_tensors_of_whole_numbers_are_no_prepared_pictures(clip: RuntimePipeline) -> None:
+    side = clip.preprocessing.image_size
+    with pytest.raises(ValueError, match=r"image tensor is torch\.uint8"):
+        clip.encode_image(torch.zeros(3, side, side, dtype=torch.uint8))
+
+
 def test_threads_and_pickles(place: Path) -> None:
     clip = load_export(place / "uneven-openvino")
     pixels, image, text = expected("uneven", TEXTS)
@@ -159,6 +167,39 @@ def test_threads_and_pickles(place: Path) -> None:
             np.testing.assert_allclose(found, image[3 - len(found) :], atol=2e-5)
     again = pickle.loads(pickle.dumps(clip))
     np.testing.assert_allclose(again.encode_text(TEXTS), text, atol=2e-5)
+
+
+def test_nothing_computes_any_more_when_a_batch_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO would go on to read from a batch that is gone, which ends the process."""
+    at_work: set[int] = set()
+
+    class Request:
+        def start_async(self, inputs: Any, share_inputs: bool) -> None:
+            at_work.add(id(self))
+
+        def wait(self) -> None:
+            at_work.discard(id(self))
+
+        def get_output_tensor(self, number: int) -> Any:
+            return SimpleNamespace(data=np.zeros((1, 2), np.float32))
+
+    compiled = SimpleNamespace(get_property=lambda name: 3, create_infer_request=Request)
+    monkeypatch.setattr(engines, "core", lambda: SimpleNamespace(compile_model=lambda *arguments: compiled))
+    tower = engines.start("openvino", Path("image.xml"), "float32")
+
+    def batches() -> Iterator[np.ndarray]:
+        for _ in range(5):
+            yield np.zeros((1, 3), np.float32)
+        assert len(at_work) > 1
+        raise ValueError("a broken picture")
+
+    with pytest.raises(ValueError, match="a broken picture"):
+        list(tower(batches()))
+    assert not at_work
+    some = tower(batches())
+    next(some)
+    some.close()  # type: ignore[attr-defined]
+    assert not at_work
 
 
 @pytest.mark.parametrize("to", ["onnx", "torch"])
@@ -180,6 +221,9 @@ def test_a_checkpoint_is_converted_in_memory(place: Path) -> None:
     _, _, text = expected("shortest", TEXTS)
     np.testing.assert_allclose(clip.encode_text(TEXTS), text, atol=2e-5)
     assert clip.computing["runtime"] == "openvino"
+    assert isinstance(clip, RuntimePipeline) and clip.size() > 10_000
+    with pytest.raises(ValueError, match="only exports can be pickled"):
+        pickle.dumps(clip)
 
 
 # --- without torch
@@ -256,6 +300,22 @@ def test_int8_keeps_more_in_float_and_then_gives_up(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tower_of_which_all_is_kept_stays_in_float(place: Path, tmp_path: Path) -> None:
+    inputs = [np.zeros((1, 3, 32, 32), np.float32)]
+    assert quantise._onnx(place / "shortest-onnx" / "image.onnx", tmp_path / "image.onnx", inputs, (99, 99))
+    import onnx
+
+    assert not any("Quantize" in node.op_type for node in onnx.load(tmp_path / "image.onnx").graph.node)
+
+
+def test_samples_are_no_more_than_asked_for(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard, *_) = sorted((place / "shards").glob("*.tar"))
+    for i in range(3):
+        shutil.copy(shard, tmp_path / f"{i}.tar")
+    monkeypatch.setattr(agreement, "COUNT", 2)
+    assert len(agreement.samples_of(tmp_path, tinyclip.load(place / "shortest")).pixels) == 2
+
+
 def test_a_wrong_export_is_refused_and_leaves_nothing(tmp_path: Path, place: Path, monkeypatch: Any) -> None:
     write = TOWERS["torch"]
 
@@ -267,6 +327,26 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(tmp_path: Path, place: Pat
     monkeypatch.setitem(TOWERS, "torch", wrong)
     with pytest.raises(ValueError, match=r"torch export with torch in float32 disagrees"):
         export(place / "shortest", tmp_path / "out", "torch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("to", "message"), [("torch", "No space left"), ("openvino", r"is the disk full\? \(basic_ios")]
+)
+def test_a_full_disk_is_one_line(
+    to: str, message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to write by itself, torch would end the process."""
+
+    def full(*_: Any, **options: Any) -> None:
+        raise RuntimeError("basic_ios::clear") if options else OSError(errno.ENOSPC, "No space left on device")
+
+    if to == "torch":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(engines.needed("openvino"), "save_model", full)
+    with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/out: {message}"):
+        export(place / "shortest", tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
 
 
@@ -433,7 +513,7 @@ def test_export_then_use_it(place: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours["features"].to_pylist(), theirs["features"].to_pylist(), atol=2e-3)
 
 
-def test_evaluating_an_export(place: Path, tmp_path: Path) -> None:
+def test_evaluating_an_export(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, name in enumerate(("cat", "dog")):
         (tmp_path / "eval" / name).mkdir(parents=True)
         shutil.copy(place / f"{i}.png", tmp_path / "eval" / name)
@@ -443,6 +523,11 @@ def test_evaluating_an_export(place: Path, tmp_path: Path) -> None:
     )
     assert ours["runtime"] == "openvino"
     assert (ours["acc1"], ours["n"]) == (theirs["acc1"], theirs["n"])
+    # Where there is a GPU, an export still runs on the CPU.
+    monkeypatch.setattr("tinyclip.distributed.best_device", lambda: torch.device("cuda"))
+    export_of = place / "uneven-onnx"
+    assert json.loads(command("evaluate", export_of, tmp_path / "eval", "--json"))["n"] == 2
+    assert json.loads(command("embed", export_of, tmp_path / "eval", "-o", tmp_path / "out", "--json"))["images"] == 2
 
 
 @pytest.mark.parametrize("to", ["hf", "open_clip"])
@@ -481,6 +566,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         ),
         (("classify", "uneven-onnx", "0.png", "a", "--device", "cuda"), "runs on the CPU"),
         (("classify", "uneven-onnx", "0.png", "a", "--runtime", "torch"), "torch cannot run"),
+        (("measure", "ViT-B-32", "--runtime", "openvino"), "which only torch runs"),
         (("evaluate", "uneven-onnx", "shards", "--compile"), "a runtime compiles by itself"),
         (("structure", "uneven-onnx"), "is an export, which cannot be used for this"),
         (("distill", "uneven-onnx"), "uneven-onnx"),

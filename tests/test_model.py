@@ -26,7 +26,7 @@ from conftest import (
 from tinyclip.axes import axis_sizes
 from tinyclip.config import NAMED, Activation, CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.inheritance import compact
-from tinyclip.model import CLIP, Transformer, VisionTransformer, layer_norm
+from tinyclip.model import CLIP, Transformer, VisionTransformer, cast, layer_norm
 from tinyclip.pipeline import tokenize
 
 # --- the whole forward pass against other people's code
@@ -254,6 +254,18 @@ def test_the_masked_forward_is_that_of_the_method(config: CLIPConfig, seed: int)
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(model.encode_image(pixels, masks), slow.encode_image(pixels), **close)
     torch.testing.assert_close(model.encode_text(tokens, masks), slow.encode_text(tokens), **close)
+
+
+@pytest.mark.parametrize("config", [small_config(vocab_size=60), uneven_config()], ids=["equal", "uneven"])
+def test_masks_of_a_model_in_bfloat16(config: CLIPConfig) -> None:
+    model = random_model(config, dtype=torch.float32)
+    pixels, tokens = random_inputs(config, torch.float32)
+    masks = {name: mask.float() for name, mask in random_masks(config, 0).items()}
+    wanted = model.encode_image(pixels, masks), model.encode_text(tokens, masks)
+    cast(model, torch.bfloat16)
+    found = model.encode_image(pixels, masks), model.encode_text(tokens, masks)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.cosine_similarity(ours, theirs).min() > 0.999
 
 
 class SlowCLIP:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -221,6 +222,7 @@ def test_compiling_needs_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_gives_no_features(clip: Pipeline) -> None:
     assert clip.encode_image([]).shape == (0, 24)
+    assert clip.encode_image(torch.empty(0, 3, 32, 32)).shape == (0, 24)
     assert clip.encode_text([]).shape == (0, 24)
 
 
@@ -252,12 +254,21 @@ def test_no_labels_are_an_error(folder: Path, clip: Pipeline) -> None:
         pytest.param(np.zeros((0, 8, 3), np.uint8), id="empty array"),
         pytest.param(torch.zeros(3, 31, 32), id="tensor of another size"),
         pytest.param(torch.zeros(32, 32), id="tensor without channels"),
+        pytest.param(torch.zeros(3, 32, 32, dtype=torch.uint8), id="tensor of whole numbers"),
+        pytest.param([torch.zeros(3, 32, 32, dtype=torch.uint8)], id="list of them"),
         pytest.param([torch.zeros(3, 32, 32), torch.zeros(3, 31, 32)], id="tensors of two sizes"),
     ],
 )
 def test_what_is_no_picture_is_refused(image: Any, folder: Path, clip: Pipeline) -> None:
     with pytest.raises(ValueError):
         clip.encode_image(folder / image if isinstance(image, str) else image)
+
+
+def test_a_picture_that_does_not_decode_is_refused(folder: Path, clip: Pipeline) -> None:
+    data = (folder / "0.png").read_bytes()
+    for count in (1, 2):
+        with pytest.raises(ValueError, match="damaged picture"):
+            clip.encode_image([Image.open(io.BytesIO(data[: len(data) // 2]))] * count)
 
 
 def test_an_unreadable_picture_is_named(folder: Path, clip: Pipeline) -> None:

@@ -17,7 +17,7 @@ from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.config import NAMED, CLIPConfig, ResNetConfig, resnet_tower
 from tinyclip.inheritance import compact, describe, inherit, manual_masks
 from tinyclip.measurement import macs, measure
-from tinyclip.model import CLIP
+from tinyclip.model import CLIP, cast
 from tinyclip.pipeline import tokenize
 from tinyclip.recipe import shape_from
 from tinyclip.tokenizer import clip_tokenizer
@@ -216,6 +216,17 @@ def test_a_cut_is_the_masked_model(config: CLIPConfig, seed: int) -> None:
     expected, kept = reference(cut, pixels, again), again["embed"] != 0
     actual = compact(cut, again).encode_image(pixels)
     assert (actual - expected[:, kept]).norm() <= 1e-10 * expected.norm()
+
+
+def test_masks_of_a_model_in_bfloat16() -> None:
+    config = resnet_config()
+    model, masks = random_resnet(config, dtype=torch.float32), zero_one_masks(config, 0)
+    masks = {name: mask.float() for name, mask in masks.items()}
+    pixels, _ = random_inputs(config, torch.float32)
+    wanted = model.encode_image(pixels, masks)
+    found = cast(model, torch.bfloat16).encode_image(pixels, masks)
+    kept = masks["embed"] != 0
+    assert torch.cosine_similarity(found[:, kept], wanted[:, kept]).min() > 0.99
 
 
 def test_removed_blocks_are_renumbered_and_need_no_channels() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -21,10 +22,10 @@ import test_embed
 import tinyclip
 from conftest import random_model
 from test_embed import drawing, encoded
-from tinyclip import faults, indexing, search, sheet, vectors
+from tinyclip import app, faults, indexing, search, sheet, vectors
 from tinyclip.cli import main
 from tinyclip.indexing import SKIPPED, build
-from tinyclip.pending import Pending
+from tinyclip.pending import Pending, Row
 from tinyclip.pipeline import Pipeline
 from tinyclip.search import INFO, WORK, Index
 from tinyclip.vectors import Vectors
@@ -157,6 +158,59 @@ def test_what_cannot_be_read_is_listed_and_tried_again_when_it_changes(
     check(tmp_path / "index", clip, pictures, names_in(pictures))
 
 
+def test_what_could_not_be_reached_is_tried_again(
+    make: Make, clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk that was away for a while does not change the pictures on it."""
+    opened, away = Image.open, {"001.png": errno.EIO, "003.png": errno.EACCES, "004.png": errno.ENOENT}
+
+    def unsure(file: Any, *arguments: Any) -> Any:
+        if (code := away.get(Path(file).name)) is not None:
+            raise OSError(code, os.strerror(code), str(file))
+        return opened(file, *arguments)
+
+    monkeypatch.setattr(Image, "open", unsure)
+    (pictures / "words.png").write_text("no picture")
+    assert (make()["pictures"], make()["computed"]) == (9, 3)
+    reasons = {s.key: s.reason for s in faults.read(tmp_path / "index" / SKIPPED)}
+    assert reasons["003.png"] == "cannot be read (Permission denied)" and reasons["004.png"] == "no such file"
+    state = json.loads((tmp_path / "index" / INFO).read_text())["state"]
+    assert make()["state"] == state  # nothing new, so nothing is written
+    away.clear()
+    result = make()
+    assert (result["added"], result["computed"], result["skipped"]) == (3, 3, 1)
+    (pictures / "words.png").unlink()
+    make()
+    check(tmp_path / "index", clip, pictures, names_in(pictures))
+
+
+def test_features_that_are_no_numbers_are_not_indexed(model: Path, pictures: Path, tmp_path: Path) -> None:
+    broken, fingerprint = search.open_model(str(model))
+    broken.model.visual.proj.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="no finite numbers"):
+        build(broken, pictures, tmp_path / "index", model="m", fingerprint=fingerprint)
+    assert not (tmp_path / "index" / INFO).exists()
+
+
+def test_a_full_disk_costs_nothing_that_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Pending(tmp_path / WORK, {})) as pending:
+        pending.put([Row("a.png", (1, 1), np.ones(3, np.float16))])
+    connect = sqlite3.connect
+
+    class Full(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> Any:
+            if "journal_mode" in sql:
+                raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(sql, *arguments)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda path: connect(path, factory=Full))
+    with pytest.raises(ValueError, match=rf"{WORK}: database or disk is full"):
+        Pending(tmp_path / WORK, {})
+    monkeypatch.undo()
+    with closing(Pending(tmp_path / WORK, {})) as pending:
+        assert pending.states() == {"a.png": (1, 1)}
+
+
 def test_names_of_any_kind(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [b"a b#?%41.png", b"new\nline.png", b"\xff\xfe.png", "ß 日本.png".encode()]
     (tmp_path / "odd").mkdir()
@@ -192,6 +246,23 @@ def test_a_state_can_be_searched_while_the_rest_is_computed(
     assert make(batch_size=2, progress=progress)["changed"] == 12
     assert {count for count, _ in seen} == {12}  # what is computed again stays until then
     check(tmp_path / "index", clip, pictures, names_in(pictures))
+
+
+def test_a_state_that_goes_while_it_is_opened(
+    make: Make, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make()
+    view = Vectors.open
+
+    def renewed_meanwhile(path: Path, dim: int, **options: Any) -> Vectors:
+        monkeypatch.undo()
+        write(pictures, 20)
+        make()
+        return view(path, dim, **options)
+
+    monkeypatch.setattr(Vectors, "open", renewed_meanwhile)
+    with Index.open(tmp_path / "index") as index:
+        assert len(index) == 13
 
 
 def test_who_has_opened_a_state_keeps_it(make: Make, pictures: Path, tmp_path: Path) -> None:
@@ -594,6 +665,8 @@ def test_the_commands_find_show_and_draw(
         (["INDEX", "--queries", "none.txt"], "No such file"),
         (["INDEX", "--image", "none.png"], "no such file"),
         (["INDEX", "cat", "--sheet", "x.gif"], "written as .png"),
+        (["INDEX", "cat", "--sheet", "INSIDE"], "empty.txt is a file, so there can be no a.png in it"),
+        (["INDEX", "cat", "--dtype", "x"], "choose auto, float32, bfloat16 or float16\n"),
         (["INDEX", "cat", "--model", "none"], "--model says where it is now"),
         (["INDEX", "cat", "--model", "OTHER"], "made with another model"),
         (["none", "cat"], "no index; make one with"),
@@ -615,6 +688,7 @@ def test_a_bad_search_is_one_line(
     other = Pipeline(random_model(clip.model.config, 1, torch.float32), clip.tokenizer, clip.preprocessing)
     other.save(tmp_path / "other")
     places = {"INDEX": tmp_path / "index", "EMPTY": tmp_path / "empty.txt", "OTHER": tmp_path / "other"}
+    places |= {"INSIDE": places["EMPTY"] / "a.png"}
     code, out, err = command(monkeypatch, capsys, "search", *(places.get(a, a) for a in arguments))
     assert code == 2 and message in err and err.count("\n") == 1 and out == ""
 
@@ -658,6 +732,19 @@ def test_a_sheet_has_each_picture_in_its_place(tmp_path: Path) -> None:
     below = top + sheet._step(tiles)
     assert np.abs(picture[below, sheet.GAP + sheet.SIDE // 2] - colours[0]).max() < 3  # the sixth begins a row
     assert len(list(tmp_path.glob(".*.tmp"))) == 0
+
+
+def test_small_copies_of_thin_and_odd_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 2), "red").save(tmp_path / "thin.png")
+    Image.fromarray(np.full((30, 20), 25_700, np.uint16)).save(tmp_path / "16.png")
+    clear = Image.new("P", (8, 8))
+    clear.save(tmp_path / "clear.png", transparency=0)
+    assert sheet.small_copy(tmp_path / "thin.png", 200).size == (200, 1)
+    deep = sheet.small_copy(tmp_path / "16.png", 60)
+    assert deep.size == (40, 60) and deep.getpixel((5, 5)) == (100, 100, 100, 255)
+    assert sheet.small_copy(tmp_path / "clear.png", 8).getpixel((5, 5))[3] == 0  # type: ignore[index]
+    sheet.draw(tmp_path / "sheet.png", [("words", [sheet.Tile(tmp_path / "thin.png", ())])])
+    assert app.thumbnail(tmp_path / "thin.png", "x").startswith("<img")
 
 
 def test_a_sheet_too_large_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.image import imread
 
-from conftest import small_config, uneven_config
+from conftest import small_config, tinyclip, uneven_config
 from tinyclip.config import NAMED
 from tinyclip.display import kept_bars, kept_lines
 from tinyclip.structure import figure, rows
@@ -31,6 +31,8 @@ def test_the_picture_has_what_is_kept_and_what_is_gone(tmp_path: Path) -> None:
     assert "image tower, heads: 4 of 12 (width 27 of 32)" in picture.axes[0].get_title(loc="left")
     picture.savefig(tmp_path / "a.png")
     assert imread(tmp_path / "a.png").std() > 0.05
+    tinyclip("structure", "emoji-student", "-o", tmp_path / "b.PNG")
+    assert (tmp_path / "b.PNG").exists()
     alone = figure(NAMED["RN50"])
     assert len(alone.axes[0].patches) == 16
 

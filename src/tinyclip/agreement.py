@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def samples_of(path: str | Path, clip: Pipeline) -> Samples:
     """
     path = Path(path)
     pixels, texts, first = list[np.ndarray](), list[str](), ""
-    for picture in _pictures(path):
+    for picture in islice(_pictures(path), COUNT):
         try:
             image, captions = picture
             pixels.append(clip.preprocessing(open_image(image) if isinstance(image, Path) else image))

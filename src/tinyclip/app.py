@@ -22,9 +22,10 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tinyclip.search import Index, Match, pixels, plain, shown
+from tinyclip.sheet import small_copy
 from tinyclip.transforms import open_image
 
 MOST_LABELS, LONGEST_LABEL = 200, 300  # characters
@@ -173,11 +174,10 @@ def _section(title: str, body: str) -> str:
 def thumbnail(file: Path, name: str) -> str:
     """An `img` with the picture as data, or a word where it cannot be read any more."""
     try:
-        picture = open_image(file, THUMBNAIL)
+        picture = small_copy(file, THUMBNAIL)
     except (ValueError, OSError) as error:
         word = "damaged" if hasattr(error, "cause") else "missing"
         return f'<span class="gone" role="img" aria-label="{safe(name)}, {word}">{word}</span>'
-    picture = ImageOps.contain(picture.convert("RGBA"), (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -357,12 +357,17 @@ def is_loopback(place: socket.socket) -> bool:
     return ip_address(place.getsockname()[0]).is_loopback
 
 
+def host_of(place: socket.socket) -> str:
+    """What a browser of this machine calls it, without the port."""
+    host = place.getsockname()[0]
+    if ip_address(host).is_unspecified:
+        return "localhost"
+    return f"[{host}]" if ":" in host else str(host)
+
+
 def address(place: socket.socket) -> str:
     """The page's, for a browser of this machine."""
-    host, port = place.getsockname()[:2]
-    if ip_address(host).is_unspecified:
-        host = "localhost"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http://{host_of(place)}:{place.getsockname()[1]}"
 
 
 class NoRelay:
@@ -398,8 +403,7 @@ def serve(blocks: Callable[[], Any], place: socket.socket, ready: Callable[[], N
         app = FastAPI(openapi_url=None)
         app.add_middleware(NoRelay)
         if is_loopback(place):  # so that no site can pass for us by giving its own name our address
-            names = ["localhost", place.getsockname()[0]]
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", host_of(place)])
         options: dict[str, Any] = {"allowed_paths": [], "max_file_size": UPLOAD, "footer_links": [], "css": CSS}
         options |= {"run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False}
         app = gr.mount_gradio_app(app, blocks(), "/", theme=gr.themes.Default(), pwa=False, **options)

@@ -58,8 +58,9 @@ def of_samples(source: Path | str | None) -> Classes:
 def of_folders(place: Path, folders: Sequence[str], source: Path | str | None) -> Classes:
     """Classes of a set that has a folder for each.
 
-    Folders are named by WordNet ids, by the number of their class, or by its name; a file of as many names as there are
-    folders goes with them in order. Without a file, WordNet ids and the numbers 0 to 999 are ImageNet's.
+    Folders are named by WordNet ids, by the number of their class, or by its name; where they are not, a file of as
+    many names as there are folders goes with them in order. Without a file, WordNet ids and the numbers 0 to 999 are
+    ImageNet's.
 
     Args:
         place: for errors.
@@ -84,10 +85,10 @@ def of_folders(place: Path, folders: Sequence[str], source: Path | str | None) -
         places = _numbered(list(known))
     elif all(map(str.isdecimal, folders)) and max(map(int, folders)) < len(names):
         places = {folder: int(folder) for folder in folders}
-    elif len(names) == len(folders) and not known:
-        places = _numbered(folders)
     else:
         places = {folder: i for i, name in enumerate(names) for folder in (name, name.replace(" ", "_"))}
+        if len(names) == len(folders) and not known and not places.keys() >= set(folders):
+            places = _numbered(folders)
     if other := next((folder for folder in folders if folder not in places), None):
         counts = f"{Path(source).name} names {len(names):,} classes, there are {len(folders):,} folders"
         raise ValueError(f"{place}: {counts}, and folder {other!r} is none of them")

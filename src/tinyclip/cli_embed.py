@@ -58,7 +58,7 @@ def embed(
     check(found, output, plan, overwrite)  # before a model is loaded
     place = resolve_device(device)
     with processes(place):
-        clip = load_encoder(model, place, compute_dtype, compile, runtime)
+        clip = load_encoder(model, device, compute_dtype, compile, runtime)
         if is_main():
             say_computing(clip.computing)
         with _progress(is_main()) as progress:

@@ -61,7 +61,7 @@ def evaluate(
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     place = resolve_device(device)
     with processes(place):
-        clip = load_encoder(model, place, dtype, compile, runtime)
+        clip = load_encoder(model, device, dtype, compile, runtime)
         with progress(is_main()) as step:
             figures = evaluation.evaluate(clip, dataset, per_class=per_class, progress=step)
         if not is_main():
@@ -106,7 +106,7 @@ def probe(
     judged = open_dataset(other, classes=classes) if other else None
     place = resolve_device(device)
     with processes(place):
-        clip = load_encoder(model, place, dtype, compile, runtime)
+        clip = load_encoder(model, device, dtype, compile, runtime)
         with progress(is_main()) as step:
             figures = probed(clip, given, judged, solver=solver, seed=seed, device=place, progress=step)
         if not is_main():

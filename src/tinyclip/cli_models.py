@@ -180,6 +180,8 @@ def measure(
     from tinyclip.pipeline import Tensors, load_encoder
 
     if model in NAMED and not Path(model).exists():
+        if runtime not in ("auto", "torch"):
+            raise ValueError(f"{model} is a shape without weights, which only torch runs, not {runtime}")
         place = resolve_device(device)
         network = CLIP(CLIPConfig.named(model)).eval().to(place)
         found = measured(cast(network, resolve_dtype(dtype, place)))
@@ -206,7 +208,7 @@ def structure(
     from tinyclip import structure as drawing
     from tinyclip.pipeline import load
 
-    if output and output.suffix not in (".png", ".svg", ".pdf"):
+    if output and output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
     if of and not output:
         raise ValueError("--of goes with --output: it is drawn behind the picture")

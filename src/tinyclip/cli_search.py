@@ -15,6 +15,7 @@ from tinyclip.terminal import (
     Compile,
     Device,
     DType,
+    check_file,
     complete_model,
     errors,
     plural,
@@ -112,7 +113,9 @@ def search(
     from tinyclip import sheet as drawing
     from tinyclip.search import Index, check_model, open_model, pixels, plain, queries_from
     from tinyclip.transforms import open_image
+    from tinyclip.zoo import SHIPPED
 
+    check_file(sheet)
     texts = queries_from([*(query or []), *(read_lines(queries) if queries else [])])
     images = image or []
     asked: list[str | Path] = [*texts, *images]
@@ -127,6 +130,8 @@ def search(
         try:
             clip, fingerprint = open_model(name, device, dtype)
         except ValueError as error:
+            if Path(name).exists() or name in SHIPPED:
+                raise
             raise ValueError(f"{error} (the model of {index}; --model says where it is now)") from None
         check_model(opened.facts, index, name, fingerprint)
         features = [*plain(clip.encode_text(texts))] if texts else []
@@ -179,7 +184,7 @@ def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]
 
     for i, (query, listed) in enumerate(zip(asked, rows, strict=True)):
         if len(asked) > 1:
-            say(f"{'' if i == 0 else chr(10)}{query}")
+            say(f"{'' if i == 0 else chr(10)}{shown(query)}")
         say(f"{'rank':>4}  {'cosine':>6}  path")
         for row in listed:
             mark = "  (missing)" if row["missing"] else ""

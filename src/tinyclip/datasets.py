@@ -116,10 +116,10 @@ def open_dataset(
     if table:
         _no_split(place, options)
         items = find_items(place, image_column=image_column, caption_column=caption_column, image_root=images)
-        return _captioned(place, [(item.path, item.captions) for item in items], place.parent)
+        return _captioned(place, options, [(item.path, item.captions) for item in items], place.parent)
     if karpathy:
         chosen = split or "test"
-        return _captioned(place, layouts.karpathy(karpathy, chosen, options.images), karpathy.parent)
+        return _captioned(place, options, layouts.karpathy(karpathy, chosen, options.images), karpathy.parent)
     if place.name.lower().endswith(SHARDS):
         _no_split(place, options)
         return _tar(place, options, _homes(place.parent))
@@ -140,7 +140,7 @@ def _folder(place: Path, options: Options) -> Dataset:
         return _dataset(part, classes, layouts.folders(part, classes), options, homes)
     files = [p for p in part.iterdir() if p.suffix.lower() in layouts.IMAGE_ENDINGS]
     if any(file.with_suffix(ending).is_file() for file in files for ending in (".txt", ".json")):
-        return _captioned(part, [(item.path, item.captions) for item in find_items(part)], part)
+        return _captioned(part, options, [(item.path, item.captions) for item in find_items(part)], part)
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
 
@@ -197,7 +197,9 @@ def _dataset(place: Path, classes: Classes, reader: Reader, options: Options, ho
     return Dataset(place, list(classes.names), templates, reader)
 
 
-def _captioned(place: Path, pictures: Sequence[tuple[Path, Sequence[str]]], root: Path) -> Dataset:
+def _captioned(place: Path, options: Options, pictures: Sequence[tuple[Path, Sequence[str]]], root: Path) -> Dataset:
+    if options.classes:
+        raise ValueError(f"{place}: its pictures have captions and no classes, so there is nothing to name")
     return Dataset(place, [], [], layouts.captioned(root, pictures))
 
 

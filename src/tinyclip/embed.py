@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import checksum, flush, read_json_object, write_atomically
+from tinyclip.files import checksum, flush, name_of, read_json_object, write_atomically
 from tinyclip.folder_lock import LOCK, lock_of, take
-from tinyclip.inputs import ahead, batches
+from tinyclip.inputs import ahead, batches, check_finite
 from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.shards import captions_of, image_of, read_shard
 from tinyclip.sources import Source, Text
@@ -139,7 +140,8 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the features")
     mine = (out / DONE).exists()
-    if not mine and out.exists() and {entry.name for entry in out.iterdir()} - {LOCK, SKIPPED}:
+    mine_too = {out / LOCK, out / SKIPPED, *out.glob(".*.tmp")}  # of a run that was killed or read nothing
+    if not mine and out.exists() and set(out.iterdir()) - mine_too:
         raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
     facts = {
         "model": plan.model,
@@ -293,7 +295,16 @@ Item = tuple[str, Callable[[int], Any]]  # a key, and what opens its picture
 
 def _of_paths(paths: Sequence[Path], root: Path) -> Iterator[Item]:
     for path in paths:
-        yield path.relative_to(root).as_posix(), partial(open_image, path)
+        yield name_of(path.relative_to(root)), partial(_opened, path)
+
+
+def _opened(path: Path, at_least: int) -> Image.Image:
+    """`open_image`, its errors without the path."""
+    try:
+        return open_image(path, at_least)
+    except ValueError as error:
+        cause = getattr(error, "cause", "corrupt_image")
+        raise Fault(cause, str(error).removeprefix(f"{path}: ")) from None
 
 
 def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Iterator[Item]:
@@ -320,8 +331,7 @@ def _images(
         try:
             return key, clip.preprocess(opened(at_least))
         except ValueError as error:
-            reason = str(error).rpartition(f"{key}: ")[2]
-            return key, Skipped(shard, key, getattr(error, "cause", "corrupt_image"), reason)
+            return key, Skipped(shard, key, getattr(error, "cause", "corrupt_image"), str(error))
 
     for some in batches(ahead(decode, items, plan.workers), clip.batch_size(plan.batch_size)):
         record.skipped += [found for _, found in some if isinstance(found, Skipped)]
@@ -333,6 +343,7 @@ def _images(
 def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> dict[str, list[int]]:
     """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`; what it wrote."""
     values = features.numpy().astype(plan.dtype)
+    check_finite(values)
     if plan.format == "npy":
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

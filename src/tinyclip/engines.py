@@ -3,6 +3,7 @@ needed, and no other."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import deque
@@ -106,6 +107,18 @@ def computes_in(runtime: str) -> list[str]:
     return [name for name, short in (("float32", "FP32"), ("bfloat16", "BF16"), ("float16", "FP16")) if short in found]
 
 
+def save_openvino(model: Any, file: Path) -> None:
+    """Write a model of OpenVINO's as it is.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    try:
+        needed("openvino").save_model(model, file, compress_to_fp16=False)
+    except RuntimeError as error:  # its own word for a full disk
+        raise OSError(errno.ENOSPC, f"is the disk full? ({_gist(error)})") from None
+
+
 def start(runtime: str, file: Path, dtype: str) -> Tower:
     """The tower in a file, ready to run.
 
@@ -137,6 +150,12 @@ def _openvino(file: Path, dtype: str) -> Tower:
     at_once = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
     free: list[Any] = []  # requests that were used before
 
+    def unused() -> Any:
+        try:
+            return free.pop()
+        except IndexError:  # none is left, perhaps since another thread was faster
+            return compiled.create_infer_request()
+
     def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         busy: deque[tuple[Any, np.ndarray]] = deque()
 
@@ -147,14 +166,18 @@ def _openvino(file: Path, dtype: str) -> Tower:
             free.append(request)
             return found
 
-        for batch in inputs:
-            if len(busy) == at_once:
+        try:
+            for batch in inputs:
+                if len(busy) == at_once:
+                    yield first_done()
+                request = unused()
+                request.start_async([batch], share_inputs=True)
+                busy.append((request, batch))  # the batch must outlive the request
+            while busy:
                 yield first_done()
-            request = free.pop() if free else compiled.create_infer_request()
-            request.start_async([batch], share_inputs=True)
-            busy.append((request, batch))  # the batch must outlive the request
-        while busy:
-            yield first_done()
+        finally:  # also when a later batch cannot be made
+            for request, _ in busy:
+                request.wait()
 
     return run
 

@@ -21,6 +21,7 @@ from tinyclip.datasets import Example as Example
 from tinyclip.datasets import open_dataset as open_dataset
 from tinyclip.distributed import gather_objects, gather_uneven, rank, world_size
 from tinyclip.faults import counts, summary
+from tinyclip.inputs import check_finite
 
 TEXTS = 2048  # encoded at once
 ROWS = 1024  # of a matrix of similarities in memory at once
@@ -65,8 +66,7 @@ def encode_images(
         _join_skipped(examples)
     if not everyones:
         raise ValueError(_nothing(examples))
-    if not rows.isfinite().all():
-        raise ValueError("the model's features are no finite numbers; try another --dtype or another checkpoint")
+    check_finite(rows.numpy())
     order = sorted(range(len(everyones)), key=lambda i: everyones[i][0])
     return (rows[order] if world_size() > 1 else rows), [everyones[i][1] for i in order]
 
@@ -125,6 +125,7 @@ def _in_blocks(encode: Callable[[Sequence[str]], Tensor], texts: Sequence[str], 
     blocks = [range(start, min(start + size, len(texts))) for start in range(0, len(texts), size)]
     mine = [encode([texts[i] for i in block]) for block in blocks[rank() :: world_size()]]
     rows = gather_uneven(torch.cat(mine) if mine else torch.empty(0, 0))
+    check_finite(rows.numpy())
     order = [i for r in range(world_size()) for block in blocks[r :: world_size()] for i in block]
     return rows[torch.tensor(order).argsort()] if world_size() > 1 else rows
 

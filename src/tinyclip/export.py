@@ -4,6 +4,7 @@ when they disagree."""
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import sys
@@ -21,7 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from tinyclip import __version__
 from tinyclip.agreement import Samples, answers, compare, refuse, samples_of, synthetic
-from tinyclip.engines import RUNS, compute_dtype, needed
+from tinyclip.engines import RUNS, compute_dtype, needed, save_openvino
 from tinyclip.evaluate import Dataset, open_dataset
 from tinyclip.files import atomic_directory, checksum
 from tinyclip.interchange import WRITERS
@@ -220,13 +221,13 @@ def _onnx(program: ExportedProgram, file: Path) -> None:
 
 
 def _openvino(program: ExportedProgram, file: Path) -> None:
-    openvino = needed("openvino")
-    model = needed("openvino.tools.ovc", "openvino").convert_model(program)
-    openvino.save_model(model, file, compress_to_fp16=False)
+    save_openvino(needed("openvino.tools.ovc", "openvino").convert_model(program), file)
 
 
 def _torch(program: ExportedProgram, file: Path) -> None:
-    torch.export.save(program, file)
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
 
 
 TOWERS: dict[str, Callable[[ExportedProgram, Path], None]] = {"onnx": _onnx, "openvino": _openvino, "torch": _torch}

@@ -88,6 +88,11 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def name_of(path: Path) -> str:
+    """A path, with `/`, as text that every file and terminal can take: bytes that are no UTF-8 stand as `\\xe9`."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def checksum(path: Path) -> int:
     """CRC-32 of a file: enough to find a torn or flipped one, at the speed of the disk."""
     value = 0

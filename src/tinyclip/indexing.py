@@ -1,8 +1,8 @@
 """Make and renew an index of a folder's pictures, which `search.py` reads.
 
 What has been computed is in `work.sqlite` at once, and goes from there into the next state, so a killed run loses a
-batch of pictures at most. A picture that is there as before (size and time) is not looked at again, whether it could be
-read or not.
+batch of pictures at most. A picture that is there as before (size and time) is not looked at again, be it good or
+damaged; one that could not be reached, on a disk that was away say, is tried again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from tinyclip import faults
-from tinyclip.faults import Skipped
+from tinyclip.faults import Fault, Skipped
 from tinyclip.files import checksum, flush, write_atomically
 from tinyclip.folder_lock import LOCK, lock_of, take
-from tinyclip.inputs import ahead, batches
+from tinyclip.inputs import ahead, batches, check_finite
 from tinyclip.pending import Pending, Row, State
 from tinyclip.search import (
     COLUMNS,
@@ -47,6 +47,7 @@ from tinyclip.vectors import WASTE, Vectors
 SKIPPED = "skipped.jsonl"
 PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
 AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress
+AGAIN: State = (-1, -1)  # of a picture that could not be looked at: as no file is, so that the next run tries again
 Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
 
 
@@ -158,24 +159,26 @@ def _rows(
 ) -> Iterator[list[Row]]:
     """Batches of rows, in order."""
 
-    def decode(path: str) -> np.ndarray | Skipped:
-        file = folder.root / path
+    def decode(path: str) -> tuple[np.ndarray | Skipped, State]:
+        file, state = folder.root / path, folder.files[path]
         try:
-            return pixels(clip, file)
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{file}: ")
-            return Skipped("", path, getattr(error, "cause", "corrupt_image"), reason)
+            return pixels(clip, file), state
+        except Fault as fault:
+            return Skipped("", path, fault.cause, fault.reason.removeprefix(f"{file}: ")), state
+        except ValueError as error:  # of the disk, or of the rights to it
+            return Skipped("", path, "corrupt_image", str(error).removeprefix(f"{file}: ")), AGAIN
 
     decoded = zip(todo, ahead(decode, todo, workers), strict=True)
     for some in batches(decoded, clip.batch_size(batch_size)):
-        good = [found for _, found in some if isinstance(found, np.ndarray)]
-        features = iter(plain(clip.encode_image(good)).astype(np.float16) if good else ())
-        rows = []
-        for path, found in some:
+        good = [found for _, (found, _) in some if isinstance(found, np.ndarray)]
+        features = plain(clip.encode_image(good)).astype(np.float16) if good else np.empty(0, np.float16)
+        check_finite(features)
+        rest, rows = iter(features), []
+        for path, (found, state) in some:
             if isinstance(found, Skipped):
-                rows.append(Row(path, folder.files[path], None, found))
+                rows.append(Row(path, state, None, found))
             else:
-                rows.append(Row(path, folder.files[path], next(features)))
+                rows.append(Row(path, state, next(rest)))
         yield rows
 
 
@@ -218,8 +221,9 @@ class _Writer:
         count = len(waiting)
         self.progress("computing", 0, len(todo))
         for rows in rows_of(todo):
-            pending.put(rows)
-            computed, count = computed + len(rows), count + len(rows)
+            news = [row for row in rows if row.state != AGAIN or not self._is_known(row.path)]
+            pending.put(news)
+            computed, count = computed + len(rows), count + len(news)
             self.progress("computing", computed, len(todo))
             if count >= PUBLISH and not self.replacing and computed < len(todo):
                 self._publish(pending)
@@ -238,6 +242,11 @@ class _Writer:
     def _has(self, path: str) -> bool:
         entry = self.have.get(path)
         return entry is not None and entry.state == self.folder.files.get(path)
+
+    def _is_known(self, path: str) -> bool:
+        """Whether the present state says already that it could not be looked at."""
+        entry = self.have.get(path)
+        return entry is not None and entry.state == AGAIN
 
     def _start(self) -> None:
         """Look at what is there, and clear up after a run that was killed."""

@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from tinyclip.transforms import open_image
+
+if TYPE_CHECKING:
+    import torch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -42,16 +45,17 @@ def picture_of(item: Any) -> Image.Image:
 
 def pictures(items: Sequence[Any], prepare: Callable[[Any], T]) -> Iterator[T]:
     """`prepare` of each item, in order; threads work a little ahead of what is taken."""
-    if len(items) <= 1:
-        yield from map(prepare, items)
-    else:
-        yield from ahead(prepare, map(_loaded, items))
+    loaded = map(_loaded, items)
+    yield from ahead(prepare, loaded) if len(items) > 1 else map(prepare, loaded)
 
 
 def _loaded(item: Any) -> Any:
     """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
     if isinstance(item, Image.Image):
-        item.load()
+        try:
+            item.load()
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+            raise ValueError(f"damaged picture ({error or type(error).__name__})") from None
     return item
 
 
@@ -109,7 +113,21 @@ def check_labels(labels: str | Sequence[str]) -> None:
         raise ValueError("a label is empty")
 
 
-def is_tensor(item: Any) -> bool:
-    """Whether it is torch's, which is not loaded for the question."""
+def check_finite(features: np.ndarray) -> None:
+    """`ValueError` for features that can be compared with nothing."""
+    if not np.isfinite(features).all():
+        raise ValueError("the model's features are no finite numbers; try another dtype or another checkpoint")
+
+
+def is_tensor(item: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it is torch's, which is not loaded for the question.
+
+    Raises:
+        ValueError: for a tensor of whole numbers, as pictures are before they are prepared.
+    """
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(item, torch.Tensor)
+    if torch is None or not isinstance(item, torch.Tensor):
+        return False
+    if not item.is_floating_point():
+        raise ValueError(f"image tensor is {item.dtype}: a tensor is what `preprocess` gave, float (n, 3, s, s)")
+    return True

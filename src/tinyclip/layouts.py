@@ -15,9 +15,9 @@ from PIL import Image
 
 from tinyclip.classnames import Classes
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import read_json_object
+from tinyclip.files import name_of, read_json_object
 from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures
-from tinyclip.shards import captions_of, entries, image_of, info_of, open_shard, read_shard
+from tinyclip.shards import TAR_ERRORS, captions_of, entries, image_of, info_of, open_shard, read_shard, words
 from tinyclip.transforms import open_image
 
 IMAGE_ENDINGS = {*COPIED, *CONVERTED, *OTHERS}
@@ -56,7 +56,7 @@ def folders(place: Path, classes: Classes) -> Reader:
     def items() -> Iterator[Item]:
         for folder, label in classes.labels.items():
             for file in find_pictures(place / folder):
-                key = str(file.relative_to(place))
+                key = name_of(file.relative_to(place))
                 yield Item(key, partial(_open_file, file), label)
 
     return _numbered(items)
@@ -67,7 +67,7 @@ def captioned(place: Path, pictures: Sequence[tuple[Path, Sequence[str]]]) -> Re
 
     def items() -> Iterator[Item]:
         for file, captions in pictures:
-            key = str(file.relative_to(place) if file.is_relative_to(place) else file)
+            key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
             yield Item(key, partial(_open_file, file), captions=tuple(captions))
 
     return _numbered(items)
@@ -173,15 +173,26 @@ def _members(tar: Path, skipped: list[Skipped]) -> Iterator[tuple[str, str, int,
             for entry in entries(opened):
                 for ending, part in entry.parts.items():
                     if ending == "tar":
-                        with tarfile.open(fileobj=opened.extractfile(part), mode="r:") as inner:
-                            for item in entries(inner):
-                                for picture in filter(_is_picture, item.parts.values()):
-                                    first = part.offset_data + picture.offset_data
-                                    yield Path(part.name).stem, picture.name, first, picture.size
+                        yield from _inner(tar, opened, part, skipped)
                     elif _is_picture(part):
                         yield Path(part.name).parent.name, part.name, part.offset_data, part.size
     except Fault as fault:
         skipped.append(Skipped(tar.name, "", fault.cause, fault.reason))
+
+
+def _inner(
+    tar: Path, opened: tarfile.TarFile, part: tarfile.TarInfo, skipped: list[Skipped]
+) -> Iterator[tuple[str, str, int, int]]:
+    """The same of one tar in a tar; of a damaged one what comes before the damage."""
+    try:
+        with tarfile.open(fileobj=opened.extractfile(part), mode="r:") as inner:
+            for item in entries(inner):
+                for picture in filter(_is_picture, item.parts.values()):
+                    first = part.offset_data + picture.offset_data
+                    yield Path(part.name).stem, picture.name, first, picture.size
+    except (Fault, *TAR_ERRORS) as error:
+        fault = error if isinstance(error, Fault) else Fault("damaged_shard", f"damaged shard ({words(error)})")
+        skipped.append(Skipped(tar.name, part.name, fault.cause, fault.reason))
 
 
 def _is_picture(part: tarfile.TarInfo) -> bool:

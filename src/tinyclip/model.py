@@ -64,7 +64,7 @@ class Attention(nn.Module):
             seen = torch.arange(length, device=x.device) <= read.view(-1, 1, 1, 1) if causal else None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (n, heads, 1, head_dim)
         if mask is not None:
-            y = y * mask.view(-1, 1, 1)
+            y = (y * mask.view(-1, 1, 1)).to(y.dtype)  # masks stay in float32 where the weights do not
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor, first: int, stop: int) -> Tensor:
@@ -105,7 +105,7 @@ class MLP(nn.Module):
         if self.c_fc.out_features == 0 and not self.training:  # runtimes know no empty matrices; DDP wants all used
             return self.c_proj.bias.expand_as(x)
         x = self.act(self.c_fc(x))
-        return self.c_proj(x if mask is None else x * mask)
+        return self.c_proj(x if mask is None else (x * mask).to(x.dtype))
 
 
 class Block(nn.Module):

@@ -37,9 +37,12 @@ class Pending:
         try:
             self._open()
             same = self._db.execute("SELECT said FROM facts").fetchall() == [(said,)]
+        except sqlite3.OperationalError as error:  # a full disk, for one: what is there is still good
+            raise ValueError(f"{path}: {error}") from None
         except sqlite3.DatabaseError:  # of a run that lost its disk: computed again
             self._remove()
-            self._open()
+            with told(path):
+                self._open()
             same = False
         if not same:
             with told(path), self._db:

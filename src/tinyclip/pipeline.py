@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,17 @@ from tinyclip.card import Card
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.config import CLIPConfig
 from tinyclip.distributed import resolve_device, resolve_dtype
-from tinyclip.inputs import BATCH, at_once, batches, by_length, check_labels, picture_of, pictures, same_shape
+from tinyclip.inputs import (
+    BATCH,
+    at_once,
+    batches,
+    by_length,
+    check_labels,
+    is_tensor,
+    picture_of,
+    pictures,
+    same_shape,
+)
 from tinyclip.loading import load as load_any
 from tinyclip.model import CLIP, cast, weights_hash
 from tinyclip.runtime import RuntimePipeline
@@ -104,8 +114,10 @@ class Pipeline:
             ValueError: for an unreadable picture or a wrong shape.
         """
         items, size = _as_list(images), self.batch_size(batch_size)
-        tensors = isinstance(items, Tensor)
-        ready = items.split(size) if tensors else map(_stacked, batches(pictures(items, self._image), size))
+        if isinstance(items, Tensor):
+            ready: Iterable[Tensor] = items.split(size) if len(items) else ()
+        else:
+            ready = map(_stacked, batches(pictures(items, self._image), size))
         features = [self._empty()]
         with torch.inference_mode():
             for batch in ready:
@@ -167,7 +179,7 @@ class Pipeline:
         return hashlib.blake2b(repr((weights_hash(self.model), *rest)).encode(), digest_size=16).hexdigest()
 
     def _image(self, item: ImageLike) -> Tensor:
-        return item if isinstance(item, Tensor) else self.preprocess(picture_of(item))
+        return item if is_tensor(item) else self.preprocess(picture_of(item))
 
     def batch_size(self, given: int | None = None) -> int:
         """Pictures at once: what is given, else what suits the device; twice as many texts."""
@@ -188,7 +200,7 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
 
 
 def _as_list(images: Any) -> Any:
-    if isinstance(images, Tensor):
+    if is_tensor(images):
         return images if images.ndim == 4 else images[None]
     return images if isinstance(images, (list, tuple)) else [images]
 

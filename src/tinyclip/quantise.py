@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinyclip.agreement import Samples
-from tinyclip.engines import core, needed
+from tinyclip.engines import core, needed, save_openvino
 from tinyclip.pipeline import Pipeline
 from tinyclip.runtime import ENDINGS
 from tinyclip.tokenizer import pad
@@ -46,8 +46,7 @@ def _ends(names: list[str], kept: tuple[int, int]) -> list[str]:
 
 
 def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int, int]) -> list[str]:
-    openvino, nncf = needed("openvino"), _nncf()
-    model = core().read_model(source)
+    model, nncf = core().read_model(source), _nncf()
     products = [
         op.get_friendly_name()
         for op in model.get_ordered_ops()
@@ -68,7 +67,7 @@ def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[
             ignored_scope=nncf.IgnoredScope(names=ignored, types=["ScaledDotProductAttention"], validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=unsmoothed),
         )
-    openvino.save_model(quantised, target, compress_to_fp16=False)
+    save_openvino(quantised, target)
     return ignored
 
 
@@ -107,6 +106,10 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
         if node.op_type in ("MatMul", "Gemm", "Conv") and node.input[1] in weights
     ]
     ignored = _ends(products, kept)
+    chosen = [name for name in products if name not in ignored]
+    if not chosen:  # ONNX Runtime would take an empty list for all
+        onnx.save(model, target)
+        return ignored
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -121,7 +124,7 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
             source,
             target,
             Reader(),
-            nodes_to_quantize=[name for name in products if name not in ignored],
+            nodes_to_quantize=chosen,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,

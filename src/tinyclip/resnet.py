@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x: (n, channels, h, w); mask: (channels,) or (1,)."""
-    return x if mask is None else x * mask.view(-1, 1, 1)
+    return x if mask is None else (x * mask.view(-1, 1, 1)).to(x.dtype)
 
 
 class AttentionPool(nn.Module):
@@ -70,7 +70,7 @@ class AttentionPool(nn.Module):
         v = self.v_proj(x).view(n, length, self.heads, self.head_dim).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v)  # (n, heads, 1, head_dim)
         if heads is not None:
-            y = y * heads.view(-1, 1, 1)
+            y = (y * heads.view(-1, 1, 1)).to(y.dtype)
         return self.c_proj(y.reshape(n, self.heads * self.head_dim))
 
 

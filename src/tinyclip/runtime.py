@@ -171,8 +171,8 @@ class RuntimePipeline:
         return str(self.facts["fingerprint"])
 
     def size(self) -> int:
-        """Bytes of the whole folder."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        """Bytes of its files on disk; of a model that was converted in memory, what they were."""
+        return sum(size for size, _ in self.facts["files"].values())
 
     def batch_size(self, given: int | None = None) -> int:
         """Pictures at once: what is given, else 32; twice as many texts."""
@@ -191,6 +191,8 @@ class RuntimePipeline:
         return np.empty((count, self.embed_dim), np.float32)
 
     def __reduce__(self) -> Any:
+        if not self.folder.is_dir():  # it was converted in memory
+            raise ValueError("only exports can be pickled: `tinyclip export` the model and load what that writes")
         return load_export, (self.folder, self.runtime, self.dtype)
 
 

@@ -58,12 +58,14 @@ class Index:
             facts = read_facts(path)
             try:
                 check_size(path, facts)
-                pictures = open_list(path / facts["list"])
-            except FileNotFoundError:
+                vectors = Vectors.open(path / facts["vectors"], facts["embed_dim"])
+                return cls(path, facts, vectors, open_list(path / facts["list"]))
+            except (FileNotFoundError, ValueError) as error:
                 if attempt + 1 < ATTEMPTS and read_facts(path) != facts:
                     continue
+                if isinstance(error, ValueError):
+                    raise
                 raise ValueError(f"{path} is damaged: it lacks files; index anew with --overwrite") from None
-            return cls(path, facts, Vectors.open(path / facts["vectors"], facts["embed_dim"]), pictures)
         raise AssertionError  # the last attempt returned or raised
 
     def __len__(self) -> int:

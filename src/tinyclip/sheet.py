@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from tinyclip.files import write_atomically
-from tinyclip.transforms import open_image
+from tinyclip.transforms import open_image, plain_mode
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SIDE, GAP, LINE, FONT = 200, 16, 22, 15  # pixels
@@ -90,14 +90,25 @@ def _thumbnail(file: Path, side: int) -> Image.Image:
     """The whole picture in the middle of a square, as large as fits."""
     square = Image.new("RGB", (side, side), TILE)
     try:
-        picture = open_image(file, side).convert("RGBA")
+        picture = small_copy(file, side)
     except ValueError as error:
         word = "damaged" if hasattr(error, "cause") else "missing"
         ImageDraw.Draw(square).text((side // 2, side // 2), word, PALE, _font(FONT), "mm")
         return square
-    picture = ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2), picture)
     return square
+
+
+def small_copy(file: Path, side: int) -> Image.Image:
+    """The whole picture in RGBA, its longer side `side`.
+
+    Raises:
+        ValueError: when it cannot be read (see `open_image`).
+    """
+    picture = open_image(file, side)
+    picture = (picture if picture.mode in ("P", "PA") else plain_mode(picture)).convert("RGBA")
+    size = [max(1, round(length * side / max(picture.size))) for length in picture.size]
+    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

@@ -84,7 +84,10 @@ def _of_files(kind: str, root: Path, files: list[Path], part_size: int) -> Sourc
 
 
 def _file_state(file: Path, root: Path) -> str:
-    state = file.stat()
+    try:
+        state = file.stat()
+    except FileNotFoundError:  # a link to nothing, or gone since: it is skipped when it is to be read
+        return f"{file.relative_to(root)} missing\n"
     return f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n"
 
 
@@ -99,7 +102,7 @@ def _read_texts(
     rows: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # as editors count them
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from None
         rows = [(str(i), line) for i, line in enumerate(lines, 1)]
@@ -112,6 +115,9 @@ def _read_texts(
     texts, skipped = list[Text](), list[Skipped]()
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
+        if any("\ud800" <= letter <= "\udfff" for caption in captions for letter in caption):
+            skipped.append(Skipped("", key, "bad_encoding", "text has half a surrogate pair"))
+            continue
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):
             skipped.append(Skipped("", key, "no_caption", "no text"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,10 @@ def open_image(source: str | Path | object, at_least: int | None = None) -> Imag
         raise Fault("corrupt_image", f"{name}not a picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Fault("huge_image", f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
+    except OSError as error:
+        if name and error.errno not in (None, errno.EINVAL):  # of the file, not of Pillow, also by a senseless seek
+            raise ValueError(f"{name}cannot be read ({error.strerror})") from None
+        raise Fault("corrupt_image", f"{name}damaged picture ({error or type(error).__name__})") from None
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise Fault("corrupt_image", f"{name}damaged picture ({error or type(error).__name__})") from None
 
