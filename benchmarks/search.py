@@ -1,7 +1,8 @@
 """What a vector index costs and finds: time to build, milliseconds a query, memory, recall, by number of vectors.
 
-    python benchmarks/search.py                                  # the table of docs/search.md
-    python benchmarks/search.py --counts 100000 --sweep          # what the numbers in vectors.py were chosen from
+    python benchmarks/search.py --counts 10000 100000                # the table of docs/search.md
+    python benchmarks/search.py --counts 1000000 --kinds features    # its largest row
+    python benchmarks/search.py --counts 100000 --sweep              # what the numbers in vectors.py were chosen from
 
 Two kinds of vectors. `random` ones have no neighbours worth the name, which is the worst case for a graph. `features`
 are made to be like a CLIP's: few directions that matter (64 of 512), clusters, and queries (the words) that lie beside
