@@ -24,6 +24,7 @@ from conftest import random_model
 from test_embed import drawing, encoded
 from tinyclip import app, faults, indexing, search, sheet, vectors
 from tinyclip.cli import main
+from tinyclip.export import export
 from tinyclip.indexing import SKIPPED, build
 from tinyclip.pending import Pending, Row
 from tinyclip.pipeline import Pipeline
@@ -278,36 +279,14 @@ def test_who_has_opened_a_state_keeps_it(make: Make, pictures: Path, tmp_path: P
     assert names == set(names_in(pictures))
 
 
-class Exported:
-    """A model on another runtime, which computes NumPy arrays."""
-
-    computing = {"dtype": "float32", "device": "cpu", "runtime": "other"}  # noqa: RUF012
-
-    def __init__(self, clip: Pipeline) -> None:
-        self.clip, self.preprocessing = clip, clip.preprocessing
-
-    def encode_image(self, images: Any) -> np.ndarray:
-        assert all(image.dtype == np.uint8 for image in images)
-        return self.clip.encode_image(images).numpy()
-
-    def encode_text(self, texts: Any) -> np.ndarray:
-        return self.clip.encode_text(texts).numpy()
-
-    def batch_size(self, given: int | None) -> int:
-        return given or 5
-
-    def fingerprint(self) -> str:
-        return "of its files"
-
-
 def test_an_exported_model_serves_as_well(
-    clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: tuple[Pipeline, str], model: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tinyclip, "load", lambda name, **options: Exported(clip), raising=False)
-    exported, fingerprint = search.open_model("model.onnx", dtype="float32")
-    assert fingerprint == "of its files"
-    build(exported, pictures, tmp_path / "index", model="model.onnx", fingerprint=fingerprint)
-    check(tmp_path / "index", clip, pictures, names_in(pictures))
+    export(model, tmp_path / "exported", "onnx")
+    exported, fingerprint = search.open_model(str(tmp_path / "exported"))
+    assert fingerprint == opened[1]  # so the index of one is searched with the other
+    build(exported, pictures, tmp_path / "index", model="exported", fingerprint=fingerprint)
+    check(tmp_path / "index", opened[0], pictures, names_in(pictures))
 
 
 # --- killed
