@@ -281,6 +281,23 @@ def test_int8(to: str, tmp_path: Path, place: Path) -> None:
     assert 0.95 < cosines.min() < 1 - 1e-6  # near, and yet in fewer bits
 
 
+def test_features_of_another_calibration_are_refused(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    write_shard(tmp_path / "other" / "0.tar", [good(i) for i in range(12, 24)])
+    (tmp_path / "texts.txt").write_text("a red fox\na grey wolf\n")
+    for name, calibration in (("one", place / "shards"), ("two", tmp_path / "other")):
+        command("export", place / "shortest", "--to", "onnx", "--int8", "--calibration-data", calibration, "-o", name)
+    one, two = (tinyclip.load(name) for name in ("one", "two"))
+    assert isinstance(one, RuntimePipeline) and isinstance(two, RuntimePipeline)
+    assert one.fingerprint() == two.fingerprint()  # of the model, so that an index serves both
+    for name, code in (("one", 0), ("two", 2), ("one", 0)):
+        said = command("embed", name, "texts.txt", "-o", "features", code=code)
+        assert ("made with another model (one, now two)" in said) == (code == 2)
+
+
 def test_int8_keeps_more_in_float_and_then_gives_up(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

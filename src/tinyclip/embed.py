@@ -165,16 +165,29 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
 def _facts(clip: Pipeline | Tensors) -> dict[str, Any]:
     return {
         "model_fingerprint": clip.fingerprint(),
+        "int8_files": _int8_files(clip),
         "computed_in": clip.computing["dtype"],
         "embed_dim": clip.embed_dim,
     }
 
 
-_NAMED = {"model_fingerprint": "model", "source_fingerprint": "source"}  # where a fact has what the user calls it
+def _int8_files(clip: Pipeline | Tensors) -> dict[str, list[int]] | None:
+    """The files of an int8 export, since its fingerprint, the model's, does not tell two calibrations apart."""
+    if isinstance(clip, Tensors) and clip.facts["precision"] == "int8":
+        return clip.facts["files"]
+    return None
+
+
+_NAMED = {
+    "model_fingerprint": "model",
+    "int8_files": "model",
+    "source_fingerprint": "source",
+}  # where a fact has what the user calls it
 _CALLED = {**_NAMED, "computed_in": "compute dtype"}
 _CHECKED = (
     "computed_in",
     "model_fingerprint",
+    "int8_files",
     "kind",
     "what",
     "format",
