@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from tinyclip.model import CLIP
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 
 torch.set_num_threads(1)  # for models this small a second thread only costs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).parent.parent

@@ -185,9 +185,8 @@ def test_an_interrupted_start_is_quiet(after: float) -> None:
 
 # The import of the commands, made long enough to be met.
 STARTED = """
-import signal, sys, time
+import sys, time
 from tinyclip.__main__ import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background inherit that it is ignored
 class Slow:
     def find_spec(self, name, path=None, target=None):
         if name == "tinyclip.cli_train":
