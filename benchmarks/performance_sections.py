@@ -62,6 +62,8 @@ def inference(setting: Setting) -> None:
     rows = []
     for name in MODELS:
         ways = setting.ways(name)
+        if setting.device == "cpu":
+            ways.insert(1, rivals.openvino(setting.folder / MODELS[name], setting.dtype))
         config = CLIPConfig.named(MODELS[name])
         for batch in BATCHES:
             texts, size = rivals.captions(batch), config.vision.image_size

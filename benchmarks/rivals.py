@@ -16,7 +16,7 @@ from tinyclip.checkpoint import save_checkpoint
 from tinyclip.config import CLIPConfig
 from tinyclip.interchange import convert
 from tinyclip.model import CLIP
-from tinyclip.pipeline import load
+from tinyclip.pipeline import load, load_encoder
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
 
@@ -63,6 +63,12 @@ def ours(folder: Path, dtype: Any, device: str = "cpu", **options: Any) -> Way:
     clip = load(folder / "tinyclip", device=device, dtype=dtype, **options)
     name = f"tinyclip {clip.computing['dtype']}" + (" compiled" if options.get("compile") else "")
     return Way(name, clip.encode_image, clip.encode_text)
+
+
+def openvino(folder: Path, dtype: torch.dtype) -> Way:
+    """Ours on OpenVINO, converted in memory; on processors only."""
+    clip = load_encoder(folder / "tinyclip", dtype=dtype, runtime="openvino")
+    return Way(f"tinyclip {clip.computing['dtype']} with OpenVINO", clip.encode_image, clip.encode_text)
 
 
 def open_clip(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Way:

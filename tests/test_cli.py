@@ -138,6 +138,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("classify",), "Missing argument 'model' (see `tinyclip classify --help`)"),
         (("search", "x", "cat", "-k", "0"), "greater than or equal to 1 (see `tinyclip search --help`)"),
         (("evaluate", "teacher", "eval", "-o", "eval"), "eval is a folder"),
+        (("evaluate", "teacher", "data", "--per-class"), "data: no names of classes are there, so --per-class has no"),
         (("evaluate", "teacher", "eval", "-o", "recipe.yaml/x"), "recipe.yaml is a file"),
     ],
 )

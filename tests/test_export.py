@@ -481,6 +481,8 @@ def test_a_runtime_that_is_missing_or_cannot(place: Path, monkeypatch: pytest.Mo
         tinyclip.load(place / "uneven-onnx", runtime="onnxruntime", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"an export, which runs on the CPU, not on cuda"):
         tinyclip.load(place / "uneven-onnx", device="cuda")
+    with pytest.raises(ValueError, match=r"uneven-onnx is an export, whose activation is part of its graph"):
+        tinyclip.load(place / "uneven-onnx", activation="gelu")
     missing = {"openvino"}
     find_spec = engines.find_spec
     monkeypatch.setattr(engines, "find_spec", lambda name: None if name in missing else find_spec(name))

@@ -59,6 +59,9 @@ def evaluate(
     check_file(output)
     columns = {"image_column": image_column, "caption_column": caption_column}
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
+    if (templates or per_class) and not dataset.classnames:
+        option = "--templates" if templates else "--per-class"
+        raise ValueError(f"{data}: no names of classes are there, so {option} has no use; leave it out")
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, dtype, compile, runtime)

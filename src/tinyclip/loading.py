@@ -81,6 +81,8 @@ def load(
         if compile:
             raise ValueError("`compile` is torch's; a runtime compiles by itself")
     if is_export:
+        if activation:
+            raise ValueError(f"{name_or_path} is an export, whose activation is part of its graph")
         return load_export(name_or_path, runtime, dtype)
     from tinyclip import pipeline
 
