@@ -36,6 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "eval" / name).mkdir(parents=True)
         (folder / "eval" / name / "1.jpg").write_bytes(picture(len(name)))
     (folder / "photo.jpg").write_bytes(picture(5))
+    (folder / "empty.txt").write_text("\n")
+    (folder / "table.csv").write_text("picture,title\nphoto.jpg,a photo\n")
     shutil.copytree(folder / "teacher", folder / "mixed")
     (folder / "mixed" / "notes.txt").write_text("of hers")
     recipe = {
@@ -87,7 +89,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "a.txt").write_text("a caption")
     (tmp_path / "in" / "b.jpg").write_bytes(b"junk")
     output = tinyclip("data", "pack", tmp_path / "in", tmp_path / "out")
-    assert "packed 1 pictures with 1 captions into 1 shards" in output and "no_caption" in output
+    assert "packed 1 picture with 1 caption into 1 shard " in output and "no_caption" in output
     assert "1 samples" in tinyclip("data", "prepare", tmp_path / "out")
     output = tinyclip("vocab", "prune", place / "teacher", tmp_path / "pruned", "--texts", tmp_path / "out")
     assert f"of {load(place / 'teacher').tokenizer.vocab_size} tokens" in output
@@ -133,6 +135,9 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("data", "pack", "nowhere", "x"), "nowhere: no such file or folder"),
         (("data", "prepare", "eval"), "no .tar shards"),
         (("vocab", "prune", "teacher", "x", "--texts", "nowhere"), "nowhere"),
+        (("vocab", "prune", "teacher", "x", "--texts", "empty.txt"), "empty.txt: no texts in it"),
+        (("probe", "teacher", "table.csv"), "table.csv: a table of captions has no classes"),
+        (("compare", "teacher", "teacher", "--data", "table.csv"), "name it with --image-column, or rename it"),
         (("report", "eval"), "no finished run"),
         (("clasify",), "No such command 'clasify'. Did you mean 'classify'? (see `tinyclip --help`)"),
         (("classify",), "Missing argument 'model' (see `tinyclip classify --help`)"),

@@ -226,6 +226,38 @@ def karpathy(root: Path, filepath: str | None = None) -> Path:
     return root / "split.json"
 
 
+def test_captions_in_subfolders_are_no_classes(tmp_path: Path) -> None:
+    root = folders(tmp_path / "photos", ["2023", "2024"])
+    (root / "2023" / "a.txt").write_text("a fox")
+    (root / "2024" / "a.json").write_text('{"caption": "two foxes"}')
+    (root / "top.jpg").write_bytes(picture(5))
+    (root / "top.txt").write_bytes(b"caf\xe9")
+    dataset = open_dataset(root)
+    assert not dataset.classnames
+    assert {e.key: e.captions for e in dataset} == {"2023/a.jpg": ("a fox",), "2024/a.jpg": ("two foxes",)}
+    assert [(s.key, s.cause) for s in dataset.skipped] == [("top.jpg", "bad_encoding")]
+    names = tmp_path / "names.txt"
+    names.write_text("2023\n2024\n")  # who names classes wants them
+    assert open_dataset(root, classes=names).classnames == ["2023", "2024"]
+
+
+def test_pictures_beside_class_folders_have_no_class(tmp_path: Path) -> None:
+    root = folders(tmp_path / "classes", ["fox", "owl"])
+    (root / "loose.jpg").write_bytes(picture(5))
+    dataset = open_dataset(root)
+    assert labels_of(dataset) == {"fox/a.jpg": "fox", "owl/a.jpg": "owl"}
+    assert [str(s) for s in dataset.skipped] == ["loose.jpg: in no class folder"]
+
+
+def test_a_bad_line_of_a_table_costs_no_other(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(picture(1))
+    (tmp_path / "t.csv").write_bytes(b"image,caption\na.jpg,a fox\nb.jpg,caf\xe9\n")
+    dataset = open_dataset(tmp_path / "t.csv")
+    assert [e.key for e in dataset] == ["a.jpg"]
+    assert [(s.key, s.cause) for s in dataset.skipped] == [("b.jpg", "bad_encoding")]
+
+
 @pytest.mark.parametrize("filepath", [None, "val2014"])
 def test_split_files_of_karpathy(tmp_path: Path, filepath: str | None) -> None:
     file = karpathy(tmp_path / "d", filepath)

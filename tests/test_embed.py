@@ -218,10 +218,18 @@ def test_names_of_any_kind(kind: str, clip: Pipeline, tmp_path: Path, capsys: py
     assert skipped(tmp_path / "out") == {"link.png": "no such file", "\\xfe.png": "not a picture that Pillow can read"}
 
 
+def test_a_bad_line_costs_no_other(clip: Pipeline, tmp_path: Path) -> None:
+    for name, content in (("a.txt", b"a cat\ncaf\xe9\r\na dog"), ("b.csv", b"text\na cat\ncaf\xe9\na dog\n")):
+        (tmp_path / name).write_bytes(content)
+        out = tmp_path / f"{name}-out"
+        assert embed(clip, open_source(tmp_path / name), out, Plan("m"))["texts"] == 2
+        assert skipped(out) == {"2": "no UTF-8, or half a surrogate pair"}
+
+
 def test_half_a_surrogate_pair_is_left_out(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a cat"}\n{"text": "\\ud800"}\n')
     assert embed(clip, open_source(tmp_path / "a.jsonl"), tmp_path / "out", Plan("m"))["texts"] == 1
-    assert skipped(tmp_path / "out") == {"2": "text has half a surrogate pair"}
+    assert skipped(tmp_path / "out") == {"2": "no UTF-8, or half a surrogate pair"}
 
 
 def test_features_that_are_no_numbers_are_not_written(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -383,7 +391,9 @@ def test_other_columns_are_refused(columns: dict[str, str], message: str, clip: 
     ("name", "content", "message"),
     [
         ("none", None, "none: no such file or folder"),
-        ("a.txt", b"\xff", r"a\.txt: no UTF-8 text"),
+        ("a.txt", b"\xff", r"a\.txt: no texts in it; 1 bad_encoding, the first: 1: no UTF-8"),
+        ("a.txt", "a cat\n".encode("utf-16"), r"a\.txt: UTF-16; save it as UTF-8"),
+        ("a.csv", "text\na cat\n".encode("utf-16"), r"a\.csv: UTF-16; save it as UTF-8"),
         ("a.txt", b"\n \n", r"a\.txt: no texts in it"),
         ("a.csv", b"name,size\nx,3\n", r"a\.csv: no column one of caption"),
         ("a.jsonl", b"[]\n", r"a\.jsonl: "),

@@ -314,7 +314,7 @@ def test_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
         evaluate(Oracle(), twice)
     short = shards(tmp_path / "short", [(g, {"class": str(g)}) for g in (10, 20, 30)])
     with pytest.raises(
-        ValueError, match="short: 2 of 3 pictures have a class that its list lacks, so they do not match"
+        ValueError, match="short: 2 of 3 pictures have no class that its list names, so they do not match"
     ):
         evaluate(Oracle(), open_dataset(short, classes=_lines(tmp_path / "one.txt", "10")))
     bare = shards(tmp_path / "bare", [(10, {})])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -155,5 +156,22 @@ def test_nothing_half_written(tmp_path: Path) -> None:
         pack(items, tmp_path / "file" / "out")
     with pytest.raises(ValueError, match="holds the pictures to pack"):
         pack(items, tmp_path, overwrite=True)
-    pack(items, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists()
+    with pytest.raises(ValueError, match=r"out holds more than shards \(precious\), so it is not replaced"):
+        pack(items, tmp_path / "out", overwrite=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    (tmp_path / "out" / "precious").unlink()
+    for _ in range(2):
+        pack(items, tmp_path / "out", overwrite=True)
+
+
+def test_names_and_captions_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for name in (b"caf\xe9", b"good", b"bad"):
+        picture(Path(os.fsdecode(os.fsencode(folder) + b"/" + name + b".jpg")))
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name + b".txt")).write_bytes(b"\xff" if name == b"bad" else b"a")
+    report = pack(find_items(folder), tmp_path / "out")
+    assert [info_of(s)["file"] for s in read_shards(tmp_path / "out")] == ["caf\\xe9.jpg", "good.jpg"]
+    assert [s.cause for s in report.skipped] == ["bad_encoding"]
+    (folder / "t.jsonl").write_bytes(b'{"path": "good.jpg", "text": "\xff"}\n{"path": "bad.jpg", "text": "b"}\n')
+    good, bad = find_items(folder / "t.jsonl")
+    assert good.problem is not None and good.problem.cause == "bad_encoding" and bad.captions == ("b",)

@@ -274,3 +274,12 @@ def test_a_picture_that_does_not_decode_is_refused(folder: Path, clip: Pipeline)
 def test_an_unreadable_picture_is_named(folder: Path, clip: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"none\.png: no such file"):
         clip.encode_image([folder / "0.png", folder / "none.png"])
+
+
+def test_saving_replaces_checkpoints_alone(clip: Pipeline, tmp_path: Path) -> None:
+    for _ in range(2):
+        clip.save(tmp_path / "model")
+    (tmp_path / "model" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match=r"model holds more than a checkpoint \(thesis\.txt\), so it is not replaced"):
+        clip.save(tmp_path / "model")
+    assert (tmp_path / "model" / "thesis.txt").exists()

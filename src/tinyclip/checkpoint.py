@@ -80,13 +80,13 @@ def save_into(
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file into the new folder of a checkpoint; `ValueError` when it cannot be written."""
+    """Write a safetensors file into the new folder of a checkpoint; `OSError` when it cannot be written."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
         path.chmod(0o644)  # safetensors makes it private
     except SafetensorError as error:  # a full disk, for one
-        raise ValueError(f"cannot write {path.parent.parent}: {error}") from None
+        raise OSError(str(error)) from None
 
 
 def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CLIP, CLIPTokenizer, Preprocess]:

@@ -11,9 +11,14 @@ import typer
 
 from tinyclip.terminal import (
     AsJson,
+    CaptionColumn,
+    ClassNames,
     Device,
     DType,
+    ImageColumn,
+    Images,
     Overwrite,
+    Split,
     Templates,
     check_free,
     complete_model,
@@ -41,6 +46,11 @@ def compare(
     ],
     data: Annotated[list[Path], typer.Option(help="Pictures with classes or captions, as `evaluate` reads them.")],
     templates: Templates = None,
+    classes: ClassNames = None,
+    split: Split = None,
+    images: Images = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     device: Device = "auto",
     dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for a report with figures.")] = None,
@@ -49,7 +59,8 @@ def compare(
 ) -> None:
     """Accuracy, agreement with TEACHER, calibration, size and speed of STUDENTS, with intervals and a paired test.
 
-    Several --data make one table. What is compared is read once for all models, and once more for the report.
+    Several --data make one table; what else is said of data goes for all of them. What is compared is read once for
+    all models, and once more for the report.
     """
     from tinyclip.compare import check, judge
     from tinyclip.contenders import costs, labels, load_all
@@ -59,7 +70,8 @@ def compare(
         from tinyclip.compare_report import FILES
 
         check_free(output, overwrite, FILES, "a comparison")
-    datasets = [open_dataset(path, templates) for path in data]
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    datasets = [open_dataset(path, templates, classes=classes, split=split, images=images, **columns) for path in data]
     for dataset in datasets:
         check(dataset)
     contenders = load_all([teacher, *students], device, dtype)

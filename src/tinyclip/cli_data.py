@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from tinyclip.terminal import (
     Overwrite,
     check_free,
     errors,
+    plural,
     print_faults,
     read_lines,
     say,
@@ -46,7 +48,8 @@ def pack(
 
     report = pack(items, output, shard_size=shard_size, resize=resize, overwrite=overwrite, progress=progress)
     progress()  # lets the bar reach its end
-    say(f"packed {report.packed} pictures with {report.captions} captions into {report.shards} shards in {output}")
+    what = f"{plural(report.packed, 'picture')} with {plural(report.captions, 'caption')}"
+    say(f"packed {what} into {plural(report.shards, 'shard')} in {output}")
     if report.skipped:
         say(f"skipped {len(report.skipped)}, see {output / 'skipped.jsonl'}:")
         print_faults(report.skipped)
@@ -91,11 +94,12 @@ def prune(
     from tinyclip.shards import all_captions
 
     check_free(output, overwrite)
+    found = all_captions(texts) if texts.is_dir() else iter(read_lines(texts))
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"{texts}: no texts in it, so no tokens to keep")
     clip = load(model)
-    if texts.is_dir():
-        kept = clip.tokenizer.kept_ids(all_captions(texts))
-    else:
-        kept = clip.tokenizer.kept_ids(read_lines(texts))
+    kept = clip.tokenizer.kept_ids(chain([first], found))
     small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
     how = f"The same model with {len(kept):,} of its {clip.tokenizer.vocab_size:,} tokens (`tinyclip vocab prune`)."
     small.save(output, card=made_from(model, how))

@@ -13,11 +13,16 @@ import typer
 
 from tinyclip.terminal import (
     AsJson,
+    CaptionColumn,
+    ClassNames,
     Compile,
     Device,
     DType,
+    ImageColumn,
+    Images,
     Model,
     Runtime,
+    Split,
     Templates,
     check_file,
     console,
@@ -28,7 +33,6 @@ from tinyclip.terminal import (
     say_computing,
 )
 
-ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
 PerClass = Annotated[bool, typer.Option("--per-class", help="Also the figures of each class.")]
 COUNTS = ("n", "n_images", "n_texts", "classes", "templates")
@@ -39,10 +43,10 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Class folders, shards, a val.tar, a table or a split file.")],
     templates: Templates = None,
     classes: ClassNames = None,
-    split: Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of the pictures in a table.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of the captions in a table.")] = None,
+    split: Split = None,
+    images: Images = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
     per_class: PerClass = False,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -97,12 +101,18 @@ def probe(
     """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
     from tinyclip.datasets import find_splits, open_dataset
     from tinyclip.distributed import is_main, processes, resolve_device
+    from tinyclip.pack import TABLES
     from tinyclip.pipeline import load_encoder
     from tinyclip.probe import check_solver
     from tinyclip.probe import probe as probed
 
     check_file(output)
     check_solver(solver)
+    for data in (train, test):
+        if data is not None and data.suffix.lower() in TABLES:
+            raise ValueError(
+                f"{data}: a table of captions has no classes, which a probe needs; give class folders or shards"
+            )
     splits = find_splits(train)
     given = open_dataset(train, classes=classes, split="train" if "train" in splits else None)
     other = test or (train if "train" in splits and len(splits) > 1 else None)

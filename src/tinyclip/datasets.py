@@ -14,6 +14,7 @@ from tinyclip.faults import Fault, Skipped
 from tinyclip.inputs import ahead
 from tinyclip.layouts import Item, Mine, Reader
 from tinyclip.pack import TABLES, find_items
+from tinyclip.pack import Item as Captioned
 from tinyclip.shards import find_shards
 
 SPLITS = ("test", "val", "validation", "train")  # of those that are there, the first is the default
@@ -116,7 +117,7 @@ def open_dataset(
     if table:
         _no_split(place, options)
         items = find_items(place, image_column=image_column, caption_column=caption_column, image_root=images)
-        return _captioned(place, options, [(item.path, item.captions) for item in items], place.parent)
+        return _captioned(place, options, items, place.parent)
     if karpathy:
         chosen = split or "test"
         return _captioned(place, options, layouts.karpathy(karpathy, chosen, options.images), karpathy.parent)
@@ -135,12 +136,13 @@ def _folder(place: Path, options: Options) -> Dataset:
     if _has_shards(part):
         classes = of_samples(options.classes or _names_beside(homes))
         return _dataset(part, classes, layouts.shards(_shards(part), classes), options, homes)
-    if names := layouts.class_folders(part):
-        classes = of_folders(part, names, options.classes or _names_beside(homes))
+    names, source = layouts.class_folders(part), options.classes or _names_beside(homes)
+    captioned = layouts.has_captions(part, names)
+    if names and (source or not captioned):
+        classes = of_folders(part, names, source)
         return _dataset(part, classes, layouts.folders(part, classes), options, homes)
-    files = [p for p in part.iterdir() if p.suffix.lower() in layouts.IMAGE_ENDINGS]
-    if any(file.with_suffix(ending).is_file() for file in files for ending in (".txt", ".json")):
-        return _captioned(part, options, [(item.path, item.captions) for item in find_items(part)], part)
+    if captioned:
+        return _captioned(part, options, find_items(part), part)
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
 
@@ -197,7 +199,7 @@ def _dataset(place: Path, classes: Classes, reader: Reader, options: Options, ho
     return Dataset(place, list(classes.names), templates, reader)
 
 
-def _captioned(place: Path, options: Options, pictures: Sequence[tuple[Path, Sequence[str]]], root: Path) -> Dataset:
+def _captioned(place: Path, options: Options, pictures: Sequence[Captioned], root: Path) -> Dataset:
     if options.classes:
         raise ValueError(f"{place}: its pictures have captions and no classes, so there is nothing to name")
     return Dataset(place, [], [], layouts.captioned(root, pictures))

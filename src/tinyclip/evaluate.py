@@ -172,7 +172,7 @@ def check_classes(dataset: Dataset, known: int) -> None:
     """`ValueError` when no picture has a class, or more of them have one that the list lacks than have a known one."""
     lacking = [s for s in dataset.skipped if s.cause == "unknown_class"]
     if len(lacking) > known:
-        counted = f"{len(lacking):,} of {len(lacking) + known:,} pictures have a class that its list lacks"
+        counted = f"{len(lacking):,} of {len(lacking) + known:,} pictures have no class that its list names"
         raise ValueError(f"{dataset.path}: {counted}, so they do not match; the first: {lacking[0]}")
     if not known:
         raise ValueError(f"{dataset.path}: no picture has a class")

@@ -10,10 +10,36 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+# What checkpoints (ours, OpenCLIP's, Hugging Face's) and exports are made of.
+CHECKPOINT_FILES = {
+    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
+    *("open_clip_config.json", "open_clip_model.safetensors"),
+    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
+    *("tinyclip.json", "image.onnx", "text.onnx", "image.onnx.data", "text.onnx.data", "image.pt2", "text.pt2"),
+    *("image.xml", "image.bin", "text.xml", "text.bin"),
+}
+
+
+def check_replaceable(path: Path, known: Collection[str], what: str) -> None:
+    """Refuse to replace a file by a folder, or a folder that holds anything else than what is to be written there.
+
+    Args:
+        known: patterns of the names that `what` is made of.
+
+    Raises:
+        ValueError: naming what would be lost.
+    """
+    if path.is_file():
+        raise ValueError(f"{path} is a file, so it is not replaced by a folder; choose another place")
+    found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if other := [name for name in found if not any(fnmatchcase(name, pattern) for pattern in known)]:
+        raise ValueError(f"{path} holds more than {what} ({other[0]}), so it is not replaced; choose another place")
 
 
 @contextmanager

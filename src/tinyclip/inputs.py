@@ -113,6 +113,11 @@ def check_labels(labels: str | Sequence[str]) -> None:
         raise ValueError("a label is empty")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair; bytes that are no UTF-8 are read as such."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_finite(features: np.ndarray) -> None:
     """`ValueError` for features that can be compared with nothing."""
     if not np.isfinite(features).all():

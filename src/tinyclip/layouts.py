@@ -17,6 +17,7 @@ from tinyclip.classnames import Classes
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import name_of, read_json_object
 from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures
+from tinyclip.pack import Item as Captioned
 from tinyclip.shards import TAR_ERRORS, captions_of, entries, image_of, info_of, open_shard, read_shard, words
 from tinyclip.transforms import open_image
 
@@ -47,13 +48,27 @@ Reader = Callable[[Mine, list[Skipped]], Iterator[tuple[int, Item]]]
 def class_folders(place: Path) -> list[str]:
     """Names of the folders in a folder that have pictures in them, sorted."""
     folders = sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [p.name for p in folders if any(f.suffix.lower() in IMAGE_ENDINGS for f in p.rglob("*"))]
+    return [p.name for p in folders if any(map(_is_image, p.rglob("*")))]
+
+
+def has_captions(place: Path, folders: Sequence[str]) -> bool:
+    """Whether a picture in a folder, or the first in one of these folders in it, has a caption beside it."""
+    first = (next(filter(_is_image, (place / name).rglob("*")), None) for name in folders)
+    found = (file for file in (*filter(_is_image, place.iterdir()), *first) if file is not None)
+    return any(file.with_suffix(ending).is_file() for file in found for ending in (".txt", ".json"))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_ENDINGS
 
 
 def folders(place: Path, classes: Classes) -> Reader:
-    """A folder for each class, with pictures at any depth."""
+    """A folder for each class, with pictures at any depth. Pictures beside the folders have no class."""
 
     def items() -> Iterator[Item]:
+        for file in sorted(place.iterdir()):
+            if _is_image(file) and file.is_file():
+                yield Item(name_of(Path(file.name)), partial(_refused, Fault("unknown_class", "in no class folder")))
         for folder, label in classes.labels.items():
             for file in find_pictures(place / folder):
                 key = name_of(file.relative_to(place))
@@ -62,13 +77,15 @@ def folders(place: Path, classes: Classes) -> Reader:
     return _numbered(items)
 
 
-def captioned(place: Path, pictures: Sequence[tuple[Path, Sequence[str]]]) -> Reader:
+def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
     """Files with their captions; keys are paths below `place` where they are."""
 
     def items() -> Iterator[Item]:
-        for file, captions in pictures:
+        for picture in pictures:
+            file = picture.path
             key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
-            yield Item(key, partial(_open_file, file), captions=tuple(captions))
+            opened = partial(_refused, picture.problem) if picture.problem else partial(_open_file, file)
+            yield Item(key, opened, captions=picture.captions)
 
     return _numbered(items)
 
@@ -80,6 +97,10 @@ def _numbered(items: Callable[[], Iterable[Item]]) -> Reader:
     return read
 
 
+def _refused(problem: Fault) -> Image.Image:
+    raise problem
+
+
 def _open_file(file: Path) -> Image.Image:
     try:
         return open_image(file)
@@ -89,7 +110,7 @@ def _open_file(file: Path) -> Image.Image:
         raise Fault("no_image", str(error).removeprefix(f"{file}: ")) from None
 
 
-def karpathy(file: Path, split: str, images: Path | None) -> list[tuple[Path, list[str]]]:
+def karpathy(file: Path, split: str, images: Path | None) -> list[Captioned]:
     """Pictures and captions of a split of `dataset_flickr30k.json`, `dataset_coco.json` and their like.
 
     Args:
@@ -122,7 +143,7 @@ def karpathy(file: Path, split: str, images: Path | None) -> list[tuple[Path, li
         for strip in (False, True):  # COCO's `filepath`, val2014, may be the folder itself
             files = [(place / (name.name if strip else name), captions) for name, captions in chosen]
             if any(path.is_file() for path, _ in files):
-                return files
+                return [Captioned(path, tuple(captions)) for path, captions in files]
     where = images or f"{file.parent} and its folders"
     raise ValueError(f"{file}: none of the {len(chosen):,} pictures is in {where}; name their folder with --images")
 

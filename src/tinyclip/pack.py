@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import webdataset
 from PIL import Image
 
 from tinyclip.faults import Fault, Skipped, counts, summary
-from tinyclip.files import atomic_directory
+from tinyclip.files import atomic_directory, check_replaceable, name_of
+from tinyclip.inputs import is_unicode
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
 
 COPIED = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
@@ -22,6 +24,7 @@ CONVERTED = {".bmp", ".gif", ".tif", ".tiff"}  # stored as PNG
 OTHERS = {".avif", ".heic", ".heif", ".jxl"}  # stored as PNG if this Pillow reads them, else reported
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
+PACKED = {"shard-*.tar", "shard-*.tar.idx", "skipped.jsonl", "classnames.txt", ".nv-meta", ".prepare.lock"}
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
 
 
@@ -113,6 +116,7 @@ def pack(
         raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
     if any(out.resolve() in item.path.resolve().parents for item in items):
         raise ValueError(f"{out} holds the pictures to pack; choose another folder")
+    check_replaceable(out, PACKED, "shards")
     report = Report(0, 0, 0, [])
     with atomic_directory(out) as folder:
         pattern = str(folder).replace("%", "%%") + "/shard-%05d.tar"
@@ -140,9 +144,9 @@ def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> No
         ending, data = _stored(item.path, resize)
     except ValueError as error:
         reason = str(error).removeprefix(f"{item.path}: ")
-        report.skipped.append(Skipped("", str(item.path), getattr(error, "cause", "no_image"), reason))
+        report.skipped.append(Skipped("", name_of(item.path), getattr(error, "cause", "no_image"), reason))
         return
-    info: dict[str, Any] = {"captions": list(item.captions), "file": item.path.name}
+    info: dict[str, Any] = {"captions": list(item.captions), "file": name_of(Path(item.path.name))}
     if item.name is not None:
         info["class"] = item.name
     text = json.dumps(info, ensure_ascii=False)
@@ -198,7 +202,7 @@ def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:
         raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
     items = []
     for folder in sorted(p for p in source.iterdir() if p.is_dir()):
-        name = folder.name.replace("_", " ")
+        name = name_of(Path(folder.name)).replace("_", " ")
         captions = tuple(t.replace("{c}", name) for t in templates)
         items += [Item(path, captions, name) for path in find_pictures(folder)]
     return items
@@ -218,7 +222,13 @@ def _from_table(table: Path, image_column: str | None, caption_column: str | Non
             continue
         texts = captions if isinstance(captions, list) else [captions]
         joined.setdefault(str(file), []).extend(t.strip() for t in texts if isinstance(t, str) and t.strip())
-    return [Item(root / file, tuple(captions)) for file, captions in joined.items()]
+    return [_of_row(root / file, captions) for file, captions in joined.items()]
+
+
+def _of_row(path: Path, captions: Sequence[str]) -> Item:
+    if not all(map(is_unicode, captions)):
+        return Item(path, (), problem=Fault("bad_encoding", "caption is no UTF-8"))
+    return Item(path, tuple(captions))
 
 
 def find_column(table: Path, row: dict[str, Any], given: str | None, known: Sequence[str], option: str) -> str:
@@ -226,18 +236,33 @@ def find_column(table: Path, row: dict[str, Any], given: str | None, known: Sequ
     found = next((name for name in ([given] if given else known) if name in row), None)
     if found is None:
         wanted = repr(given) if given else "one of " + ", ".join(known)
-        raise ValueError(f"{table}: no column {wanted}; it has {', '.join(map(str, row))}; name it with {option}")
+        raise ValueError(
+            f"{table}: no column {wanted}; it has {', '.join(map(str, row))}; name it with {option}, or rename it"
+        )
     return found
 
 
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """A file of UTF-8; bytes that are none come as halves of surrogate pairs, which
+    `inputs.is_unicode` tells, so that a bad line costs no other.
+
+    Raises:
+        ValueError: for UTF-16.
+    """
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path}: UTF-16; save it as UTF-8")
+    return path.open(newline=newline, encoding="utf-8-sig", errors="surrogateescape")
+
+
 def read_rows(table: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .csv, .tsv, .jsonl or .parquet table; `ValueError` when it cannot be read."""
+    """Rows of a .csv, .tsv, .jsonl or .parquet table, texts as of `open_text`; `ValueError` when it cannot be read."""
     try:
         if table.suffix.lower() in (".csv", ".tsv"):
-            with table.open(newline="", encoding="utf-8-sig") as file:
+            with open_text(table, newline="") as file:
                 yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
         elif table.suffix.lower() == ".jsonl":
-            with table.open(encoding="utf-8") as file:
+            with open_text(table) as file:
                 for line in filter(str.strip, file):
                     row = json.loads(line)
                     if not isinstance(row, dict):

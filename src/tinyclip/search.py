@@ -200,7 +200,10 @@ def read_facts(path: Path) -> dict[str, Any]:
         if (path / WORK).exists():
             raise ValueError(f"{path}: its first `tinyclip index` has not come to an end; run it again")
         raise ValueError(f"{path}: no index; make one with `tinyclip index MODEL FOLDER -o {path}`")
-    facts = read_json_object(path / INFO)
+    try:
+        facts = read_json_object(path / INFO)
+    except ValueError as error:
+        raise ValueError(f"{error}; index anew with --overwrite") from None
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path}: an index of format {facts.get('format')}, this tinyclip reads {FORMAT}")
     types = {"model": str, "model_fingerprint": str, "embed_dim": int, "root": str, "vectors": str, "list": str}
@@ -232,8 +235,10 @@ def open_list(file: Path) -> sqlite3.Connection:
     """
     file.stat()
     connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
-    with told(file):
+    try:
         connection.execute("SELECT path FROM pictures LIMIT 1").fetchone()
+    except sqlite3.Error as error:
+        raise ValueError(f"{file} is damaged ({error}); index anew with --overwrite") from None
     return connection
 
 

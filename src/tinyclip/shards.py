@@ -21,6 +21,7 @@ from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_
 from PIL import Image
 
 from tinyclip.faults import Fault, Skipped
+from tinyclip.inputs import is_unicode
 from tinyclip.transforms import open_image
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -233,7 +234,7 @@ def captions_of(sample: dict[str, Any]) -> list[str]:
     captions = [c.strip() for c in found or [] if isinstance(c, str) and c.strip()]
     if not captions and not data and "json" in sample and (other := json.loads(sample["json"])) != {}:
         raise Fault("bad_json", f"JSON is {type(other).__name__}, not an object")
-    if any("\ud800" <= letter <= "\udfff" for caption in captions for letter in caption):
+    if not all(map(is_unicode, captions)):
         raise Fault("bad_encoding", "caption has half a surrogate pair")
     return captions
 

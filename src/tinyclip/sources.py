@@ -8,9 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinyclip import faults
 from tinyclip.faults import Skipped
-from tinyclip.inputs import batches
-from tinyclip.pack import CAPTION_COLUMNS, CONVERTED, COPIED, OTHERS, TABLES, find_column, find_pictures, read_rows
+from tinyclip.files import name_of
+from tinyclip.inputs import batches, is_unicode
+from tinyclip.pack import (
+    CAPTION_COLUMNS,
+    CONVERTED,
+    COPIED,
+    OTHERS,
+    TABLES,
+    find_column,
+    find_pictures,
+    open_text,
+    read_rows,
+)
 from tinyclip.shards import find_shards
 
 TEXTS = {".txt", *TABLES}
@@ -72,7 +84,8 @@ def open_source(
         raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
     texts, skipped, text_column = _read_texts(path, text_column, key_column)
     if not texts:
-        raise ValueError(f"{path}: no texts in it")
+        why = f"; {faults.summary(faults.counts(skipped))}, the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{path}: no texts in it{why}")
     state = digest([_file_state(path, path)])
     return Source("texts", path, list(batches(texts, part_size)), state, skipped, text_column, key_column)
 
@@ -101,10 +114,9 @@ def _read_texts(
     """Texts, what has none, and the column that they are from."""
     rows: list[tuple[str, Any]] = []
     if path.suffix.lower() == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # as editors count them
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: no UTF-8 text ({error.reason} at byte {error.start})") from None
+        with open_text(path) as file:
+            text = file.read()
+        lines = text.removesuffix("\n").split("\n")  # as editors count them
         rows = [(str(i), line) for i, line in enumerate(lines, 1)]
     else:
         for i, row in enumerate(read_rows(path), 1):
@@ -115,8 +127,8 @@ def _read_texts(
     texts, skipped = list[Text](), list[Skipped]()
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
-        if any("\ud800" <= letter <= "\udfff" for caption in captions for letter in caption):
-            skipped.append(Skipped("", key, "bad_encoding", "text has half a surrogate pair"))
+        if not all(map(is_unicode, captions)):
+            skipped.append(Skipped("", name_of(Path(key)), "bad_encoding", "no UTF-8, or half a surrogate pair"))
             continue
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):

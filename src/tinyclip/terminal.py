@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
+from tinyclip.files import CHECKPOINT_FILES, check_replaceable
 
 # Piped output is wide enough for every table.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
@@ -49,17 +50,12 @@ DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
 Runtime = Annotated[str, typer.Option(help="auto, openvino, onnxruntime or torch.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
+Split = Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures in a table.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="Column of the captions in a table.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
-
-# What checkpoints (ours, OpenCLIP's, Hugging Face's) and exports are made of; a folder with anything else is not
-# replaced.
-CHECKPOINT_FILES = {
-    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
-    *("open_clip_config.json", "open_clip_model.safetensors"),
-    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
-    *("tinyclip.json", "image.onnx", "text.onnx", "image.onnx.data", "text.onnx.data", "image.pt2", "text.pt2"),
-    *("image.xml", "image.bin", "text.xml", "text.bin"),
-}
 
 
 def say(text: str) -> None:
@@ -144,8 +140,4 @@ def check_free(
     """Refuse a place that is taken: with `overwrite`, by other than what such an output is made of."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    if path.is_file():
-        raise ValueError(f"{path} is a file, so it is not replaced by a folder; choose another place")
-    found = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    if other := sorted(found - replaceable):
-        raise ValueError(f"{path} holds more than {what} ({other[0]}), so it is not replaced; choose another place")
+    check_replaceable(path, replaceable, what)
