@@ -243,8 +243,8 @@ def find_column(table: Path, row: dict[str, Any], given: str | None, known: Sequ
 
 
 def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """A file of UTF-8; bytes that are none come as halves of surrogate pairs, which
-    `inputs.is_unicode` tells, so that a bad line costs no other.
+    """A file of UTF-8. Bytes that are none come as halves of surrogate pairs (see `inputs.is_unicode`), so that a bad
+    line costs no other.
 
     Raises:
         ValueError: for UTF-16.
