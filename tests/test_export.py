@@ -612,3 +612,10 @@ deleting.start()
 deleting.join()
 subprocess.run(["true"])"""
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("lanes", "count", "together"), [(1, 8, 8), (1, 100, 32), (2, 8, 4), (2, 9, 5), (2, 100, 32), (4, 3, 1), (4, 0, 1)]
+)
+def test_few_items_are_shared_among_the_lanes(lanes: int, count: int, together: int) -> None:
+    assert engines.Tower(iter, lanes).batch(count, 32) == together

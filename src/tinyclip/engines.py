@@ -8,6 +8,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +18,19 @@ from typing import Any
 
 import numpy as np
 
-Tower = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]  # batches in, their features out, in order
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower that is ready to run: batches in, their features out, in order."""
+
+    run: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
+    lanes: int = 1  # batches that it computes at once, each on its share of the cores
+
+    def batch(self, count: int, most: int) -> int:
+        """How many of `count` items to compute together, so that no lane is idle; `most` at most."""
+        return max(1, min(most, -(-count // self.lanes)))
+
+
 # What can run each format, fastest first (docs/export.md).
 RUNS = {"onnx": ("openvino", "onnxruntime"), "openvino": ("openvino",), "torch": ("torch",)}
 EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
@@ -179,7 +192,7 @@ def _openvino(file: Path, dtype: str) -> Tower:
             for request, _ in busy:
                 request.wait()
 
-    return run
+    return Tower(run, at_once)
 
 
 def _onnxruntime(file: Path, dtype: str) -> Tower:
@@ -193,7 +206,7 @@ def _onnxruntime(file: Path, dtype: str) -> Tower:
         for batch in inputs:
             yield session.run(None, {name: batch})[0]
 
-    return run
+    return Tower(run)
 
 
 _loading = Lock()  # torch reads one program at a time: its reader is global
@@ -210,7 +223,7 @@ def _torch(file: Path, dtype: str) -> Tower:
             with torch.inference_mode():
                 yield module(torch.from_numpy(batch)).numpy()
 
-    return run
+    return Tower(run)
 
 
 STARTS: dict[str, Callable[[Path, str], Tower]] = {

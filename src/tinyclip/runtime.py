@@ -115,20 +115,21 @@ class RuntimePipeline:
         pictures: a float array or tensor (n, 3, s, s). Any number of them, as `Pipeline.encode_image`.
 
         Args:
-            batch_size: 32 by default.
+            batch_size: at most so many at once, 32 by default; fewer where that keeps more cores busy.
 
         Raises:
             ValueError: for an unreadable picture or a wrong shape.
         """
-        size = self.batch_size(batch_size)
+        tower, most = self._image_tower, self.batch_size(batch_size)
         if _is_prepared(images):
             whole = _array(images)
             whole = whole if whole.ndim == 4 else whole[None]
+            size = tower.batch(len(whole), most)
             ready: Iterator[np.ndarray] = (whole[i : i + size] for i in range(0, len(whole), size))
         else:
             items = images if isinstance(images, (list, tuple)) else [images]
-            ready = map(_stacked, batches(pictures(items, self._image), size))
-        features = [self._empty(), *self._image_tower(map(self._checked, ready))]
+            ready = map(_stacked, batches(pictures(items, self._image), tower.batch(len(items), most)))
+        features = [self._empty(), *tower.run(map(self._checked, ready))]
         return _finished(np.concatenate(features), normalize)
 
     def encode_text(
@@ -137,16 +138,17 @@ class RuntimePipeline:
         """text_features float32 (n, embed_dim) of any number of texts, in batches of like length.
 
         Args:
-            batch_size: 64 by default.
+            batch_size: at most so many at once, 64 by default; fewer where that keeps more cores busy.
 
         Raises:
             ValueError: for something that is no text.
         """
-        rows = self.tokenizer.rows(texts, self._context)
-        places = list(by_length(rows, self.batch_size(batch_size) * (1 if batch_size else 2)))
+        rows, most = self.tokenizer.rows(texts, self._context), self.batch_size(batch_size) * (1 if batch_size else 2)
+        tower = self._text_tower
+        places = list(by_length(rows, tower.batch(len(rows), most)))
         tokens = (pad([rows[i] for i in some], len(rows[some[0]])) for some in places)
         features = self._empty(len(rows))
-        for some, found in zip(places, self._text_tower(tokens), strict=True):
+        for some, found in zip(places, tower.run(tokens), strict=True):
             features[some] = found
         return _finished(features, normalize)
 
