@@ -194,9 +194,9 @@ def test_nothing_computes_any_more_when_a_batch_cannot_be_made(monkeypatch: pyte
         raise ValueError("a broken picture")
 
     with pytest.raises(ValueError, match="a broken picture"):
-        list(tower(batches()))
+        list(tower.run(batches()))
     assert not at_work
-    some = tower(batches())
+    some = tower.run(batches())
     next(some)
     some.close()  # type: ignore[attr-defined]
     assert not at_work
