@@ -226,19 +226,19 @@ def karpathy(root: Path, filepath: str | None = None) -> Path:
     return root / "split.json"
 
 
-def test_captions_in_subfolders_are_no_classes(tmp_path: Path) -> None:
+def test_captions_beside_pictures_in_folders(tmp_path: Path) -> None:
     root = folders(tmp_path / "photos", ["2023", "2024"])
     (root / "2023" / "a.txt").write_text("a fox")
     (root / "2024" / "a.json").write_text('{"caption": "two foxes"}')
+    both = open_dataset(root)  # whether the folders are classes is for the reader to judge
+    assert labels_of(both) == {"2023/a.jpg": "2023", "2024/a.jpg": "2024"}
+    assert {e.key: e.captions for e in both} == {"2023/a.jpg": ("a fox",), "2024/a.jpg": ("two foxes",)}
     (root / "top.jpg").write_bytes(picture(5))
     (root / "top.txt").write_bytes(b"caf\xe9")
-    dataset = open_dataset(root)
-    assert not dataset.classnames
-    assert {e.key: e.captions for e in dataset} == {"2023/a.jpg": ("a fox",), "2024/a.jpg": ("two foxes",)}
-    assert [(s.key, s.cause) for s in dataset.skipped] == [("top.jpg", "bad_encoding")]
-    names = tmp_path / "names.txt"
-    names.write_text("2023\n2024\n")  # who names classes wants them
-    assert open_dataset(root, classes=names).classnames == ["2023", "2024"]
+    captioned = open_dataset(root)
+    assert not captioned.classnames
+    assert {e.key: e.captions for e in captioned} == {"2023/a.jpg": ("a fox",), "2024/a.jpg": ("two foxes",)}
+    assert [(s.key, s.cause) for s in captioned.skipped] == [("top.jpg", "bad_encoding")]
 
 
 def test_pictures_beside_class_folders_have_no_class(tmp_path: Path) -> None:

@@ -136,13 +136,12 @@ def _folder(place: Path, options: Options) -> Dataset:
     if _has_shards(part):
         classes = of_samples(options.classes or _names_beside(homes))
         return _dataset(part, classes, layouts.shards(_shards(part), classes), options, homes)
-    names, source = layouts.class_folders(part), options.classes or _names_beside(homes)
-    captioned = layouts.has_captions(part, names)
-    if names and (source or not captioned):
-        classes = of_folders(part, names, source)
-        return _dataset(part, classes, layouts.folders(part, classes), options, homes)
-    if captioned:
+    if layouts.has_captions(layouts.loose_pictures(part)):
         return _captioned(part, options, find_items(part), part)
+    if names := layouts.class_folders(part):
+        classes = of_folders(part, names, options.classes or _names_beside(homes))
+        with_captions = layouts.has_captions(layouts.first_pictures(part, names))
+        return _dataset(part, classes, layouts.folders(part, classes, with_captions), options, homes)
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
 

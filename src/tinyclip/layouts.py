@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from tinyclip.classnames import Classes
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import name_of, read_json_object
-from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures
+from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures, with_sidecar
 from tinyclip.pack import Item as Captioned
 from tinyclip.shards import TAR_ERRORS, captions_of, entries, image_of, info_of, open_shard, read_shard, words
 from tinyclip.transforms import open_image
@@ -51,28 +52,40 @@ def class_folders(place: Path) -> list[str]:
     return [p.name for p in folders if any(map(_is_image, p.rglob("*")))]
 
 
-def has_captions(place: Path, folders: Sequence[str]) -> bool:
-    """Whether a picture in a folder, or the first in one of these folders in it, has a caption beside it."""
-    first = (next(filter(_is_image, (place / name).rglob("*")), None) for name in folders)
-    found = (file for file in (*filter(_is_image, place.iterdir()), *first) if file is not None)
-    return any(file.with_suffix(ending).is_file() for file in found for ending in (".txt", ".json"))
+def has_captions(pictures: Iterable[Path]) -> bool:
+    """Whether one of these has a caption beside it."""
+    return any(file.with_suffix(ending).is_file() for file in pictures for ending in (".txt", ".json"))
+
+
+def loose_pictures(place: Path) -> list[Path]:
+    """The pictures in a folder itself, sorted."""
+    return sorted(file for file in place.iterdir() if _is_image(file) and file.is_file())
+
+
+def first_pictures(place: Path, folders: Sequence[str]) -> Iterator[Path]:
+    """The first that is met in each of these folders."""
+    for name in folders:
+        yield from islice(filter(_is_image, (place / name).rglob("*")), 1)
 
 
 def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_ENDINGS
 
 
-def folders(place: Path, classes: Classes) -> Reader:
-    """A folder for each class, with pictures at any depth. Pictures beside the folders have no class."""
+def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
+    """A folder for each class, with pictures at any depth. Pictures beside the folders have no class.
+
+    Args:
+        with_captions: whether there are captions beside the pictures, to be read too.
+    """
 
     def items() -> Iterator[Item]:
-        for file in sorted(place.iterdir()):
-            if _is_image(file) and file.is_file():
-                yield Item(name_of(Path(file.name)), partial(_refused, Fault("unknown_class", "in no class folder")))
+        for file in loose_pictures(place):
+            yield Item(name_of(Path(file.name)), partial(_refused, Fault("unknown_class", "in no class folder")))
         for folder, label in classes.labels.items():
             for file in find_pictures(place / folder):
-                key = name_of(file.relative_to(place))
-                yield Item(key, partial(_open_file, file), label)
+                picture = with_sidecar(file) if with_captions else Captioned(file, ())
+                yield _of_file(picture, place, label)
 
     return _numbered(items)
 
@@ -82,12 +95,16 @@ def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
 
     def items() -> Iterator[Item]:
         for picture in pictures:
-            file = picture.path
-            key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
-            opened = partial(_refused, picture.problem) if picture.problem else partial(_open_file, file)
-            yield Item(key, opened, captions=picture.captions)
+            yield _of_file(picture, place)
 
     return _numbered(items)
+
+
+def _of_file(picture: Captioned, place: Path, label: int | None = None) -> Item:
+    file, problem = picture.path, picture.problem
+    key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
+    opened = partial(_refused, problem) if problem else partial(_open_file, file)
+    return Item(key, opened, label, captions=picture.captions)
 
 
 def _numbered(items: Callable[[], Iterable[Item]]) -> Reader:

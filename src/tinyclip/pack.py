@@ -76,7 +76,7 @@ def find_items(
     elif templates is not None:
         items = _from_class_folders(source, templates)
     else:
-        items = [_with_sidecar(path) for path in find_pictures(source)]
+        items = [with_sidecar(path) for path in find_pictures(source)]
         if items and not any(item.captions for item in items):
             raise ValueError(
                 f"{source}: no picture has a caption beside it (photo.txt or photo.json); "
@@ -183,7 +183,8 @@ def find_pictures(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _with_sidecar(path: Path) -> Item:
+def with_sidecar(path: Path) -> Item:
+    """A picture with the captions in the file beside it, or what is wrong with that."""
     from tinyclip.shards import captions_of
 
     files = {ending: path.with_suffix(f".{ending}") for ending in ("txt", "json")}
