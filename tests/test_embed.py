@@ -226,6 +226,15 @@ def test_a_bad_line_costs_no_other(clip: Pipeline, tmp_path: Path) -> None:
         assert skipped(out) == {"2": "no UTF-8, or half a surrogate pair"}
 
 
+def test_keys_of_a_table_can_be_written(clip: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"file,text\ncaf\xe9//1.jpg,a cat\n,a dog\n")
+    (tmp_path / "b.jsonl").write_text('{"file": "\\ud800", "text": "a cat"}\n')
+    for name, expected in (("a.csv", ["caf\\xe9//1.jpg", ""]), ("b.jsonl", ["\\ud800"])):
+        out = tmp_path / f"{name}-out"
+        embed(clip, open_source(tmp_path / name, key_column="file"), out, Plan("m"))
+        assert pyarrow.parquet.read_table(out / "text-00000.parquet")["key"].to_pylist() == expected
+
+
 def test_half_a_surrogate_pair_is_left_out(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a cat"}\n{"text": "\\ud800"}\n')
     assert embed(clip, open_source(tmp_path / "a.jsonl"), tmp_path / "out", Plan("m"))["texts"] == 1

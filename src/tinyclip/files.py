@@ -115,8 +115,17 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def name_of(path: Path) -> str:
-    """A path, with `/`, as text that every file and terminal can take: bytes that are no UTF-8 stand as `\\xe9`."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    """A path, with `/`, as `as_text`."""
+    return as_text(path.as_posix())
+
+
+def as_text(text: str) -> str:
+    """Text that every file and terminal can take: bytes that were no UTF-8 stand as `\\xe9`, other halves of surrogate
+    pairs as `\\ud800`."""
+    try:
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 def checksum(path: Path) -> int:

@@ -115,7 +115,7 @@ def check_labels(labels: str | Sequence[str]) -> None:
 
 def is_unicode(text: str) -> bool:
     """Whether it has no half of a surrogate pair; bytes that are no UTF-8 are read as such."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_finite(features: np.ndarray) -> None:

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 
 from tinyclip.faults import Fault, Skipped, counts, summary
-from tinyclip.files import atomic_directory, check_replaceable, name_of
+from tinyclip.files import as_text, atomic_directory, check_replaceable, name_of
 from tinyclip.inputs import is_unicode
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
 
@@ -146,7 +146,7 @@ def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> No
         reason = str(error).removeprefix(f"{item.path}: ")
         report.skipped.append(Skipped("", name_of(item.path), getattr(error, "cause", "no_image"), reason))
         return
-    info: dict[str, Any] = {"captions": list(item.captions), "file": name_of(Path(item.path.name))}
+    info: dict[str, Any] = {"captions": list(item.captions), "file": as_text(item.path.name)}
     if item.name is not None:
         info["class"] = item.name
     text = json.dumps(info, ensure_ascii=False)
@@ -203,7 +203,7 @@ def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:
         raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
     items = []
     for folder in sorted(p for p in source.iterdir() if p.is_dir()):
-        name = name_of(Path(folder.name)).replace("_", " ")
+        name = as_text(folder.name).replace("_", " ")
         captions = tuple(t.replace("{c}", name) for t in templates)
         items += [Item(path, captions, name) for path in find_pictures(folder)]
     return items

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyclip import faults
 from tinyclip.faults import Skipped
-from tinyclip.files import name_of
+from tinyclip.files import as_text
 from tinyclip.inputs import batches, is_unicode
 from tinyclip.pack import (
     CAPTION_COLUMNS,
@@ -123,12 +123,12 @@ def _read_texts(
             if i == 1:
                 text_column = find_column(path, row, text_column, CAPTION_COLUMNS, "--text-column")
                 key_column = key_column and find_column(path, row, key_column, (), "--key-column")
-            rows.append((str(row.get(key_column)) if key_column else str(i), row.get(str(text_column))))
+            rows.append((as_text(str(row.get(key_column))) if key_column else str(i), row.get(str(text_column))))
     texts, skipped = list[Text](), list[Skipped]()
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
         if not all(map(is_unicode, captions)):
-            skipped.append(Skipped("", name_of(Path(key)), "bad_encoding", "no UTF-8, or half a surrogate pair"))
+            skipped.append(Skipped("", key, "bad_encoding", "no UTF-8, or half a surrogate pair"))
             continue
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):
