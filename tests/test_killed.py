@@ -40,14 +40,16 @@ PATIENCE = 120  # seconds
 # --- processes --------------------------------------------------------------------------------------------------
 
 
-def work(settings: dict[str, Any], index: int, count: int, port: int) -> None:
-    """One process of a run, from the start or from where it stands; each leaves the weights it ends with."""
+def work(settings: dict[str, Any], index: int, count: int, port: int, prepare: Callable[[int], None] | None) -> None:
+    """One process of a run, from the start or from where it stands; it calls `prepare` with its number first."""
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     chosen = Recipe.model_validate(settings)
     folder = Path(chosen.output)
     sys.stderr = (folder.parent / f"{folder.name}-{index}.err").open("w")
+    if prepare is not None:
+        prepare(index)
     try:
         with processes():
             train.run(train.start(chosen, resume=(folder / "recipe.yaml").exists()))
@@ -56,12 +58,12 @@ def work(settings: dict[str, Any], index: int, count: int, port: int) -> None:
         sys.exit(2)
 
 
-def begin(chosen: Recipe, count: int = 1) -> list[Any]:
+def begin(chosen: Recipe, count: int = 1, prepare: Callable[[int], None] | None = None) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = chosen.model_dump(mode="json")
-    begun = [SERVER.Process(target=work, args=(settings, i, count, port)) for i in range(count)]
+    begun = [SERVER.Process(target=work, args=(settings, i, count, port, prepare)) for i in range(count)]
     for process in begun:
         process.start()
     return begun

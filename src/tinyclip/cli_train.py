@@ -68,12 +68,11 @@ def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -
     if smoke or small:
         _smoke(recipe, smoke, small)
         return
-    from tinyclip.distributed import is_main, processes, resolve_device
+    from tinyclip.distributed import from_main, processes, resolve_device
 
     with processes(resolve_device(recipe.device)):
         folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=_hint())
-        if is_main():
-            write_run_report([folder], folder / "report.html", folder.name)
+        from_main(lambda: write_run_report([folder], folder / "report.html", folder.name))
 
 
 def _hint() -> str:

@@ -73,7 +73,6 @@ def _cpu_has_bfloat16() -> bool:
 
 # --- several processes ------------------------------------------------------------------------------------------
 
-GO_ON = "go on from the last checkpoint with --resume"
 PATIENCE = timedelta(hours=4)  # others wait this long while the first process evaluates or cuts
 
 

@@ -284,6 +284,9 @@ class Recipe(Strict):
     save_minutes: float | None = Field(
         None, gt=0, description="minutes between checkpoints in a stage, where these come first"
     )
+    stall_minutes: float | None = Field(
+        60.0, gt=0, description="minutes without a step, after which the run ends and says where it hangs; null: never"
+    )
     keep: Positive = Field(2, description="checkpoints of a stage in progress that are kept, the newest included")
     save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -342,6 +342,7 @@ class Stops:
 
     received: list[int] = field(default_factory=list)
     parent: int = field(default_factory=os.getppid)
+    saved: int | None = None  # the step that is saved, while nothing would be lost by stopping at once
 
     def alone(self) -> int:
         """The signal that a run of one process has received, or 0; several agree once a step."""
@@ -355,11 +356,22 @@ class Stops:
         interrupt, terminate, *others = any_of(signal.SIGINT in self.received, terminate, *flags, device=device)
         return (signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0), *others
 
+    @contextmanager
+    def at_once(self, step: int) -> Iterator[None]:
+        """For work after a save, which can be long: a signal, also one that has come, raises `Interrupted` there."""
+        self.saved = step
+        try:
+            if stop := self.alone():
+                raise Interrupted(stop, step)
+            yield
+        finally:
+            self.saved = None
+
 
 @contextmanager
-def stop_signals() -> Iterator[Stops]:
-    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save. A second SIGINT raises. Decoding workers
-    ignore both (see `data`)."""
+def stop_signals(noted: Callable[[], None] = lambda: None) -> Iterator[Stops]:
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save, and calls `noted`. A second SIGINT
+    raises. Decoding workers ignore both (see `data`)."""
     stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops
@@ -369,6 +381,9 @@ def stop_signals() -> Iterator[Stops]:
         if stops.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         stops.received.append(number)
+        noted()
+        if stops.saved is not None:
+            raise Interrupted(number, stops.saved)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

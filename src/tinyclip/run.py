@@ -18,12 +18,13 @@ from tinyclip import data
 from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import training_loader
-from tinyclip.distributed import GO_ON, is_main, rank, world_size
+from tinyclip.distributed import is_main, rank, world_size
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.teacher import AnyTeacher, ForeignTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
+from tinyclip.watchdog import GO_ON, Watchdog
 
 Evaluator = Callable[[CLIP, CLIPTokenizer, Preprocess], dict[str, Any]]
 Listener = Callable[[dict[str, Any]], None]
@@ -46,6 +47,7 @@ class Run:
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
     caches: list[Cache] = field(default_factory=list)  # of a cached teacher
+    watchdog: Watchdog = field(default_factory=Watchdog)
 
     def emit(self, event: dict[str, Any]) -> None:
         """To metrics.jsonl and to the listener, by the first process."""

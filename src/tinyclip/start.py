@@ -33,11 +33,13 @@ from tinyclip.teacher import AnyTeacher, CachedTeacher, Teacher
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.tracking import check_trackers
 from tinyclip.transforms import Preprocess
+from tinyclip.watchdog import Watchdog
 from tinyclip.zoo import resolve
 
 # A resumed run may differ in these from the one that was started.
 FREE_TO_CHANGE = (
-    *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "tracking", "workers"),
+    *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "stall_minutes"),
+    *("tracking", "workers"),
 )
 FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
 PATIENCE = 30.0  # seconds for the processes of a run that was killed to end; each may be at a long step
@@ -103,7 +105,10 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     from_main(lambda: _open_folder(lock, folder, recipe, overwrite, resume))
     if not (folder / "recipe.yaml").exists():
         raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
-    return Run(recipe, folder, teacher, config, configs, tokenizer, preprocess, device, precision, lock, caches=caches)
+    who = f"process {rank()} of {world_size()}: " if world_size() > 1 else ""
+    watchdog = Watchdog(recipe.stall_minutes, who)
+    shapes = config, configs, tokenizer, preprocess
+    return Run(recipe, folder, teacher, *shapes, device, precision, lock, caches=caches, watchdog=watchdog)
 
 
 def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:

@@ -27,7 +27,7 @@ from tinyclip import card
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tinyclip.data import close_loader, next_batch
-from tinyclip.distributed import from_main, gather_objects, is_main, world_size
+from tinyclip.distributed import PATIENCE, from_main, gather_objects, is_main, world_size
 from tinyclip.faults import Skipped
 from tinyclip.files import read_json_object, remove_leftovers, write_atomically
 from tinyclip.folder_lock import LOCK
@@ -69,7 +69,7 @@ def run(run: Run) -> list[dict[str, Any]]:
     """
     try:
         from_main(lambda: remove_leftovers(run.folder))  # of one that was killed
-        with tracked(run):
+        with run.watchdog.watching(), tracked(run):
             return _run_stages(run)
     except ValueError:
         if is_main() and {entry.name for entry in run.folder.iterdir()} <= UNTRAINED:
@@ -90,6 +90,7 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
             from_main(lambda i=i, result=result: _describe(run, i, result))  # type: ignore[misc]
             continue
         from_main(lambda i=i, folder=folder: _announce(run, i, *settle(folder / "last")))  # type: ignore[misc]
+        run.watchdog.doing(f"preparing stage {stage.name}", PATIENCE.total_seconds())
         student = starting_student(run, i, student)
         student, result = _train_stage(run, i, student.to(run.device), folder)
         results.append(result)
@@ -199,27 +200,32 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
     stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
     progress, last = cut or Progress(), folder / "last"
     loader = loader_of(run, i, True, cut.order) if cut else _restored(run, i, trainee, last, progress)
-    clock = Clock(run.recipe.save_minutes)
+    clock, doing = Clock(run.recipe.save_minutes), run.watchdog.doing
 
     def keep() -> None:
+        doing(f"saving step {progress.step} of stage {stage.name}")
         save(last, trainee, loader, progress, run.recipe.keep)
         clock.restart()
 
     def judge() -> None:
-        _evaluate(run, trainee, progress, folder)
+        with stops.at_once(progress.step):
+            _evaluate(run, trainee, progress, folder)
         keep()
 
-    batches = iter(loader)
     trainee.train()
-    with stop_signals() as stops:
+    with stop_signals(run.watchdog.hurry) as stops:
         with attention(run.device), closing(loader):
             due = every is not None and 0 < progress.step < until and progress.step % every == 0
             if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
                 judge()
+            # Not before a save: Energon would ask workers for their state that start only with the first batch.
+            batches = iter(loader)
             while progress.step < until:
-                began = time.perf_counter()
+                began, step = time.perf_counter(), f"step {progress.step + 1} of stage {stage.name}"
+                doing(f"waiting for the data of {step}")
                 batch = next_batch(batches, run.recipe.data)
                 progress.waited(time.perf_counter() - began)
+                doing(f"computing {step}")
                 metrics = trainee.step(batch, progress.step)
                 progress.advance(len(batch.keys) * world_size())
                 stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
@@ -297,6 +303,8 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
         _judge(run, trainee, progress, folder)
         return asdict(progress)
 
+    what = f"evaluating step {progress.step} of stage {trainee.stage.name}"
+    run.watchdog.doing(what, PATIENCE.total_seconds())
     for name, value in from_main(judged).items():
         setattr(progress, name, value)
     progress.pause()
