@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -225,19 +226,14 @@ button:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--color-
 """
 
 
-def gradio() -> Any:
-    """The package, which only this page needs.
+def check_gradio() -> None:
+    """Whether the package is there, which only this page needs; its import takes seconds, and comes later.
 
     Raises:
         ValueError: when it is not installed.
     """
-    # Gradio fetches its newest version's number and counts visits unless told otherwise before its import.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError:
-        raise ValueError("the page needs gradio: pip install tinyclip[app]") from None
-    return gradio
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs gradio: pip install tinyclip[app]")
 
 
 @contextmanager
@@ -332,7 +328,8 @@ def _compare_tab(gr: Any, model: Served, uploads: Uploads, student: Served) -> N
 
 def page(model: Served, uploads: Uploads, index: Index | None = None, student: Served | None = None) -> Any:
     """A `gradio.Blocks`; a tab without an index, or without a student, is not there."""
-    gr = gradio()
+    import gradio as gr
+
     with gr.Blocks(title="tinyclip", analytics_enabled=False) as blocks:
         gr.Markdown(f"# tinyclip\nModel: {safe(model.name)}")
         with gr.Tabs():
@@ -351,13 +348,15 @@ def page(model: Served, uploads: Uploads, index: Index | None = None, student: S
 def application(model: Served, index: Index | None = None, student: Served | None = None) -> Iterator[Any]:
     """The page as an ASGI application that opens nothing of what clients name; a `Gate` belongs before it. Gradio has
     a temporary folder, which stays empty, until the end."""
-    gr = gradio()
-    from fastapi import FastAPI
-
-    from tinyclip.app_door import Door
-
     with tempfile.TemporaryDirectory(prefix="tinyclip-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read at its import too
+        # It fetches its newest version's number and counts visits unless told otherwise before its import.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        import gradio as gr
+        from fastapi import FastAPI
+
+        from tinyclip.app_door import Door
+
         uploads = Uploads(UPLOAD, UPLOADED_FILES, CLIENT_KEEPS, ALL_KEEP, KEPT)
         blocks = page(model, uploads, index, student)
         blocks.queue(max_size=QUEUE, api_open=False)

@@ -45,6 +45,8 @@ class Door:
         elif method == "GET" and path == f"{API}/queue/data":
             query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=10)
             session = _session(scope, query.get("session_hash", [None])[0])
+            if session not in self.blocks._queue.pending_messages_per_session:
+                raise Refused(404, "nothing was asked")
             await self._pass(scope, receive, send, urlencode({"session_hash": session}))
         elif method == "POST" and path == f"{API}/upload":
             names = await self.uploads.take(scope, receive)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyclip.terminal import Device, DType, Model, complete_model, errors, say
+from tinyclip.terminal import Device, DType, Model, complete_model, say
 
 
 def app(
@@ -37,7 +37,7 @@ def app(
     from tinyclip.terminal import say_computing
 
     signal.signal(signal.SIGTERM, _stop)
-    pages.gradio()
+    pages.check_gradio()
     names = allow_host or []
     for name in names:
         guard.check_host(name)

@@ -22,6 +22,7 @@ SHORTEST_TOKEN = 16  # characters
 RECEIVE_S = 120  # that a body has to arrive in
 FRAMING = FLOOR = 2**16  # bytes: of headers between the files of a request; that the smallest file counts for
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/?#@\[\]\s]+)(:\d{1,5})?", re.ASCII)
+TEXT = "text/plain; charset=utf-8"
 SAFETY = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "SAMEORIGIN",
@@ -37,7 +38,7 @@ class Refused(Exception):
         self.status, self.line = status, line
 
 
-async def answer(send: Any, status: int, body: bytes = b"", kind: str = "text/plain; charset=utf-8", **more: str) -> None:
+async def answer(send: Any, status: int, body: bytes = b"", kind: str = TEXT, **more: str) -> None:
     """A whole response; `more` are headers, with _ for -."""
     headers = {"content-type": kind, "content-length": str(len(body)), "cache-control": "no-store"}
     headers |= {name.replace("_", "-"): value for name, value in more.items()}
