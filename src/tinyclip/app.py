@@ -6,17 +6,15 @@ Results are HTML of our own, pictures in it as data, so the server has no file o
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
-from ipaddress import ip_address
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tinyclip.guard import Uploads
 from tinyclip.search import Index, Match, pixels, plain, shown
 from tinyclip.sheet import small_copy
 from tinyclip.transforms import open_image
@@ -31,10 +30,13 @@ from tinyclip.transforms import open_image
 MOST_LABELS, LONGEST_LABEL = 200, 300  # characters
 MOST_FOUND = 60
 MOST_BARS = 20
-UPLOAD = 20 * 2**20  # bytes of a picture
+UPLOAD = 20 * 2**20  # bytes of a request's pictures together
+UPLOADED_FILES = 10  # of a request
+CLIENT_KEEPS, ALL_KEEP = 3 * UPLOAD, 256 * 2**20  # bytes of pictures in memory, of one visitor and of all
 THUMBNAIL = 240  # pixels of the longer side
 RUNS = 3  # of which the median is shown
 KEPT = 3600  # seconds that an uploaded picture stays
+QUEUE, SESSIONS = 64, 200  # calls that wait, open pages whose results are kept
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,25 @@ def labels_from(text: str | None) -> list[str]:
     return labels
 
 
-def picture_from(file: str | None) -> Image.Image:
+def uploaded(uploads: Uploads, name: str | None) -> io.BytesIO:
+    """The picture that a visitor sent.
+
+    Raises:
+        ValueError: when there is none, or none any more.
+    """
+    if not name:
+        raise ValueError("No picture: choose one first.")
+    return io.BytesIO(uploads.read(name))
+
+
+def picture_from(file: io.BytesIO) -> Image.Image:
     """The uploaded picture, decoded.
 
     Raises:
-        ValueError: when there is none, it is damaged, or too large.
+        ValueError: when it is damaged, or too large.
     """
-    if not file:
-        raise ValueError("No picture: choose one first.")
     try:
-        with Path(file).open("rb") as opened:
-            return open_image(opened)
-    except OSError:
-        raise ValueError("The picture is no longer here: choose it again.") from None
+        return open_image(file)
     except ValueError as error:
         raise ValueError(f"This cannot be used: {error}.") from None
 
@@ -174,6 +182,8 @@ def _section(title: str, body: str) -> str:
 def thumbnail(file: Path, name: str) -> str:
     """An `img` with the picture as data, or a word where it cannot be read any more."""
     try:
+        if not file.is_file():  # nor a pipe, which would never end
+            raise OSError
         picture = small_copy(file, THUMBNAIL)
     except (ValueError, OSError) as error:
         word = "damaged" if hasattr(error, "cause") else "missing"
@@ -216,19 +226,14 @@ button:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--color-
 """
 
 
-def gradio() -> Any:
-    """The package, which only this page needs.
+def check_gradio() -> None:
+    """Whether the package is there, which only this page needs; its import takes seconds, and comes later.
 
     Raises:
         ValueError: when it is not installed.
     """
-    # Gradio fetches its newest version's number and counts visits unless told otherwise before its import.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError:
-        raise ValueError("the page needs gradio: pip install tinyclip[app]") from None
-    return gradio
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs gradio: pip install tinyclip[app]")
 
 
 @contextmanager
@@ -243,8 +248,11 @@ def _told(gr: Any) -> Iterator[None]:
 def _picture(gr: Any, label: str = "Picture") -> Any:
     image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], buttons=[], height=280)
     image.alt_text = "The chosen picture"
-    # Gradio would decode it before we can say what is wrong with it; the path was already checked to be an upload
-    image.preprocess = lambda payload: payload.path if payload else None
+    # Gradio takes what clients say of a file for a file of the server. The door lets through the name of an upload of
+    # the client's own, which is a plain word to Gradio, and to `Uploads` alone a picture.
+    image.data_model = None
+    image.preprocess = lambda name: name
+    image.api_info = lambda: {"type": "string"}
     return image
 
 
@@ -258,11 +266,11 @@ def _result(gr: Any) -> Any:
     return gr.HTML(min_height=120, js_on_load=None)
 
 
-def _classify_tab(gr: Any, model: Served) -> None:
-    def classify(file: str | None, text: str) -> str:
+def _classify_tab(gr: Any, model: Served, uploads: Uploads) -> None:
+    def classify(name: str | None, text: str) -> str:
         with _told(gr):
             wanted = labels_from(text)
-            return bars(wanted, model.classify(picture_from(file), wanted), model.name)
+            return bars(wanted, model.classify(picture_from(uploaded(uploads, name)), wanted), model.name)
 
     with gr.Tab("Classify"), gr.Row():
         with gr.Column():
@@ -273,16 +281,17 @@ def _classify_tab(gr: Any, model: Served) -> None:
         gr.on([button.click, given[1].submit], classify, given, result, api_visibility="private")
 
 
-def _search_tab(gr: Any, model: Served, index: Index) -> None:
+def _search_tab(gr: Any, model: Served, uploads: Uploads, index: Index) -> None:
     def by_words(text: str, count: float) -> str:
         with _told(gr):
             query = query_from(text)
             return find(index, model.encode_text([query]), f"“{query}”", count)
 
-    def by_picture(file: str | None, count: float) -> str:
+    def by_picture(name: str | None, count: float) -> str:
         with _told(gr):
+            file = uploaded(uploads, name)
             picture_from(file)  # says what is wrong with it
-            looked_at = pixels(model.clip, Path(str(file)))  # as the index looked at its own
+            looked_at = pixels(model.clip, file)  # as the index looked at its own
             return find(index, model.encode_image(looked_at), "a picture like this", count)
 
     with gr.Tab("Search"):
@@ -300,10 +309,10 @@ def _search_tab(gr: Any, model: Served, index: Index) -> None:
         shown_like.click(by_picture, [like, count], found, api_visibility="private")
 
 
-def _compare_tab(gr: Any, model: Served, student: Served) -> None:
-    def compare(file: str | None, text: str) -> tuple[str, str]:
+def _compare_tab(gr: Any, model: Served, uploads: Uploads, student: Served) -> None:
+    def compare(name: str | None, text: str) -> tuple[str, str]:
         with _told(gr):
-            wanted, image = labels_from(text), picture_from(file)
+            wanted, image = labels_from(text), picture_from(uploaded(uploads, name))
             results = [(one.classify(image, wanted), one.name) for one in (model, student)]
             teacher, small = (bars(wanted, result, name, times=True) for result, name in results)
             return teacher, small
@@ -317,96 +326,45 @@ def _compare_tab(gr: Any, model: Served, student: Served) -> None:
         gr.on([button.click, given[1].submit], compare, given, results, api_visibility="private")
 
 
-def page(model: Served, index: Index | None = None, student: Served | None = None) -> Any:
+def page(model: Served, uploads: Uploads, index: Index | None = None, student: Served | None = None) -> Any:
     """A `gradio.Blocks`; a tab without an index, or without a student, is not there."""
-    gr = gradio()
-    with gr.Blocks(title="tinyclip", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
+    import gradio as gr
+
+    with gr.Blocks(title="tinyclip", analytics_enabled=False) as blocks:
         gr.Markdown(f"# tinyclip\nModel: {safe(model.name)}")
         with gr.Tabs():
-            _classify_tab(gr, model)
+            _classify_tab(gr, model, uploads)
             if index is not None:
-                _search_tab(gr, model, index)
+                _search_tab(gr, model, uploads, index)
             if student is not None:
-                _compare_tab(gr, model, student)
+                _compare_tab(gr, model, uploads, student)
     return blocks
 
 
 # --- the server --------------------------------------------------------------------------------------------------
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port, before anything else takes time; 0 is any that is free.
+@contextmanager
+def application(model: Served, index: Index | None = None, student: Served | None = None) -> Iterator[Any]:
+    """The page as an ASGI application that opens nothing of what clients name; a `Gate` belongs before it. Gradio has
+    a temporary folder, which stays empty, until the end."""
+    with tempfile.TemporaryDirectory(prefix="tinyclip-app-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read at its import too
+        # It fetches its newest version's number and counts visits unless told otherwise before its import.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        import gradio as gr
+        from fastapi import FastAPI
 
-    Raises:
-        ValueError: when it is taken, or no address of this machine.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(found[4][:2], family=found[0])
-    except OSError as error:
-        reason = (
-            "already in use; choose another with --port"
-            if error.errno == errno.EADDRINUSE
-            else error.strerror or str(error)
-        )
-        raise ValueError(f"{host}, port {port}: {reason}") from None
+        from tinyclip.app_door import Door
 
-
-def is_loopback(place: socket.socket) -> bool:
-    """Whether only this machine reaches it."""
-    return ip_address(place.getsockname()[0]).is_loopback
-
-
-def host_of(place: socket.socket) -> str:
-    """What a browser of this machine calls it, without the port."""
-    host = place.getsockname()[0]
-    if ip_address(host).is_unspecified:
-        return "localhost"
-    return f"[{host}]" if ":" in host else str(host)
-
-
-def address(place: socket.socket) -> str:
-    """The page's, for a browser of this machine."""
-    return f"http://{host_of(place)}:{place.getsockname()[1]}"
-
-
-class NoRelay:
-    """Gradio fetches other sites' files for whoever asks; this page has no use for that."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        path = scope.get("path", "").lower()
-        if scope["type"] == "http" and ("/proxy=" in path or ("file" in path and ":/" in path)):
-            await send({"type": "http.response.start", "status": 404, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        await self.app(scope, receive, send)
-
-
-def serve(blocks: Callable[[], Any], place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve a page until it is stopped; `ready` is called once it answers. Uploads are in a folder of its own, which
-    is gone afterwards."""
-    gr = gradio()
-    import uvicorn
-    from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            ready()
-
-    with tempfile.TemporaryDirectory(prefix="tinyclip-app-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        app = FastAPI(openapi_url=None)
-        app.add_middleware(NoRelay)
-        if is_loopback(place):  # so that no site can pass for us by giving its own name our address
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", host_of(place)])
+        uploads = Uploads(UPLOAD, UPLOADED_FILES, CLIENT_KEEPS, ALL_KEEP, KEPT)
+        blocks = page(model, uploads, index, student)
+        blocks.queue(max_size=QUEUE, api_open=False)
+        blocks.state_session_capacity = SESSIONS
+        blocks._queue.pending_messages_per_session.max_size = SESSIONS
+        blocks.has_launched = True  # else Gradio checks no path; a second lock, as the door lets none through
         options: dict[str, Any] = {"allowed_paths": [], "max_file_size": UPLOAD, "footer_links": [], "css": CSS}
         options |= {"run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False}
-        app = gr.mount_gradio_app(app, blocks(), "/", theme=gr.themes.Default(), pwa=False, **options)
-        # Open pages hold connections; they must not hold up the end.
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
-        Server(config).run(sockets=[place])
+        options |= {"show_error": False, "pwa": False}
+        mounted = gr.mount_gradio_app(FastAPI(openapi_url=None), blocks, "/", theme=gr.themes.Default(), **options)
+        yield Door(mounted, blocks, uploads)

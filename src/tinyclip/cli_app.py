@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyclip.terminal import Device, DType, Model, complete_model, errors, say
+from tinyclip.terminal import Device, DType, Model, complete_model, say
 
 
 def app(
@@ -21,16 +21,31 @@ def app(
     host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
     open_browser: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="What visitors must show. Default: none on loopback, else a random one.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another name that the page is reached by, as a proxy's.")
+    ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
 ) -> None:
     """Serve a page: classify pictures among your labels, search an index, compare a student with its teacher."""
     from tinyclip import app as pages
+    from tinyclip import guard, serving
     from tinyclip.search import Index, check_model, open_model
     from tinyclip.terminal import say_computing
 
-    pages.gradio()
-    place = pages.listen(host, port)
+    signal.signal(signal.SIGTERM, _stop)
+    pages.check_gradio()
+    names = allow_host or []
+    for name in names:
+        guard.check_host(name)
+    if token is not None:
+        guard.check_token(token)
+    place = serving.listen(host, port)
+    if token is None and (names or not serving.is_loopback(place)):
+        token = guard.new_token()
     opened = Index.open(index) if index else None
     clip, fingerprint = open_model(str(model), device, dtype)
     if opened and index:
@@ -38,18 +53,18 @@ def app(
     served = pages.Served(model.name, clip)  # visitors need not know where it is
     second = pages.Served(Path(student).name, open_model(student, device, dtype)[0], served.lock) if student else None
     say_computing(clip.computing)
-    if not pages.is_loopback(place):
-        errors.print("warning: everyone who can reach this machine can use the page; it has no password")
+    address = serving.address(place) + (f"/?token={token}" if token else "")
 
     def ready() -> None:
-        say(f"{pages.address(place)} (Ctrl-C ends it)")
+        say(f"{address} (Ctrl-C ends it)")
         if open_browser:
             import webbrowser
 
-            webbrowser.open(pages.address(place))
+            webbrowser.open(address)
 
-    def stop(*_: Any) -> None:
-        sys.exit(143)
+    with serving.ending(), pages.application(served, opened, second) as page:
+        serving.run(guard.Gate(page, place, [*names, host], token), place, ready)
 
-    signal.signal(signal.SIGTERM, stop)  # so that uploads are removed also then
-    pages.serve(lambda: pages.page(served, opened, second), place, ready)
+
+def _stop(*_: Any) -> None:
+    sys.exit(143)

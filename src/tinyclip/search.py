@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -171,7 +171,7 @@ def check_model(facts: dict[str, Any], index: Path, model: str, fingerprint: str
         raise ValueError(f"{index} was made with another model ({change}); index anew with --overwrite")
 
 
-def pixels(clip: Any, file: Path) -> np.ndarray:
+def pixels(clip: Any, file: Path | BinaryIO) -> np.ndarray:
     """A picture as the model looks at it, uint8 (image_size, image_size, 3): large JPEGs are decoded at a reduced size
     (docs/embed.md), the same for a picture in the index and one to search by.
 

@@ -1,0 +1,84 @@
+"""A running page, and those who call it without a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+COMMAND = [sys.executable, "-m", "tinyclip"]
+FILE_DATA = {"_type": "gradio.FileData"}
+
+
+def start(*arguments: object, command: list[str] = COMMAND, **options: Any) -> tuple[subprocess.Popen[str], str]:
+    """A page on a free port, and its address as it printed it."""
+    line = [*command, "app", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    assert process.stdout
+    said = process.stdout.readline()
+    found = re.match(r"(http://[\w.]+:\d+(/\?token=\S+)?) ", said)
+    if not found:
+        process.kill()
+        raise AssertionError(f"{said}{process.communicate()[1]}")
+    return process, found[1]
+
+
+def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
+    """Its standard error, which holds no traceback."""
+    process.send_signal(number)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors, errors
+    return errors
+
+
+@contextmanager
+def visitor(address: str, **options: Any) -> Iterator[httpx.Client]:
+    """A client with a jar for its cookies, which has opened the page."""
+    with httpx.Client(base_url=address, timeout=30, trust_env=False, **options) as client:
+        client.get("/").raise_for_status()
+        yield client
+
+
+def upload(client: httpx.Client, *data: bytes) -> list[str]:
+    answer = client.post("/gradio_api/upload", files=[("files", ("a.png", one, "image/png")) for one in data])
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def join(client: httpx.Client, data: list[Any], function: int = 0, **more: Any) -> httpx.Response:
+    body = {"fn_index": function, "session_hash": "here", "data": data, "event_data": None, "trigger_id": 8}
+    return client.post("/gradio_api/queue/join", json=body | more)
+
+
+def call(client: httpx.Client, data: list[Any], function: int = 0, session: str = "here") -> dict[str, Any]:
+    """What the page is told: the last message of a call."""
+    answer = join(client, data, function, session_hash=session)
+    assert answer.status_code == 200, answer.text
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
+        for line in stream.iter_lines():
+            message = json.loads(line.removeprefix("data: ")) if line else {}
+            if message.get("msg") == "process_completed":
+                return message["output"]
+    raise AssertionError("no result")
+
+
+def raw(address: str, request: bytes, more: Iterable[bytes] = ()) -> bytes:
+    """The answer to bytes that no client library would send."""
+    host, port = re.findall(r"//([\w.]+):(\d+)", address)[0]
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(request)
+        for piece in more:
+            connection.sendall(piece)
+        answer = connection.recv(65536)
+        while answer and b"\r\n\r\n" not in answer:
+            answer += connection.recv(65536)
+        return answer
