@@ -18,6 +18,7 @@ CAUSES = {
     "no_image": "no picture",
     "corrupt_image": "a picture that does not decode whole",
     "huge_image": "a picture, or a sample, too large to open safely",
+    "needs_extra": "a picture of a format that needs an extra, which is not installed",
     "no_caption": "no caption, or only blanks",
     "bad_encoding": "text that is no UTF-8",
     "bad_json": "JSON that does not parse, or is not of the expected type",
