@@ -25,7 +25,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """What is black and what is white: 0 and 1, 255 or 65,535 where they fit, else the lowest and the highest number."""
+    """What is black and what is white: 0 and 1, 255 or 65,535 where that fits, else the lowest and highest number."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     for top in TOPS:

@@ -20,7 +20,8 @@ from tinyclip.metadata import ORIENTATION, TURNS, bare, upright
 
 WARNINGS = Lock()  # Python's filters of warnings are shared by all threads
 LARGEST_MENDED = 2**29  # bytes of a file whose metadata is looked through
-KEPT = {"transparency": (int, bytes, tuple), "icc_profile": bytes}  # of what a file says, where it is of this type
+# Of what a file says, where it is of this type.
+KEPT: dict[str, tuple[type, ...]] = {"transparency": (int, bytes, tuple), "icc_profile": (bytes,)}
 SIXTEEN_BITS = {"PNG", "PPM", "JPEG2000"}  # formats whose pictures of mode I have numbers up to 65,535
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1", b"heif"}
 

@@ -14,7 +14,7 @@ from tinyclip.opening import open_image as open_image
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
-RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+RESIZED_AS_THEY_ARE = {"L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}  # LA and RGBA too
 
 LONGEST = 100  # times the shorter side
 # A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
@@ -39,7 +39,7 @@ class Preprocess(BaseModel):
     def pixels(self, image: Image.Image) -> np.ndarray:
         """uint8 (3, image_size, image_size), not yet normalised."""
         image = centre_crop(resize_shorter(_middle(plain_mode(image)), self.image_size), self.image_size)
-        return np.ascontiguousarray(np.asarray(without_alpha(image)).transpose(2, 0, 1))
+        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (..., 3, h, w) -> float32 of the same shape."""
@@ -52,7 +52,12 @@ class Preprocess(BaseModel):
 
 
 def plain_mode(image: Image.Image) -> Image.Image:
-    """Bring rare modes to one that resizes well: palette and 1-bit to RGB, 16 and 32 bits to 8, Lab to sRGB."""
+    """Bring rare modes to one that resizes well: palette and 1-bit to RGB, 16 and 32 bits to 8, Lab to sRGB. What is
+    fully transparent becomes black; a palette's and a plain colour's transparency is passed over (docs/data.md)."""
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
+        image = image.convert(image.mode.upper())
+    if image.mode in ("LA", "RGBA"):
+        return _nothing_hidden(image)
     if image.mode in RESIZED_AS_THEY_ARE:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -62,19 +67,19 @@ def plain_mode(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None
         return converted
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha
-        return image.convert(image.mode.upper())
     # By way of RGBA, since Pillow warns of a palette with transparency that becomes RGB.
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
 
 
-def without_alpha(image: Image.Image) -> Image.Image:
-    """RGB, as a model sees it once it was resized: black where it is fully transparent, whatever colour is hidden there,
-    and its own colours elsewhere. The one rule for training, evaluation and what people are shown (docs/data.md)."""
-    if image.mode in ("RGBA", "LA"):
-        shown = image.getchannel("A").point(lambda alpha: 255 if alpha else 0)
-        return Image.composite(image.convert("RGB"), Image.new("RGB", image.size), shown)
-    return image.convert("RGB")
+def _nothing_hidden(image: Image.Image) -> Image.Image:
+    """Black where it is fully transparent, as resizing makes it: whatever colour is hidden there, a model never sees it,
+    also in a picture that has the right size already."""
+    transparent = image.getchannel("A").point(lambda alpha: 0 if alpha else 255)
+    if transparent.getbbox() is None:
+        return image
+    image = image.copy()
+    image.paste((0,) * len(image.getbands()), None, transparent)
+    return image
 
 
 def _middle(image: Image.Image) -> Image.Image:
