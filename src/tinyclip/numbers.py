@@ -20,7 +20,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
     What is no number becomes black."""
     values = np.asarray(image).astype(np.float64)
     low, high = (0.0, 65_535.0) if image.mode.startswith("I;16") else _range(values)
-    scaled = np.nan_to_num((values - low) * (255 / (high - low)), nan=0, posinf=255, neginf=0)
+    scaled = np.nan_to_num((values - low) * (255 / ((high - low) or 1)), nan=0, posinf=255, neginf=0)
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
@@ -32,7 +32,7 @@ def _range(values: np.ndarray) -> tuple[float, float]:
         if low >= -SLACK * top and high <= (1 + SLACK) * top and (top == 1 or high >= top / FILLED):
             return 0.0, float(top)
     _say(f"{low:g} to {high:g}")
-    return low, high if high > low else low + 1
+    return low, high
 
 
 @cache
