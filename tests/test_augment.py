@@ -107,7 +107,7 @@ def disc(side: int, mode: str = "RGBA") -> Image.Image:
     return image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
 
 
-@pytest.mark.parametrize("side", [64, 150, 448], ids="of its size,reduced,twice".split(","))
+@pytest.mark.parametrize("side", [64, 150, 448], ids=["of its size", "reduced", "twice"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "P", "PA", "RGB", "L"])
 def test_transparency_is_the_same_in_training_as_in_evaluation(mode: str, side: int) -> None:
     image = disc(side, "P") if mode == "PA" else disc(side, mode)

@@ -112,8 +112,7 @@ class View(NamedTuple):
 
 
 def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """A picture with transparency, be it of a palette or of one colour, laid on a plain colour; others come back as they
-    are."""
+    """A picture with transparency, be it of a palette or of one colour, laid on a plain colour; others as they are."""
     if not image.has_transparency_data or image.mode.startswith("I"):
         return image
     image = image.convert(image.mode.upper()).convert("RGBA")  # La and RGBa by way of LA and RGBA

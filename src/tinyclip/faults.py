@@ -18,6 +18,8 @@ CAUSES = {
     "no_image": "no picture",
     "corrupt_image": "a picture that does not decode whole",
     "huge_image": "a picture, or a sample, too large to open safely",
+    "unreadable_folder": "a folder that cannot be opened",
+    "file_manager": "pictures that a file manager or a system keeps for itself; left out",
     "needs_extra": "a picture of a format that needs an extra, which is not installed",
     "no_caption": "no caption, or only blanks",
     "bad_encoding": "text that is no UTF-8",

@@ -72,8 +72,8 @@ def plain_mode(image: Image.Image) -> Image.Image:
 
 
 def _nothing_hidden(image: Image.Image) -> Image.Image:
-    """Black where it is fully transparent, as resizing makes it: whatever colour is hidden there, a model never sees it,
-    also in a picture that has the right size already."""
+    """Black where it is fully transparent, as resizing makes it: a model never sees what is hidden there, also in a
+    picture that has the right size already."""
     transparent = image.getchannel("A").point(lambda alpha: 0 if alpha else 255)
     if transparent.getbbox() is None:
         return image
