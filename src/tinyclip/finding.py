@@ -99,13 +99,15 @@ def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> It
     while starts:
         links = list[Path]()
         for start in starts:
+            if start != folder and not _is_new(start, seen):
+                continue
             for top, folders, names in os.walk(start, onerror=note):
                 place = Path(top)
                 yield place, names
                 paths = [place / name for name in folders if not (leave_theirs and is_theirs(name))]
                 links += [path for path in paths if path.is_symlink()]
                 folders[:] = [path.name for path in paths if not path.is_symlink() and _is_new(path, seen)]
-        starts = [path for path in sorted(links) if _is_new(path, seen)]
+        starts = sorted(links)
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
