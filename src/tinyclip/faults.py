@@ -68,6 +68,11 @@ def summary(by_cause: dict[str, int]) -> str:
     return ", ".join(f"{n:,} {cause}" for cause, n in by_cause.items())
 
 
+def why(skipped: Sequence[Skipped]) -> str:
+    """For the end of a message, what was left out by cause, and the first of it; nothing when nothing was."""
+    return f" ({summary(counts(skipped))}; the first: {skipped[0]})" if skipped else ""
+
+
 COLUMNS = ("cause", "left out", "examples")
 
 

@@ -49,6 +49,7 @@ SKIPPED = "skipped.jsonl"
 PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
 AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress
 AGAIN: State = (-1, -1)  # of a picture that could not be looked at: as no file is, so that the next run tries again
+MENDABLE = {"needs_extra", "huge_image"}  # without a change of the file: by an installation, by --max-pixels
 Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
 
 
@@ -165,7 +166,8 @@ def _rows(
         try:
             return pixels(clip, file), state
         except Fault as fault:
-            return Skipped("", path, fault.cause, fault.reason.removeprefix(f"{file}: ")), state
+            found = Skipped("", path, fault.cause, fault.reason.removeprefix(f"{file}: "))
+            return found, AGAIN if fault.cause in MENDABLE else state
         except ValueError as error:  # of the disk, or of the rights to it
             return Skipped("", path, "corrupt_image", str(error).removeprefix(f"{file}: ")), AGAIN
 

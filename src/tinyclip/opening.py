@@ -38,8 +38,8 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def pixels_at_most(count: int | None) -> Iterator[None]:
-    """Inside, pictures of that many pixels are opened, by any thread: Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`,
-    which is put back at the end. None leaves it as it is."""
+    """Inside, pictures of up to that many pixels are opened, by any thread: Pillow's own limit,
+    `PIL.Image.MAX_IMAGE_PIXELS`, which is put back at the end. None leaves it as it is."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = count or before
     try:
