@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from tinyclip.augment import Augment, View, on_colour
-from tinyclip.transforms import plain_mode
+from tinyclip.page import thumbnail
+from tinyclip.transforms import Preprocess, plain_mode
 
 EMOJI = Augment(scale=(0.6, 1), rotate=20, shear=10, shrink=0.35, colour=0.4, background=True)
 SETTINGS = [
@@ -31,7 +32,7 @@ def former_view(augment: Augment, image: Image.Image, size: int, rng: Random) ->
     if augment.background:
         backdrop = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
         image = on_colour(image, backdrop)
-    image = image.convert("RGB")
+    image = image.convert("RGBA" if image.mode in ("LA", "RGBA") else "RGB")
     if augment.rotate or augment.shear or augment.shrink:
         angle = math.radians(rng.uniform(-augment.rotate, augment.rotate))
         shear = math.tan(math.radians(rng.uniform(-augment.shear, augment.shear)))
@@ -44,7 +45,7 @@ def former_view(augment: Augment, image: Image.Image, size: int, rng: Random) ->
         image = image.transform(image.size, affine, coefficients, bilinear, fillcolor=backdrop)
     left, top, width, height = augment._crop(image.width, image.height, rng)
     box = (left, top, left + width, top + height)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box).convert("RGB"))
     if augment.colour:
         low, high = 1 - augment.colour, 1 + augment.colour
         brightness, contrast, saturation = (rng.uniform(low, high) for _ in range(3))
@@ -80,3 +81,68 @@ def test_a_view_is_made_again_from_a_stored_row() -> None:
         view = EMOJI.draw(*image.size, Random(seed))
         row = np.array(view, np.float64)
         assert np.array_equal(View(*row.tolist()).apply(image, 32), EMOJI.view(image, 32, Random(seed)))
+
+
+# --- transparency
+
+WHOLE = Augment(scale=(1, 1), ratio=1)
+
+
+def disc(side: int, mode: str = "RGBA") -> Image.Image:
+    """A red disc with a soft edge; where it is transparent a white is hidden."""
+    rows, columns = np.mgrid[0:side, 0:side]
+    alpha = np.clip((0.34 * side - np.hypot(rows - side / 2, columns - side / 2)) * 25 + 128, 0, 255).astype(np.uint8)
+    pixels = np.full((side, side, 4), 255, np.uint8)
+    pixels[alpha > 0, :3] = (220, 30, 30)
+    pixels[..., 3] = alpha
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        plain = image.convert("RGB").quantize(8)
+        plain.info["transparency"] = plain.getpixel((0, 0))
+        return plain
+    if mode in ("RGB", "L"):
+        plain = image.convert(mode)
+        plain.info["transparency"] = plain.getpixel((0, 0))
+        return plain
+    return image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
+
+
+@pytest.mark.parametrize("side", [64, 150, 448], ids=["of its size", "reduced", "twice"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "P", "PA", "RGB", "L"])
+def test_transparency_is_the_same_in_training_as_in_evaluation(mode: str, side: int) -> None:
+    image = disc(side, "P") if mode == "PA" else disc(side, mode)
+    if mode == "PA":
+        image = image.convert("PA")
+    wanted = Preprocess(image_size=64).pixels(image)
+    assert np.array_equal(WHOLE.view(image, 64, Random(0)), wanted)
+    assert np.abs(np.asarray(thumbnail(image).resize((64, 64))).transpose(2, 0, 1).astype(int) - wanted).mean() < 12
+
+
+@pytest.mark.parametrize("side", [64, 150, 448])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa"])
+def test_hidden_colours_are_never_seen(mode: str, side: int) -> None:
+    image = disc(side, mode)
+    turned = Augment(scale=(0.5, 1), rotate=5, shrink=0.1, colour=0.1)
+    views = [Preprocess(image_size=64).pixels(image), *(WHOLE.view(image, 64, Random(n)) for n in range(3))]
+    for pixels in (*views, np.asarray(thumbnail(image)).transpose(2, 0, 1)):
+        corner = side // 40 or 1
+        assert pixels[:, :corner, :corner].max() == 0
+        # Rounding at an alpha of 1 to 255 leaves single bright pixels at a soft edge, here and in Pillow itself.
+        assert (pixels.min(0) > 120).mean() < 0.01, "white shines through"  # the disc itself is darker, in grey too
+    for seed in range(20):  # a view's own background, outside of the picture, is white
+        pixels = turned.view(image, 64, Random(seed))
+        assert np.median(pixels[:, 30:34, 30:34]) < 240
+        assert (pixels.max(0) < 10).any()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "P", "RGB", "L"])
+def test_a_random_background_is_seen_through_whatever_is_transparent(mode: str) -> None:
+    augment = Augment(scale=(1, 1), ratio=1, background=True)
+    for seed in range(5):
+        colour = augment.draw(150, 150, Random(seed))[:3]
+        assert augment.view(disc(150, mode), 64, Random(seed))[:, 0, 0].tolist() == list(colour)
+
+
+def test_a_picture_that_hides_nothing_is_not_copied() -> None:
+    image = Image.new("RGBA", (8, 8), (9, 9, 9, 255))
+    assert plain_mode(image) is image

@@ -70,7 +70,7 @@ class Augment(Strict):
 class View(NamedTuple):
     """One view as plain numbers, so that it can be stored and made again to the bit."""
 
-    red: float  # of the background, 0 to 255; below 0: transparency is dropped
+    red: float  # of the background, 0 to 255; below 0: transparency as in the evaluation transform
     green: float
     blue: float
     angle: float  # radians
@@ -86,16 +86,16 @@ class View(NamedTuple):
 
     def apply(self, image: Image.Image, size: int) -> np.ndarray:
         """This view of a picture, uint8 (3, size, size)."""
-        image = plain_mode(image)
         backdrop = (255, 255, 255)
         if self.red >= 0:
             backdrop = (int(self.red), int(self.green), int(self.blue))
             image = on_colour(image, backdrop)
-        image = image.convert("RGB")
+        image = plain_mode(image)
+        image = image.convert("RGBA" if image.mode in ("LA", "RGBA") else "RGB")  # Pillow then resizes premultiplied
         if (self.angle, self.shear, self.zoom) != (0, 0, 1):
             image = self._warp(image, backdrop)
         box = (self.left, self.top, self.left + self.width, self.top + self.height)
-        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box).convert("RGB"))
         colour = (self.brightness, self.contrast, self.saturation)
         if colour != (1, 1, 1):
             pixels = jitter(pixels, *colour)
@@ -112,10 +112,10 @@ class View(NamedTuple):
 
 
 def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """A picture with transparency laid on a plain colour; others come back as they are."""
-    if image.mode not in ("RGBA", "LA"):
+    """A picture with transparency, be it of a palette or of one colour, laid on a plain colour; others as they are."""
+    if not image.has_transparency_data or image.mode.startswith("I"):
         return image
-    image = image.convert("RGBA")
+    image = image.convert(image.mode.upper()).convert("RGBA")  # La and RGBa by way of LA and RGBA
     backdrop = Image.new("RGBA", image.size, (*colour, 255))
     return Image.alpha_composite(backdrop, image).convert("RGB")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tinyclip.terminal import (
+    MaxPixels,
     Model,
     Overwrite,
     check_free,
@@ -31,6 +32,7 @@ def pack(
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
     resize: Annotated[int | None, typer.Option(min=8, help="Shorter side at most, pixels.")] = None,
+    max_pixels: MaxPixels = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make training shards from your own pictures and captions."""

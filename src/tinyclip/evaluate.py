@@ -20,7 +20,7 @@ from tinyclip.datasets import Dataset as Dataset
 from tinyclip.datasets import Example as Example
 from tinyclip.datasets import open_dataset as open_dataset
 from tinyclip.distributed import gather_objects, gather_uneven, rank, world_size
-from tinyclip.faults import counts, summary
+from tinyclip.faults import counts, why
 from tinyclip.inputs import check_finite
 
 TEXTS = 2048  # encoded at once
@@ -92,9 +92,7 @@ def _nothing(examples: Iterable[Example]) -> str:
     text = "no readable pictures in the evaluation data"
     if not isinstance(examples, Dataset):
         return text
-    skipped = examples.skipped
-    reason = f" ({summary(counts(skipped))}; the first: {skipped[0]})" if skipped else ""
-    return f"{examples.path}: {text}{reason}"
+    return f"{examples.path}: {text}{why(examples.skipped)}"
 
 
 _NO_IMAGE = Image.new("L", (1, 1))

@@ -18,6 +18,9 @@ CAUSES = {
     "no_image": "no picture",
     "corrupt_image": "a picture that does not decode whole",
     "huge_image": "a picture, or a sample, too large to open safely",
+    "unreadable_folder": "a folder that cannot be opened",
+    "file_manager": "pictures that a file manager or a system keeps for itself; left out",
+    "needs_extra": "a picture of a format that needs an extra, which is not installed",
     "no_caption": "no caption, or only blanks",
     "bad_encoding": "text that is no UTF-8",
     "bad_json": "JSON that does not parse, or is not of the expected type",
@@ -63,6 +66,11 @@ def counts(skipped: Iterable[Skipped]) -> dict[str, int]:
 def summary(by_cause: dict[str, int]) -> str:
     """`2 corrupt_image, 1 no_caption`."""
     return ", ".join(f"{n:,} {cause}" for cause, n in by_cause.items())
+
+
+def why(skipped: Sequence[Skipped]) -> str:
+    """For the end of a message, what was left out by cause, and the first of it; nothing when nothing was."""
+    return f" ({summary(counts(skipped))}; the first: {skipped[0]})" if skipped else ""
 
 
 COLUMNS = ("cause", "left out", "examples")

@@ -25,6 +25,7 @@ import numpy as np
 from tinyclip import faults
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import checksum, flush, write_atomically
+from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures, skipped_of
 from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.inputs import ahead, batches, check_finite
 from tinyclip.pending import Pending, Row, State
@@ -48,6 +49,7 @@ SKIPPED = "skipped.jsonl"
 PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
 AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress
 AGAIN: State = (-1, -1)  # of a picture that could not be looked at: as no file is, so that the next run tries again
+MENDABLE = {"needs_extra", "huge_image"}  # without a change of the file: by an installation, by --max-pixels
 Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
 
 
@@ -57,6 +59,7 @@ class Folder:
 
     root: Path
     files: dict[str, State]  # by path below the root, with `/`
+    left_out: list[Skipped] = field(default_factory=list)  # places where pictures were not looked for
 
 
 def scan(folder: str | Path) -> Folder:
@@ -65,20 +68,19 @@ def scan(folder: str | Path) -> Folder:
     Raises:
         ValueError: when there is no such folder, or none in it.
     """
-    from tinyclip.pack import CONVERTED, COPIED, find_pictures
-
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
     root = Path(folder).absolute()  # links stay as they are
-    start, files = len(root.as_posix().rstrip("/")) + 1, {}
-    for path in find_pictures(root):
+    start, files, left_out = len(root.as_posix().rstrip("/")) + 1, {}, list[LeftOut]()
+    for path in find_pictures(root, left_out):
         with suppress(OSError):  # gone meanwhile, or a link to nothing
             state = path.stat()
             if stat.S_ISREG(state.st_mode):
                 files[path.as_posix()[start:]] = (state.st_size, state.st_mtime_ns)
     if not files:
-        raise ValueError(f"{folder}: no pictures ({', '.join(sorted([*COPIED, *CONVERTED]))}) in it")
-    return Folder(root, files)
+        kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
+        raise ValueError(f"{folder}: no pictures ({kinds}) in it{because(left_out)}")
+    return Folder(root, files, skipped_of(left_out, root))
 
 
 def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bool = False) -> None:
@@ -164,7 +166,8 @@ def _rows(
         try:
             return pixels(clip, file), state
         except Fault as fault:
-            return Skipped("", path, fault.cause, fault.reason.removeprefix(f"{file}: ")), state
+            found = Skipped("", path, fault.cause, fault.reason.removeprefix(f"{file}: "))
+            return found, AGAIN if fault.cause in MENDABLE else state
         except ValueError as error:  # of the disk, or of the rights to it
             return Skipped("", path, "corrupt_image", str(error).removeprefix(f"{file}: ")), AGAIN
 
@@ -234,9 +237,10 @@ class _Writer:
         elif any(self.before.get(key) != value for key, value in self.facts.items()):
             self._switch(self.before | self.facts)  # moved, or the model has another name
         assert self.before
-        skipped = _skipped(self.out / self.before["list"])
+        skipped = [*self.folder.left_out, *_skipped(self.out / self.before["list"])]
         write_atomically(self.out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
-        told = self.counts | {"kept": kept, "computed": computed}
+        told: dict[str, Any] = self.counts | {"kept": kept, "computed": computed}
+        told |= {"skipped": len(skipped), "skipped_by_cause": faults.counts(skipped)}
         return self.before | told | {"images_per_s": computed / seconds if computed else None}
 
     def _has(self, path: str) -> bool:

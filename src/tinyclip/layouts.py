@@ -7,7 +7,6 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,21 @@ from PIL import Image
 from tinyclip.classnames import Classes
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import name_of, read_json_object
-from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures, with_sidecar
+from tinyclip.finding import (
+    LeftOut,
+    find_pictures,
+    first_picture,
+    has_pictures,
+    is_apple_double,
+    is_picture,
+    is_theirs,
+    skipped_of,
+)
 from tinyclip.pack import Item as Captioned
+from tinyclip.pack import with_sidecar
 from tinyclip.shards import TAR_ERRORS, captions_of, entries, image_of, info_of, open_shard, read_shard, words
 from tinyclip.transforms import open_image
 
-IMAGE_ENDINGS = {*COPIED, *CONVERTED, *OTHERS}
 Mine = Callable[[int], bool]  # whether a sample, by its number, is for this process
 
 
@@ -49,7 +57,7 @@ Reader = Callable[[Mine, list[Skipped]], Iterator[tuple[int, Item]]]
 def class_folders(place: Path) -> list[str]:
     """Names of the folders in a folder that have pictures in them, sorted."""
     folders = sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [p.name for p in folders if any(map(_is_image, p.rglob("*")))]
+    return [p.name for p in folders if not is_theirs(p.name) and has_pictures(p)]
 
 
 def has_captions(pictures: Iterable[Path]) -> bool:
@@ -59,17 +67,14 @@ def has_captions(pictures: Iterable[Path]) -> bool:
 
 def loose_pictures(place: Path) -> list[Path]:
     """The pictures in a folder itself, sorted."""
-    return sorted(file for file in place.iterdir() if _is_image(file) and file.is_file())
+    return sorted(f for f in place.iterdir() if is_picture(f) and f.is_file() and not is_apple_double(f))
 
 
 def first_pictures(place: Path, folders: Sequence[str]) -> Iterator[Path]:
     """The first that is met in each of these folders."""
     for name in folders:
-        yield from islice(filter(_is_image, (place / name).rglob("*")), 1)
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_ENDINGS
+        if found := first_picture(place / name):
+            yield found
 
 
 def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
@@ -79,11 +84,14 @@ def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
         with_captions: whether there are captions beside the pictures, to be read too.
     """
 
-    def items() -> Iterator[Item]:
+    def items(skipped: list[Skipped]) -> Iterator[Item]:
         for file in loose_pictures(place):
             yield Item(name_of(Path(file.name)), partial(_refused, Fault("unknown_class", "in no class folder")))
         for folder, label in classes.labels.items():
-            for file in find_pictures(place / folder):
+            left_out = list[LeftOut]()
+            pictures = find_pictures(place / folder, left_out)
+            skipped += skipped_of(left_out, place)
+            for file in pictures:
                 picture = with_sidecar(file) if with_captions else Captioned(file, ())
                 yield _of_file(picture, place, label)
 
@@ -93,7 +101,7 @@ def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
 def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
     """Files with their captions; keys are paths below `place` where they are."""
 
-    def items() -> Iterator[Item]:
+    def items(skipped: list[Skipped]) -> Iterator[Item]:
         for picture in pictures:
             yield _of_file(picture, place)
 
@@ -107,9 +115,9 @@ def _of_file(picture: Captioned, place: Path, label: int | None = None) -> Item:
     return Item(key, opened, label, captions=picture.captions)
 
 
-def _numbered(items: Callable[[], Iterable[Item]]) -> Reader:
+def _numbered(items: Callable[[list[Skipped]], Iterable[Item]]) -> Reader:
     def read(mine: Mine, skipped: list[Skipped]) -> Iterator[tuple[int, Item]]:
-        return ((number, item) for number, item in enumerate(items()) if mine(number))
+        return ((number, item) for number, item in enumerate(items(skipped)) if mine(number))
 
     return read
 
@@ -234,7 +242,7 @@ def _inner(
 
 
 def _is_picture(part: tarfile.TarInfo) -> bool:
-    return Path(part.name).suffix.lower() in IMAGE_ENDINGS
+    return is_picture(part.name)
 
 
 def _open_part(tar: Path, start: int, size: int) -> Image.Image:

@@ -16,12 +16,10 @@ from PIL import Image
 
 from tinyclip.faults import Fault, Skipped, counts, summary
 from tinyclip.files import as_text, atomic_directory, check_replaceable, name_of
+from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures
 from tinyclip.inputs import is_unicode
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
 
-COPIED = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}  # stored as they are
-CONVERTED = {".bmp", ".gif", ".tif", ".tiff"}  # stored as PNG
-OTHERS = {".avif", ".heic", ".heif", ".jxl"}  # stored as PNG if this Pillow reads them, else reported
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
 PACKED = {"shard-*.tar", "shard-*.tar.idx", "skipped.jsonl", "classnames.txt", ".nv-meta", ".prepare.lock"}
@@ -66,7 +64,7 @@ def find_items(
     Raises:
         ValueError: when the source, its columns or its pictures cannot be found.
     """
-    source = Path(source)
+    source, left_out = Path(source), list[LeftOut]()
     if source.suffix.lower() in TABLES:
         items = _from_table(source, image_column, caption_column, Path(image_root or source.parent))
     elif not source.exists():
@@ -74,17 +72,18 @@ def find_items(
     elif not source.is_dir():
         raise ValueError(f"{source}: neither a folder nor a table ({', '.join(sorted(TABLES))})")
     elif templates is not None:
-        items = _from_class_folders(source, templates)
+        items = _from_class_folders(source, templates, left_out)
     else:
-        items = [with_sidecar(path) for path in find_pictures(source)]
+        items = [with_sidecar(path) for path in find_pictures(source, left_out)]
         if items and not any(item.captions for item in items):
             raise ValueError(
                 f"{source}: no picture has a caption beside it (photo.txt or photo.json); "
                 "for class folders give --templates, for a list of captions give the table"
             )
     if not items:
-        raise ValueError(f"{source}: no pictures ({', '.join(sorted([*COPIED, *CONVERTED]))}) in it")
-    return items
+        kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
+        raise ValueError(f"{source}: no pictures ({kinds}) in it{because(left_out)}")
+    return items + [Item(path, (), problem=fault) for path, fault in left_out]
 
 
 def pack(
@@ -162,9 +161,10 @@ def _stored(path: Path, resize: int | None) -> tuple[str, bytes]:
     if resize is not None and min(image.size) > resize:
         image = resize_shorter(plain_mode(image), resize)
         return _encoded(image, "jpg" if ending == "jpg" else "png")
-    if ending is None:
+    data = path.read_bytes() if ending else b""
+    if ending is None or data[4:8] == b"ftyp":  # phones name HEIC files .jpg, and training may lack the extra
         return _encoded(plain_mode(image), "png")
-    return ending, path.read_bytes()
+    return ending, data
 
 
 def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
@@ -174,13 +174,6 @@ def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
     else:
         (image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")).save(buffer, "PNG")
     return ending, buffer.getvalue()
-
-
-def find_pictures(folder: Path) -> Iterator[Path]:
-    """Files under a folder whose names end as pictures do, sorted."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in {*COPIED, *CONVERTED, *OTHERS}:
-            yield path
 
 
 def with_sidecar(path: Path) -> Item:
@@ -197,7 +190,7 @@ def with_sidecar(path: Path) -> Item:
     return Item(path, tuple(found))
 
 
-def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:
+def _from_class_folders(source: Path, templates: Sequence[str], left_out: list[LeftOut]) -> list[Item]:
     bad = next((t for t in templates if "{c}" not in t), None)
     if bad is not None or not templates:
         raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
@@ -205,7 +198,7 @@ def _from_class_folders(source: Path, templates: Sequence[str]) -> list[Item]:
     for folder in sorted(p for p in source.iterdir() if p.is_dir()):
         name = as_text(folder.name).replace("_", " ")
         captions = tuple(t.replace("{c}", name) for t in templates)
-        items += [Item(path, captions, name) for path in find_pictures(folder)]
+        items += [Item(path, captions, name) for path in find_pictures(folder, left_out)]
     return items
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tinyclip.augment import on_colour
 from tinyclip.transforms import plain_mode
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _png(image: Image.Image) -> str:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """A small copy in RGB, on white."""
-    small = plain_mode(on_colour(image, (255, 255, 255))).convert("RGB")
+    """A small copy in RGB, as a model sees it."""
+    small = plain_mode(image).copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return small
+    return small.convert("RGB")

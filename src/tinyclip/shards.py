@@ -21,10 +21,12 @@ from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_
 from PIL import Image
 
 from tinyclip.faults import Fault, Skipped
+from tinyclip.finding import ENDINGS
 from tinyclip.inputs import is_unicode
 from tinyclip.transforms import open_image
 
-IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
+USUAL = ("jpg", "jpeg", "png", "webp")
+IMAGE_TYPES = (*USUAL, *sorted({ending[1:] for ending in ENDINGS}.difference(USUAL)))
 LARGEST_SAMPLE = 2**29  # bytes; a header that claims more is damaged, and reading it might take all memory
 LONGEST_END = 2**20  # bytes of zeros that may end a tar
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, zlib.error)
@@ -255,7 +257,7 @@ def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image
     for ending in IMAGE_TYPES:
         if ending in sample:
             return open_image(io.BytesIO(sample[ending]), at_least)
-    raise Fault("no_image", f"no picture (looked for {', '.join(IMAGE_TYPES)})")
+    raise Fault("no_image", f"no picture (looked for {', '.join(USUAL)} and others)")
 
 
 def check(folder: str | Path, progress: Callable[[], None] = lambda: None) -> tuple[int, list[Skipped]]:

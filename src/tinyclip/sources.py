@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,12 @@ from typing import Any
 from tinyclip import faults
 from tinyclip.faults import Skipped
 from tinyclip.files import as_text
+from tinyclip.finding import LeftOut, because, find_pictures, is_picture, skipped_of
 from tinyclip.inputs import batches, is_unicode
 from tinyclip.pack import (
     CAPTION_COLUMNS,
-    CONVERTED,
-    COPIED,
-    OTHERS,
     TABLES,
     find_column,
-    find_pictures,
     open_text,
     read_rows,
 )
@@ -74,11 +71,12 @@ def open_source(
     if name.endswith((".tar", ".tar.gz")):
         return _of_files("shards", path.parent, [path], 1)
     if path.is_dir():
-        pictures = list(find_pictures(path))
+        left_out = list[LeftOut]()
+        pictures = find_pictures(path, left_out)
         if not pictures:
-            raise ValueError(f"{path}: neither pictures nor .tar shards in it")
-        return _of_files("pictures", path, pictures, part_size)
-    if path.suffix.lower() in {*COPIED, *CONVERTED, *OTHERS}:
+            raise ValueError(f"{path}: neither pictures nor .tar shards in it{because(left_out)}")
+        return _of_files("pictures", path, pictures, part_size, skipped_of(left_out, path))
+    if is_picture(path):
         return _of_files("pictures", path.parent, [path], part_size)
     if path.suffix.lower() not in TEXTS:
         raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
@@ -90,10 +88,10 @@ def open_source(
     return Source("texts", path, list(batches(texts, part_size)), state, skipped, text_column, key_column)
 
 
-def _of_files(kind: str, root: Path, files: list[Path], part_size: int) -> Source:
+def _of_files(kind: str, root: Path, files: list[Path], part_size: int, skipped: Sequence[Skipped] = ()) -> Source:
     states = [_file_state(file, root) for file in files]
     parts = files if kind == "shards" else list(batches(files, part_size))
-    return Source(kind, root, list(parts), digest(states))
+    return Source(kind, root, list(parts), digest(states), list(skipped))
 
 
 def _file_state(file: Path, root: Path) -> str:

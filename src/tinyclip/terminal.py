@@ -49,6 +49,20 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
 Runtime = Annotated[str, typer.Option(help="auto, openvino, onnxruntime or torch.")]
+
+
+def _allow(context: typer.Context, count: int | None) -> int | None:
+    """Until the command ends, as pictures are opened in many places and by many threads."""
+    if count is not None:
+        from tinyclip.opening import pixels_at_most
+
+        context.with_resource(pixels_at_most(count))
+    return count
+
+
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, callback=_allow, help="Open larger pictures too, of up to that many pixels.")
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
 ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
 Split = Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import errno
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from threading import Lock
 from typing import Annotated
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from tinyclip.faults import Fault
+from tinyclip.numbers import eight_bit
+from tinyclip.opening import open_image as open_image
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
-RESIZED_AS_THEY_ARE = {"L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+RESIZED_AS_THEY_ARE = {"L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}  # LA and RGBA too
 
 LONGEST = 100  # times the shorter side
 # A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
@@ -56,73 +51,35 @@ class Preprocess(BaseModel):
         return self.normalise(self.pixels(image))
 
 
-_WARNINGS = Lock()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of odd metadata, and pictures too large as errors. One thread at a time, as Python's filters of
-    warnings are shared by all; decoding itself stays outside."""
-    with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
-def open_image(source: str | Path | object, at_least: int | None = None) -> Image.Image:
-    """Open a file (path or binary file object), decode it whole and apply its EXIF orientation.
-
-    Args:
-        at_least: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as both sides have this many pixels.
-
-    Raises:
-        ValueError: when it is missing; as `Fault` when it is no picture, damaged, or too large (Pillow's
-            decompression-bomb limit).
-    """
-    name = f"{source}: " if isinstance(source, (str, Path)) else ""
-    try:
-        with _quiet():
-            opened = Image.open(source)  # type: ignore[arg-type]
-        with opened as image:
-            if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
-                raise UnidentifiedImageError
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))
-            image.load()
-            with _quiet():
-                return ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise ValueError(f"{name}no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{name}a folder, not a picture") from None
-    except UnidentifiedImageError:
-        raise Fault("corrupt_image", f"{name}not a picture that Pillow can read") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Fault("huge_image", f"{name}too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most)") from None
-    except OSError as error:
-        if name and error.errno not in (None, errno.EINVAL):  # of the file, not of Pillow, also by a senseless seek
-            raise ValueError(f"{name}cannot be read ({error.strerror})") from None
-        raise Fault("corrupt_image", f"{name}damaged picture ({error or type(error).__name__})") from None
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise Fault("corrupt_image", f"{name}damaged picture ({error or type(error).__name__})") from None
-
-
 def plain_mode(image: Image.Image) -> Image.Image:
-    """Bring rare modes to one that resizes well: palette and 1-bit to RGB, 16-bit to 8, Lab to sRGB."""
+    """Bring rare modes to one that resizes well: palette and 1-bit to RGB, 16 and 32 bits to 8, Lab to sRGB. What is
+    fully transparent becomes black; a palette's and a plain colour's transparency is passed over (docs/data.md)."""
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
+        image = image.convert(image.mode.upper())
+    if image.mode in ("LA", "RGBA"):
+        return _nothing_hidden(image)
     if image.mode in RESIZED_AS_THEY_ARE:
         return image
-    if image.mode.startswith("I"):  # 16-bit files open as I;16 or, from some formats, as I
-        scaled = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        return eight_bit(image)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None
         return converted
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha
-        return image.convert(image.mode.upper())
     # By way of RGBA, since Pillow warns of a palette with transparency that becomes RGB.
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+
+
+def _nothing_hidden(image: Image.Image) -> Image.Image:
+    """Black where it is fully transparent, as resizing makes it: a model never sees what is hidden there, also in a
+    picture that has the right size already."""
+    transparent = image.getchannel("A").point(lambda alpha: 0 if alpha else 255)
+    if transparent.getbbox() is None:
+        return image
+    image = image.copy()
+    image.paste((0,) * len(image.getbands()), None, transparent)
+    return image
 
 
 def _middle(image: Image.Image) -> Image.Image:
