@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tinyclip.stopping import Terminated
 from tinyclip.terminal import Device, Overwrite, complete_model, errors, fail, plural, print_faults, say
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def cache(
         try:
             with _cache_progress() as progress:
                 report = make_cache(clip, teacher, shards, place, **settings, progress=progress)
-        except (Interrupted, KeyboardInterrupt) as stop:
+        except (Interrupted, KeyboardInterrupt, Terminated) as stop:
             code = 128 + getattr(stop, "signal_number", signal.SIGINT)
             fail(f"stopped; finished shards are kept in {place}, the same command goes on", code)
         if is_main():

@@ -17,6 +17,7 @@ from tinyclip.terminal import (
     DType,
     check_file,
     complete_model,
+    console,
     errors,
     plural,
     print_faults,
@@ -180,12 +181,12 @@ def _tiles(index: Index, matches: Sequence[Match]) -> list[Any]:
 
 def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Lines that are never broken, so that they can be taken apart by other programs."""
-    from tinyclip.search import shown
-
     for i, (query, listed) in enumerate(zip(asked, rows, strict=True)):
         if len(asked) > 1:
-            say(f"{'' if i == 0 else chr(10)}{shown(query)}")
+            if i:
+                console.print()
+            say(str(query))
         say(f"{'rank':>4}  {'cosine':>6}  path")
         for row in listed:
             mark = "  (missing)" if row["missing"] else ""
-            say(f"{row['rank']:>4}  {row['cosine']:>6.3f}  {shown(row['path'])}{mark}")
+            say(f"{row['rank']:>4}  {row['cosine']:>6.3f}  {row['path']}{mark}")

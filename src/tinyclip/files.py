@@ -128,6 +128,16 @@ def as_text(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
+# What moves the cursor, ends a line or turns the direction of writing.
+_STEERS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+STEERING = {code: ascii(chr(code))[1:-1] for code in _STEERS}
+
+
+def printable(text: str) -> str:
+    """Text in one line that steers no terminal: as `as_text`, and a control character stands as `\\x1b`."""
+    return as_text(text).translate(STEERING)
+
+
 def checksum(path: Path) -> int:
     """CRC-32 of a file: enough to find a torn or flipped one, at the speed of the disk."""
     value = 0
