@@ -33,7 +33,8 @@ STEERING |= {*"\u2066\u2067\u2068\u2069"}
 def test_text_is_kept_but_for_what_steers() -> None:
     assert printable(NASTY).startswith(r"\x1b[31m\x1b]0;pwned\x07\x7f\x9b2J\x85\r\x08\x0b\u2028\u202egpj.exe\u2066")
     assert printable("a\nb\tc") == r"a\nb\tc"
-    for kept in ("ß 日本　x", "a\u00a0b", "👩\u200d👧", "می\u200cخواهم", "עברית \u200f", r"C:\x1b", "[red]x[/x] :smile:"):
+    others = ("ß 日本　x", "a\u00a0b", "👩\u200d👧", "می\u200cخواهم", "עברית \u200f", r"C:\x1b", "[red]x[/x] :smile:")
+    for kept in others:
         assert printable(kept) == kept
     assert printable(os.fsdecode(b"caf\xe9")) == r"caf\xe9" and printable("\ud83d") == r"\ud83d"
 
@@ -135,11 +136,9 @@ def test_warnings_are_a_line_of_ours(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_cells_of_a_csv_are_no_formulas() -> None:
-    for text in ("=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "-", "+1e5x", "=HYPERLINK(\"x\")"):
+    for text in ("=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "-", "+1e5x", '=HYPERLINK("x")'):
         file = io.StringIO()
         csv.writer(file).writerow([cell(text)])
         assert cell(text) == f"'{text}" and next(csv.reader(io.StringIO(file.getvalue(), newline="")))[0][0] == "'"
     for text in ("", "cat", "-5", "+3.25", "0.5", "a=b", "a-b", "'x"):
         assert cell(text) == text
-
-

@@ -6,14 +6,12 @@ Beside a cached file lie `FILE.json` (its record), `FILE.lock`, and during a dow
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +19,8 @@ from urllib.parse import urlsplit
 import requests
 from filelock import FileLock
 
-from tinyclip.files import write_atomically
+from tinyclip.files import sha256, write_atomically
+from tinyclip.progress import tell_bytes
 
 CHUNK = 1 << 17  # bytes; what a broken connection can lose
 TIMEOUT_S = (10, 60)  # to connect, and between two reads

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -55,16 +56,21 @@ class Meter:
         self.console, self.bars, self.own = console, bars, bars is None
         self.given = wait
         self.works: dict[str, Work] = {}
+        self.process, self.lock = os.getpid(), threading.RLock()  # forked workers and threads tell too
 
     def __call__(self, what: str, done: int, total: int | None, unit: str) -> None:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") != "0" or os.getpid() != self.process:
             return
+        with self.lock:
+            self._take(what, done, total, unit)
+
+    def _take(self, what: str, done: int, total: int | None, unit: str) -> None:
         now = time.monotonic()
-        if what in self.works and done < self.works[what].done:  # it began anew without an end
-            self._end(what)
         if total is not None and done >= total:
             self._end(what)
             return
+        if what in self.works and done < self.works[what].done:  # it began anew without an end
+            self._end(what)
         if what not in self.works:
             self.works[what] = Work(now, done, now + self.wait, done)
             if total is None and not unit:
@@ -122,7 +128,7 @@ class Meter:
     def _draw(self, what: str, work: Work, total: int | None, unit: str) -> None:
         if self.bars is None:
             # Else rich would send what is printed to the bar's console, also where that is piped.
-            apart = {"redirect_stdout": False, "redirect_stderr": False}
+            apart: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
             self.bars = Progress(*columns(), console=self.console, transient=True, **apart)
             self.bars.start()
         if work.bar is None:

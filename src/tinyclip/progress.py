@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 Listener = Callable[[str, int, int | None, str], None]  # the arguments of `tell`
 _listeners: list[Listener] = []
+
+
+def heard() -> bool:
+    """Whether anybody listens, where there is something to be found out first."""
+    return bool(_listeners)
 
 
 def tell(what: str, done: int, total: int | None = None, unit: str = "") -> None:
@@ -23,9 +29,15 @@ def tell(what: str, done: int, total: int | None = None, unit: str = "") -> None
         _listeners[-1](what, done, total, unit)
 
 
+def ended(what: str) -> None:
+    """Say that work is over."""
+    tell(what, 1, 1)
+
+
 def tell_bytes(what: str, done: int, total: int | None) -> None:
     """`tell` in MB."""
-    tell(what, done // 10**6, None if total is None else max(1, total // 10**6) if done < total else done // 10**6, "MB")
+    ended = total is not None and done >= total
+    tell(what, done // 10**6, done // 10**6 if ended else None if total is None else 1 + total // 10**6, "MB")
 
 
 @contextmanager
@@ -47,7 +59,32 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
             yield item
             done += 1
     finally:
-        tell(what, done, done, unit)
+        ended(what)
+
+
+@dataclass
+class Counted(Iterator[T]):
+    """Items, with the number of those that were taken."""
+
+    items: Iterator[T]
+    count: int = 0
+
+    def __next__(self) -> T:
+        item = next(self.items)
+        self.count += 1
+        return item
+
+
+def counter(what: str, total: int, unit: str = "") -> Callable[[], None]:
+    """What is to be called after every one of so many."""
+    done = 0
+
+    def one() -> None:
+        nonlocal done
+        done += 1
+        tell(what, done, total, unit)
+
+    return one
 
 
 @contextmanager
@@ -57,4 +94,4 @@ def busy(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        tell(what, 1, 1)
+        ended(what)

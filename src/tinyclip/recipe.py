@@ -80,7 +80,7 @@ class Calibrated(Target):
         "taylor",
         description="change of the affinity loss to second order, mean square of activations, or weights alone",
     )
-    batches: Positive = Field(200, description="batches measured")
+    batches: Positive = Field(200, description="batches measured, at most: it stops when more would change nothing")
 
 
 TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")

@@ -23,6 +23,7 @@ from tinyclip.measurement import measure
 from tinyclip.model import CLIP
 from tinyclip.page import COLOURS
 from tinyclip.pipeline import Pipeline, load
+from tinyclip.progress import track
 from tinyclip.recipe import Evaluation, StoredTeachers, recipe_of
 from tinyclip.structure import figure as structure_figure
 from tinyclip.structure import parts
@@ -90,7 +91,10 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
 def _measure_side_by_side(entries: Sequence[Entry], rounds: int = 3) -> None:
     """Time the models turn by turn, so that a machine that slows down slows all; the median of the rounds."""
     models = [CLIP(read_config(e.path)).eval() if e.stored else load(e.path).model for e in entries]
-    turns = [[measure(model, seconds=0.4) for model in models] for _ in range(rounds)]
+    turns = [
+        [measure(model, seconds=0.4) for model in models]
+        for _ in track(range(rounds), "timing the models", rounds, "rounds")
+    ]
     for i, entry in enumerate(entries):
         mine = sorted((turn[i] for turn in turns), key=lambda figures: figures["pairs_per_s"])
         entry.measured = mine[rounds // 2]

@@ -40,7 +40,8 @@ def stoppable() -> Iterator[None]:
         nonlocal last
         if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
             last = -TWICE
-            threading.Timer(0.05, signal.raise_signal, (getattr(lost.exc_value, "signal_number", signal.SIGINT),)).start()
+            number = getattr(lost.exc_value, "signal_number", signal.SIGINT)
+            threading.Timer(0.05, signal.raise_signal, (number,)).start()
         else:
             hook(lost)
 

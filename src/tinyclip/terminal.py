@@ -19,7 +19,6 @@ from tinyclip.files import CHECKPOINT_FILES, STEERING, check_replaceable, printa
 from tinyclip.meter import Meter
 
 
-
 class PlainConsole(Console):
     """A console that shows what it is given and is never steered by it, since names in data and files are anyone's.
 
