@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -8,14 +9,15 @@ import torch
 
 from conftest import random_model, small_config, uneven_config
 from tinyclip.axes import GATES, axis_kind, axis_sizes, axis_table
-from tinyclip.calibrate import BUDGETS, Calibration, calibrate, fill_budget, targets_for_latency
+from tinyclip.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled, targets_for_latency
 from tinyclip.config import CLIPConfig
-from tinyclip.importance import Sample, importance, prunable, taylor
+from tinyclip.importance import Sample, Score, importance, prunable, taylor
 from tinyclip.inheritance import compact
 from tinyclip.loss import affinity_loss
 from tinyclip.masks import sparsity
 from tinyclip.measurement import macs
 from tinyclip.model import CLIP
+from tinyclip.progress import Counted, listening
 from tinyclip.sizes import resnet_size
 
 SCALE = 20.0
@@ -289,6 +291,45 @@ def test_an_endless_source_is_read_only_as_far_as_said() -> None:
 
     calibrate(model, source(), {"both": 0.5}, Calibration(SCALE, batches=5, rounds=2))
     assert len(taken) == 5
+
+
+@pytest.mark.parametrize("score", ["taylor", "activation"])
+def test_it_stops_when_more_would_change_nothing(score: Score) -> None:
+    """The same each time."""
+    model, heard = random_model(small_config()), list[tuple[object, ...]]()
+    source = Counted(cycle(batches(model.config, 4)))
+    how = Calibration(SCALE, score=score, batches=1000, rounds=2)
+    with listening(lambda *told: heard.append(told)):
+        masks = calibrate(model, source, {"both": 0.5}, how)
+    assert 2 * 16 <= source.count <= 2 * 256
+    assert heard[0] == ("calibrating", 0, 1000, "batches") and heard[-1] == ("calibrating", 1, 1, "")
+    assert ("calibrating", 500, 1000, "batches") in heard  # the second round begins there all the same
+    again = Counted(cycle(batches(model.config, 4)))
+    assert all(torch.equal(masks[name], other) for name, other in calibrate(model, again, {"both": 0.5}, how).items())
+    assert again.count == source.count
+
+
+def test_it_goes_on_while_the_cut_changes() -> None:
+    """Batches that each say something else: nothing settles, so all are measured."""
+    config = small_config()
+    axes = prunable(config)
+
+    def found(count: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(count)
+        return {name: torch.rand(size, generator=generator) for name, size in axes.items()}
+
+    ones = {name: torch.ones(size) for name, size in axes.items()}
+    cuts: list[int] = []
+
+    def cut(importance: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        cuts.append(1)
+        return fill_budget(importance, config, {"both": 0.5})
+
+    enough = settled(cut, ones)
+    assert not any(enough(count, lambda count=count: found(count)) for count in range(1, 200))  # type: ignore[misc]
+    assert len(cuts) == 5  # after 8, 16, 32, 64, 128: a cut costs more than a look
+    enough = settled(cut, ones)
+    assert [count for count in range(1, 200) if enough(count, lambda: found(0))] == [16, 32, 64, 128]
 
 
 def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:

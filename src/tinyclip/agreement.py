@@ -17,6 +17,7 @@ from tinyclip import evaluate
 from tinyclip.faults import Fault, Skipped
 from tinyclip.pack import find_items
 from tinyclip.pipeline import Pipeline, Tensors
+from tinyclip.progress import track
 from tinyclip.runtime import RuntimePipeline
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
 from tinyclip.transforms import open_image
@@ -55,7 +56,7 @@ def samples_of(path: str | Path, clip: Pipeline) -> Samples:
     """
     path = Path(path)
     pixels, texts, first = list[np.ndarray](), list[str](), ""
-    for picture in islice(_pictures(path), COUNT):
+    for picture in track(islice(_pictures(path), COUNT), "reading pictures", COUNT, "pictures"):
         try:
             image, captions = picture
             pixels.append(clip.preprocessing(open_image(image) if isinstance(image, Path) else image))

@@ -20,7 +20,6 @@ Every file is renamed into its place when it is whole, so a cache can be gone on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections import OrderedDict
@@ -41,7 +40,7 @@ from tinyclip.config import CLIPConfig, Count, Positive, Strict, explain
 from tinyclip.data import stable_hash
 from tinyclip.distributed import Precision, from_main
 from tinyclip.faults import Fault
-from tinyclip.files import read_json_object
+from tinyclip.files import read_json_object, sha256
 from tinyclip.index import shard_counts
 from tinyclip.shards import find_shards
 from tinyclip.tokenizer import CLIPTokenizer
@@ -277,5 +276,4 @@ def open_caches(folders: Iterable[str | Path], data: str | Path) -> list[Cache]:
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

@@ -7,8 +7,9 @@ what is left is measured again before more of it goes. There is no training; `in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,18 +18,22 @@ from torch import Tensor
 
 from tinyclip.axes import GATES, NEEDED, axis_kind
 from tinyclip.config import CLIPConfig
-from tinyclip.importance import BOTH, Score, importance, prunable
+from tinyclip.importance import BOTH, Enough, Score, importance, never, prunable
 from tinyclip.importance import Sample as Sample
 from tinyclip.inheritance import compact
 from tinyclip.masks import Masks, Tower, Unit, prunable_size, sparsity, tower_size
 from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
+from tinyclip.progress import ended, tell
 from tinyclip.recipe import Calibrated
 
 BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
 # Of what is still to go, the part that goes before costs are worked out anew.
 CHUNK = 1 / 16
+FIRST_TRIAL = 8  # batches of a round
+SETTLED = 0.05  # of what a cut loses
+WORK = "calibrating"
 GATE_OF = {"heads": "attn", "mlp": "ffn"}
 UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
 
@@ -148,7 +153,7 @@ class Calibration:
     Args:
         scale: exp(logit_scale) of the affinity.
         original: the teacher's config, which sparsity counts from; by default the model's.
-        batches: measured in all.
+        batches: measured in all, at most.
         rounds: the size falls by one factor each, and each measures on its share of the batches.
         seed: of the labels that the score `taylor` draws.
         unit, gates, align: as in `fill_budget` and `prunable`.
@@ -170,11 +175,14 @@ class Calibration:
         options = {name: getattr(settings, name) for name in ("score", "gates", "align", "batches")}
         return cls(scale, original, unit=settings.counted, seed=seed, **options)
 
-    def measure(self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int) -> dict[str, Tensor]:
+    def measure(
+        self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int, enough: Enough = never
+    ) -> dict[str, Tensor]:
         """Importance under masks, which may lie elsewhere than the model."""
         placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
         generator = torch.Generator().manual_seed(seed)
-        return importance(model, samples, placed, score=self.score, scale=self.scale, generator=generator)
+        how: dict[str, Any] = {"score": self.score, "scale": self.scale, "generator": generator, "enough": enough}
+        return importance(model, samples, placed, **how)
 
     def fill(
         self, found: Mapping[str, Tensor], config: CLIPConfig, targets: Mapping[str, float], masks: Masks | None = None
@@ -197,9 +205,11 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """Masks of 0 and 1 for the model that meet the target; the model is left as it is.
 
+    A round ends before its share of the batches when more would not change what it keeps, see `settled`.
+
     Args:
         model: in evaluation mode.
-        samples: on the model's device.
+        samples: on the model's device; no more are taken than are measured.
         target_sparsity: as in `fill_budget`.
 
     Raises:
@@ -212,15 +222,56 @@ def calibrate(
     left = {name: 1 - how.sparsity(config, {}, name) for name in target_sparsity}
     rounds = min(how.rounds, how.batches)
     for r in range(1, rounds + 1):
-        share = islice(source, how.batches * r // rounds - how.batches * (r - 1) // rounds)
-        found = how.measure(model, share, masks, how.seed * 1000 + r)
+        start, end = (how.batches * n // rounds for n in (r - 1, r))
         goals = {}
         for name, target in target_sparsity.items():
             goal = 1 - left[name] * ((1 - target) / left[name]) ** (r / rounds) if r < rounds else target
             if how.sparsity(config, masks, name) < goal:  # else the round before removed more than it had to
                 goals[name] = goal
-        masks = how.fill(found, config, goals, masks)
+        cut = partial(how.fill, config=config, targets=goals, masks=masks)
+        found = how.measure(
+            model, _told(source, start, end, how.batches), masks, how.seed * 1000 + r, settled(cut, masks)
+        )
+        masks = cut(found)
+    ended(WORK)
     return masks
+
+
+def _told(samples: Iterator[Sample], start: int, end: int, batches: int) -> Iterator[Sample]:
+    """The samples of a round, from the batch `start` to before `end`."""
+    for number, sample in enumerate(islice(samples, end - start), start):
+        tell(WORK, number, batches, "batches")
+        yield sample
+
+
+def settled(cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], masks: Masks) -> Enough:
+    """Whether more batches would not change what a cut keeps.
+
+    A trial cut is made whenever the batches have doubled. Elements at the edge always change places, as they matter
+    equally little. So the cut has settled when that of half the batches, judged by all of them, loses hardly more than
+    the new one.
+
+    Args:
+        masks: what the round begins with.
+    """
+    due, before = FIRST_TRIAL, dict[str, Tensor]()
+
+    def enough(count: int, found: Callable[[], Mapping[str, Tensor]]) -> bool:
+        nonlocal due, before
+        if count < due:
+            return False
+        due *= 2
+        known = {name: value.detach().double().cpu() * masks[name].cpu() for name, value in found().items()}
+        with torch.enable_grad():  # sizes are differentiated, also where importance needs none
+            half, before = before, cut(known)
+        return bool(half) and _loss_of(half, known) <= (1 + SETTLED) * _loss_of(before, known)
+
+    return enough
+
+
+def _loss_of(masks: Masks, importance: Mapping[str, Tensor]) -> float:
+    """What goes with the elements that are closed."""
+    return sum(((1 - masks[name]) * value).sum().item() for name, value in importance.items())
 
 
 def targets_for_latency(
@@ -235,7 +286,9 @@ def targets_for_latency(
     how, config = replace(how, unit="macs"), model.config
     budget = "both" if len(towers) == 2 else towers[0]
     ones = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
-    found = how.measure(model, islice(samples, max(1, how.batches // how.rounds)), ones, how.seed * 1000)
+    count = max(1, how.batches // how.rounds)
+    found = how.measure(model, _told(iter(samples), 0, count, count), ones, how.seed * 1000)
+    ended(WORK)
     start = how.sparsity(config, {}, budget)
 
     def measured(removed: float) -> float:

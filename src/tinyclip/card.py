@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.config import CLIPConfig, VisionConfig
 from tinyclip.files import write_atomically
+from tinyclip.yaml_text import parse
 from tinyclip.zoo import HUB_ID, SHIPPED, find, shipped
 
 if TYPE_CHECKING:
@@ -111,9 +112,9 @@ def read_card(folder: Path) -> Card:
     """What a checkpoint's README.md says, of ours or of others; an empty card when there is none to be read."""
     try:
         _, front, _ = (folder / FILE).read_text(encoding="utf-8").split("---\n", 2)
-        facts = yaml.safe_load(front)
+        facts = parse(front)
         card = Card.model_validate(facts.get("tinyclip") or {})
-    except (OSError, ValueError, AttributeError, yaml.YAMLError, ValidationError):
+    except (OSError, ValueError, AttributeError, ValidationError):
         return Card()  # it is people's to edit
     licence, data = facts.get("license"), facts.get("datasets")
     if isinstance(licence, str):

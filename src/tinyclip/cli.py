@@ -21,7 +21,9 @@ from tinyclip import (
     cli_tools,
     cli_train,
 )
-from tinyclip.terminal import console, fail
+from tinyclip.progress import listening
+from tinyclip.stopping import stoppable
+from tinyclip.terminal import console, fail, meter
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
 data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")
@@ -49,8 +51,9 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has 
 def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
     try:
-        # Typer itself would make several lines of an error of usage.
-        sys.exit(app(prog_name="tinyclip", standalone_mode=False) or 0)
+        with stoppable(), listening(meter):
+            # Typer itself would make several lines of an error of usage.
+            sys.exit(app(prog_name="tinyclip", standalone_mode=False) or 0)
     except USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -66,6 +69,8 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         fail("out of memory on the device; a lower batch_size may help", 2)
+    finally:
+        meter.stop()
 
 
 @app.callback(invoke_without_command=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -80,12 +78,10 @@ def compare(
     say_computing(contenders[0].clip.computing)
     outcomes = []
     for name, dataset in zip(labels([str(path) for path in data]), datasets, strict=True):
-        with _progress(name) as progress:
-            outcomes.append(judge(contenders, dataset, name, progress))
+        outcomes.append(judge(contenders, dataset, name))
         if outcomes[-1].skipped:
             errors.print(f"{name}: left out:")
             print_faults(outcomes[-1].skipped, errors)
-    errors.print("measuring speed")
     measured = costs(contenders)
 
     from tinyclip.compare_report import result, table, write
@@ -97,14 +93,3 @@ def compare(
     if output:  # after the figures, which are then not lost when it cannot be written
         write(output, outcomes, measured)
         (errors.print if as_json else say)(f"report: {output / 'report.html'}")
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int], None]]:
-    """The number of pictures, on stderr."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn
-
-    columns, shown = (SpinnerColumn(), TextColumn("{task.description}")), errors.is_terminal
-    with Progress(*columns, console=errors, transient=True, disable=not shown) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda count: bar.update(task, description=f"{name}: {count:,} pictures")

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from tinyclip.progress import busy, counter, track
 from tinyclip.terminal import (
     MaxPixels,
     Model,
     Overwrite,
     check_free,
-    errors,
     plural,
     print_faults,
     read_lines,
@@ -36,20 +36,14 @@ def pack(
     overwrite: Overwrite = False,
 ) -> None:
     """Make training shards from your own pictures and captions."""
-    from rich.progress import track
-
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
     columns = {"image_column": image_column, "caption_column": caption_column}
-    items = find_items(source, **columns, image_root=image_root, templates=lines)
-    steps = iter(track(range(len(items)), "packing", console=errors, disable=not errors.is_terminal))
-
-    def progress() -> None:
-        next(steps, None)
-
+    with busy(f"looking into {source}"):
+        items = find_items(source, **columns, image_root=image_root, templates=lines)
+    progress = counter("packing", len(items), "pictures")
     report = pack(items, output, shard_size=shard_size, resize=resize, overwrite=overwrite, progress=progress)
-    progress()  # lets the bar reach its end
     what = f"{plural(report.packed, 'picture')} with {plural(report.captions, 'caption')}"
     say(f"packed {what} into {plural(report.shards, 'shard')} in {output}")
     if report.skipped:
@@ -63,21 +57,13 @@ def prepare(
     check: Annotated[bool, typer.Option("--check", help="Also open every picture and caption.")] = False,
 ) -> None:
     """Index existing shards (of img2dataset, say), and list what cannot be used; training does it by itself."""
-    from rich.progress import track
-
     from tinyclip import shards
     from tinyclip.index import known_faults, prepare
 
     found = prepare(folder)
     faults = known_faults(folder)
     if check:
-        steps = iter(track(range(found), "checking", console=errors, disable=not errors.is_terminal))
-
-        def progress() -> None:
-            next(steps, None)
-
-        good, faults = shards.check(folder, progress)
-        progress()  # lets the bar reach its end
+        good, faults = shards.check(folder, counter("checking", found, "samples"))
     if faults:
         print_faults(faults)
     say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
@@ -101,7 +87,7 @@ def prune(
     if first is None:
         raise ValueError(f"{texts}: no texts in it, so no tokens to keep")
     clip = load(model)
-    kept = clip.tokenizer.kept_ids(chain([first], found))
+    kept = clip.tokenizer.kept_ids(track(chain([first], found), "reading texts", None, "texts"))
     small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
     how = f"The same model with {len(kept):,} of its {clip.tokenizer.vocab_size:,} tokens (`tinyclip vocab prune`)."
     small.save(output, card=made_from(model, how))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tinyclip.faults import read
+from tinyclip.progress import busy, tell
 from tinyclip.terminal import (
     AsJson,
     Compile,
@@ -19,7 +17,6 @@ from tinyclip.terminal import (
     Overwrite,
     Runtime,
     complete_model,
-    errors,
     plural,
     print_faults,
     print_json,
@@ -56,15 +53,15 @@ def embed(
     from tinyclip.sources import open_source
 
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
-    found = open_source(source, part_size, text_column, key_column)
+    with busy(f"looking into {source}"):
+        found = open_source(source, part_size, text_column, key_column)
     check(found, output, plan, overwrite)  # before a model is loaded
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, compute_dtype, compile, runtime)
         if is_main():
             say_computing(clip.computing)
-        with _progress(is_main()) as progress:
-            result = embedded(clip, found, output, plan, overwrite=overwrite, progress=progress)
+        result = embedded(clip, found, output, plan, overwrite=overwrite, progress=_tell)
         if not is_main():
             return
     if as_json:
@@ -87,20 +84,7 @@ def _summary(result: dict[str, Any], output: Path) -> None:
         print_faults(read(output / "skipped.jsonl"))
 
 
-@contextmanager
-def _progress(shown: bool) -> Iterator[Any]:
-    """A bar on stderr with what a second brings, of this process's parts."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    start = time.perf_counter()
-    with Progress(*columns, TimeRemainingColumn(), console=errors, disable=not (shown and errors.is_terminal)) as bar:
-        task = bar.add_task("embedding", total=None, rate="")
-
-        def update(tally: Any) -> None:
-            seconds = time.perf_counter() - start
-            counts = {"images": tally.images, "texts": tally.texts}
-            rates = [f"{count / seconds:,.0f} {name}/s" for name, count in counts.items() if count]
-            bar.update(task, completed=tally.images or tally.texts, total=tally.total, rate=", ".join(rates))
-
-        yield update
+def _tell(tally: Any) -> None:
+    """What of this process's parts is done."""
+    unit = "pictures" if tally.images else "texts"
+    tell("embedding", tally.images or tally.texts, tally.total, unit)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,8 +68,7 @@ def evaluate(
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, dtype, compile, runtime)
-        with progress(is_main()) as step:
-            figures = evaluation.evaluate(clip, dataset, per_class=per_class, progress=step)
+        figures = evaluation.evaluate(clip, dataset, per_class=per_class)
         if not is_main():
             return
     result = {"model": str(model)} | clip.computing | figures
@@ -123,8 +119,7 @@ def probe(
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, dtype, compile, runtime)
-        with progress(is_main()) as step:
-            figures = probed(clip, given, judged, solver=solver, seed=seed, device=place, progress=step)
+        figures = probed(clip, given, judged, solver=solver, seed=seed, device=place)
         if not is_main():
             return
     result = {"model": str(model)} | clip.computing | figures
@@ -167,14 +162,3 @@ def _print_figures(result: dict[str, Any]) -> None:
 
 def _figure(value: Any) -> str:
     return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
-
-
-@contextmanager
-def progress(shown: bool) -> Iterator[Callable[[int], None]]:
-    """A line on a terminal's stderr with the pictures that this process has encoded, and how many a second."""
-    start = time.perf_counter()
-    if not (shown and errors.is_terminal):
-        yield lambda done: None
-        return
-    with errors.status("reading pictures") as status:
-        yield lambda done: status.update(f"{done:,} pictures, {done / (time.perf_counter() - start):,.0f}/s")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinyclip.terminal import Device, Overwrite, complete_model, errors, fail, plural, print_faults, say
+from tinyclip.progress import tell
+from tinyclip.stopping import Terminated
+from tinyclip.terminal import Device, Overwrite, complete_model, fail, plural, print_faults, say
 
 if TYPE_CHECKING:
     from tinyclip.make_cache import Report
@@ -72,7 +73,7 @@ def cache(
         try:
             with _cache_progress() as progress:
                 report = make_cache(clip, teacher, shards, place, **settings, progress=progress)
-        except (Interrupted, KeyboardInterrupt) as stop:
+        except (Interrupted, KeyboardInterrupt, Terminated) as stop:
             code = 128 + getattr(stop, "signal_number", signal.SIGINT)
             fail(f"stopped; finished shards are kept in {place}, the same command goes on", code)
         if is_main():
@@ -113,22 +114,14 @@ def _views_of(path: Path, clip: Any) -> tuple[Any, int]:
 
 @contextmanager
 def _cache_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal of the first process, with its own samples. Raises `Interrupted` after a signal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from tinyclip.distributed import is_main, world_size
+    """Tells what of this process's samples is done. Raises `Interrupted` after a signal."""
     from tinyclip.resume import Interrupted, stop_signals
 
-    name = "caching" if world_size() == 1 else f"caching (1 of {world_size()} processes)"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    shown = errors.is_terminal and is_main()
-    with stop_signals() as stops, Progress(*columns, TimeRemainingColumn(), console=errors, disable=not shown) as bar:
-        task, start = bar.add_task(name, total=None, speed=""), time.perf_counter()
+    with stop_signals() as stops:
 
         def progress(done: int, total: int) -> None:
             if stops.received:
                 raise Interrupted(stops.received[0], done)
-            speed = done / (time.perf_counter() - start)
-            bar.update(task, completed=done, total=total, speed=f"{speed:.0f} pictures/s")
+            tell("caching", done, total, "pictures")
 
         yield progress

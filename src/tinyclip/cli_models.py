@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyclip.progress import Counted
 from tinyclip.terminal import (
     AsJson,
     Device,
@@ -82,12 +83,11 @@ def inherit(
 def _calibrate(
     teacher: Path, output: Path, data: Path, settings: dict[str, Any], towers: str, batch_size: int, device: str
 ) -> None:
-    from rich.progress import track
-
     from tinyclip.axes import axis_table, count_parameters
     from tinyclip.calibrate import Calibration, calibrate
     from tinyclip.card import HOW, made_from, shown
     from tinyclip.data import AGAIN, closing
+    from tinyclip.display import measured_on
     from tinyclip.inheritance import compact, describe
     from tinyclip.pipeline import Pipeline, load
     from tinyclip.pruning import TOWERS, budgets
@@ -102,10 +102,9 @@ def _calibrate(
     how = Calibration.of(chosen, model.config, model.logit_scale.exp().item())
     how.check(model.config, targets)
     loader = plain_loader(data, clip, batch_size)
-    source = samples(loader, data, model, clip.tokenizer, clip.preprocessing)
-    pairs = track(source, "measuring", how.batches, console=errors, disable=not errors.is_terminal)
+    source = Counted(samples(loader, data, model, clip.tokenizer, clip.preprocessing))
     with attention(model.logit_scale.device), closing(loader, AGAIN):
-        masks = calibrate(model.requires_grad_(False), pairs, targets, how)
+        masks = calibrate(model.requires_grad_(False), source, targets, how)
     student = compact(clip.model, masks)
     how_made = f"{HOW['calibrated'].capitalize()} on {shown(data)} (`tinyclip inherit`), not trained since."
     card = made_from(teacher, how_made)
@@ -113,6 +112,7 @@ def _calibrate(
     print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))
     counts = [count_parameters(axis_table(m.config)) for m in (clip.model, student)]
     before, after = (c["image"] + c["text"] for c in counts)
+    say(f"measured on {measured_on(source.count, how.batches)} of {batch_size} pairs")
     say(f"{before:,} parameters before, {after:,} after ({100 * after / before:.1f} %), token embedding not counted")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyclip.faults import read
+from tinyclip.progress import busy, tell
 from tinyclip.terminal import (
     AsJson,
     Compile,
@@ -18,6 +18,7 @@ from tinyclip.terminal import (
     MaxPixels,
     check_file,
     complete_model,
+    console,
     errors,
     plural,
     print_faults,
@@ -49,15 +50,15 @@ def index(
     from tinyclip.indexing import SKIPPED, build, check, scan
     from tinyclip.search import open_model
 
-    found = scan(folder)
+    with busy(f"looking into {folder}"):
+        found = scan(folder)
     check(found, output, overwrite=overwrite, moved=moved)  # before a model is loaded
     clip, fingerprint = open_model(model, device, dtype, compile)
     if not as_json:
         say_computing(clip.computing)
     name = str(Path(model).absolute()) if Path(model).exists() else model
     options: dict[str, Any] = {"overwrite": overwrite, "moved": moved, "batch_size": batch_size, "workers": workers}
-    with _progress() as progress:
-        result = build(clip, found, output, model=name, fingerprint=fingerprint, progress=progress, **options)
+    result = build(clip, found, output, model=name, fingerprint=fingerprint, progress=_tell, **options)
     if as_json:
         print_json(result)
         return
@@ -77,21 +78,8 @@ def _summary(result: dict[str, Any], output: Path) -> None:
     say(f"{done} ({', '.join(changes + rate)})")
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield update
+def _tell(what: str, done: int, total: int) -> None:
+    tell(what, done, total, "pictures")
 
 
 def search(
@@ -183,12 +171,12 @@ def _tiles(index: Index, matches: Sequence[Match]) -> list[Any]:
 
 def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Lines that are never broken, so that they can be taken apart by other programs."""
-    from tinyclip.search import shown
-
     for i, (query, listed) in enumerate(zip(asked, rows, strict=True)):
         if len(asked) > 1:
-            say(f"{'' if i == 0 else chr(10)}{shown(query)}")
+            if i:
+                console.print()
+            say(str(query))
         say(f"{'rank':>4}  {'cosine':>6}  path")
         for row in listed:
             mark = "  (missing)" if row["missing"] else ""
-            say(f"{row['rank']:>4}  {row['cosine']:>6.3f}  {shown(row['path'])}{mark}")
+            say(f"{row['rank']:>4}  {row['cosine']:>6.3f}  {row['path']}{mark}")

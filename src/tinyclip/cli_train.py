@@ -6,13 +6,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tinyclip.stopping import Terminated
 from tinyclip.terminal import (
     AsJson,
     Overwrite,
@@ -99,7 +99,7 @@ def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
         raise ValueError("--smoke runs in one process; start it without torchrun")
     try:
         results = tried(recipe, small, lambda data: evaluator(data, None))
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except (Interrupted, KeyboardInterrupt, Terminated) as stop:
         fail("the dry run was stopped", 128 + getattr(stop, "signal_number", signal.SIGINT))
     for result in results:
         say(f"stage {result['stage']}: ok, {result['shape']}, {result['seconds']:.1f} s")
@@ -118,39 +118,20 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
         from_main(lambda: checks.append(evaluator(evaluation.data, evaluation.templates)))
     run = training.start(recipe, overwrite=overwrite, resume=resume)
     run.evaluator = checks[0] if checks else None
-    with Display(console, run) if is_main() else nullcontext() as display, terminable():
+    with Display(console, run) if is_main() else nullcontext() as display:
         run.listener = display or run.listener
         try:
             training.run(run)
         except Interrupted as stop:
             text, code = f"{stop} and saved in {run.folder}", 128 + stop.signal_number
-        except KeyboardInterrupt as stop:
-            text, code = "stopped", 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        except (KeyboardInterrupt, Terminated) as stop:
+            text, code = "stopped", 128 + getattr(stop, "signal_number", signal.SIGINT)
         else:
             return run.folder
         if display:
             display.stop()
         fail(f"{text}; go on with: {hint}", code)
     raise AssertionError("it has failed")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM at a moment when there is nothing to save, as in an evaluation."""
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Raise `Terminated` at a SIGTERM; but no second one, which would cut short what the first began."""
-
-    def handle(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def write_run_report(runs: list[Path], path: Path, title: str) -> None:

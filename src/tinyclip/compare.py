@@ -19,6 +19,7 @@ from tinyclip.faults import Skipped, why
 from tinyclip.inputs import batches
 from tinyclip.loss import affinity_loss
 from tinyclip.page import thumbnail
+from tinyclip.progress import ended, heard, tell, track
 from tinyclip.stats import Bootstrapped, bootstrap, calibration, mcnemar
 
 AT_ONCE = 64  # pictures decoded and held
@@ -110,7 +111,8 @@ def judge(
     captions = [caption for i in captioned for caption in examples[i].captions]
     owner = np.array([n for n, i in enumerate(captioned) for _ in examples[i].captions], np.int64)
     prompts = [class_features(c.clip, dataset.classnames, dataset.templates) for c in contenders] if classed else []
-    texts = [as_tensor(c.clip.encode_text(captions)) for c in contenders] if captioned else []
+    told = track(contenders, f"{name}: encoding captions", len(contenders), "models")
+    texts = [as_tensor(c.clip.encode_text(captions)) for c in told] if captioned else []
 
     if classed:
         own = np.array([examples[i].label for i in classed], np.int64)
@@ -140,12 +142,15 @@ def _encode(
     """Of each model the features (pictures, embed_dim), and the examples without their pictures."""
     found: list[list[Tensor]] = [[] for _ in contenders]
     examples: list[Example] = []
+    count = dataset.about() if heard() else None
     for batch in batches(dataset, AT_ONCE):
         for mine, contender in zip(found, contenders, strict=True):
             features, done = encode_images(contender.clip, batch)
             mine.append(features)
         examples += done
         progress(len(examples))
+        tell(f"comparing on {dataset.path}", len(examples), count and max(count, len(examples) + 1), "pictures")
+    ended(f"comparing on {dataset.path}")
     if not examples:
         raise ValueError(f"{dataset.path}: no readable pictures{why(dataset.skipped)}")
     return [torch.cat(mine) for mine in found], examples

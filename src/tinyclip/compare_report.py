@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ FILES = {"report.html", "compare.json", "answers.csv", "figures"}
 MARKERS = "osD^vP*X"
 CLASSES = 10  # that lost most, and that won most
 COARSE = 5  # pictures a class, below which its accuracy says little
+FORMULAS = "=+-@\t\r\n＝＋－＠"  # what one begins with
 LONGEST = 36  # characters of a class name in a figure
 
 Costs = Mapping[str, Mapping[str, Any]]
@@ -310,10 +312,16 @@ def _write_answers(path: Path, outcomes: Sequence[Outcome]) -> None:
     columns = [f"{model}{what}" for model in models for what in ("", ", right", ", confidence")]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["data", "key", "truth", *columns])
+        writer.writerow(["data", "key", "truth", *map(cell, columns)])
         for outcome in outcomes:
             for i, key in enumerate(outcome.keys):
-                row = [outcome.name, key, outcome.truth(i)]
+                row = [cell(outcome.name), cell(key), cell(outcome.truth(i))]
                 for a in outcome.answers.values():
-                    row += [outcome.choices[a.choice[i]], str(int(a.right[i, 0])), f"{a.confidence[i]:.4f}"]
+                    row += [cell(outcome.choices[a.choice[i]]), str(int(a.right[i, 0])), f"{a.confidence[i]:.4f}"]
                 writer.writerow(row)
+
+
+def cell(text: str) -> str:
+    """Text for a CSV: what a spreadsheet would run as a formula stands behind an apostrophe; a number is none."""
+    number = re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", text)
+    return f"'{text}" if text[:1] in FORMULAS and text and not number else text

@@ -16,6 +16,7 @@ from PIL import Image
 from tinyclip.evaluate import as_tensor
 from tinyclip.measurement import counted
 from tinyclip.pipeline import load_encoder
+from tinyclip.progress import track
 from tinyclip.resume import STATE
 from tinyclip.runtime import find_export
 from tinyclip.zoo import resolve
@@ -98,7 +99,7 @@ def _side_by_side(contenders: Sequence[Contender], batch: int) -> dict[str, list
     for call in chain(*calls.values()):
         call()  # warm
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in track(range(ROUNDS), f"timing batches of {batch}", ROUNDS, "rounds"):
         for name, towers in calls.items():
             times[name].append(sum(_median_seconds(call) for call in towers))
     return times

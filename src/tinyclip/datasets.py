@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -42,6 +43,7 @@ class Dataset:
     templates: list[str]
     reader: Reader
     skipped: list[Skipped] = field(default_factory=list)  # filled by a pass
+    about: Callable[[], int | None] = lambda: None  # how many pictures there are, where that is soon counted
 
     def __iter__(self) -> Iterator[Example]:
         return (example for _, example in self.share(lambda number: True))
@@ -135,13 +137,16 @@ def _folder(place: Path, options: Options) -> Dataset:
         return _tar(part, options, homes)
     if _has_shards(part):
         classes = of_samples(options.classes or _names_beside(homes))
-        return _dataset(part, classes, layouts.shards(_shards(part), classes), options, homes)
+        files = _shards(part)
+        about = partial(layouts.samples_in, files)
+        return _dataset(part, classes, layouts.shards(files, classes), options, homes, about)
     if layouts.has_captions(layouts.loose_pictures(part)):
         return _captioned(part, options, find_items(part), part)
     if names := layouts.class_folders(part):
         classes = of_folders(part, names, options.classes or _names_beside(homes))
         with_captions = layouts.has_captions(layouts.first_pictures(part, names))
-        return _dataset(part, classes, layouts.folders(part, classes, with_captions), options, homes)
+        reader = layouts.folders(part, classes, with_captions)
+        return _dataset(part, classes, reader, options, homes, partial(layouts.pictures_in, part, list(classes.labels)))
     raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
 
 
@@ -186,22 +191,30 @@ def _tar(tar: Path, options: Options, homes: list[Path]) -> Dataset:
     source = options.classes or _names_beside(homes)
     if not names:
         classes = of_samples(source)
-        return _dataset(tar, classes, layouts.shards([tar], classes), options, homes)
+        reader = layouts.shards([tar], classes)
+        return _dataset(tar, classes, reader, options, homes, partial(layouts.samples_in, [tar]))
     if tar.suffix == ".gz":
         raise ValueError(f"{tar}: class folders in a compressed tar; unpack it with gunzip")
     classes = of_folders(tar, names, source)
     return _dataset(tar, classes, layouts.in_tar(tar, classes), options, homes)
 
 
-def _dataset(place: Path, classes: Classes, reader: Reader, options: Options, homes: Sequence[Path]) -> Dataset:
+def _dataset(
+    place: Path,
+    classes: Classes,
+    reader: Reader,
+    options: Options,
+    homes: Sequence[Path],
+    about: Callable[[], int | None] = lambda: None,
+) -> Dataset:
     templates = read_templates(options.templates, homes, classes.of_imagenet)
-    return Dataset(place, list(classes.names), templates, reader)
+    return Dataset(place, list(classes.names), templates, reader, about=about)
 
 
 def _captioned(place: Path, options: Options, pictures: Sequence[Captioned], root: Path) -> Dataset:
     if options.classes:
         raise ValueError(f"{place}: its pictures have captions and no classes, so there is nothing to name")
-    return Dataset(place, [], [], layouts.captioned(root, pictures))
+    return Dataset(place, [], [], layouts.captioned(root, pictures), about=lambda: len(pictures))
 
 
 def _no_split(place: Path, options: Options) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.text import Text
 
 from tinyclip.axes import axis_sizes
 from tinyclip.faults import summary
+from tinyclip.meter import Meter, columns, duration
+from tinyclip.progress import listening
 from tinyclip.terminal import plural
 
 if TYPE_CHECKING:
+    from tinyclip.recipe import Stage
     from tinyclip.run import Run
 
 TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
@@ -45,6 +49,12 @@ def kept_bars(kept: dict[str, int], full: dict[str, int]) -> str:
     return "  ".join(f"{label} {bars}" for label, bars in rows.items())
 
 
+def measured_on(batches: int, most: int) -> str:
+    """Batches of a calibration, and whether it has ended by itself."""
+    enough = f" (of {most} at most; more would have changed nothing)" if batches < most else ""
+    return f"{batches:,} batch{'' if batches == 1 else 'es'}{enough}"
+
+
 class Bars(Progress):
     """A progress bar with a line of its own below."""
 
@@ -62,30 +72,29 @@ class Display:
     def __init__(self, console: Console, run: Run) -> None:
         self.console, self.run = console, run
         self.live = console.is_terminal
-        self.progress = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=not self.live,
-        )
+        self.progress = Bars(*columns(), console=console, disable=not self.live)
+        self.meter = Meter(console, self.progress)
+        self.listening = listening(self.meter)
         self.task: Any = None
+        self.stage: Stage | None = None
         self.full: dict[str, int] = {}
+        self.began: tuple[float, int] | None = None  # when this process trained its first step that is shown
 
     def __enter__(self) -> Display:
         run = self.run
         self.print(f"{run.folder}: {run.device}, {run.precision}, {run.recipe.data}")
         self.progress.start()
+        self.listening.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.listening.__exit__(kind, error, trace)
         self.stop()
 
     def stop(self) -> None:
+        self.meter.stop()
         self.progress.stop()
 
     def print(self, text: str) -> None:
@@ -97,6 +106,7 @@ class Display:
     def _stage(self, event: dict[str, Any]) -> None:
         text = f"stage {event['stage']}"
         self.full = axis_sizes(self.run.configs[event["index"]])
+        self.stage, self.began = self.run.recipe.stages[event["index"]], None
         if self.live:
             self.task = self.progress.add_task(text, total=event["steps"], figures="")
         else:
@@ -121,10 +131,21 @@ class Display:
             self.progress.line = kept_bars(event["kept"], self.full) if "kept" in event else ""
             self.progress.update(self.task, completed=event["step"], figures=figures)
         else:
-            self.print(f"  step {event['step']}: {figures}")
+            self.print(f"  step {event['step']}: {figures}{self._left(event['step'])}")
+
+    def _left(self, step: int) -> str:
+        """The time that is left of the stage, from its second line on."""
+        now = time.monotonic()
+        (since, first), steps = self.began or (now, step), self.stage.steps if self.stage else 0
+        self.began = since, first
+        return f", {duration((now - since) / (step - first) * (steps - step))} left" if first < step < steps else ""
 
     def _cut(self, event: dict[str, Any]) -> None:
-        when = f"after {plural(event['step'], 'step')}" if event["step"] else "by importance"
+        when = f"after {plural(event['step'], 'step')}"
+        if not event["step"]:
+            settings = self.stage.calibrated if self.stage else None
+            most = settings.batches if settings else 0
+            when = f"by importance, measured on {measured_on(event['batches'], most)}"
         self.print(f"  cut {when}; kept:")
         for line in kept_lines(event["kept"]):
             self.print(f"    {line}")

@@ -6,14 +6,12 @@ Beside a cached file lie `FILE.json` (its record), `FILE.lock`, and during a dow
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,14 +19,13 @@ from urllib.parse import urlsplit
 import requests
 from filelock import FileLock
 
-from tinyclip.files import write_atomically
+from tinyclip.files import sha256, write_atomically
+from tinyclip.progress import tell_bytes
 
 CHUNK = 1 << 17  # bytes; what a broken connection can lose
 TIMEOUT_S = (10, 60)  # to connect, and between two reads
 ATTEMPTS = 4  # in a row that brought nothing new
 FIRST_WAIT_S = 0.5  # before the second attempt; doubles from there
-
-Listener = Callable[[int, int | None], None]  # bytes so far, and in all where the server says
 
 
 class _Retry(Exception):
@@ -47,8 +44,7 @@ def fetch(url: str, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(_beside(path, ".lock")):
             if not path.exists():
-                with _bar(path.name) as listener:
-                    _download(url, path, listener)
+                _download(url, path)
                 part = _beside(path, ".part")
                 part.replace(path)
                 _state(part).unlink(missing_ok=True)
@@ -71,8 +67,7 @@ def check(path: Path, url: str = "", *, full: bool = False) -> dict[str, Any]:
     record, stat = read_record(path), path.stat()
     if record and not full and (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
         return record
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     if record and record["sha256"] != digest:
         raise ValueError(
             f"{path} is not the file that was downloaded: its SHA-256 is {digest}, recorded was {record['sha256']}; "
@@ -114,13 +109,13 @@ def partial_size(path: Path) -> int:
     return part.stat().st_size if part.exists() else 0
 
 
-def _download(url: str, path: Path, listener: Listener) -> None:
+def _download(url: str, path: Path) -> None:
     part, failures = _beside(path, ".part"), 0
     with requests.Session() as session:
         while True:
             before = partial_size(path)
             try:
-                return _attempt(session, url, part, listener)
+                return _attempt(session, url, part)
             except (requests.RequestException, _Retry) as error:
                 failures = 1 if partial_size(path) > before else failures + 1
                 if failures >= ATTEMPTS:
@@ -132,7 +127,7 @@ def _download(url: str, path: Path, listener: Listener) -> None:
             time.sleep(FIRST_WAIT_S * 2 ** (failures - 1))
 
 
-def _attempt(session: requests.Session, url: str, part: Path, listener: Listener) -> None:
+def _attempt(session: requests.Session, url: str, part: Path) -> None:
     """One request, for all of the file or for what `part` lacks of the same version (RFC 9110: Range, If-Range)."""
     state = _read_state(part, url)
     start, version = (part.stat().st_size, state["version"]) if state else (0, None)
@@ -157,10 +152,9 @@ def _attempt(session: requests.Session, url: str, part: Path, listener: Listener
             # Only now that old bytes are gone may the state speak of the new version.
             found = {"url": url, "version": _version(response), "total": total}
             write_atomically(_state(part), json.dumps(found))
-            listener(begin, total)
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
-                listener(file.tell(), total)
+                tell_bytes(f"downloading {part.stem}", file.tell(), total)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
@@ -226,19 +220,6 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return "the connection broke"
     return " ".join(str(error).split())
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Listener]:
-    """A progress bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -22,6 +22,7 @@ from tinyclip.datasets import open_dataset as open_dataset
 from tinyclip.distributed import gather_objects, gather_uneven, rank, world_size
 from tinyclip.faults import counts, why
 from tinyclip.inputs import check_finite
+from tinyclip.progress import ended, heard, tell, track
 
 TEXTS = 2048  # encoded at once
 ROWS = 1024  # of a matrix of similarities in memory at once
@@ -55,11 +56,17 @@ def encode_images(
     """
     features: list[Tensor] = []
     mine: list[tuple[int, Example]] = []
+    count = examples.about() if isinstance(examples, Dataset) and heard() else None
+    total = None if count is None else -(-count // world_size())
     for _, numbered in groupby(_share(examples, batch_size), lambda pair: pair[0] // batch_size):
         batch = list(numbered)
         features.append(as_tensor(clip.encode_image([e.image for _, e in batch], normalize=True)))
         mine += [(n, Example(e.key, _NO_IMAGE, e.label, e.captions, e.subset, e.labels)) for n, e in batch]
         progress(len(mine))
+        if isinstance(examples, Dataset):
+            tell(f"evaluating on {examples.path}", len(mine), total and max(total, len(mine) + 1), "pictures")
+    if isinstance(examples, Dataset):
+        ended(f"evaluating on {examples.path}")
     rows = gather_uneven(torch.cat(features) if features else torch.empty(0, 0))
     everyones = [pair for part in gather_objects(mine) for pair in part]
     if isinstance(examples, Dataset):
@@ -121,7 +128,8 @@ def text_features(clip: Encoder, texts: Sequence[str]) -> Tensor:
 def _in_blocks(encode: Callable[[Sequence[str]], Tensor], texts: Sequence[str], size: int) -> Tensor:
     """A row for each text, in order; the processes take blocks of `size` in turn."""
     blocks = [range(start, min(start + size, len(texts))) for start in range(0, len(texts), size)]
-    mine = [encode([texts[i] for i in block]) for block in blocks[rank() :: world_size()]]
+    own = blocks[rank() :: world_size()]
+    mine = [encode([texts[i] for i in block]) for block in track(own, "encoding texts", len(own), "blocks")]
     rows = gather_uneven(torch.cat(mine) if mine else torch.empty(0, 0))
     check_finite(rows.numpy())
     order = [i for r in range(world_size()) for block in blocks[r :: world_size()] for i in block]

@@ -28,6 +28,7 @@ from tinyclip.files import atomic_directory, checksum
 from tinyclip.interchange import WRITERS
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
+from tinyclip.progress import busy
 from tinyclip.runtime import ENDINGS, FACTS, FORMAT, TOKENIZER, RuntimePipeline, load_export, read_facts
 
 FORMATS = ("onnx", "openvino", "torch", "hf", "open_clip")
@@ -116,7 +117,8 @@ class Check:
             for dtype in dict.fromkeys(("float32", compute_dtype(runtime, "auto"))):
                 precision = "int8" if facts["precision"] == "int8" else dtype
                 what = f"{facts['export']} export with {runtime} in {dtype}"
-                result[f"{runtime} {dtype}"] = self.of(load_export(folder, runtime, dtype), precision, what)
+                with busy(f"comparing {runtime} {dtype}"):
+                    result[f"{runtime} {dtype}"] = self.of(load_export(folder, runtime, dtype), precision, what)
         return result
 
 
@@ -187,8 +189,10 @@ def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = Tr
     Args:
         towers: not when they come from elsewhere.
     """
-    for name, program in programs(clip.model).items() if towers else ():
-        with quietly():
+    with busy("tracing both towers"):
+        traced = programs(clip.model) if towers else {}
+    for name, program in traced.items():
+        with quietly(), busy(f"writing the {name} tower"):
             TOWERS[facts["export"]](program, folder / f"{name}{ENDINGS[facts['export']]}")
     clip.tokenizer.save(folder / TOKENIZER)
     versions = {"tinyclip": __version__, "torch": str(torch.__version__)}

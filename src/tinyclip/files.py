@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from tinyclip.progress import tell_bytes
 
 # What checkpoints (ours, OpenCLIP's, Hugging Face's) and exports are made of.
 CHECKPOINT_FILES = {
@@ -128,13 +131,38 @@ def as_text(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
+# What moves the cursor, ends a line or turns the direction of writing.
+_STEERS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+STEERING = {code: ascii(chr(code))[1:-1] for code in _STEERS}
+
+
+def printable(text: str) -> str:
+    """Text in one line that steers no terminal: as `as_text`, and a control character stands as `\\x1b`."""
+    return as_text(text).translate(STEERING)
+
+
 def checksum(path: Path) -> int:
     """CRC-32 of a file: enough to find a torn or flipped one, at the speed of the disk."""
     value = 0
+    for piece in _pieces(path):
+        value = zlib.crc32(piece, value)
+    return value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    for piece in _pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
-            value = zlib.crc32(piece, value)
-    return value
+            yield piece
+            tell_bytes(f"checking {path.name}", file.tell(), size)
 
 
 def _swap(one: Path, two: Path) -> None:

@@ -30,6 +30,14 @@ class Sample:
     tokens: Tensor  # int64 (n, length)
 
 
+# Whether so many batches are enough, given what they have found.
+Enough = Callable[[int, Callable[[], Mapping[str, Tensor]]], bool]
+
+
+def never(count: int, found: Callable[[], Mapping[str, Tensor]]) -> bool:
+    return False
+
+
 def prunable(config: CLIPConfig, towers: tuple[Tower, ...] = BOTH, gates: bool = False) -> dict[str, int]:
     """Axes that may be cut and are not empty, with their lengths."""
     skipped = {"context", "vocab"} if gates else {"context", "vocab", *GATES}
@@ -45,6 +53,7 @@ def importance(
     scale: float,
     score: Score = "taylor",
     generator: torch.Generator | None = None,
+    enough: Enough = never,
 ) -> dict[str, Tensor]:
     """What matters how much, for every element of every axis in `masks`.
 
@@ -54,6 +63,7 @@ def importance(
         masks: of ones for what is measured, zeros for what is gone.
         scale: exp(logit_scale) of the affinity.
         generator: on the CPU, of the labels that `taylor` draws.
+        enough: asked after every batch; when it says so, no more are taken.
 
     Raises:
         ValueError: when there are no samples, or a score that the model cannot have.
@@ -66,12 +76,22 @@ def importance(
     if score == "magnitude":
         return magnitude(model, masks)
     if score == "activation":
-        return activation(model, chain(few, source), masks)
-    return taylor(model, chain(few, source), masks, scale, generator) | removal(model, few, masks, gates, scale)
+        return activation(model, chain(few, source), masks, enough)
+    closed = removal(model, few, masks, gates, scale)
+
+    def with_gates(count: int, found: Callable[[], Mapping[str, Tensor]]) -> bool:
+        return enough(count, lambda: {**found(), **closed})
+
+    return taylor(model, chain(few, source), masks, scale, generator, with_gates) | closed
 
 
 def taylor(
-    model: CLIP, samples: Iterable[Sample], masks: Masks, scale: float, generator: torch.Generator | None = None
+    model: CLIP,
+    samples: Iterable[Sample],
+    masks: Masks,
+    scale: float,
+    generator: torch.Generator | None = None,
+    enough: Enough = never,
 ) -> dict[str, Tensor]:
     """Second-order Taylor estimate of what the affinity loss gains when an element's mask goes from 1 to 0.
 
@@ -82,15 +102,19 @@ def taylor(
     n independent labels, the mean loss has 2 n E[gradient^2] where rows and columns count half each.
     """
     gains = {name: torch.zeros_like(mask) for name, mask in masks.items()}
-    count = 0
-    for sample in samples:
+
+    def found() -> dict[str, Tensor]:
+        return {name: gain / count for name, gain in gains.items()}
+
+    for count, sample in enumerate(samples, 1):
         live = {name: mask.clone().requires_grad_() for name, mask in masks.items()}
         image_features, text_features, _ = model(sample.images, sample.tokens, live)
         loss = drawn_loss(scale * image_features.float() @ text_features.float().T, generator)
         for name, gradient in zip(live, torch.autograd.grad(loss, list(live.values())), strict=True):
             gains[name] += len(sample.tokens) * gradient.square()
-        count += 1
-    return {name: gain / count for name, gain in gains.items()}
+        if enough(count, found):
+            break
+    return found()
 
 
 def drawn_loss(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -129,7 +153,7 @@ def _encode(model: CLIP, sample: Sample, masks: Masks, tower: str) -> Tensor:
 
 
 @torch.no_grad()
-def activation(model: CLIP, samples: Iterable[Sample], masks: Masks) -> dict[str, Tensor]:
+def activation(model: CLIP, samples: Iterable[Sample], masks: Masks, enough: Enough = never) -> dict[str, Tensor]:
     """Mean square of an element's activation as a share of its axis (see `_shares`)."""
     sums = {name: torch.zeros_like(mask) for name, mask in masks.items() if axis_kind(name) not in GATES}
 
@@ -147,8 +171,10 @@ def activation(model: CLIP, samples: Iterable[Sample], masks: Masks) -> dict[str
         if name in sums
     ]
     try:
-        for sample in samples:
+        for count, sample in enumerate(samples, 1):
             model(sample.images, sample.tokens, masks)
+            if enough(count, lambda: _shares(model.config, sums, masks)):
+                break
     finally:
         for handle in handles:
             handle.remove()

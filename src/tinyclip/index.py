@@ -30,6 +30,7 @@ from megatron.energon.source_info import SourceInfo
 
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import atomic_directory
+from tinyclip.progress import ended, tell_bytes, track
 from tinyclip.shards import entries, find_shards, open_shard, unpacked, words
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries of a shard that cannot be opened
@@ -71,7 +72,8 @@ def _unpack(packed: Path) -> Skipped | None:
         return None
     temporary = plain.with_name(f".{plain.name}.tmp")
     problem = "no data"
-    with gzip.open(packed) as source, temporary.open("wb") as target:
+    whole = packed.stat().st_size
+    with packed.open("rb") as raw, gzip.open(raw) as source, temporary.open("wb") as target:
         while True:
             try:
                 block = source.read1(2**16)
@@ -80,7 +82,9 @@ def _unpack(packed: Path) -> Skipped | None:
             if not block:
                 break
             target.write(block)
+            tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
         size = target.tell()
+    ended(f"unpacking {packed.name}")
     if not size:
         temporary.unlink()
         return Skipped(packed.name, "", "damaged_shard", f"damaged shard ({problem})")
@@ -96,11 +100,11 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
     if len(shards) > 8:
         try:
             with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                found = list(pool.map(_index_shard, shards))
+                found = list(track(pool.map(_index_shard, shards), f"indexing {folder}", len(shards), "shards"))
         except BrokenProcessPool:
             raise ValueError(f"{folder}: a process that indexed shards died, perhaps for lack of memory") from None
     else:
-        found = [_index_shard(shard) for shard in shards]
+        found = [_index_shard(shard) for shard in track(shards, f"indexing {folder}", len(shards), "shards")]
     for shard, (count, left_out) in zip(shards, found, strict=True):
         start = sum(counts.values())
         # Samples are known by their number in the whole index.
@@ -136,12 +140,14 @@ def _index_shard(shard: Path) -> tuple[int, list[tuple[int | None, Skipped]]]:
                 if entry.fault:
                     left_out.append((len(offsets), _skipped(shard, entry.key, entry.fault)))
                 offsets.append(entry.offset)
+                tell_bytes(f"indexing {shard.name}", entry.offset, shard.stat().st_size)
                 last = list(entry.parts.values())[-1]
                 end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if not offsets:
             raise Fault("empty_shard", "an empty shard")
     except Fault as fault:
         left_out.append((None, _skipped(shard, "", fault)))
+    ended(f"indexing {shard.name}")
     if offsets:
         with TarIndexWriter(EPath(shard)) as writer:
             for offset in (*offsets, end):

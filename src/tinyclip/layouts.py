@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,11 @@ def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
                 yield _of_file(picture, place, label)
 
     return _numbered(items)
+
+
+def pictures_in(place: Path, folders: Sequence[str]) -> int:
+    """How many pictures are in class folders, at any depth."""
+    return sum(1 for folder in folders for _ in find_pictures(place / folder))
 
 
 def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
@@ -273,6 +279,18 @@ def shards(files: Sequence[Path], classes: Classes) -> Reader:
                 number += 1
 
     return read
+
+
+def samples_in(files: Sequence[Path]) -> int | None:
+    """How many samples shards have, as far as they are whole; None where they would have to be unpacked."""
+    if any(file.suffix == ".gz" for file in files):
+        return None
+    count = 0
+    for file in files:
+        with suppress(Fault), open_shard(file) as tar:
+            for _ in entries(tar):
+                count += 1
+    return count
 
 
 def _after(start: int, mine: Mine, number: int) -> bool:

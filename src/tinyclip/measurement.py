@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tinyclip.axes import axis_table, count_parameters
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.model import CLIP
+from tinyclip.progress import ended, tell
 from tinyclip.runtime import RuntimePipeline
 
 
@@ -146,9 +147,11 @@ def _seconds(call: Any, device: torch.device, seconds: float) -> float:
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:
+        tell("measuring speed", len(times), None, "runs")
         start = time.perf_counter()
         call()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
+    ended("measuring speed")
     return statistics.median(times[1:])

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.masks import Masks, validate
+from tinyclip.progress import track
 from tinyclip.resnet import ModifiedResNet
 
 
@@ -336,7 +337,8 @@ class CLIP(nn.Module):
 def weights_hash(network: nn.Module) -> str:
     """Of all parameters and buffers, so that another model of the same name is noticed."""
     digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
+    state = network.state_dict()
+    for key, value in track(sorted(state.items()), "hashing the weights", len(state), "tensors"):
         digest.update(key.encode())
         digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else repr(value.item()).encode())
     return digest.hexdigest()

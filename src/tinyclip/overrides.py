@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from tinyclip.config import Strict, explain
+from tinyclip.yaml_text import parse
 
 M = TypeVar("M", bound=Strict)
 
@@ -16,23 +17,46 @@ M = TypeVar("M", bound=Strict)
 def override(data: Any, text: str) -> None:
     """Set one value of a recipe's data, in place; the value as in YAML. `ValueError` for a key that it cannot have."""
     path, equals, value = text.partition("=")
-    if not equals or not path:
-        raise ValueError(f"--set {text}: write key.path=value, e.g. stages.0.steps=200")
     *parents, last = path.split(".")
-    node = data
+    if not equals or not all([*parents, last]):
+        raise ValueError(f"--set {text}: write key.path=value, e.g. stages.0.steps=200")
     try:
+        found = parse(value)
+    except ValueError as error:
+        raise ValueError(f"--set {text}: the value is {error}") from None
+    try:
+        node = data
         for key in parents:
-            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+            node = _child(node, key)
         if isinstance(node, list):
-            node[int(last)] = yaml.safe_load(value)
+            node[_entry(node, last)] = found
         elif isinstance(node, dict):
-            node[last] = yaml.safe_load(value)
+            node[last] = found
         else:
             raise KeyError(last)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+    except KeyError:
         raise ValueError(f"--set {text}: the recipe has no {path}") from None
-    except yaml.YAMLError:
-        raise ValueError(f"--set {text}: the value is no valid YAML") from None
+    except IndexError as error:
+        raise ValueError(f"--set {text}: the recipe has no {path}, as {error}") from None
+
+
+def _child(node: Any, key: str) -> Any:
+    """What lies under a key, made where there is nothing yet."""
+    if isinstance(node, list):
+        return node[_entry(node, key)]
+    if not isinstance(node, dict):
+        raise KeyError(key)
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _entry(entries: list[Any], key: str) -> int:
+    """The place in a list that a key names: plain digits, as Python's `int` takes much else (-1, 1_0, ٣)."""
+    if re.fullmatch(r"[0-9]{1,6}", key) and int(key) < len(entries):
+        return int(key)
+    known = f"entries 0 to {len(entries) - 1}" if entries else "no entries"
+    raise IndexError(f"the list has {known}, not {key}")
 
 
 def model_from(model: type[M], option: str, overrides: Sequence[str], example: str) -> M:

@@ -35,6 +35,7 @@ from tinyclip.inputs import (
 )
 from tinyclip.loading import load as load_any
 from tinyclip.model import CLIP, cast, weights_hash
+from tinyclip.progress import busy
 from tinyclip.runtime import RuntimePipeline
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
@@ -262,10 +263,13 @@ def load(
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
-    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
-    cast(model.to(device), precision)
+    path = resolve(name_or_path, cache)
+    with busy(f"loading {name_or_path}"):
+        model, tokenizer, preprocessing = load_checkpoint(path, activation)
+        cast(model.to(device), precision)
     if compile:
-        compile_towers(model)
+        with busy("compiling"):
+            compile_towers(model)
     return Pipeline(model, tokenizer, preprocessing)
 
 

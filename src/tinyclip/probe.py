@@ -16,12 +16,14 @@ from tinyclip.datasets import Dataset
 from tinyclip.distributed import from_main
 from tinyclip.evaluate import Encoder, Progress, accuracies, check_classes, encode_images
 from tinyclip.faults import counts
+from tinyclip.progress import busy, ended, tell
 
 SOLVERS = ("auto", "sklearn", "torch")
 HELD_OUT = 0.2  # of each class
 STEPS = 1000  # of L-BFGS, at most
 TOLERANCE = 1e-5  # of the largest component of the gradient of the mean loss
 LARGE = 10**8  # scores (pictures x classes) at once: scikit-learn holds them all, 8 bytes each
+FITS = 15  # that a search makes at most
 ROWS = 2**14  # pictures whose scores the solver in torch holds at once
 
 
@@ -97,7 +99,8 @@ def _figures(
         return (fit(fitting, exponent).best(holding[0], 1)[:, 0] == holding[1]).double().mean().item()
 
     exponent, sweep = search(score)
-    final = fit(given, exponent)
+    with busy("fitting to all of the training data"):
+        final = fit(given, exponent)
     result = accuracies(final.best(judged[0], 5) == judged[1][:, None], judged[1])
     result |= {"C": 10**exponent, "validation_acc1": sweep[exponent], "converged": final.converged}
     result |= {"classes": len(final.classes), "n_train": len(given[1]), "solver": solver, "seed": seed}
@@ -107,7 +110,14 @@ def _figures(
 def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
     """The exponent of 10, within -6 to 6, of the highest score (of equals the lowest, the strongest regularisation),
     and all scores that were asked for."""
-    known = {exponent: score(exponent) for exponent in (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)}
+    known: dict[float, float] = {}
+
+    def judge(exponent: float) -> None:
+        tell("looking for C", len(known), FITS, "fits")
+        known[exponent] = score(exponent)
+
+    for exponent in (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0):
+        judge(exponent)
 
     def peak() -> float:
         return min(known, key=lambda exponent: (-known[exponent], exponent))
@@ -116,7 +126,8 @@ def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
         centre = peak()
         for exponent in (centre - step, centre + step):
             if -6 <= exponent <= 6:
-                known[exponent] = score(exponent)
+                judge(exponent)
+    ended("looking for C")
     return peak(), known
 
 

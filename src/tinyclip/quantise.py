@@ -15,6 +15,7 @@ import numpy as np
 from tinyclip.agreement import Samples
 from tinyclip.engines import core, needed, save_openvino
 from tinyclip.pipeline import Pipeline
+from tinyclip.progress import track
 from tinyclip.runtime import ENDINGS
 from tinyclip.tokenizer import pad
 
@@ -40,6 +41,19 @@ def quantise(
     }
 
 
+class _Told:
+    """Inputs to calibrate on, of which it is told how many are done."""
+
+    def __init__(self, inputs: list[np.ndarray], tower: str) -> None:
+        self.inputs, self.what = inputs, f"quantising the {tower} tower"
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return track(self.inputs, self.what, len(self.inputs), "inputs")
+
+
 def _ends(names: list[str], kept: tuple[int, int]) -> list[str]:
     first, last = kept
     return list(dict.fromkeys([*names[:first], *names[len(names) - last :]]))
@@ -58,7 +72,7 @@ def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[
     with _silent():
         quantised = nncf.quantize(
             model,
-            nncf.Dataset(inputs),
+            nncf.Dataset(_Told(inputs, target.stem)),
             model_type=nncf.ModelType.TRANSFORMER,
             preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric: no zero points to make up for
             subset_size=len(inputs),
@@ -113,7 +127,7 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
-            self.rows = iter(inputs)
+            self.rows = iter(_Told(inputs, target.stem))
 
         def get_next(self) -> Any:
             row = next(self.rows, None)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tinyclip.augment import Augment
@@ -15,6 +14,7 @@ from tinyclip.config import Count, Positive, Strict, explain
 from tinyclip.distributed import Precision
 from tinyclip.overrides import model_from, override
 from tinyclip.shape import Shape, StudentShape
+from tinyclip.yaml_text import read_yaml
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
@@ -80,7 +80,7 @@ class Calibrated(Target):
         "taylor",
         description="change of the affinity loss to second order, mean square of activations, or weights alone",
     )
-    batches: Positive = Field(200, description="batches measured")
+    batches: Positive = Field(200, description="batches measured, at most: it stops when more would change nothing")
 
 
 TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")
@@ -374,13 +374,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: when the file is missing or no YAML, or a key or value does not fit, with the key's path.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = read_yaml(Path(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys, see docs/recipes.md")
     data = json.loads(json.dumps(data, default=str))  # so that what YAML aliases share can be set apart
@@ -390,6 +386,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from None
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe that a run has written into its folder; `ValueError` when it is damaged, or there is none."""
+    path = run / "recipe.yaml"
+    try:
+        return load_recipe(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: missing or damaged, so {run} cannot be read as a run ({reason})") from None
 
 
 def shape_from(overrides: Sequence[str]) -> StudentShape:

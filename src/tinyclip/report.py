@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,12 +17,14 @@ from tinyclip import evaluate, faults, page
 from tinyclip.checkpoint import read_config
 from tinyclip.config import CLIPConfig
 from tinyclip.faults import Skipped
+from tinyclip.files import read_json_object
 from tinyclip.foreign_teacher import is_foreign
 from tinyclip.measurement import measure
 from tinyclip.model import CLIP
 from tinyclip.page import COLOURS
 from tinyclip.pipeline import Pipeline, load
-from tinyclip.recipe import StoredTeachers
+from tinyclip.progress import track
+from tinyclip.recipe import Evaluation, StoredTeachers, recipe_of
 from tinyclip.structure import figure as structure_figure
 from tinyclip.structure import parts
 
@@ -75,15 +76,14 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
     for folder in map(Path, runs):
         if not (folder / "student").is_dir():
             raise ValueError(f"{folder}: no finished run in it")
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        teacher = recipe["teacher"]
-        if teacher and not any(e.name == "teacher" for e in entries):
-            entries += _teacher_entry(teacher, recipe["evaluation"])
-        for stage in recipe["stages"]:
-            place = folder / "stages" / stage["name"]
-            result = json.loads((place / "result.json").read_text(encoding="utf-8"))
-            name = f"{folder.name}/{stage['name']}" if len(recipe["stages"]) > 1 else folder.name
-            entries.append(Entry(name, place / "last", {}, result["evaluation"] or {}))
+        recipe = recipe_of(folder)
+        if recipe.teacher and not any(e.name == "teacher" for e in entries):
+            entries += _teacher_entry(recipe.teacher, recipe.evaluation)
+        for stage in recipe.stages:
+            place = folder / "stages" / stage.name
+            result = read_json_object(place / "result.json")
+            name = f"{folder.name}/{stage.name}" if len(recipe.stages) > 1 else folder.name
+            entries.append(Entry(name, place / "last", {}, result.get("evaluation") or {}))
     _measure_side_by_side(entries)
     return entries
 
@@ -91,25 +91,28 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
 def _measure_side_by_side(entries: Sequence[Entry], rounds: int = 3) -> None:
     """Time the models turn by turn, so that a machine that slows down slows all; the median of the rounds."""
     models = [CLIP(read_config(e.path)).eval() if e.stored else load(e.path).model for e in entries]
-    turns = [[measure(model, seconds=0.4) for model in models] for _ in range(rounds)]
+    turns = [
+        [measure(model, seconds=0.4) for model in models]
+        for _ in track(range(rounds), "timing the models", rounds, "rounds")
+    ]
     for i, entry in enumerate(entries):
         mine = sorted((turn[i] for turn in turns), key=lambda figures: figures["pairs_per_s"])
         entry.measured = mine[rounds // 2]
 
 
-def _teacher_entry(teacher: Any, evaluation: dict[str, Any] | None) -> list[Entry]:
+def _teacher_entry(teacher: str | StoredTeachers, evaluation: Evaluation | None) -> list[Entry]:
     """The teacher of a recipe. Of stored ones the first, without accuracies, as long as its cache is there;
     none of another library, which cannot be measured beside ours."""
     if isinstance(teacher, str) and is_foreign(teacher):
         return []
     if not isinstance(teacher, str):
-        stored = Path(StoredTeachers.model_validate(teacher).folders[0])
+        stored = Path(teacher.folders[0])
         known = (stored / "config.json").exists()  # not of a teacher of another library
         return [Entry("teacher", stored, {}, {}, stored=True)] if known else []
     path, clip = Path(teacher), load(teacher)
     figures: dict[str, Any] = {}
     if evaluation:
-        figures = evaluate.evaluate(clip, evaluate.open_dataset(evaluation["data"], evaluation["templates"]))
+        figures = evaluate.evaluate(clip, evaluate.open_dataset(evaluation.data, evaluation.templates))
     return [Entry("teacher", path, {}, figures)]
 
 
@@ -267,10 +270,9 @@ def _card(guess: Guess) -> str:
 def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Entry]:
     """Gather the runs and write their report; returns the entries."""
     entries = gather(runs)
-    recipe = yaml.safe_load((Path(runs[0]) / "recipe.yaml").read_text(encoding="utf-8"))
-    grid: list[Guess] = []
-    if recipe["evaluation"] and any("acc1" in e.evaluation for e in entries):
-        grid = guesses(entries, recipe["evaluation"]["data"], recipe["evaluation"]["templates"])
+    evaluation, grid = recipe_of(Path(runs[0])).evaluation, list[Guess]()
+    if evaluation and any("acc1" in e.evaluation for e in entries):
+        grid = guesses(entries, evaluation.data, evaluation.templates)
     left_out = [skipped for run in runs for skipped in faults.read(Path(run) / "skipped.jsonl")]
     write_report(path, title, entries, curves(runs), grid, left_out)
     return entries

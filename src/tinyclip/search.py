@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 import tinyclip
-from tinyclip.files import read_json_object
+from tinyclip.files import printable, read_json_object
 from tinyclip.runtime import find_export
 from tinyclip.transforms import DRAFT, open_image
 from tinyclip.vectors import EXACT, Vectors
@@ -253,8 +253,7 @@ def told(file: Path) -> Iterator[None]:
 
 def shown(path: str | Path) -> str:
     """A path as text that any terminal and file can take, in one line."""
-    text = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return printable(str(path))
 
 
 def queries_from(texts: Sequence[str]) -> list[str]:

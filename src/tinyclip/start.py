@@ -25,7 +25,7 @@ from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pipeline import Pipeline
 from tinyclip.pruning import TOWERS, budgets
-from tinyclip.recipe import Recipe, Stage
+from tinyclip.recipe import Recipe, Stage, recipe_of
 from tinyclip.run import Run
 from tinyclip.shards import all_captions
 from tinyclip.student import check_compiler
@@ -257,9 +257,7 @@ def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -
     if resume:
         if not known.exists():
             raise ValueError(f"{folder}: no run to resume")
-        before = yaml.safe_load(known.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError(f"{known}: damaged, so the run cannot be resumed")
+        before = recipe_of(folder).model_dump(mode="json")
         changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
         if changed:
             raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")

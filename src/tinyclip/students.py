@@ -14,6 +14,7 @@ from tinyclip.inheritance import compact, inherit
 from tinyclip.masks import sparsity
 from tinyclip.measurement import fraction_for_latency, pair_latency_ms
 from tinyclip.model import CLIP
+from tinyclip.progress import Counted
 from tinyclip.pruning import TOWERS, already_gone, budgets, thinner
 from tinyclip.recipe import Stage
 from tinyclip.resume import STATE
@@ -52,21 +53,21 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
     pairs = run.recipe.stages[i].batch_size // world_size()  # as many as fit, where training does
-    masks = from_main(lambda: _measured_masks(run, i, base, pairs))
+    masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
-    run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "kept": kept})
+    run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
     return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
 
 
-def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> dict[str, Tensor]:
-    """On the CPU, as they may travel to other processes."""
+def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str, Tensor], int]:
+    """On the CPU, as they may travel to other processes; and the batches that were measured for them."""
     stage = run.recipe.stages[i]
     settings, preprocess = stage.calibrated, preprocess_for(run, base)
     assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
     scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
     model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
     loader = loader_of(run, i, pairs=pairs)
-    source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
+    source = Counted(samples(loader, run.recipe.data, model, run.tokenizer, preprocess))
     how = Calibration.of(settings, run.original, float(scale), run.recipe.seed + i)
     with attention(run.device), closing(loader):
         if targets is None:
@@ -83,7 +84,7 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> dict[str, Tenso
             else:
                 run.warn(stage, already_gone(gone, target))
         masks = calibrate(model, source, left, how) if left else {}
-    return {name: mask.cpu() for name, mask in masks.items()}
+    return {name: mask.cpu() for name, mask in masks.items()}, source.count
 
 
 def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:

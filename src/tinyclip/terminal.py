@@ -10,15 +10,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
-from tinyclip.files import CHECKPOINT_FILES, check_replaceable
+from tinyclip.files import CHECKPOINT_FILES, STEERING, check_replaceable, printable
+from tinyclip.meter import Meter
 
+
+class PlainConsole(Console):
+    """A console that shows what it is given and is never steered by it, since names in data and files are anyone's.
+
+    Text in one piece is one line; of what is drawn (tables, bars) the line ends are rich's own.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if any(isinstance(item, str | Table) for item in objects):  # not the codes that move the bars themselves
+            meter.close()
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else text.translate(DRAWN), style, control)
+
+
+DRAWN = {code: shown for code, shown in STEERING.items() if chr(code) != "\n"}
 # Piped output is wide enough for every table.
-console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+console = PlainConsole(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+errors = PlainConsole(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+meter = Meter(errors)
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -77,6 +98,11 @@ def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """On stderr, a line that nobody asked for."""
+    errors.print(f"warning: {' '.join(text.split())}")
+
+
 def plural(n: int, name: str) -> str:
     """1 part, 2 parts."""
     return f"{n:,} {name}" if n == 1 else f"{n:,} {name}s"
@@ -102,25 +128,27 @@ def fail(text: str, code: int) -> None:
 
 def print_table(columns: Any, rows: Any, figures: bool = True) -> None:
     """A table of text; `figures` after the first column are set to the right."""
+    justified = ["left" if i == 0 or not figures else "right" for i, _ in enumerate(columns)]
+    console.print(_table(columns, rows, justified))
+
+
+def _table(columns: Any, rows: Any, justified: Sequence[Any]) -> Table:
     table = Table(box=None, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or not figures else "right", overflow="fold")
+    for column, justify in zip(columns, justified, strict=True):
+        table.add_column(printable(column), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        table.add_row(*map(printable, row))
+    return table
 
 
 def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
     """What was left out of data: cause, count, examples."""
-    table = Table(box=None, header_style="bold")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column == "left out" else "left", overflow="fold")
-    for row in rows(skipped):
-        table.add_row(*row)
-    where.print(table, highlight=False)
+    justified = ["right" if column == "left out" else "left" for column in COLUMNS]
+    where.print(_table(COLUMNS, rows(skipped), justified), highlight=False)
 
 
 def print_json(result: dict[str, Any]) -> None:
+    meter.close()
     print(json.dumps(result))
 
 

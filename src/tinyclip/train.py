@@ -32,6 +32,7 @@ from tinyclip.faults import Skipped
 from tinyclip.files import read_json_object, remove_leftovers, write_atomically
 from tinyclip.folder_lock import LOCK
 from tinyclip.model import CLIP
+from tinyclip.progress import track
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
 from tinyclip.recipe import Stage
 from tinyclip.resume import (
@@ -287,7 +288,8 @@ def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
     def measured() -> list[dict[str, Tensor]]:
         loader = loader_of(run, i, pairs=pairs)
         with closing(loader):
-            chosen = (next_batch(source, run.recipe.data).images for source in [iter(loader)] * batches)
+            sources = track([iter(loader)] * batches, "re-estimating batch norm", batches, "batches")
+            chosen = (next_batch(source, run.recipe.data).images for source in sources)
             reestimate(trainee.model, (image_input(images.to(run.device), trainee.preprocess) for images in chosen))
         return [{k: v.cpu() for k, v in norm.state_dict().items()} for norm in batch_norms(trainee.model)]
 
