@@ -74,7 +74,7 @@ BESIDE: dict[str, Any] = {
     "deque": collections.deque([1, 2]),
     "OrderedDict of ours": Names(a=1),
     "path": pathlib.PurePosixPath("/a/b"),
-    "datetime": datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
+    "datetime": datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC),
     "Namespace": argparse.Namespace(lr=1e-4, path=pathlib.PurePosixPath("x")),
     "custom": Custom(),
     "slots": Slots(),

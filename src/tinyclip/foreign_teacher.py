@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyclip.archive import Entry
 from tinyclip.checkpoint import filled, load_checkpoint
 from tinyclip.data import Tokenize
 from tinyclip.files import read_json_object
-from tinyclip.archive import Entry
 from tinyclip.foreign import from_open_clip
 from tinyclip.pipeline import Pipeline
 from tinyclip.teacher import ForeignTeacher, Teacher
