@@ -23,7 +23,7 @@ import tinyclip
 from conftest import golden, random_inputs, random_model
 from tinyclip.checkpoint import load_checkpoint
 from tinyclip.config import CLIPConfig, VisionConfig, vit_clip
-from tinyclip.foreign import Stated, canonical, config_from
+from tinyclip.foreign import Stated, config_from
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -213,7 +213,7 @@ def plus(*keys: str) -> Callable[[State], State]:
 ONES = torch.ones
 BAD = {
     "missing": (without("visual.ln_post.bias"), r"is no whole CLIP: missing visual\.ln_post\.bias$"),
-    "left over": (lambda s: s | {"logit_bias": ONES(1)}, r"unexpected logit_bias"),
+    "left over": (lambda s: s | {"visual.ls_1.gamma": ONES(1)}, r"unexpected visual\.ls_1\.gamma"),
     "shape": (change(ln_final_weight=ONES(65)), r"ln_final\.weight is \(65,\), not \(64,\)"),
     "axes": (change(text_projection=ONES(64)), r"text_projection is \(64,\), it should have 2 axes"),
     "no square": (change(visual_positional_embedding=ONES(6, 128)), r"has 6 positions, not one more than a square"),
@@ -229,7 +229,7 @@ BAD = {
     "not finite": (change(logit_scale=torch.tensor(torch.nan)), r"logit_scale has non-finite values"),
     "integers": (lambda s: s | {"visual.proj": ONES(128, 24, dtype=torch.int8)}, r"visual\.proj holds torch\.int8"),
     "vocabulary": (change(token_embedding_weight=ONES(600, 64)), r"600 tokens and CLIP's own 49,408"),
-    "not a tensor": (lambda s: s | {"epoch": 3}, r"epoch is a int, not a tensor"),
+    "not a tensor": (lambda s: s | {"visual.proj": 3}, r"visual\.proj is a int, not a tensor"),
     "timm": (plus("visual.trunk.blocks.0.norm1.weight"), r"timm's layout.*no visual\.conv1\.weight.*visual\.trunk"),
     "BERT": (plus("bert.embeddings.word_embeddings.weight"), r"a BERT model.*it has .*bert\.embeddings"),
     "Hugging Face": (lambda s: {"vision_model.x": ONES(1)}, r"give the folder that has their config\.json"),
@@ -322,19 +322,26 @@ HOSTILE = {
     "pickle": lambda path, bad, state: path.write_bytes(pickle.dumps({"x": bad}, 2)),
     "in a Namespace": lambda path, bad, state: torch.save({"args": argparse.Namespace(x=bad)} | state, path),
     "TorchScript": lambda path, bad, state: archive(path, pickle.dumps({"x": bad}, 2)),
-    "TorchScript constants": lambda path, bad, state: archive(path, pickle.dumps((torch.Size, bad), 2)),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_file_runs_nothing(kind: str, state: State, tmp_path: Path) -> None:
+def test_a_hostile_file_runs_nothing(kind: str, tmp_path: Path) -> None:
     canary = tmp_path / "ran"
-    small = {"a": torch.ones(1)}
-    HOSTILE[kind](tmp_path / "weights.pt", Hostile(canary), small)
-    with pytest.raises(ValueError, match=r"weights\.pt: refused, it asks for [\w.]+; only tensors") as error:
+    HOSTILE[kind](tmp_path / "weights.pt", Hostile(canary), {})
+    with pytest.raises(ValueError, match=r"weights\.pt: refused, it asks for posix\.system; only tensors") as error:
         load_checkpoint(tmp_path / "weights.pt")
     assert not canary.exists()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["zip", "in a Namespace"])
+def test_a_hostile_object_beside_the_weights_is_read_and_not_run(
+    kind: str, model: CLIP, state: State, tmp_path: Path
+) -> None:
+    HOSTILE[kind](tmp_path / "weights.pt", Hostile(tmp_path / "ran"), state)
+    assert same(load_checkpoint(tmp_path / "weights.pt")[0], model)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_hostile_object_would_run(tmp_path: Path) -> None:
@@ -404,14 +411,14 @@ def tensor_pickle(size: tuple[int, ...], key: str = "0", length: int = 4, module
     [
         (tensor_pickle((1,)), bytes(16), 0, r"no CLIP that can be read: .*it has a$"),  # a good archive
         (tensor_pickle((1,), module="__torch__.os"), bytes(16), 0, r"no CLIP that can be read"),
-        (tensor_pickle((1,), module="builtins"), bytes(16), 0, r"refused, it asks for builtins\.M"),
-        (tensor_pickle((1,), module="torch._utils"), bytes(16), 0, r"refused, it asks for torch\._utils\.M"),
+        (tensor_pickle((1,), module="builtins"), bytes(16), 0, r"no CLIP that can be read: .*it has a$"),
+        (tensor_pickle((1,), module="torch._utils"), bytes(16), 0, r"no CLIP that can be read: .*it has a$"),
         (tensor_pickle((1,)), bytes(15), 0, r"storage 0 has 15 bytes, not 16"),
         (tensor_pickle((1,), key="7"), bytes(16), 0, r"damaged"),
-        (tensor_pickle((9,)), bytes(16), 0, r"a tensor claims more values than its storage has"),
-        (tensor_pickle((3,), length=4), bytes(16), 0, r"damaged"),  # its strides of 3 lead outside
+        (tensor_pickle((9,)), bytes(16), 0, r"a claims more values than the file has"),
+        (tensor_pickle((3,), length=4), bytes(16), 0, r"a claims more values"),  # its strides of 3 lead outside
         (tensor_pickle((1,)), bytes(16), zipfile.ZIP_DEFLATED, r"data\.pkl is compressed"),
-        (b"\x80\x02K\x01Q.", bytes(16), 0, r"damaged"),
+        (b"\x80\x02K\x01Q.", bytes(16), 0, r"no tensors in it"),
     ],
 )
 def test_bad_archives(data: bytes, storage: bytes, compression: int, message: str, tmp_path: Path) -> None:
@@ -598,11 +605,6 @@ def test_an_open_clip_folder_without_weights(open_clip_folder: Path, tmp_path: P
     shutil.copy(open_clip_folder / "open_clip_config.json", tmp_path)
     with pytest.raises(ValueError, match=r"no open_clip_model\.safetensors or "):
         load_checkpoint(tmp_path)
-
-
-def test_canonical_leaves_unknown_keys_as_they_are() -> None:
-    state, extras = canonical({"module.visual.other": torch.ones(1), "x.module.y": torch.ones(1)}, "here")
-    assert (list(state), extras) == (["visual.other", "x.module.y"], {})
 
 
 def test_a_short_context_gets_a_short_tokenizer(state: State, tmp_path: Path) -> None:

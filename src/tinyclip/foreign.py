@@ -7,20 +7,20 @@ cannot say. Hugging Face folders are in `hugging_face.py`, which comes here once
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 
-from tinyclip.archive import read_tensors
+from tinyclip.archive import Entry, read_entries
 from tinyclip.config import Activation, CLIPConfig
 from tinyclip.files import read_json_object
 from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
+from tinyclip.wrappers import EXTRAS, OPENAI, find_clip
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = (
@@ -28,17 +28,6 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# Wrappers that put their name before a key: DistributedDataParallel, torch.compile, and the authors' towers, which
-# they register a second time as `..._without_ddp`.
-WRAPPERS = re.compile(
-    r"((module|_orig_mod|model|_(image|text)_encoder|_logit_scale|(image|text)_encoder_without_ddp"
-    r"|logit_scale_without_ddp)\.)+"
-)
-OPENAI = re.compile(
-    r"visual\.(conv|bn|layer|attnpool|class_|positional_|ln_p|transformer\.|proj$)"
-    r"|transformer\.resblocks|token_embedding|positional_embedding|ln_final|text_projection|logit_scale$"
-)
-OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # OpenCLIP's giants have image towers of wider heads than OpenAI's rule of 64: (layers, width) -> head_dim.
 WIDE_HEADS = {(32, 1280): 80, (40, 1408): 88, (48, 1664): 104, (56, 1792): 112}
 FAMILIES = (
@@ -78,8 +67,8 @@ def read_file(path: Path, activation: str | None) -> Foreign:
     Raises:
         ValueError: when it is damaged, asks for more than tensors, or is no CLIP that can be read, naming keys.
     """
-    tensors, kind = read_tensors(path)
-    state, extras = canonical(tensors, str(path))
+    entries, kind = read_entries(path)
+    state, extras = canonical(weights_of(entries, str(path)), str(path))
     openai = kind == "torchscript" or bool(extras)
     size = extras.get("input_resolution")
     stated = Stated(image_size=int(size) if size is not None and size.numel() == 1 else None)
@@ -88,28 +77,35 @@ def read_file(path: Path, activation: str | None) -> Foreign:
     return Foreign(config, state, own_tokenizer(config, str(path)), preprocess)
 
 
-def canonical(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors under OpenAI's keys, and OpenAI's extra entries apart. What does not fit keeps its key.
+def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
+    """The CLIP's weights among the values of a file, under OpenAI's keys or Hugging Face's; one warning says what is
+    left out.
 
     Raises:
-        ValueError: for two different values under one key, or integers where weights belong.
+        ValueError: when there are several CLIPs, or a weight is no plain tensor.
     """
-    state: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        name = key[match.end() :] if (match := WRAPPERS.match(key)) else key
-        if any(part.startswith("l0_module") for part in name.split(".")):
-            continue  # the masks of the authors' pruning, already folded into the weights
-        if re.match(r"text\.(transformer\.resblocks|token_emb|positional_emb|ln_final|text_proj)", name):
-            name = name.removeprefix("text.")  # OpenCLIP's models with `custom_text`
-        if name == "logit_scale" and value.numel() == 1:
-            value = value.reshape(())
-        if name in state and not torch.equal(state[name], value):
-            raise ValueError(f"{where}: {name} is there twice with different values, the second time as {key}")
-        state[name] = value
-    extras = {key: state.pop(key) for key in OPENAI_EXTRAS if key in state}
+    found = find_clip(entries, where)
+    said = [*found.said]
+    if found.left_out:
+        said.append(f"left out, as it carries no weights of the CLIP: {_some(found.left_out)}")
+    if said:
+        warnings.warn(f"{where}: {'; '.join(said)}", stacklevel=2)
+    return found.tensors
+
+
+def canonical(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights under OpenAI's keys, and OpenAI's extra entries apart.
+
+    Raises:
+        ValueError: for integers where weights belong.
+    """
+    extras = {key: value for key, value in tensors.items() if key in EXTRAS}
+    state = {key: value for key, value in tensors.items() if key not in EXTRAS}
     for key, value in state.items():
         if not value.is_floating_point() and not key.endswith("num_batches_tracked"):
             raise ValueError(f"{where}: {key} holds {value.dtype} values, not floating-point weights")
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:
+        state["logit_scale"] = state["logit_scale"].reshape(())
     return state, extras
 
 
@@ -150,7 +146,7 @@ def _check_family(state: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where}: {key} is {tuple(state[key].shape)}, it should have {axes} axes")
     if missing := [key for key in needed if key not in state]:
         family = next((text for mark, text in FAMILIES if any(key.startswith(mark) for key in state)), "")
-        others = [key for key in state if not OPENAI.match(key)]
+        others = [key for key in state if not OPENAI.fullmatch(key)]
         found = f"; it has {_some(others)}" if others else ""
         raise ValueError(f"{where} is no CLIP that can be read{family and f' ({family})'}: no {_some(missing)}{found}")
 
@@ -273,11 +269,11 @@ def read_open_clip(folder: Path, activation: str | None) -> Foreign:
     path = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: no {' or '.join(OPEN_CLIP_WEIGHTS)}")
-    return from_open_clip(data, read_tensors(path)[0], activation, str(where), str(path))
+    return from_open_clip(data, read_entries(path)[0], activation, str(where), str(path))
 
 
 def from_open_clip(
-    data: dict[str, Any], tensors: Mapping[str, Tensor], activation: str | None, where: str, source: str
+    data: dict[str, Any], entries: Sequence[Entry], activation: str | None, where: str, source: str
 ) -> Foreign:
     """What an `open_clip_config.json` says and the weights that go with it.
 
@@ -293,7 +289,7 @@ def from_open_clip(
         for key, value in values.items():
             if key not in SHAPES and value and value not in SAME.get(key, ()):
                 raise ValueError(f"{where}: {section}.{key} is {value!r}, which cannot be read")
-    state, _ = canonical(tensors, source)
+    state, _ = canonical(weights_of(entries, source), source)
     width, heads = _number(text, "width", 512, where), _number(text, "heads", 8, where)
     head_dims = (_number(vision, "head_width", 64, where), width // heads)
     layers = (None if _is_resnet(state) else _number(vision, "layers", 12, where), _number(text, "layers", 12, where))

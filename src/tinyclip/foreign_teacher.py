@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyclip.archive import Entry
 from tinyclip.checkpoint import filled, load_checkpoint
 from tinyclip.data import Tokenize
 from tinyclip.files import read_json_object
@@ -181,8 +182,8 @@ def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bo
 def _ours(name: str, model_cfg: dict[str, Any], looks: dict[str, Any], theirs: ForeignTeacher) -> Pipeline:
     """The same model as our own; `ValueError` where it is none."""
     shape = {key: value for key, value in model_cfg.items() if not key.startswith("init_logit_")}
-    tensors = {key: value for key, value in theirs.network.state_dict().items() if key != "logit_bias"}
-    read = from_open_clip({"model_cfg": shape, "preprocess_cfg": looks}, tensors, None, name, name)
+    entries = [Entry((), key, value) for key, value in theirs.network.state_dict().items() if key != "logit_bias"]
+    read = from_open_clip({"model_cfg": shape, "preprocess_cfg": looks}, entries, None, name, name)
     model = filled(read.config, read.state, f"{name} is no whole CLIP").to(theirs.scale.device)
     ours, tokenizer = Teacher(model, read.preprocess), read.tokenizer
     tokens, their_tokens = tokenizer(list(PROBES)), theirs.tokenize(PROBES)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyclip.archive import read_tensors
+from tinyclip.archive import Entry, read_entries
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.files import read_json_object
-from tinyclip.foreign import Foreign, Stated, agree, canonical, config_from, own_tokenizer, preprocessing
+from tinyclip.foreign import Foreign, Stated, agree, canonical, config_from, own_tokenizer, preprocessing, weights_of
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -79,7 +79,8 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     size = vision.get("image_size", 224)
     if text["eos_token_id"] not in (2, text["vocab_size"] - 1):  # 2: older files, read as the highest id there too
         raise ValueError(f"{where}: text_config.eos_token_id is {text['eos_token_id']!r}, not the highest token id")
-    state, _ = canonical(from_hugging_face(_weights(folder), str(folder)), str(folder))
+    tensors = weights_of(_weights(folder), str(folder))
+    state, _ = canonical(from_hugging_face(tensors, str(folder)), str(folder))
     stated = Stated((head_dims[0], head_dims[1]), layers, size if isinstance(size, int) else None)
     config = config_from(state, str(folder), agree(activation, text["hidden_act"], str(where)), stated)
     return Foreign(config, state, read_tokenizer(folder, config), _read_preprocess(folder, config))
@@ -105,17 +106,17 @@ def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Pa
     return section
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> list[Entry]:
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return read_tensors(folder / name)[0]
+            return read_entries(folder / name)[0]
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = read_json_object(index).get("weight_map")
             names = sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else []
             if not names or any(Path(shard).name != shard for shard in names):
                 raise ValueError(f"{index}: weight_map should name files of this folder")
-            return {key: value for shard in names for key, value in read_tensors(folder / shard)[0].items()}
+            return [entry for shard in names for entry in read_entries(folder / shard)[0]]
     raise ValueError(f"{folder}: no {' or '.join(WEIGHTS)}")
 
 
