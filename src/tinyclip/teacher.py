@@ -164,7 +164,9 @@ def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:
         size = (preprocess.image_size, preprocess.image_size)
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     # Made there, each would wait for the device.
-    mean, std = (torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True) for v in (preprocess.mean, preprocess.std))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True) for v in (preprocess.mean, preprocess.std)
+    )
     return (x - mean) / std
 
 
