@@ -1,8 +1,8 @@
 """A make-believe GPU: code for CUDA runs on the CPU, and what a GPU would refuse or wait for is noticed.
 
 `with make_believe() as gpu:` lets `.to("cuda")`, `device="cuda"`, autocast, scalers, pinned memory, generators and
-`torch.cuda` work where there is no GPU. Every tensor is an ordinary one on the CPU; `gpu` remembers of its storage which
-device it pretends to be on, so views share it. What runs is real: results are those of the CPU.
+`torch.cuda` work where there is no GPU. Every tensor is an ordinary one on the CPU, and `gpu` remembers of its storage
+which device it pretends to be on, so views share it. What runs is real: results are those of the CPU.
 
     an operation on tensors of two devices      raises, as in PyTorch (0-dim CPU tensors and CPU indices excepted)
     `numpy()` of a tensor on the GPU            raises, as in PyTorch

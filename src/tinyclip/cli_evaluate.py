@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tinyclip.files import json_text
 from tinyclip.terminal import (
     AsJson,
     CaptionColumn,
@@ -148,7 +148,7 @@ def _say_skipped(dataset: Any) -> None:
 def _write(output: Path, result: dict[str, Any]) -> None:
     from tinyclip.files import write_atomically
 
-    write_atomically(output, json.dumps(result, indent=2) + "\n")
+    write_atomically(output, json_text(result, indent=2) + "\n")
 
 
 def _print_figures(result: dict[str, Any]) -> None:

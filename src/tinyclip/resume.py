@@ -27,7 +27,7 @@ from megatron.energon.state import FlexState
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
 from tinyclip.faults import Skipped, append, summary
-from tinyclip.files import atomic_directory, checksum, read_json_object, write_atomically
+from tinyclip.files import atomic_directory, checksum, json_text, read_json_object, write_atomically
 from tinyclip.pruning import MASKS
 from tinyclip.step import Trainee
 
@@ -173,7 +173,7 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
             raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
         sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
         manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
-        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        (temporary / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
     for old in older(place)[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 

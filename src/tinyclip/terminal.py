@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
-from tinyclip.files import CHECKPOINT_FILES, check_replaceable
+from tinyclip.files import CHECKPOINT_FILES, check_replaceable, json_text
 
 # Piped output is wide enough for every table.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
@@ -107,7 +106,7 @@ def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
 
 
 def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result))
+    print(json_text(result))
 
 
 def read_lines(path: Path) -> list[str]:

@@ -13,7 +13,6 @@ A run's folder:
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from tinyclip.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tinyclip.data import close_loader, next_batch
 from tinyclip.distributed import from_main, gather_objects, is_main, world_size
 from tinyclip.faults import Skipped
-from tinyclip.files import read_json_object, remove_leftovers, write_atomically
+from tinyclip.files import json_text, read_json_object, remove_leftovers, write_atomically
 from tinyclip.folder_lock import LOCK
 from tinyclip.model import CLIP
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
@@ -147,7 +146,7 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     _evaluate(run, trainee, progress, folder)
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
-    from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
+    from_main(lambda: write_atomically(folder / "result.json", json_text(result, indent=2) + "\n"))
     from_main(lambda: finish(last))  # only now is the state of no use
     return trainee.model.eval(), result
 
