@@ -22,7 +22,7 @@ from tinyclip.calibrate import Calibration, Sample, calibrate
 from tinyclip.config import CLIPConfig
 from tinyclip.data import close_loader, training_loader
 from tinyclip.evaluate import open_dataset, zero_shot
-from tinyclip.files import write_atomically
+from tinyclip.files import json_text, write_atomically
 from tinyclip.inheritance import compact, inherit
 from tinyclip.measurement import macs
 from tinyclip.model import CLIP
@@ -94,7 +94,7 @@ def result(options: argparse.Namespace, size: int, method: str, seed: int) -> di
     figures = {"size": size, "method": method, "seed": seed, "params": parameters(student.config)}
     figures |= {"macs": sum(macs(student.config).values()), "before": before}
     figures |= {"after": accuracy(folder / "run/student"), "config": student.config.model_dump(mode="json")}
-    write_atomically(folder / "result.json", json.dumps(figures, indent=2) + "\n")
+    write_atomically(folder / "result.json", json_text(figures, indent=2) + "\n")
     print({k: v for k, v in figures.items() if k != "config"}, flush=True)
     return figures
 

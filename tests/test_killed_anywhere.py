@@ -1,5 +1,5 @@
-"""A run is killed at every stage of its life, and still ends as if nothing had been; one that stands still ends, and says
-where."""
+"""A run is killed at every stage of its life, and still ends as if nothing had been; one that stands still ends by
+itself, and says where."""
 
 from __future__ import annotations
 

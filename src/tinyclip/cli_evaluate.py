@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tinyclip.files import json_text
 from tinyclip.terminal import (
     AsJson,
     CaptionColumn,
@@ -146,7 +146,7 @@ def _say_skipped(dataset: Any) -> None:
 def _write(output: Path, result: dict[str, Any]) -> None:
     from tinyclip.files import write_atomically
 
-    write_atomically(output, json.dumps(result, indent=2) + "\n")
+    write_atomically(output, json_text(result, indent=2) + "\n")
 
 
 def _print_figures(result: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from tinyclip import faults, page
 from tinyclip.compare import RECALLS, Outcome, differences, thumbnails
-from tinyclip.files import atomic_directory
+from tinyclip.files import atomic_directory, json_text
 from tinyclip.stats import BINS, LEVEL, RESAMPLES, calibration
 
 FILES = {"report.html", "compare.json", "answers.csv", "figures"}
@@ -261,7 +260,7 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
                     (place / "figures" / f"{number}-{name}.svg").write_text(drawn, encoding="utf-8")
             body += [_cards(outcome), _skipped(outcome)]
         (place / "report.html").write_text(page.page(f"{teacher} and its students", "\n".join(body)), encoding="utf-8")
-        text = json.dumps(result(outcomes, costs), indent=2) + "\n"
+        text = json_text(result(outcomes, costs), indent=2) + "\n"
         (place / "compare.json").write_text(text, encoding="utf-8")
         _write_answers(place / "answers.csv", outcomes)
 

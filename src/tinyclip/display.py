@@ -124,6 +124,8 @@ class Display:
             figures += f", {what}sparsity {100 * now:.1f} % (target {100 * event['target_sparsity'][name]:.1f})"
         if event["skipped"]:
             figures += f", {event['skipped']} skipped ({summary(event['skipped_by_cause'])})"
+        if event["skipped_steps"]:
+            figures += f", {plural(event['skipped_steps'], 'step')} left out (overflow in float16)"
         if event["data_wait_share"] > MUCH_WAITING:
             waiting = 100 * event["data_wait_share"]
             figures += f", {waiting:.0f} % of the time waiting for data (try more `workers`)"

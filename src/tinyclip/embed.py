@@ -7,7 +7,6 @@ Processes that `torchrun` started share the parts.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -25,7 +24,7 @@ from torch import Tensor
 from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import checksum, flush, name_of, read_json_object, write_atomically
+from tinyclip.files import checksum, flush, json_text, name_of, read_json_object, write_atomically
 from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.inputs import ahead, batches, check_finite
 from tinyclip.pipeline import Pipeline, Tensors
@@ -119,7 +118,7 @@ def _fill(
     tally = Tally(total)
     for number in left:
         record = _part(clip, source, number, out, plan, lambda: progress(tally), tally)
-        write_atomically(_record(out, number), json.dumps(asdict(record)))
+        write_atomically(_record(out, number), json_text(asdict(record)))
     counts = gather_objects((tally.images, tally.texts))
     seconds = time.perf_counter() - start
     images, texts = (sum(count[i] for count in counts) for i in (0, 1))
@@ -221,7 +220,7 @@ def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
         _check_same(out, facts)
     for temporary in out.glob(".*.tmp"):  # of a run that was killed
         temporary.unlink()
-    write_atomically(out / DONE, json.dumps(facts | {"done": False}, indent=2) + "\n")
+    write_atomically(out / DONE, json_text(facts | {"done": False}, indent=2) + "\n")
 
 
 def _clear(out: Path) -> None:
@@ -251,7 +250,7 @@ def _state(path: Path) -> list[int]:
 def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     records = [read_json_object(_record(out, number)) for number in range(len(source.parts))]
     skipped = [*source.skipped, *(Skipped(**row) for record in records for row in record["skipped"])]
-    write_atomically(out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
+    write_atomically(out / SKIPPED, "".join(json_text(asdict(s)) + "\n" for s in skipped))
     by_cause = faults.counts(skipped)
     counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
     if not any(counts.values()):
@@ -259,7 +258,7 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
         first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "there is nothing in it"
         raise ValueError(f"{source.root}: nothing could be embedded: {first}")
     result = facts | counts | {"skipped": len(skipped), "skipped_by_cause": by_cause, "done": True}
-    write_atomically(out / DONE, json.dumps(result, indent=2) + "\n")
+    write_atomically(out / DONE, json_text(result, indent=2) + "\n")
     return result
 
 
@@ -359,7 +358,7 @@ def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor
     check_finite(values)
     if plan.format == "npy":
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(out / f"{name}.jsonl", lines)
     path = out / f"{name}.{plan.format}"
     written = [path, path.with_suffix(".jsonl")] if plan.format == "npy" else [path]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import logging
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from tinyclip import __version__
 from tinyclip.agreement import Samples, answers, compare, refuse, samples_of, synthetic
 from tinyclip.engines import RUNS, compute_dtype, needed, save_openvino
 from tinyclip.evaluate import Dataset, open_dataset
-from tinyclip.files import atomic_directory, checksum
+from tinyclip.files import atomic_directory, checksum, json_text
 from tinyclip.interchange import WRITERS
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline, load
@@ -210,7 +209,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """`tinyclip.json`, with the size and CRC-32 of every other file."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FACTS)
     facts["files"] = {file.name: [file.stat().st_size, checksum(file)] for file in files}
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / FACTS).write_text(json_text(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _onnx(program: ExportedProgram, file: Path) -> None:

@@ -7,7 +7,6 @@ damaged; one that could not be reached, on a disk that was away say, is tried ag
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ import numpy as np
 
 from tinyclip import faults
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import checksum, flush, write_atomically
+from tinyclip.files import checksum, flush, json_text, write_atomically
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures, skipped_of
 from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.inputs import ahead, batches, check_finite
@@ -238,7 +237,7 @@ class _Writer:
             self._switch(self.before | self.facts)  # moved, or the model has another name
         assert self.before
         skipped = [*self.folder.left_out, *_skipped(self.out / self.before["list"])]
-        write_atomically(self.out / SKIPPED, "".join(json.dumps(asdict(s)) + "\n" for s in skipped))
+        write_atomically(self.out / SKIPPED, "".join(json_text(asdict(s)) + "\n" for s in skipped))
         told: dict[str, Any] = self.counts | {"kept": kept, "computed": computed}
         told |= {"skipped": len(skipped), "skipped_by_cause": faults.counts(skipped)}
         return self.before | told | {"images_per_s": computed / seconds if computed else None}
@@ -350,7 +349,7 @@ class _Writer:
 
     def _switch(self, facts: dict[str, Any]) -> None:
         """Make a state the present one, and remove the files of the one before."""
-        write_atomically(self.out / INFO, json.dumps(facts, indent=2) + "\n")
+        write_atomically(self.out / INFO, json_text(facts, indent=2) + "\n")
         flush(self.out)
         self.before = facts
         _keep(self.out, {facts["vectors"], facts["list"]})

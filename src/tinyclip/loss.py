@@ -142,7 +142,8 @@ def cross_entropy(
     """
     columns = gather(columns)
     own = rank() * len(rows) if without_self else None
-    factor = torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+    factor = scale if isinstance(scale, Tensor) else rows.new_full((), scale)
+    factor = factor.to(rows, non_blocking=True)
     loss: Tensor = _CrossEntropy.apply(rows, columns, factor, targets, own)
     return loss
 

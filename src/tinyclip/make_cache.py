@@ -27,7 +27,7 @@ from tinyclip.cache import Cache, CacheInfo, FeatureFile, ForeignInfo, content_h
 from tinyclip.data import AGAIN, Tokenize, bind_worker, closing, stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import flush, write_atomically
+from tinyclip.files import flush, json_text, write_atomically
 from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.foreign_teacher import PROBES
 from tinyclip.index import shard_counts
@@ -228,7 +228,7 @@ def _summary(output: Path, shards: list[Path], computed: int) -> Report:
         report.captions += int(file.offsets[-1])
         report.bytes += file.path.stat().st_size
         report.skipped += [Skipped(shard.name, *row) for row in file.skipped]
-    lines = [json.dumps(asdict(s)) + "\n" for s in report.skipped]
+    lines = [json_text(asdict(s)) + "\n" for s in report.skipped]
     write_atomically(output / "skipped.jsonl", "".join(lines))
     if not report.samples:
         raise ValueError(f"no sample could be used; see {output / 'skipped.jsonl'}")

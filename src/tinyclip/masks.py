@@ -113,7 +113,8 @@ def _length(part: TransformerConfig) -> int:
 
 def sparsity(config: CLIPConfig, original: CLIPConfig, keep: Masks, towers: tuple[Tower, ...], unit: Unit) -> Tensor:
     """Fraction of the original's size that is gone, the towers' sizes added up; a scalar."""
-    remaining = torch.stack([tower_size(config, original, keep, t, unit) for t in towers]).sum()
+    # Added one by one: of a tower without masks the size is on the CPU, as a number that goes with any device.
+    remaining = sum((tower_size(config, original, keep, t, unit) for t in towers), torch.zeros(()))
     return 1 - remaining / sum(prunable_size(original, t, unit) for t in towers)
 
 
@@ -179,7 +180,7 @@ class HardConcrete(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.original = config, original or config
-        self.towers, self.unit = towers, unit
+        self.towers, self.gates, self.unit = towers, gates, unit
         sizes = axis_sizes(config)
         self.log_alpha = nn.ParameterDict()
         for tower in towers:
@@ -206,7 +207,7 @@ class HardConcrete(nn.Module):
         """
         masks = {}
         for name, log_alpha in self.named_log_alpha():
-            noise = torch.rand(log_alpha.shape, generator=generator).to(log_alpha)
+            noise = torch.rand(log_alpha.shape, generator=generator).to(log_alpha, non_blocking=True)
             masks[name] = stretched_sample(log_alpha, NOISE_MARGIN + (1 - 2 * NOISE_MARGIN) * noise)
         return masks
 
@@ -228,9 +229,18 @@ class HardConcrete(nn.Module):
 
         `both` adds up the sizes of the towers, so that a tower without masks counts as it is.
         """
-        keep = {name: probability_kept(log_alpha).cpu() for name, log_alpha in self.named_log_alpha()}
+        keep = {name: probability_kept(log_alpha) for name, log_alpha in self.named_log_alpha()}
         towers: tuple[Tower, ...] = ("visual", "text") if tower == "both" else (tower,)
         return sparsity(self.config, self.original, keep, towers, self.unit)
+
+    @torch.no_grad()
+    def filled(self, values: Tensor) -> HardConcrete:
+        """The same masks on the CPU with these values, which are there: of all parameters, one after the other."""
+        settings = {"towers": self.towers, "gates": self.gates, "unit": self.unit}
+        dtype = next(self.parameters()).dtype
+        copy = HardConcrete(self.config, self.original, **settings).to(dtype)  # type: ignore[arg-type]
+        nn.utils.vector_to_parameters(values.to(dtype), copy.parameters())
+        return copy
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -270,7 +280,7 @@ class Constraint(nn.Module):
     def forward(self, hard: HardConcrete, step: int) -> Tensor:
         """The term that is added to the loss; the multipliers are to ascend on it."""
         terms = [
-            lagrangian(hard.expected_sparsity(name), self.target(name, step), multipliers.cpu())  # type: ignore[arg-type]
+            lagrangian(hard.expected_sparsity(name), self.target(name, step), multipliers)  # type: ignore[arg-type]
             for name, multipliers in self.multipliers.items()
         ]
         return torch.stack(terms).sum()

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 
 from tinyclip.faults import Fault, Skipped, counts, summary
-from tinyclip.files import as_text, atomic_directory, check_replaceable, name_of
+from tinyclip.files import as_text, atomic_directory, check_replaceable, json_text, name_of
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures
 from tinyclip.inputs import is_unicode
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
@@ -129,7 +129,7 @@ def pack(
         names = sorted({item.name for item in items if item.name is not None})
         if names:
             (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        skipped = (json.dumps({"file": s.key, "cause": s.cause, "reason": s.reason}) + "\n" for s in report.skipped)
+        skipped = (json_text({"file": s.key, "cause": s.cause, "reason": s.reason}) + "\n" for s in report.skipped)
         (folder / "skipped.jsonl").write_text("".join(skipped), encoding="utf-8")
         report.shards = len(list(folder.glob("*.tar")))
         prepare(folder)
@@ -148,7 +148,7 @@ def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> No
     info: dict[str, Any] = {"captions": list(item.captions), "file": as_text(item.path.name)}
     if item.name is not None:
         info["class"] = item.name
-    text = json.dumps(info, ensure_ascii=False)
+    text = json_text(info, ensure_ascii=False)
     writer.write({"__key__": f"{report.packed:09d}", ending: data, "json": text.encode()})
     report.packed += 1
     report.captions += len(item.captions)

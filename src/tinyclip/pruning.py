@@ -72,13 +72,22 @@ class Pruner:
         """The student that the masks leave."""
         return compact(model, self.hard.deterministic(self.auto.align))
 
+    def values(self) -> Tensor:
+        """What the masks are made of, as one tensor on their device."""
+        return nn.utils.parameters_to_vector(self.hard.parameters()).detach()
+
     @torch.no_grad()
-    def figures(self, step: int) -> dict[str, Any]:
-        """Sparsity beside its target for each budget, and what is kept of each block."""
+    def figures(self, step: int, values: Tensor | None = None) -> dict[str, Any]:
+        """Sparsity beside its target for each budget, and what is kept of each block.
+
+        Args:
+            values: what `values` gave, on the CPU, when it is at hand.
+        """
         names = self.constraint.targets
-        masks = self.hard.deterministic(self.auto.align)
+        hard = self.hard.filled(self.values().cpu() if values is None else values)
+        masks = hard.deterministic(self.auto.align)
         return {
-            "sparsity": {name: self.hard.expected_sparsity(name).item() for name in names},  # type: ignore[arg-type]
+            "sparsity": {name: hard.expected_sparsity(name).item() for name in names},  # type: ignore[arg-type]
             "target_sparsity": {name: self.constraint.target(name, step) for name in names},
             "mask_lr": self.optimizer.param_groups[0]["lr"],
             "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},

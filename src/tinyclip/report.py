@@ -136,7 +136,7 @@ def table(entries: Sequence[Entry]) -> list[list[str]]:
 
 
 def _percent(figures: dict[str, Any], name: str) -> str:
-    return f"{100 * figures[name]:.1f}" if name in figures else "-"
+    return f"{100 * figures[name]:.1f}" if figures.get(name) is not None else "-"
 
 
 def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -151,11 +151,12 @@ def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, fl
                 offset = offsets.setdefault(event["stage"], before)
             elif event["event"] == "evaluation":
                 for quantity, name in (("top-1, %", "acc1"), ("retrieval R@1, %", "image_retrieval_recall@1")):
-                    if name in event:
+                    if event.get(name) is not None:
                         points = result[quantity].setdefault(folder.name, [])
                         points.append((offset + event["step"], 100 * event[name]))
             elif event["event"] == "step":
-                result["loss"].setdefault(folder.name, []).append((offset + event["step"], event["loss"]))
+                if event["loss"] is not None:
+                    result["loss"].setdefault(folder.name, []).append((offset + event["step"], event["loss"]))
                 before = offset + event["step"]
     return {quantity: points for quantity, points in result.items() if points}
 

@@ -27,7 +27,7 @@ from megatron.energon.state import FlexState
 from tinyclip.checkpoint import load_checkpoint, save_into
 from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
 from tinyclip.faults import Skipped, append, summary
-from tinyclip.files import atomic_directory, checksum, read_json_object, write_atomically
+from tinyclip.files import atomic_directory, checksum, json_text, read_json_object, write_atomically
 from tinyclip.pruning import MASKS
 from tinyclip.step import Trainee
 
@@ -68,6 +68,7 @@ class Progress:
     step: int = 0
     samples: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
+    skipped_steps: int = 0  # batches that overflowed in float16; no steps
     seconds: float = 0.0
     order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
     evaluated_step: int = 0
@@ -82,13 +83,15 @@ class Progress:
         self._vanished: set[str] = set()
         self._waits: list[float] = []
 
-    def advance(self, count: int) -> None:
-        """After a step on `count` samples of all processes."""
+    def advance(self, count: int, stepped: bool = True) -> None:
+        """After a step on `count` samples of all processes, or one that was left out: its batch is used up, but the
+        stage still has as many steps to do, and the schedule stands still."""
         now = time.perf_counter()
         self._recent = [*self._recent[-49:], (now - self._since, count)]
         self.seconds += now - self._since
         self._since = now
-        self.step += 1
+        self.step += stepped
+        self.skipped_steps += not stepped
         self.samples += count
 
     def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
@@ -127,8 +130,9 @@ class Progress:
         return speed | self.left_out()
 
     def left_out(self) -> dict[str, Any]:
-        """Samples that were skipped, in all and by cause."""
-        return {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
+        """Samples that were skipped, in all and by cause, and steps."""
+        samples = {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
+        return samples | {"skipped_steps": self.skipped_steps}
 
 
 def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: int) -> None:
@@ -139,8 +143,9 @@ def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: i
         keep: how many checkpoints there are then at most.
 
     Raises:
-        ValueError: when it cannot be written.
+        ValueError: when it cannot be written, or what was trained is not finite.
     """
+    trainee.check()
     position = pickle.dumps(loader.save_state_rank(), protocol=4)
     mine = {"loader": torch.frombuffer(bytearray(position), dtype=torch.uint8), "random": torch.get_rng_state()}
     ranks, layout = gather_objects(mine), [world_size(), loader.num_workers]
@@ -168,7 +173,7 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
             raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
         sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
         manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
-        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        (temporary / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
     for old in older(place)[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
 

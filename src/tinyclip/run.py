@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import training_loader
 from tinyclip.distributed import is_main, rank, world_size
+from tinyclip.files import json_text
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.teacher import AnyTeacher, ForeignTeacher, Teacher
@@ -54,7 +54,7 @@ class Run:
         if not is_main():
             return
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json_text(event) + "\n")
         self.listener(event)
 
     def warn(self, stage: Stage, text: str) -> None:

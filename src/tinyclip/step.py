@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,21 @@ from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 LARGEST_LOGIT_SCALE = math.log(100)  # OpenAI's CLIP clamps a learned scale at 100
+SMALLEST_LOSS_SCALE = 1.0  # what overflows in float16 even at this one does so by itself
+SHOWN = 8  # keys of a batch that an error names
+MOST_UNREAD = 1000  # steps whose figures may wait on the device
 OTHER = {"image": "text", "text": "image"}  # the tower that a stage leaves alone
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What a step found, still on the device."""
+
+    step: int
+    keys: list[str]  # of the batch, the first few
+    lr: float
+    names: tuple[str, ...]
+    values: Tensor  # one for each name
 
 
 @dataclass
@@ -57,6 +72,8 @@ class Trainee:
             self.parallel = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.trained, stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
+        self.overflowed = False  # in float16, by the last step, which was left out then
+        self._unread: list[Unread] = []
         self._fix_logit_scale()
 
     @property
@@ -86,36 +103,102 @@ class Trainee:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One optimiser step; returns the loss terms, averaged over the processes, the gradient norm and the learning
-        rate.
+        """One optimiser step; returns the loss terms, averaged over the processes, and the gradient norm, which stay on
+        the device: nothing here waits for it. Whether they are finite is found when they are read, by `figures` or
+        before a save by `check`.
+
+        In float16 alone each step asks the device whether it overflowed. Then it is left out: weights and optimiser
+        stay as they are, and the loss scale falls.
 
         Raises:
-            ValueError: when the loss or the gradient is not finite, in all processes; the weights are then those
-                before the step.
+            ValueError: when float16 overflows at any scale, or what was left unread long is not finite; in all
+                processes.
         """
+        if len(self._unread) >= MOST_UNREAD:
+            self._read()
         lr, pruner = learning_rate(step, self.stage), self.pruner
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         optimizers: list[torch.optim.Optimizer] = [self.optimizer, *([pruner.optimizer] if pruner else [])]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
+        # Statistics of batch norm take in what overflows before anybody knows.
+        statistics = [(b, b.clone()) for b in self.model.buffers()] if self.scaler.is_enabled() else []
         terms = self.backward(batch, step)
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         parameters = self.trained + (pruner.parameters() if pruner else [])
         norm = nn.utils.clip_grad_norm_(parameters, self.stage.optimizer.grad_clip)
-        if not self.scaler.is_enabled():  # the scaler skips such steps and lowers its scale
-            self._check("gradient", norm, batch, step)
-        if torch.isfinite(norm):  # else none may step: what overflowed in one has spread to all through the norm
-            for optimizer in optimizers:
-                self.scaler.step(optimizer)
-        self.scaler.update()
+        metrics = terms | {"grad_norm": norm}
+        unread = Unread(step, batch.keys[:SHOWN], lr, tuple(metrics), torch.stack(list(metrics.values())))
+        self.overflowed = self.scaler.is_enabled() and not bool(unread.values.isfinite().all())
+        if self.overflowed:
+            for buffer, before in statistics:
+                buffer.copy_(before)
+            self._lower_loss_scale(unread)
+            return metrics
+        self._unread.append(unread)
+        for optimizer in optimizers:
+            optimizer.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
         with torch.no_grad():
             if self.stage.loss.learns_scale:
                 self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
             if pruner is not None:
                 pruner.hard.clamp_()
-        return terms | {"grad_norm": norm, "lr": torch.tensor(lr)}
+        return metrics
+
+    def figures(self, step: int) -> dict[str, Any]:
+        """Of the last step: what `step` returned as numbers, the learning rate, and how the learned masks stand. All
+        come in one transfer from the device, with what earlier steps left there.
+
+        Raises:
+            ValueError: when the loss or the gradient of any of these steps is not finite, in all processes.
+        """
+        last = self._unread[-1]
+        row, masks = self._read()
+        figures: dict[str, Any] = dict(zip(last.names, row, strict=True)) | {"lr": last.lr}
+        return figures | (self.pruner.figures(step, masks) if self.pruner else {})
+
+    def check(self) -> None:
+        """`ValueError` when a loss, a gradient or a weight is not finite, before it is saved over a good checkpoint."""
+        last = self._unread[-1] if self._unread else None
+        self._read()
+        state = [*self.model.state_dict().values(), *self.projections.parameters()]
+        state += self.pruner.parameters() if self.pruner else []
+        if not torch.stack([value.detach().isfinite().all() for value in state]).all():
+            raise ValueError(self._broken("a weight", "not finite", last))
+
+    def _read(self) -> tuple[list[float], Tensor | None]:
+        """The figures of the last unread step and the values of the masks; nothing is unread then."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return [], None
+        parts = [torch.stack([one.values for one in unread]).flatten()]
+        read = torch.cat([*parts, *([self.pruner.values()] if self.pruner else [])]).cpu()
+        rows = read[: parts[0].numel()].view(len(unread), -1)
+        for one, row in zip(unread, rows.tolist(), strict=True):
+            for name, what in (("loss", "the loss"), ("grad_norm", "the gradient")):
+                if not math.isfinite(value := row[one.names.index(name)]):
+                    raise ValueError(self._broken(what, f"{value}", one))
+        return rows[-1].tolist(), read[parts[0].numel() :]
+
+    def _lower_loss_scale(self, unread: Unread) -> None:
+        scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
+        if scale < SMALLEST_LOSS_SCALE:
+            found = dict(zip(unread.names, unread.values.tolist(), strict=True))
+            text = f"too large for float16 in many batches in a row (loss {found['loss']}, loss scale {scale * 2:g})"
+            raise ValueError(self._broken("the gradient", text, unread))
+        self.scaler.update(scale)
+
+    def _broken(self, what: str, how: str, at: Unread | None) -> str:
+        """What was found is the same in all processes, so that all of them raise or none."""
+        place = f" at step {at.step + 1}; samples {', '.join(at.keys)}, ..." if at else ""
+        return (
+            f"{what} of stage {self.stage.name} is {how}{place}; a checkpoint from before it is kept, if there is one. "
+            "A lower optimizer.lr or float32 may help."
+        )
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Add the gradient of the loss, times the scaler's scale, to every `.grad`; returns the weighted sum of the
@@ -143,7 +226,6 @@ class Trainee:
             leaves[name].requires_grad_()
         terms = self._terms(leaves, _joined(theirs), batch)
         values = average(torch.stack([value.detach() for value in terms.values()]))
-        self._check("loss", values[list(terms).index("loss")], batch, step)
         self.scaler.scale(terms["loss"]).backward()
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1
@@ -169,7 +251,7 @@ class Trainee:
         """Each term that has a weight, of this process's pairs, and the weighted sum as `loss`; see `Student.forward`
         for `ours`."""
         settings = self.stage.loss
-        groups = batch.groups.to(self.device) if settings.positives == "class" else None
+        groups = batch.groups.to(self.device, non_blocking=True) if settings.positives == "class" else None
         terms: dict[str, Tensor] = {}
         if theirs:
             terms |= self._teacher_terms(ours, theirs, groups)
@@ -209,15 +291,6 @@ class Trainee:
             if name in wanted:
                 terms[name] = within_affinity_loss(ours[mine], other, *scales)
         return terms
-
-    def _check(self, what: str, value: Tensor, batch: Batch, step: int) -> None:
-        """`value` is the same in all processes, so that all of them raise or none."""
-        if not torch.isfinite(value):
-            keys = ", ".join(batch.keys[:8])
-            raise ValueError(
-                f"the {what} of stage {self.stage.name} is {value.item()} at step {step + 1}; samples {keys}, ...; "
-                "a checkpoint from before it is kept, if there is one. A lower optimizer.lr or float32 may help."
-            )
 
 
 def _join(parts: list[Tensor]) -> Tensor:

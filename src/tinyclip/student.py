@@ -73,7 +73,8 @@ class Student(nn.Module):
                 pixels = image_input(images, self.preprocess).to(self.model.logit_scale.dtype)
                 image = self.encode_image(pixels, masks, normalize=True)
             if text is None or towers != "image":
-                shorter = shorten(tokens, self.end_id, self.model.config.text.context_length).to(device)
+                shorter = shorten(tokens, self.end_id, self.model.config.text.context_length)
+                shorter = shorter.to(device, non_blocking=True)
                 text = self.encode_text(shorter, masks, normalize=True)
         outputs = {
             name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in (("image", image), ("text", text))
@@ -83,7 +84,7 @@ class Student(nn.Module):
         if self.stage.loss.learns_scale:
             outputs["scale"] = self.model.logit_scale.exp()
         if self.constraint is not None:
-            outputs["constraint"] = self.constraint(self.hard, step).to(device)
+            outputs["constraint"] = self.constraint(self.hard, step)
         return outputs
 
 

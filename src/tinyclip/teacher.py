@@ -54,7 +54,8 @@ class Teacher:
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 (n, length) -> (n, embed_dim), as `features`."""
         text = self.config.text  # whose highest id is the end token
-        tokens = shorten(tokens, text.vocab_size - 1, text.context_length).to(self.model.logit_scale.device)
+        tokens = shorten(tokens, text.vocab_size - 1, text.context_length)
+        tokens = tokens.to(self.model.logit_scale.device, non_blocking=True)
         return _at_least_float32(self.model.encode_text(tokens, normalize=True))
 
     @property
@@ -115,7 +116,7 @@ class ForeignTeacher:
     @torch.inference_mode()
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 (n, length) of its own tokens -> (n, embed_dim), normalised, float32."""
-        return F.normalize(self.encode_text(tokens.to(self.scale.device)).float(), dim=-1)
+        return F.normalize(self.encode_text(tokens.to(self.scale.device, non_blocking=True)).float(), dim=-1)
 
     @property
     def scales(self) -> list[Tensor]:
@@ -136,7 +137,7 @@ class CachedTeacher:
 
     def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
         """What each teacher says of a piece of a batch."""
-        pairs = [(image[piece].to(images.device), text[piece].to(images.device)) for image, text in batch.teacher]
+        pairs = [(_placed(image[piece], images), _placed(text[piece], images)) for image, text in batch.teacher]
         return [(_at_least_float32(image), _at_least_float32(text)) for image, text in pairs]
 
     @property
@@ -146,6 +147,10 @@ class CachedTeacher:
 
 
 AnyTeacher = Teacher | ForeignTeacher | CachedTeacher
+
+
+def _placed(stored: Tensor, images: Tensor) -> Tensor:
+    return stored.to(images.device, non_blocking=True)
 
 
 def _at_least_float32(features: Tensor) -> Tensor:
@@ -158,7 +163,10 @@ def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:
     if x.shape[-1] != preprocess.image_size:
         size = (preprocess.image_size, preprocess.image_size)
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    # Made there, each would wait for the device.
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True) for v in (preprocess.mean, preprocess.std)
+    )
     return (x - mean) / std
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
-from tinyclip.files import CHECKPOINT_FILES, STEERING, check_replaceable, printable
+from tinyclip.files import CHECKPOINT_FILES, STEERING, check_replaceable, json_text, printable
 from tinyclip.meter import Meter
 
 
@@ -149,7 +148,7 @@ def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
 
 def print_json(result: dict[str, Any]) -> None:
     meter.close()
-    print(json.dumps(result))
+    print(json_text(result))
 
 
 def read_lines(path: Path) -> list[str]:

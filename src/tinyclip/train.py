@@ -13,7 +13,6 @@ A run's folder:
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from tinyclip.checkpoint import load_checkpoint, read_config, save_checkpoint
 from tinyclip.data import close_loader, next_batch
 from tinyclip.distributed import PATIENCE, from_main, gather_objects, is_main, world_size
 from tinyclip.faults import Skipped
-from tinyclip.files import read_json_object, remove_leftovers, write_atomically
+from tinyclip.files import json_text, read_json_object, remove_leftovers, write_atomically
 from tinyclip.folder_lock import LOCK
 from tinyclip.model import CLIP
 from tinyclip.progress import track
@@ -149,7 +148,7 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     _evaluate(run, trainee, progress, folder)
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
-    from_main(lambda: write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n"))
+    from_main(lambda: write_atomically(folder / "result.json", json_text(result, indent=2) + "\n"))
     from_main(lambda: finish(last))  # only now is the state of no use
     return trainee.model.eval(), result
 
@@ -227,23 +226,25 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
                 batch = next_batch(batches, run.recipe.data)
                 progress.waited(time.perf_counter() - began)
                 doing(f"computing {step}")
-                metrics = trainee.step(batch, progress.step)
-                progress.advance(len(batch.keys) * world_size())
+                trainee.step(batch, progress.step)
+                stepped = not trainee.overflowed
+                progress.advance(len(batch.keys) * world_size(), stepped)
                 stop, late, some = stops.agreed(clock.is_late(), bool(batch.skipped), device=run.device)
                 if some:
                     skipped = [one for rank in gather_objects(batch.skipped) for one in rank]
                     _left_out(run, stage, progress, skipped)
                 done = progress.step == until
-                if progress.step % run.recipe.log_every == 0 or done:
-                    figures = {name: value.item() for name, value in metrics.items()} | progress.figures()
-                    figures |= trainee.pruner.figures(progress.step) if trainee.pruner else {}
+                if not stepped:
+                    _overflowed(run, trainee, progress)
+                elif progress.step % run.recipe.log_every == 0 or done:
+                    figures = trainee.figures(progress.step) | progress.figures()
                     figures["memory_gb"] = peak_memory_gb(run.device)
                     run.emit({"event": "step", "stage": stage.name, "step": progress.step} | figures)
                 else:
                     run.listener({"event": "tick", "stage": stage.name, "step": progress.step})
                 stop = stop or stops.alone()
-                evaluate = every is not None and progress.step % every == 0 and not done
-                if stop or late or done or evaluate or progress.step % run.recipe.save_every == 0:
+                evaluate = stepped and every is not None and progress.step % every == 0 and not done
+                if stop or late or done or evaluate or (stepped and progress.step % run.recipe.save_every == 0):
                     keep()
                 if stop:
                     raise Interrupted(stop, progress.step)
@@ -252,6 +253,13 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
         if stop := stops.agreed(device=run.device)[0] or stops.alone():  # it came while the last step was saved
             raise Interrupted(stop, progress.step)
     return progress
+
+
+def _overflowed(run: Run, trainee: Trainee, progress: Progress) -> None:
+    scale = trainee.scaler.get_scale()
+    text = f"a batch overflowed in float16 and was left out; the loss scale falls to {scale:g}"
+    # Of the step that it would have been, so that a resumed run, which does it again, says it once.
+    run.emit({"event": "warning", "stage": trainee.stage.name, "step": progress.step + 1, "text": text})
 
 
 def _left_out(run: Run, stage: Stage, progress: Progress, skipped: list[Skipped]) -> None:

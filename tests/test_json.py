@@ -1,0 +1,54 @@
+"""Files of figures are strict JSON, whatever the figures; those of older versions are still read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+from tinyclip import faults
+from tinyclip.faults import Skipped
+from tinyclip.files import json_text
+from tinyclip.report import _percent, curves
+from tinyclip.run import Run
+from tinyclip.terminal import print_json
+
+ODD = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, None, True, "NaN")}], "d": np.float64("nan"), "e": 3}
+PLAIN = {"a": None, "b": [1.5, None, {"c": [None, None, True, "NaN"]}], "d": None, "e": 3}
+
+
+def strict(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_number_that_is_not_finite_becomes_null() -> None:
+    assert strict(json_text(ODD)) == PLAIN
+    assert strict(json_text(ODD, indent=2, ensure_ascii=False)) == PLAIN
+
+
+def test_metrics_lists_and_output_are_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[dict[str, Any]] = []
+    Run.emit(SimpleNamespace(folder=tmp_path, listener=heard.append), ODD)  # type: ignore[arg-type]
+    assert strict((tmp_path / "metrics.jsonl").read_text()) == PLAIN and heard == [ODD]
+    faults.append(tmp_path / "skipped.jsonl", [Skipped("s", "k", "no_image", "r")], loss=math.nan)
+    assert strict((tmp_path / "skipped.jsonl").read_text())["loss"] is None
+    print_json(ODD)
+    assert strict(capsys.readouterr().out) == PLAIN
+
+
+@pytest.mark.parametrize("bad", ["NaN", "null"])
+def test_a_report_reads_runs_with_figures_that_are_none(tmp_path: Path, bad: str) -> None:
+    lines = ['{"event": "stage", "stage": "s"}', f'{{"event": "step", "step": 1, "loss": {bad}, "grad_norm": {bad}}}']
+    lines += ['{"event": "step", "step": 2, "loss": 0.5}', f'{{"event": "evaluation", "step": 2, "acc1": {bad}}}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = curves([tmp_path])
+    assert found["loss"][tmp_path.name][-1] == (2, 0.5)
+    assert _percent({"acc1": None}, "acc1") == "-"
