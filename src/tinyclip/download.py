@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from filelock import FileLock
 
 from tinyclip.files import write_atomically
+from tinyclip.folder_lock import Lock
 
 CHUNK = 1 << 17  # bytes; what a broken connection can lose
 TIMEOUT_S = (10, 60)  # to connect, and between two reads
@@ -45,7 +45,7 @@ def fetch(url: str, path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_beside(path, ".lock")):
+        with Lock(_beside(path, ".lock")):
             if not path.exists():
                 with _bar(path.name) as listener:
                     _download(url, path, listener)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip import data
@@ -19,6 +18,7 @@ from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import training_loader
 from tinyclip.distributed import GO_ON, is_main, rank, world_size
+from tinyclip.folder_lock import Lock
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.teacher import AnyTeacher, ForeignTeacher, Teacher
@@ -42,7 +42,7 @@ class Run:
     preprocess: Preprocess
     device: torch.device
     precision: str
-    lock: FileLock  # of the folder, held by the first process until the run ends
+    lock: Lock  # of the folder, held by the first process until the run ends
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
     caches: list[Cache] = field(default_factory=list)  # of a cached teacher
