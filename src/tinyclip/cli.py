@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from tinyclip import (
     cli_tools,
     cli_train,
 )
+from tinyclip.files import in_words
 from tinyclip.terminal import console, fail
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
@@ -50,7 +52,9 @@ def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
     try:
         # Typer itself would make several lines of an error of usage.
-        sys.exit(app(prog_name="tinyclip", standalone_mode=False) or 0)
+        code = app(prog_name="tinyclip", standalone_mode=False) or 0
+        sys.stdout.flush()  # a full disk behind it is an error of ours
+        sys.exit(code)
     except USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -60,12 +64,23 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fail(str(error), 2)
+    except OSError as error:
+        _give_up_output()
+        fail(in_words(error), 2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         fail("out of memory on the device; a lower batch_size may help", 2)
+
+
+def _give_up_output() -> None:
+    """What stdout still holds and cannot take would be a second error as the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -74,9 +75,20 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file; `ValueError` when it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 def in_words(error: OSError) -> str:
     """What the system said, in one line with the file, where it is known."""
     said = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOSPC and error.filename is None:
+        return f"{said}: the disk that is written to is full"
     return f"{as_text(os.fsdecode(error.filename))}: {said}" if isinstance(error.filename, str | bytes) else said
 
 

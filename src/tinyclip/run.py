@@ -18,6 +18,7 @@ from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import training_loader
 from tinyclip.distributed import GO_ON, is_main, rank, world_size
+from tinyclip.files import append_text
 from tinyclip.folder_lock import Lock
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
@@ -51,8 +52,7 @@ class Run:
         """To metrics.jsonl and to the listener, by the first process."""
         if not is_main():
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        append_text(self.folder / "metrics.jsonl", json.dumps(event) + "\n")
         self.listener(event)
 
     def warn(self, stage: Stage, text: str) -> None:
