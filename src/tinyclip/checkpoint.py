@@ -7,7 +7,7 @@ A directory is written beside its place and renamed into it, so a reader never s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tinyclip.card import Card, write_card
 from tinyclip.config import CLIPConfig, explain
-from tinyclip.files import atomic_directory, read_json_object
+from tinyclip.files import read_json_object
+from tinyclip.folders import atomic_directory
 from tinyclip.foreign import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_WEIGHTS,
@@ -37,6 +38,7 @@ from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 WEIGHTS = "model.safetensors"
+FILES = ("config.json", WEIGHTS, "tokenizer.json", "preprocess.json", "README.md")  # of a checkpoint of ours
 
 
 def save_checkpoint(
@@ -46,17 +48,19 @@ def save_checkpoint(
     preprocess: Preprocess,
     dtype: torch.dtype | None = None,
     card: Card | None = None,
+    known: Collection[str] = (),
 ) -> None:
     """Write a model with all it needs, atomically; `dtype` converts floating-point weights.
 
     Args:
         card: what is known of the model, for its README.md; by default its shape alone.
+        known: as `atomic_directory`.
 
     Raises:
-        ValueError: when the place cannot be written.
+        ValueError: when the place cannot be written, or holds anything else than a checkpoint of ours.
     """
     card = card or Card()
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, "model", known=known) as folder:
         save_into(folder, model, tokenizer, preprocess, dtype)
         write_card(folder, model.config, card.model_copy(update={"name": card.name or Path(path).name}))
 

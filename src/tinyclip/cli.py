@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from tinyclip import (
     cli_tools,
     cli_train,
 )
+from tinyclip.files import in_words
 from tinyclip.progress import listening
 from tinyclip.stopping import stoppable
 from tinyclip.terminal import console, fail, meter
@@ -53,7 +55,9 @@ def main() -> None:
     try:
         with stoppable(), listening(meter):
             # Typer itself would make several lines of an error of usage.
-            sys.exit(app(prog_name="tinyclip", standalone_mode=False) or 0)
+            code = app(prog_name="tinyclip", standalone_mode=False) or 0
+            sys.stdout.flush()  # a full disk behind it is an error of ours
+            sys.exit(code)
     except USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -63,14 +67,25 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         fail(str(error), 2)
+    except OSError as error:
+        _give_up_output()
+        fail(in_words(error), 2)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         fail("out of memory on the device; a lower batch_size may help", 2)
     finally:
         meter.stop()
+
+
+def _give_up_output() -> None:
+    """What stdout still holds and cannot take would be a second error as the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)

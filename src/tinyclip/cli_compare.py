@@ -67,9 +67,7 @@ def compare(
     from tinyclip.evaluate import open_dataset
 
     if output:
-        from tinyclip.compare_report import FILES
-
-        check_free(output, overwrite, FILES, "a comparison")
+        check_free(output, overwrite, "comparison")
     columns = {"image_column": image_column, "caption_column": caption_column}
     datasets = [open_dataset(path, templates, classes=classes, split=split, images=images, **columns) for path in data]
     for dataset in datasets:

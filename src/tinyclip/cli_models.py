@@ -16,6 +16,7 @@ from tinyclip.terminal import (
     Model,
     Overwrite,
     Runtime,
+    check_file,
     check_free,
     complete_model,
     complete_shape,
@@ -208,8 +209,10 @@ def structure(
 ) -> None:
     """Width, and heads and neurons of each block, of MODEL."""
     from tinyclip import structure as drawing
+    from tinyclip.files import replacing
     from tinyclip.pipeline import load
 
+    check_file(output)
     if output and output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
     if of and not output:
@@ -217,8 +220,8 @@ def structure(
     config = load(model).model.config
     if output:
         picture = drawing.figure(config, load(of).model.config if of else None)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(output, dpi=150)
+        with replacing(output) as file:
+            picture.savefig(file, dpi=150, format=output.suffix[1:].lower())
     if as_json:
         print_json(config.model_dump(mode="json"))
     else:

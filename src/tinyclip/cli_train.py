@@ -17,6 +17,7 @@ from tinyclip.terminal import (
     AsJson,
     Overwrite,
     Sets,
+    check_file,
     console,
     fail,
     print_faults,
@@ -185,4 +186,5 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "tinyclip",
 ) -> None:
     """Compare finished RUNS in one table and HTML report."""
+    check_file(output)
     write_run_report(runs, output, title)

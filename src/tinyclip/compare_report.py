@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 
 from tinyclip import faults, page
 from tinyclip.compare import RECALLS, Outcome, differences, thumbnails
-from tinyclip.files import atomic_directory, json_text
+from tinyclip.files import json_text
+from tinyclip.folders import atomic_directory
 from tinyclip.stats import BINS, LEVEL, RESAMPLES, calibration
 
-FILES = {"report.html", "compare.json", "answers.csv", "figures"}
 MARKERS = "osD^vP*X"
 CLASSES = 10  # that lost most, and that won most
 COARSE = 5  # pictures a class, below which its accuracy says little
@@ -244,12 +244,12 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
     Reads the data once more, for the pictures on which the models differ.
 
     Raises:
-        ValueError: when the folder cannot be written.
+        ValueError: when the folder cannot be written, or holds anything else than a comparison of ours.
     """
     teacher = next(iter(costs))
     columns, rows = table(outcomes, costs)
     body = [page.table(columns, rows), *(page.note(text) for text in _notes())]
-    with atomic_directory(folder) as place:
+    with atomic_directory(folder, "comparison") as place:
         (place / "figures").mkdir()
         for number, outcome in enumerate(outcomes, 1):
             body.append(f"<h2>{page.escaped(heading(outcome))}</h2>")

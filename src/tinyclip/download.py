@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from filelock import FileLock
 
 from tinyclip.files import sha256, write_atomically
+from tinyclip.folder_lock import Lock
 from tinyclip.progress import tell_bytes
 
 CHUNK = 1 << 17  # bytes; what a broken connection can lose
@@ -42,7 +42,7 @@ def fetch(url: str, path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_beside(path, ".lock")):
+        with Lock(_beside(path, ".lock")):
             if not path.exists():
                 _download(url, path)
                 part = _beside(path, ".part")

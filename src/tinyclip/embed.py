@@ -7,8 +7,6 @@ Processes that `torchrun` started share the parts.
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,9 +22,11 @@ from torch import Tensor
 from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import checksum, flush, json_text, name_of, read_json_object, write_atomically
-from tinyclip.folder_lock import LOCK, lock_of, take
+from tinyclip.files import checksum, flush, json_text, name_of, read_json_object, replacing, write_atomically
+from tinyclip.folder_lock import lock_of, take
+from tinyclip.folders import remove_leftovers
 from tinyclip.inputs import ahead, batches, check_finite
+from tinyclip.ownership import LOCKS, MARKER, check_replaceable, claim, discard, is_free, read_marker, remove
 from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.shards import captions_of, image_of, read_shard
 from tinyclip.sources import Source, Text
@@ -139,9 +139,10 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the features")
     mine = (out / DONE).exists()
-    mine_too = {out / LOCK, out / SKIPPED, *out.glob(".*.tmp")}  # of a run that was killed or read nothing
-    if not mine and out.exists() and set(out.iterdir()) - mine_too:
+    if not mine and not is_free(out) and read_marker(out) is None:
         raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
+    if overwrite or not mine:  # nothing, or what a run left that was killed or read nothing
+        check_replaceable(out, "features")
     facts = {
         "model": plan.model,
         "source": str(source.root),
@@ -214,20 +215,22 @@ def _check_same(out: Path, facts: dict[str, Any]) -> None:
 def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
     """Make the folder ready."""
     if overwrite:
-        _clear(out)
-        (out / SKIPPED).unlink(missing_ok=True)
+        remove(out, "features", keep=LOCKS)
     elif (out / DONE).exists():
         _check_same(out, facts)
-    for temporary in out.glob(".*.tmp"):  # of a run that was killed
-        temporary.unlink()
+    claim(out, "features", _written(facts))
+    remove_leftovers(out)  # of a run that was killed
     write_atomically(out / DONE, json_text(facts | {"done": False}, indent=2) + "\n")
 
 
-def _clear(out: Path) -> None:
-    for file in (*out.glob("image-*"), *out.glob("text-*")):
-        file.unlink()
-    shutil.rmtree(out / RECORDS, ignore_errors=True)
-    (out / DONE).unlink(missing_ok=True)  # last: it makes the others ours
+def _written(facts: dict[str, Any]) -> Iterator[str]:
+    """All files of a run."""
+    yield from (DONE, SKIPPED)
+    endings = (facts["format"], "jsonl") if facts["format"] == "npy" else (facts["format"],)
+    kinds = ("image", "text") if facts["what"] == "both" else (facts["what"],)
+    for number in range(facts["parts"]):
+        yield f"{RECORDS}/{number:05d}.json"
+        yield from (f"{kind}-{number:05d}.{ending}" for kind in kinds for ending in endings)
 
 
 def _record(out: Path, number: int) -> Path:
@@ -254,7 +257,7 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     by_cause = faults.counts(skipped)
     counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
     if not any(counts.values()):
-        _clear(out)
+        discard(out, keep=(SKIPPED, MARKER, *LOCKS))
         first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "there is nothing in it"
         raise ValueError(f"{source.root}: nothing could be embedded: {first}")
     result = facts | counts | {"skipped": len(skipped), "skipped_by_cause": by_cause, "done": True}
@@ -362,22 +365,13 @@ def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor
         write_atomically(out / f"{name}.jsonl", lines)
     path = out / f"{name}.{plan.format}"
     written = [path, path.with_suffix(".jsonl")] if plan.format == "npy" else [path]
-    temporary = out / f".{path.name}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            if plan.format == "npy":
-                np.save(file, values)
-            else:
-                _write_parquet(file, columns, values)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        flush(out)
-        return {file.name: _state(file) for file in written}
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        if plan.format == "npy":
+            np.save(file, values)
+        else:
+            _write_parquet(file, columns, values)
+    flush(out)
+    return {file.name: _state(file) for file in written}
 
 
 def _write_parquet(file: Any, columns: dict[str, list[Any]], values: np.ndarray) -> None:

@@ -23,9 +23,11 @@ from tinyclip import __version__
 from tinyclip.agreement import Samples, answers, compare, refuse, samples_of, synthetic
 from tinyclip.engines import RUNS, compute_dtype, needed, save_openvino
 from tinyclip.evaluate import Dataset, open_dataset
-from tinyclip.files import atomic_directory, checksum, json_text
+from tinyclip.files import checksum, json_text
+from tinyclip.folders import atomic_directory
 from tinyclip.interchange import WRITERS
 from tinyclip.model import CLIP
+from tinyclip.ownership import MARKER
 from tinyclip.pipeline import Pipeline, load
 from tinyclip.progress import busy
 from tinyclip.runtime import ENDINGS, FACTS, FORMAT, TOKENIZER, RuntimePipeline, load_export, read_facts
@@ -66,7 +68,7 @@ def export(
     samples = samples_of(calibration, clip) if calibration else synthetic(clip)
     check = Check(clip, samples.part(held_out=True) if int8 else samples, dataset)
     facts: dict[str, Any] = {"export": to, "precision": "int8" if int8 else "float32", "model": str(source)}
-    with atomic_directory(target) as folder:
+    with atomic_directory(target, "model") as folder:
         if to in WRITERS:
             WRITERS[to](folder, clip.model, clip.tokenizer, clip.preprocessing)
             return facts | {"check": {"torch float32": check.of(load(folder), "float32", f"{to} export")}}
@@ -207,7 +209,7 @@ def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = Tr
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """`tinyclip.json`, with the size and CRC-32 of every other file."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != FACTS)
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (FACTS, MARKER))
     facts["files"] = {file.name: [file.stat().st_size, checksum(file)] for file in files}
     (folder / FACTS).write_text(json_text(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyclip.files import json_text
+from tinyclip.files import append_text, json_text
 
 CAUSES = {
     "truncated_shard": "a tar that ends early; the samples before the end are used",
@@ -96,8 +96,7 @@ def append(path: Path, skipped: Iterable[Skipped], **where: Any) -> None:
     """Add a line each to a `skipped.jsonl`; `where` (stage, step) goes into every line."""
     lines = [json_text(asdict(s) | where) + "\n" for s in skipped]
     if lines:
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+        append_text(path, "".join(lines))
 
 
 def read(path: Path) -> list[Skipped]:

@@ -2,120 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
 import math
 import os
-import shutil
-import sys
+import stat
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from tinyclip.progress import tell_bytes
-
-# What checkpoints (ours, OpenCLIP's, Hugging Face's) and exports are made of.
-CHECKPOINT_FILES = {
-    *("config.json", "model.safetensors", "tokenizer.json", "preprocess.json", "README.md"),
-    *("open_clip_config.json", "open_clip_model.safetensors"),
-    *("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"),
-    *("tinyclip.json", "image.onnx", "text.onnx", "image.onnx.data", "text.onnx.data", "image.pt2", "text.pt2"),
-    *("image.xml", "image.bin", "text.xml", "text.bin"),
-}
-
-
-def check_replaceable(path: Path, known: Collection[str], what: str) -> None:
-    """Refuse to replace a file by a folder, or a folder that holds anything else than what is to be written there.
-
-    Args:
-        known: patterns of the names that `what` is made of.
-
-    Raises:
-        ValueError: naming what would be lost.
-    """
-    if path.is_file():
-        raise ValueError(f"{path} is a file, so it is not replaced by a folder; choose another place")
-    found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    if other := [name for name in found if not any(fnmatchcase(name, pattern) for pattern in known)]:
-        raise ValueError(f"{path} holds more than {what} ({other[0]}), so it is not replaced; choose another place")
-
-
-@contextmanager
-def atomic_directory(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
-    """Give a new directory to fill; on success it takes the place of `path`, on an error it vanishes.
-
-    Args:
-        aside: where the directory that it replaces goes, on the same file system; by default that is removed.
-
-    Raises:
-        ValueError: when the place cannot be written.
-    """
-    path = Path(path).resolve()  # a link to a folder stays a link
-    try:
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"cannot write {path}: it is a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise ValueError(f"cannot write to {path.parent}: {error.strerror}") from None
-    try:
-        temporary.chmod(0o755)
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                flush(file)
-        flush(temporary)
-        if path.exists():
-            _exchange(temporary, path)
-            if aside is not None:
-                temporary.rename(aside)
-        else:
-            temporary.rename(path)
-        flush(path.parent)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _exchange(one: Path, two: Path) -> None:
-    """Swap two directories in one step, so that a kill at any moment leaves a whole one in each place.
-
-    Where the file system cannot (NFS, exFAT), in three steps; a kill between them leaves the old one as `*.old`.
-    """
-    try:
-        _swap(one, two)
-    except (OSError, AttributeError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        aside = one.with_suffix(".old")
-        two.rename(aside)
-        one.rename(two)
-        aside.rename(one)
-
-
-def recover(path: Path) -> None:
-    """Put back a directory that a kill between the three steps left as `*.old`."""
-    aside = sorted(path.parent.glob(f".{path.name}.*.old"))
-    if aside and not path.exists():
-        aside[-1].rename(path)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Clear up after writers that were killed anywhere in a folder."""
-    for path in folder.rglob(".*.old"):
-        recover(path.with_name(path.name.split(".")[1]))
-    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def name_of(path: Path) -> str:
@@ -166,35 +66,31 @@ def _pieces(path: Path) -> Iterator[bytes]:
             tell_bytes(f"checking {path.name}", file.tell(), size)
 
 
-def _swap(one: Path, two: Path) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(two)
-    if sys.platform == "darwin":
-        failed = library.renamex_np(*names, 2)  # RENAME_SWAP
-    else:
-        here = -100  # AT_FDCWD
-        failed = library.renameat2(here, names[0], here, names[1], 2)  # RENAME_EXCHANGE
-    if failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file, text as UTF-8, so that a reader sees the old or the new one, never a part.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a new file to fill, which then takes the place of `path`, so that a reader sees the old or the new one,
+    never a part; on an error it vanishes. What is no plain file, as `/dev/stdout`, is given itself.
 
     Raises:
-        ValueError: when it cannot be written.
+        ValueError: for an `OSError` of whoever fills it, a full disk for one, or when the place cannot be written.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            if path.is_dir():
+                raise ValueError(f"cannot write {path}: it is a folder")
+            yield path
+            return
+        place = path.resolve()  # a link stays a link
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
         temporary.chmod(0o644)
-        temporary.replace(path)
+        flush(temporary)
+        temporary.replace(place)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -214,6 +110,29 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file by `replacing`, text as UTF-8; `ValueError` as there."""
+    with replacing(path) as file:
+        file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file; `ValueError` when it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def in_words(error: OSError) -> str:
+    """What the system said, in one line with the file, where it is known."""
+    said = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOSPC and error.filename is None:
+        return f"{said}: the disk that is written to is full"
+    return f"{as_text(os.fsdecode(error.filename))}: {said}" if isinstance(error.filename, str | bytes) else said
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -1,27 +1,106 @@
-"""One writer to a folder at a time."""
+"""One writer to a folder at a time, on any file system."""
 
 from __future__ import annotations
 
+import atexit
+import errno
+import sys
 from pathlib import Path
+from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLease, Timeout
 
 LOCK = ".lock"  # the file's name in the folder
 PATIENCE = 5.0  # seconds for the processes of a run that was killed to end
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of NFS without lockd, and of some FUSE
+LEASE = 60.0  # seconds after the last sign of life of a holder on another machine, until its lock is taken over
+HEARTBEAT = 10.0  # seconds between two signs of life
+
+_said: set[Path] = set()  # folders without locks
 
 
-def lock_of(folder: Path, patience: float | None = None) -> FileLock:
-    """The folder's lock, not held yet; to be released by whoever takes it, from any thread."""
-    return FileLock(folder / LOCK, timeout=PATIENCE if patience is None else patience, thread_local=False)
+class Lock:
+    """A lock on a file, not held yet; to be released by whoever takes it, from any thread.
+
+    Where the file system has none, a second file beside it says who holds it: process, machine, and by its time that
+    they are alive. That of a process that is gone is taken over at once, that of another machine after `LEASE`.
+    """
+
+    def __init__(self, file: Path, patience: float = -1) -> None:
+        """Wait at most `patience` seconds for who holds it; for ever when it is negative."""
+        self.file, self._patience = file, patience
+        self._native = FileLock(file, timeout=patience, thread_local=False, fallback_to_soft=False)
+        self._lease: SoftFileLease | None = None
+
+    def acquire(self) -> None:
+        """Raises `Timeout` when it is held for longer, `OSError` when the file cannot be written."""
+        try:
+            self._native.acquire()
+        except Timeout:
+            raise
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self._say(error)
+            self._acquire_lease()
+
+    def _acquire_lease(self) -> None:
+        place = self.file.with_name(f"{self.file.name}.lease")
+        lease = SoftFileLease(
+            place, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, thread_local=False, timeout=self._patience
+        )
+        try:
+            lease.acquire()
+        except Timeout:  # whoever holds it may have died on another machine, else it is about to show a sign of life
+            before = _changed(place)
+            lease.acquire(timeout=LEASE + HEARTBEAT, cancel_check=lambda: _changed(place) not in (before, None))
+        self._lease = lease
+        atexit.register(self.release)
+
+    def _say(self, error: OSError) -> None:
+        folder = self.file.parent.absolute()
+        if folder not in _said:
+            _said.add(folder)
+            how = f"{self.file.name}.lease says who is at work"
+            print(f"{folder}: no locks on this file system ({error.strerror}); {how}", file=sys.stderr)
+
+    def release(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+            atexit.unregister(self.release)
+        self._native.release()
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
-def take(lock: FileLock, command: str) -> None:
+def _changed(file: Path) -> int | None:
+    """When, in ns; None when it is gone."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def lock_of(folder: Path, patience: float | None = None) -> Lock:
+    """The folder's lock, not held yet."""
+    return Lock(folder / LOCK, PATIENCE if patience is None else patience)
+
+
+def take(lock: Lock, command: str) -> None:
     """Make the folder and hold its lock.
 
     Raises:
         ValueError: when another process holds it, or the folder cannot be written.
     """
-    folder = Path(lock.lock_file).parent
+    folder = lock.file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

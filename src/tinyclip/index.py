@@ -22,14 +22,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from megatron.energon import CrudeWebdataset, __version__
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar import TarIndexWriter
 from megatron.energon.source_info import SourceInfo
 
+import tinyclip
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import atomic_directory
+from tinyclip.files import in_words, replacing, write_atomically
+from tinyclip.folder_lock import Lock
 from tinyclip.progress import ended, tell_bytes, track
 from tinyclip.shards import entries, find_shards, open_shard, unpacked, words
 
@@ -56,12 +57,13 @@ def prepare(folder: str | Path, keep: bool = False) -> int:
     meta = folder / ".nv-meta"
     if not _is_current(meta, find_shards(folder), keep):  # before the lock, also where the folder cannot be written
         try:
-            with FileLock(folder / ".prepare.lock"):
+            _check_ours(meta)
+            with Lock(folder / ".prepare.lock"):
                 damaged = [s for packed in folder.glob("*.tar.gz") if (s := _unpack(packed))]
                 if not _is_current(meta, find_shards(folder), keep):  # else another process was faster
                     _index(folder, damaged)
         except OSError as error:
-            raise ValueError(f"{folder}: cannot write its index ({error.strerror or error})") from None
+            raise ValueError(f"{folder}: cannot write its index ({in_words(error)})") from None
     return _usable(meta)
 
 
@@ -70,26 +72,27 @@ def _unpack(packed: Path) -> Skipped | None:
     plain = packed.with_suffix("")
     if unpacked(packed):
         return None
-    temporary = plain.with_name(f".{plain.name}.tmp")
     problem = "no data"
     whole = packed.stat().st_size
-    with packed.open("rb") as raw, gzip.open(raw) as source, temporary.open("wb") as target:
-        while True:
-            try:
-                block = source.read1(2**16)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                problem, block = words(error), b""
-            if not block:
-                break
-            target.write(block)
-            tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
-        size = target.tell()
-    ended(f"unpacking {packed.name}")
-    if not size:
-        temporary.unlink()
-        return Skipped(packed.name, "", "damaged_shard", f"damaged shard ({problem})")
-    os.utime(temporary, ns=(packed.stat().st_mtime_ns,) * 2)
-    temporary.rename(plain)
+    try:
+        with replacing(plain) as temporary:
+            with packed.open("rb") as raw, gzip.open(raw) as source, temporary.open("wb") as target:
+                while True:
+                    try:
+                        block = source.read1(2**16)
+                    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                        problem, block = words(error), b""
+                    if not block:
+                        break
+                    target.write(block)
+                    tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
+                size = target.tell()
+            ended(f"unpacking {packed.name}")
+            if not size:
+                raise Fault("damaged_shard", f"damaged shard ({problem})")
+            os.utime(temporary, ns=(packed.stat().st_mtime_ns,) * 2)
+    except Fault as fault:
+        return Skipped(packed.name, "", fault.cause, fault.reason)
     return None
 
 
@@ -116,16 +119,29 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
         first = "; ".join(f"{folder / f['shard']}: {f['reason']}" for f in faults[:3])
         what = f"{len(bad):,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
         raise ValueError(f"{folder}: {what}; {first}")
-    with atomic_directory(folder / ".nv-meta") as meta:
-        _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
-        _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})  # JSON is YAML
-        _write(meta / "dataset.yaml", {"__module__": __name__, "__class__": Shards.__name__})
-        (meta / "faults.jsonl").write_text("".join(json.dumps(f) + "\n" for f in faults), encoding="utf-8")
-        _write(meta / "ready", {"format": FORMAT, "shards": state})
+    meta = folder / ".nv-meta"
+    (meta / "ready").unlink(missing_ok=True)  # without it there is no index
+    _write(meta / "dataset.yaml", {"__module__": __name__, "__class__": Shards.__name__})  # JSON is YAML
+    _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
+    _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})
+    write_atomically(meta / "faults.jsonl", "".join(json.dumps(f) + "\n" for f in faults))
+    _write(meta / "ready", {"tinyclip": tinyclip.__version__, "format": FORMAT, "shards": state})
+
+
+def _check_ours(meta: Path) -> None:
+    """Refuse to write over an index that is not ours, which somebody may have made by hand."""
+    if not meta.is_dir() or not any(entry.suffix != ".tmp" for entry in meta.iterdir()):
+        return
+    try:
+        ours = "tinyclip" in json.loads((meta / "dataset.yaml").read_text(encoding="utf-8"))["__module__"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{meta} is not by tinyclip, which writes its own index there; move it away")
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
+    write_atomically(path, json.dumps(value))
 
 
 def _index_shard(shard: Path) -> tuple[int, list[tuple[int | None, Skipped]]]:

@@ -25,9 +25,11 @@ from tinyclip import faults
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import checksum, flush, json_text, write_atomically
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures, skipped_of
-from tinyclip.folder_lock import LOCK, lock_of, take
+from tinyclip.folder_lock import lock_of, take
+from tinyclip.folders import remove_leftovers
 from tinyclip.inputs import ahead, batches, check_finite
-from tinyclip.pending import Pending, Row, State
+from tinyclip.ownership import check_replaceable, claim, drop, is_free, read_marker
+from tinyclip.pending import Pending, Row, State, began
 from tinyclip.search import (
     COLUMNS,
     FORMAT,
@@ -45,6 +47,7 @@ from tinyclip.search import (
 from tinyclip.vectors import WASTE, Vectors
 
 SKIPPED = "skipped.jsonl"
+STATE = re.compile(r"(?:vectors|pictures)-(\d+)\.(?:usearch|sqlite)")  # the files of a state
 PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
 AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress
 AGAIN: State = (-1, -1)  # of a picture that could not be looked at: as no file is, so that the next run tries again
@@ -92,9 +95,11 @@ def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bo
     Vectors(1)  # USearch is installed
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the index")
-    mine = (out / INFO).exists() or (out / WORK).exists()
-    if not mine and out.exists() and {entry.name for entry in out.iterdir()} - {LOCK}:
+    there = (out / INFO).exists()
+    if not there and not is_free(out) and read_marker(out) is None and not began(out / WORK):
         raise ValueError(f"{out} is not empty and holds no index; choose another folder")
+    if overwrite and there:
+        check_replaceable(out, "index")
     if (out / INFO).exists() and not overwrite:
         before = Path(read_facts(out)["root"])
         if before != folder.root and not (moved or before.resolve() == folder.root.resolve()):
@@ -142,6 +147,7 @@ def build(
     lock = lock_of(out)
     take(lock, "tinyclip index")
     try:
+        claim(out, "index", (INFO, SKIPPED, WORK, f"{WORK}-wal", f"{WORK}-shm"))
         dim = plain(clip.encode_text("a")).shape[1]
         facts = {"format": FORMAT, "model": model, "model_fingerprint": fingerprint, "embed_dim": dim}
         writer = _Writer(out, folder, facts | {"root": str(folder.root)}, overwrite and (out / INFO).exists(), progress)
@@ -253,16 +259,15 @@ class _Writer:
 
     def _start(self) -> None:
         """Look at what is there, and clear up after a run that was killed."""
-        present = set[str]()
         if (self.out / INFO).exists() and not self.replacing:
             facts = read_facts(self.out)
             check_model(facts, self.out, self.facts["model"], self.facts["model_fingerprint"])
             self._check_whole(facts)
             self.before, self.have = facts, _entries(self.out / facts["list"])
-        with suppress(ValueError):  # there is none, or it is damaged and to be replaced
-            facts = read_facts(self.out)
-            present = {facts["vectors"], facts["list"]}
-        _keep(self.out, present)
+        marker = read_marker(self.out)
+        known = {name for name in (marker.files if marker else ()) if STATE.fullmatch(name)}
+        drop(self.out, known - _state_files(self.out))
+        remove_leftovers(self.out)
 
     def _check_whole(self, facts: dict[str, Any]) -> None:
         """Build upon nothing that was damaged."""
@@ -283,14 +288,18 @@ class _Writer:
         gone = {p: e for p, e in self.have.items() if p not in self.folder.files or p in waiting}
         holes, vectors = self._without([entry.id for entry in gone.values() if entry.good])
         file, pictures = self.out / f"vectors-{number}.usearch", self.out / f"pictures-{number}.sqlite"
-        added = self._fill(pictures, vectors, gone, pending, len(waiting))
-        skipped = _skipped(pictures)
-        by_cause = faults.counts(skipped)
-        if not len(vectors):
-            pictures.unlink()
-            first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
-            raise ValueError(f"{self.folder.root}: nothing in it can be read: {first}")
-        vectors.save(file)
+        claim(self.out, "index", (file.name, pictures.name))
+        try:
+            added = self._fill(pictures, vectors, gone, pending, len(waiting))
+            skipped = _skipped(pictures)
+            by_cause = faults.counts(skipped)
+            if not len(vectors):
+                first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
+                raise ValueError(f"{self.folder.root}: nothing in it can be read: {first}")
+            vectors.save(file)
+        except Exception:  # nothing readable, or a full disk
+            drop(self.out, (file.name, pictures.name))
+            raise
         facts = self.facts | {"state": number, "vectors": file.name, "list": pictures.name, "holes": holes}
         facts |= {"vectors_state": [file.stat().st_size, checksum(file)], "pictures": len(vectors)}
         self._switch(facts | {"skipped": len(skipped), "skipped_by_cause": by_cause})
@@ -344,23 +353,25 @@ class _Writer:
         return 0, anew
 
     def _number(self) -> int:
-        names = [path.name for path in (*self.out.glob("vectors-*"), *self.out.glob("pictures-*"))]
-        return max([int(re.sub(r"\D", "", name) or 0) for name in names], default=0) + 1
+        found = [STATE.fullmatch(path.name) for path in self.out.iterdir()]
+        return max([int(name[1]) for name in found if name], default=0) + 1
 
     def _switch(self, facts: dict[str, Any]) -> None:
         """Make a state the present one, and remove the files of the one before."""
+        before = _state_files(self.out)
         write_atomically(self.out / INFO, json_text(facts, indent=2) + "\n")
         flush(self.out)
         self.before = facts
-        _keep(self.out, {facts["vectors"], facts["list"]})
+        # Windows removes nothing while somebody reads it; a later run will.
+        drop(self.out, before - {facts["vectors"], facts["list"]})
 
 
-def _keep(out: Path, names: set[str]) -> None:
-    """Remove the files of all states but one. Windows does not while somebody reads them; a later run will."""
-    for file in (*out.glob("vectors-*"), *out.glob("pictures-*"), *out.glob(".*.tmp")):
-        if file.name not in names:
-            with suppress(OSError):
-                file.unlink()
+def _state_files(out: Path) -> set[str]:
+    """Those of the present state; none when there is none, or it is damaged and to be replaced."""
+    with suppress(ValueError):
+        facts = read_facts(out)
+        return {name for name in (facts["vectors"], facts["list"]) if STATE.fullmatch(name)}
+    return set()
 
 
 def _record(key: int, row: Row) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from tinyclip.card import converted, write_card
 from tinyclip.checkpoint import load_checkpoint, save_into, write_weights
 from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig, resnet_tower
-from tinyclip.files import atomic_directory
+from tinyclip.folders import atomic_directory
 from tinyclip.foreign import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from tinyclip.hugging_face import hugging_face_config, to_hugging_face, write_processor
 from tinyclip.model import CLIP
@@ -29,13 +29,13 @@ def convert(source: str | Path, target: str | Path, to: str = "tinyclip", activa
 
     Raises:
         ValueError: when the source cannot be read, or its shape cannot be said in the other format, naming the
-            block and the figure. Then nothing is written.
+            block and the figure, or the place holds anything else than a checkpoint of ours. Then nothing is written.
     """
     if to not in WRITERS:
         raise ValueError(f"no format {to!r}; known: {', '.join(WRITERS)}")
     model, tokenizer, preprocess = load_checkpoint(resolve(source), activation)
     card = converted(source, Path(target).name)
-    with atomic_directory(target) as folder:
+    with atomic_directory(target, "model") as folder:
         WRITERS[to](folder, model, tokenizer, preprocess)
         write_card(folder, model.config, card, LIBRARIES[to])
     return model

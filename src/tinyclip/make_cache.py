@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -27,17 +25,19 @@ from tinyclip.cache import Cache, CacheInfo, FeatureFile, ForeignInfo, content_h
 from tinyclip.data import AGAIN, Tokenize, bind_worker, closing, stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
 from tinyclip.faults import Fault, Skipped
-from tinyclip.files import flush, json_text, write_atomically
-from tinyclip.folder_lock import LOCK, lock_of, take
+from tinyclip.files import flush, in_words, json_text, replacing, write_atomically
+from tinyclip.folder_lock import Lock, lock_of, take
+from tinyclip.folders import remove_leftovers
 from tinyclip.foreign_teacher import PROBES
 from tinyclip.index import shard_counts
 from tinyclip.model import weights_hash
+from tinyclip.ownership import LOCKS, check_replaceable, claim, remove
 from tinyclip.pipeline import Pipeline
 from tinyclip.shards import captions_of, find_shards, image_of, read_shard
 from tinyclip.teacher import ForeignTeacher, Teacher
 
 STORED = np.float16
-KNOWN_FILES = {LOCK, "cache.json", "config.json", "tokenizer.json", "preprocess.json", "features", "skipped.jsonl"}
+FILES = ("cache.json", "config.json", "tokenizer.json", "preprocess.json", "skipped.jsonl")  # beside the features
 
 
 @dataclass
@@ -96,9 +96,9 @@ def make_cache(
         "foreign": _foreign_info(clip),
     }
     info = CacheInfo(teacher=name, **facts, **settings)
-    with _only_call(output):
-        from_main(lambda: _open_folder(output, info, clip, overwrite))
-        shards = [shard for shard in find_shards(data) if shard.name in counts]
+    shards = [shard for shard in find_shards(data) if shard.name in counts]
+    with _only_call(output, overwrite):
+        from_main(lambda: _open_folder(output, info, clip, overwrite, shards))
         pending = from_main(lambda: [s.name for s in shards if not _is_done(output, s)])
         mine = [shard for shard in shards if shard.name in pending[rank() :: world_size()]]
         total, done, tokenize = sum(counts[s.name] for s in mine), 0, _tokenize(clip)
@@ -134,57 +134,53 @@ def _foreign_info(clip: Pipeline | ForeignTeacher) -> ForeignInfo | None:
 
 
 @contextmanager
-def _only_call(folder: Path) -> Iterator[None]:
+def _only_call(folder: Path, overwrite: bool) -> Iterator[None]:
     """Hold the folder's lock, in the first process for all that share the work."""
     lock = lock_of(folder)
-    from_main(lambda: _enter(lock, folder))
+    from_main(lambda: _enter(lock, folder, overwrite))
     try:
         yield
     finally:
         lock.release()
 
 
-def _enter(lock: FileLock, folder: Path) -> None:
-    if folder.exists():
-        _check_known(folder)
+def _enter(lock: Lock, folder: Path, overwrite: bool) -> None:
+    check_place(folder, overwrite)
     take(lock, "tinyclip cache")
 
 
-def _open_folder(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher, overwrite: bool) -> None:
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds no cache, and with `overwrite` one that holds anything else than a cache of ours.
+
+    Raises:
+        ValueError: naming what would be lost.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another place")
+    if overwrite or not (folder / "cache.json").exists():  # there is none, or the rest of one that was being removed
+        check_replaceable(folder, "cache")
+
+
+def _open_folder(
+    folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher, overwrite: bool, shards: list[Path]
+) -> None:
     try:
-        if overwrite or not (folder / "cache.json").exists():  # the rest of one that was being removed
-            _empty(folder)
+        if overwrite or not (folder / "cache.json").exists():
+            remove(folder, "cache", keep=LOCKS)
         else:
             _check_same(folder, info, clip)
+        features = (feature_file(folder, shard.name).relative_to(folder).as_posix() for shard in shards)
+        claim(folder, "cache", [*FILES, *features])
         (folder / "features").mkdir(exist_ok=True)
-        for leftover in (folder / "features").glob(".*.tmp"):  # of a call that was killed while it wrote
-            leftover.unlink()
+        remove_leftovers(folder)  # of a call that was killed while it wrote
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+        raise ValueError(f"cannot write to {folder}: {in_words(error)}") from None
     if not (folder / "cache.json").exists():
         if isinstance(clip, Pipeline):
             write_atomically(folder / "config.json", clip.model.config.model_dump_json(indent=2) + "\n")
             write_atomically(folder / "preprocess.json", clip.preprocessing.model_dump_json(indent=2) + "\n")
             write_atomically(folder / "tokenizer.json", clip.tokenizer.to_json())
         write_atomically(folder / "cache.json", info.model_dump_json(indent=2) + "\n")  # last: it makes it a cache
-
-
-def _empty(folder: Path) -> None:
-    """Remove all but the lock; `cache.json` first, as the rest is no cache without it."""
-    (folder / "cache.json").unlink(missing_ok=True)
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
-
-
-def _check_known(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another place")
-    found = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")}
-    if other := sorted(found - KNOWN_FILES):
-        raise ValueError(f"{folder} holds more than a cache ({other[0]}); choose another place")
 
 
 def _check_same(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher) -> None:
@@ -366,12 +362,9 @@ class _Features:
         left_out = [(s.key, s.cause, s.reason) for s in self.skipped]
         header = {"source": json.dumps(source), "skipped": json.dumps(left_out, ensure_ascii=False)}
         header["checksums"] = json.dumps({name: zlib.crc32(tensor.data) for name, tensor in tensors.items()})
-        temporary = place.with_name(f".{place.name}.tmp")
-        try:
-            save_file(tensors, temporary, header)
-            temporary.chmod(0o644)  # safetensors makes it private
-            flush(temporary)
-            temporary.replace(place)
-            flush(place.parent)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot write {place}: {error}") from None
+        with replacing(place) as temporary:
+            try:
+                save_file(tensors, temporary, header)
+            except SafetensorError as error:  # a full disk, for one
+                raise ValueError(f"cannot write {place}: {error}") from None
+        flush(place.parent)

@@ -15,14 +15,15 @@ import webdataset
 from PIL import Image
 
 from tinyclip.faults import Fault, Skipped, counts, summary
-from tinyclip.files import as_text, atomic_directory, check_replaceable, json_text, name_of
+from tinyclip.files import as_text, json_text, name_of
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures
+from tinyclip.folders import atomic_directory
 from tinyclip.inputs import is_unicode
+from tinyclip.ownership import check_replaceable
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
-PACKED = {"shard-*.tar", "shard-*.tar.idx", "skipped.jsonl", "classnames.txt", ".nv-meta", ".prepare.lock"}
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
 
 
@@ -115,9 +116,9 @@ def pack(
         raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
     if any(out.resolve() in item.path.resolve().parents for item in items):
         raise ValueError(f"{out} holds the pictures to pack; choose another folder")
-    check_replaceable(out, PACKED, "shards")
+    check_replaceable(out, "shards")
     report = Report(0, 0, 0, [])
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, "shards") as folder:
         pattern = str(folder).replace("%", "%%") + "/shard-%05d.tar"
         with webdataset.ShardWriter(pattern, maxcount=shard_size, maxsize=4e9, verbose=0, mtime=0) as writer:
             for item in items:

@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ class Row:
     state: State
     features: np.ndarray | None  # float16 (embed_dim,)
     fault: Skipped | None = None
+
+
+def began(path: Path) -> bool:
+    """Whether a file is the work of a first `tinyclip index` that has not come to an end; it is not changed."""
+    if not path.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.Error:
+        return False
+    return tables <= {"facts", "rows"}
 
 
 class Pending:

@@ -21,7 +21,6 @@ from tinyclip.card import Card
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.config import CLIPConfig
 from tinyclip.distributed import resolve_device, resolve_dtype
-from tinyclip.files import CHECKPOINT_FILES, check_replaceable
 from tinyclip.inputs import (
     BATCH,
     at_once,
@@ -172,13 +171,12 @@ class Pipeline:
         return logits.softmax(1)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
-        """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`); one that is there is
-        replaced.
+        """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`); one of tinyclip's that is
+        there is replaced.
 
         Raises:
-            ValueError: when the place cannot be written, or holds anything else than a checkpoint.
+            ValueError: when the place cannot be written, or holds anything else than a checkpoint that tinyclip wrote.
         """
-        check_replaceable(Path(path), CHECKPOINT_FILES, "a checkpoint")
         save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype, card)
 
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
+import re
 import signal
 import threading
 import time
@@ -24,10 +24,12 @@ from megatron.energon.rng import SystemRngState
 from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
 from megatron.energon.state import FlexState
 
-from tinyclip.checkpoint import load_checkpoint, save_into
+from tinyclip.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
 from tinyclip.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
 from tinyclip.faults import Skipped, append, summary
-from tinyclip.files import atomic_directory, checksum, json_text, read_json_object, write_atomically
+from tinyclip.files import checksum, json_text, read_json_object, write_atomically
+from tinyclip.folders import atomic_directory, recover
+from tinyclip.ownership import MARKER, adopt, carry, discard
 from tinyclip.pruning import MASKS
 from tinyclip.step import Trainee
 
@@ -35,6 +37,8 @@ STATE = "state.pt"
 ENOUGH = 500  # bad samples, before they are judged
 PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
 MANIFEST = "checksums.json"  # of the files beside it; written last, so that a whole checkpoint has it
+SAVED = (*FILES, STATE, MANIFEST, MASKS)  # what a stage in progress is made of
+STEP = re.compile(r"step-(\d{6,})")  # the folder of a checkpoint before the last
 # What reading a torn or hostile state raises.
 DAMAGE = (
     *(OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, LookupError, pickle.UnpicklingError),
@@ -163,7 +167,7 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
     }
     before = _manifest(place)["step"] if place.exists() else progress.step
     aside = place.with_name(f"step-{before:06d}") if keep > 1 and before < progress.step else None
-    with atomic_directory(place, aside) as temporary:
+    with atomic_directory(place, "model", aside, known=SAVED) as temporary:
         save_into(temporary, trainee.model, trainee.tokenizer, trainee.preprocess)
         if trainee.pruner is not None:
             trainee.pruner.save(temporary)
@@ -171,16 +175,27 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
             torch.save(state, temporary / STATE)
         except RuntimeError as error:  # torch's own word for a full disk
             raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
-        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir())}
+        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir()) if file.name != MARKER}
         manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
         (temporary / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
     for old in older(place)[keep - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old)
 
 
 def older(last: Path) -> list[Path]:
     """The checkpoints kept beside `last`, the newest first."""
-    return sorted(last.parent.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    found = {}
+    for path in last.parent.iterdir() if last.parent.is_dir() else ():
+        step = STEP.fullmatch(path.name)
+        if step and not path.is_symlink() and any((path / name).exists() for name in (MARKER, MANIFEST, WEIGHTS)):
+            found[path] = int(step[1])
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint of a stage; what others put into it stays."""
+    adopt(checkpoint, SAVED)
+    discard(checkpoint)
 
 
 def settle(last: Path) -> tuple[int, list[str]]:
@@ -193,6 +208,7 @@ def settle(last: Path) -> tuple[int, list[str]]:
         ValueError: when all of them are damaged; they are left as they are.
     """
     faults: dict[Path, str] = {}
+    recover(last)
     for place in [last, *older(last)]:
         if not place.exists():
             continue
@@ -201,8 +217,11 @@ def settle(last: Path) -> tuple[int, list[str]]:
         except ValueError as error:
             faults[place] = str(error)
             continue
+        if last in faults:
+            adopt(last, SAVED)
+            carry(last, place)
         for damaged in faults:
-            shutil.rmtree(damaged)
+            _drop(damaged)
         if place != last:
             place.rename(last)
         return step, [f"{fault}; going on from step {step}" for fault in faults.values()]
@@ -224,7 +243,7 @@ def saved_step(last: Path) -> int:
 def finish(last: Path) -> None:
     """Remove what only a stage in progress needs."""
     for old in older(last):
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old)
     for name in (MANIFEST, STATE):
         (last / name).unlink(missing_ok=True)
 

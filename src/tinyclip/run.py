@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip import data
@@ -18,7 +17,8 @@ from tinyclip.cache import Cache, draw_stored
 from tinyclip.config import CLIPConfig
 from tinyclip.data import training_loader
 from tinyclip.distributed import is_main, rank, world_size
-from tinyclip.files import json_text
+from tinyclip.files import append_text, json_text
+from tinyclip.folder_lock import Lock
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage
 from tinyclip.teacher import AnyTeacher, ForeignTeacher, Teacher
@@ -43,7 +43,7 @@ class Run:
     preprocess: Preprocess
     device: torch.device
     precision: str
-    lock: FileLock  # of the folder, held by the first process until the run ends
+    lock: Lock  # of the folder, held by the first process until the run ends
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
     caches: list[Cache] = field(default_factory=list)  # of a cached teacher
@@ -53,8 +53,7 @@ class Run:
         """To metrics.jsonl and to the listener, by the first process."""
         if not is_main():
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json_text(event) + "\n")
+        append_text(self.folder / "metrics.jsonl", json_text(event) + "\n")
         self.listener(event)
 
     def warn(self, stage: Stage, text: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock
 
+from tinyclip import ownership
 from tinyclip.cache import Cache, open_caches
 from tinyclip.calibrate import Calibration
 from tinyclip.checkpoint import load_checkpoint, read_config, read_tokenizer
@@ -17,7 +16,7 @@ from tinyclip.config import CLIPConfig, ResNetConfig, VisionConfig
 from tinyclip.distributed import best_precision, from_main, rank, resolve_device, world_size
 from tinyclip.faults import append
 from tinyclip.files import write_atomically
-from tinyclip.folder_lock import LOCK, lock_of, take
+from tinyclip.folder_lock import LOCK, Lock, lock_of, take
 from tinyclip.foreign import own_tokenizer
 from tinyclip.foreign_teacher import load_teacher, local_part
 from tinyclip.index import known_faults, prepare
@@ -230,7 +229,7 @@ def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
     return CLIPTokenizer(merges, context_length)
 
 
-def _open_folder(lock: FileLock, folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+def _open_folder(lock: Lock, folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
     """Write the recipe into the run's folder, whose lock is held from before the first change."""
     if overwrite and resume:
         raise ValueError("give either --overwrite or --resume")
@@ -239,7 +238,8 @@ def _open_folder(lock: FileLock, folder: Path, recipe: Recipe, overwrite: bool, 
         take(lock, "tinyclip distill")
         _check_folder(folder, recipe, overwrite, resume)  # another run may have been at work until now
         if overwrite:
-            _empty(folder)
+            ownership.remove(folder, "run", keep=ownership.LOCKS)
+        ownership.claim(folder, "run", _written(recipe))
         write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         if not resume:  # samples are listed when they come up
             append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
@@ -255,25 +255,32 @@ def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -
     """Whether the run may have the folder as it is."""
     settings, known = recipe.model_dump(mode="json"), folder / "recipe.yaml"
     if resume:
-        if not known.exists():
+        if not known.exists() or not _is_run(folder):
             raise ValueError(f"{folder}: no run to resume")
         before = recipe_of(folder).model_dump(mode="json")
         changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
         if changed:
             raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
-    elif folder.exists() and any(entry.name != LOCK for entry in folder.iterdir()):
+    elif not ownership.is_free(folder):
         if not overwrite:
             raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
         _check_replaceable(folder, recipe)
 
 
-def _empty(folder: Path) -> None:
-    """Remove all but the lock, and last what tells that this is a run's folder."""
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "recipe.yaml"):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
+def _is_run(folder: Path) -> bool:
+    """Whether a folder with a `recipe.yaml` is a run, also one that an older tinyclip began."""
+    marker = ownership.read_marker(folder)
+    if marker is not None:
+        return marker.kind == "run"
+    return any((folder / name).exists() for name in (LOCK, "metrics.jsonl", "stages"))
+
+
+def _written(recipe: Recipe) -> list[str]:
+    """What a run writes into its folder; what has a marker of its own ends in `/`."""
+    files = ["recipe.yaml", "metrics.jsonl", "skipped.jsonl", "tracking.json", "report.html", "student/"]
+    for stage in recipe.stages:
+        files += [f"stages/{stage.name}/{name}" for name in ("result.json", "last/", "best/")]
+    return files
 
 
 def _fixed(settings: dict[str, Any], key: str) -> Any:
@@ -286,8 +293,7 @@ def _fixed(settings: dict[str, Any], key: str) -> Any:
 
 def _check_replaceable(folder: Path, recipe: Recipe) -> None:
     """Refuse to delete what is no run, or what this run reads."""
-    if not (folder / "recipe.yaml").exists():
-        raise ValueError(f"{folder} is no run of tinyclip; remove it by hand or choose another output")
+    ownership.check_replaceable(folder, "run")
     evaluation = (recipe.evaluation.data, recipe.evaluation.templates) if recipe.evaluation else ()
     teacher = recipe.caches or ((local_part(str(recipe.teacher)),) if recipe.teacher is not None else ())
     for source in (*teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):

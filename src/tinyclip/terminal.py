@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +15,9 @@ from rich.segment import Segment
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
-from tinyclip.files import CHECKPOINT_FILES, STEERING, check_replaceable, json_text, printable
+from tinyclip.files import STEERING, json_text, printable
 from tinyclip.meter import Meter
+from tinyclip.ownership import check_replaceable
 
 
 class PlainConsole(Console):
@@ -166,19 +168,25 @@ def check_file(path: Path | None) -> None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; choose a file")
-    for parent in path.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise ValueError(f"{parent} is a file, so there can be no {path.name} in it")
-            if not os.access(parent, os.W_OK):
-                raise ValueError(f"cannot write to {parent}")
-            return
+    if not path.exists() or path.is_file():  # not a device or a pipe
+        check_parent(path.resolve())
 
 
-def check_free(
-    path: Path, overwrite: bool, replaceable: set[str] = CHECKPOINT_FILES, what: str = "a checkpoint"
-) -> None:
-    """Refuse a place that is taken: with `overwrite`, by other than what such an output is made of."""
+def check_parent(path: Path) -> None:
+    """Refuse a place in a folder that cannot be written."""
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is a file, so there can be no {path.name} in it")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {parent}: {error.strerror}") from None
+
+
+def check_free(path: Path, overwrite: bool, kind: str = "model") -> None:
+    """Refuse a place that is taken, with `overwrite` by anything that is not ours (see `ownership`), or that cannot be
+    written."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
-    check_replaceable(path, replaceable, what)
+    check_replaceable(path, kind)
+    check_parent(path.resolve())

@@ -13,7 +13,6 @@ A run's folder:
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +23,14 @@ from torch import Tensor
 
 from tinyclip import card
 from tinyclip.batch_norm import batch_norms, reestimate, synchronise
-from tinyclip.checkpoint import load_checkpoint, read_config, save_checkpoint
+from tinyclip.checkpoint import FILES, load_checkpoint, read_config, save_checkpoint
 from tinyclip.data import close_loader, next_batch
 from tinyclip.distributed import PATIENCE, from_main, gather_objects, is_main, world_size
 from tinyclip.faults import Skipped
-from tinyclip.files import json_text, read_json_object, remove_leftovers, write_atomically
-from tinyclip.folder_lock import LOCK
+from tinyclip.files import json_text, read_json_object, write_atomically
+from tinyclip.folders import remove_leftovers
 from tinyclip.model import CLIP
+from tinyclip.ownership import LOCKS, MARKER, discard
 from tinyclip.progress import track
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
 from tinyclip.recipe import Stage
@@ -54,7 +54,7 @@ from tinyclip.teacher import image_input
 from tinyclip.tracking import FOLDERS as TRACKED
 from tinyclip.tracking import peak_memory_gb, tracked
 
-UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", LOCK, *TRACKED}  # of a run that has not begun
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
 
 
@@ -73,7 +73,7 @@ def run(run: Run) -> list[dict[str, Any]]:
             return _run_stages(run)
     except ValueError:
         if is_main() and {entry.name for entry in run.folder.iterdir()} <= UNTRAINED:
-            shutil.rmtree(run.folder)  # nothing was trained, so that a mended recipe finds its place free
+            discard(run.folder)  # nothing was trained, so that a mended recipe finds its place free
         raise
     finally:
         run.lock.release()
@@ -99,7 +99,7 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
     dtype = getattr(torch, run.recipe.save_dtype)
     facts = card.of_run(run.recipe, len(results) - 1, results[-1]["evaluation"])
     arguments = student, run.tokenizer, preprocess_for(run, student), dtype, facts
-    from_main(lambda: save_checkpoint(run.folder / "student", *arguments))
+    from_main(lambda: save_checkpoint(run.folder / "student", *arguments, known=FILES))
     return results
 
 
@@ -334,4 +334,4 @@ def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None
         progress.best_score, progress.best_step = score, progress.step
         stage = run.recipe.stages.index(trainee.stage)
         facts = card.of_run(run.recipe, stage, progress.evaluation, progress.step)
-        save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess, card=facts)
+        save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess, card=facts, known=FILES)
