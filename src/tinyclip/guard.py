@@ -261,6 +261,7 @@ class Uploads:
         self.request, self.files, self.own, self.all, self.seconds = request, files, own, all, seconds
         self._kept: dict[str, Kept] = {}  # the oldest first
         self._arriving = 0
+        self._watched = False  # whether `_forget` will come
 
     def owned(self, name: str, client: str) -> bytes | None:
         """What a client sent under a name that it was told, or None."""
@@ -319,9 +320,10 @@ class Uploads:
 
     def _keep(self, new: Kept) -> str:
         name = secrets.token_hex(16)
-        if not self._kept:
-            asyncio.get_running_loop().call_later(self.seconds, self._forget)
         self._kept[name] = new
+        if not self._watched:
+            asyncio.get_running_loop().call_later(self.seconds, self._forget)
+            self._watched = True
         own = [key for key, kept in self._kept.items() if kept.owner == new.owner]
         while len(own) > 1 and sum(self._kept[key].weight for key in own) > self.own:
             del self._kept[own.pop(0)]
@@ -333,7 +335,8 @@ class Uploads:
         loop = asyncio.get_running_loop()
         while self._kept and self._oldest().since + self.seconds <= loop.time():
             del self._kept[next(iter(self._kept))]
-        if self._kept:
+        self._watched = bool(self._kept)
+        if self._watched:
             loop.call_at(self._oldest().since + self.seconds, self._forget)
 
     def _oldest(self) -> Kept:

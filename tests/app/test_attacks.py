@@ -450,16 +450,6 @@ def test_off_loopback_each_request_needs_the_token() -> None:
     stop(process)
 
 
-def test_a_token_of_ones_own() -> None:
-    token = "a-token-of-our-own"
-    process, printed = start("emoji-student", "--token", token)
-    assert printed.endswith(f"/?token={token}")
-    address = printed.partition("/?")[0]
-    assert httpx.get(address, trust_env=False).status_code == 401
-    assert httpx.get(printed, trust_env=False, follow_redirects=False).status_code == 303
-    stop(process, signal.SIGTERM)
-
-
 # --- its end -----------------------------------------------------------------------------------------------------
 
 STUCK = """
@@ -471,21 +461,18 @@ def stuck(*_):
 app.Served.classify = stuck
 __main__.main()
 """
-FROZEN = STUCK.replace("app.Served.classify = stuck", "from tinyclip import app_door; app_door.Door._join = stuck")
 
 
-@pytest.mark.parametrize("script", [STUCK, FROZEN], ids=["a worker", "the loop"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_whatever_a_worker_does(script: str, number: int, tmp_path: Path) -> None:
+def test_it_ends_whatever_a_worker_does(tmp_path: Path) -> None:
     process, address = start(
-        "emoji-student", command=[sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}
+        "emoji-student", command=[sys.executable, "-c", STUCK], env=os.environ | {"TMPDIR": str(tmp_path)}
     )
     with visitor(address) as client:
         name = upload(client, apple())[0]
         thread = threading.Thread(target=_try_to_join, args=(client, name))
         thread.start()
         assert process.stdout and process.stdout.readline() == "stuck\n"
-        stop(process, number)
+        stop(process, signal.SIGTERM)
         thread.join()
     assert not left(tmp_path)
 
@@ -493,14 +480,3 @@ def test_it_ends_whatever_a_worker_does(script: str, number: int, tmp_path: Path
 def _try_to_join(client: httpx.Client, name: str) -> None:
     with suppress(httpx.HTTPError):
         join(client, [{"path": name}, LABELS])
-
-
-def test_a_body_that_never_comes_does_not_hold_up_the_end(tmp_path: Path) -> None:
-    process, address = start("emoji-student", env=os.environ | {"TMPDIR": str(tmp_path)})
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
-        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
-        connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
-        with visitor(address):
-            stop(process, signal.SIGTERM)
-    assert not left(tmp_path)
