@@ -312,9 +312,20 @@ def test_calls_of_another_form_are_refused(client: httpx.Client) -> None:
     for function in (99, -1, 10**30):
         assert join(client, [None, ""], function).status_code == 400
     assert join(client, [None, "a" * 2**21]).status_code == 413
-    assert client.get("/gradio_api/queue/data").status_code == 400
+    for query in ("", "?session_hash=", "?session_hash=../a", "?session_hashes=a", f"?{'a=1&' * 1000}"):
+        assert client.get(f"/gradio_api/queue/data{query}").status_code == 400
     assert join(client, [None, ""], simple_format=True, batched=True, event_id="x", oauth_token="x").status_code == 200
     assert call(client, [None, 5])["error"]
+
+
+def test_results_that_nobody_collects_are_forgotten(client: httpx.Client) -> None:
+    for i in range(105):
+        while (answer := join(client, [None, ""], session_hash=f"s{i}")).status_code == 503:  # full: the others' turn
+            pass
+        assert answer.status_code == 200
+    first, last = ({"session_hash": f"s{i}"} for i in (0, 104))
+    assert "No picture" in client.get("/gradio_api/queue/data", params=last).text
+    assert client.get("/gradio_api/queue/data", params=first).status_code == 404
 
 
 def test_one_client_cannot_fill_the_queue(client: httpx.Client) -> None:
