@@ -39,10 +39,13 @@ def ask(gate: Any, query: str = "", method: str = "GET", **headers: str) -> tupl
 
 
 def test_only_own_names_are_answered() -> None:
-    loopback, open_ = guard.Gate(hello, place("127.0.0.1")), guard.Gate(hello, place("0.0.0.0"), ["Page.Example"])
+    loopback, open_ = (
+        guard.Gate(hello, place("127.0.0.1"), "127.0.0.1"),
+        guard.Gate(hello, place("0.0.0.0"), "Machine.lan", ["Page.Example"]),
+    )
     for host in ("localhost", "localhost:80", "LOCALHOST.", "127.0.0.1:1", "[::1]:80", "::1"):
         assert ask(loopback, host=host)[0] == (400 if host == "::1" else 200), host
-    for host in ("page.example", "10.0.0.5", "10.0.0.5:8080"):
+    for host in ("page.example", "machine.lan", "10.0.0.5", "10.0.0.5:8080"):
         assert ask(open_, host=host)[0] == 200, host
     for host in (
         "elsewhere.example",
@@ -62,11 +65,14 @@ def test_only_own_names_are_answered() -> None:
 
 
 def test_other_sites_pages_are_refused() -> None:
-    gate = guard.Gate(hello, place("127.0.0.1"), ["page.example"])
+    gate = guard.Gate(hello, place("127.0.0.1"), "127.0.0.1", ["page.example"])
     for origin, status in (
         ("http://localhost:80", 200),
         ("https://page.example", 200),
+        ("https://page.example:8443", 200),
         ("http://localhost", 403),
+        ("http://127.0.0.1:80", 403),
+        ("http://127.0.0.1:81", 403),
         ("http://localhost:81", 403),
         ("http://elsewhere.example", 403),
         ("http://page.example.elsewhere", 403),

@@ -87,13 +87,27 @@ class Gate:
     comes behind finds the client in `scope["client_id"]`.
 
     Args:
-        hosts: more names that it goes by, as a proxy's.
+        host: what `place` was asked for as, which may be a name.
+        proxies: names of proxies before it, whose pages are its own, on any port.
         token: that each request must show, as a cookie which `?token=` brings, in the query, or as a bearer.
     """
 
-    def __init__(self, app: Any, place: socket.socket, hosts: Sequence[str] = (), token: str | None = None) -> None:
-        self.app, self.token, self.given = app, token, {name.lower().strip("[]") for name in hosts}
-        self.names = {"localhost", "127.0.0.1", "::1", host_of(place).strip("[]")} | self.given
+    def __init__(
+        self,
+        app: Any,
+        place: socket.socket,
+        host: str = "localhost",
+        proxies: Sequence[str] = (),
+        token: str | None = None,
+    ) -> None:
+        self.app, self.token, self.proxies = app, token, {name.lower().strip("[]") for name in proxies}
+        self.names = {
+            "localhost",
+            "127.0.0.1",
+            "::1",
+            host_of(place).strip("[]"),
+            host.lower() or "localhost",
+        } | self.proxies
         if not is_loopback(place):
             machine = socket.gethostname().lower()
             self.names |= {machine, f"{machine}.local"}
@@ -142,7 +156,7 @@ class Gate:
             raise Refused(400, "this server does not go by that name (--allow-host states another)")
         for origin in fields(scope, "origin"):
             found = urlsplit(origin.lower())
-            if found.netloc != hosts[0].lower() and _name(found.netloc) not in self.given:
+            if found.netloc != hosts[0].lower() and _name(found.netloc) not in self.proxies:
                 raise Refused(403, "requests of other sites' pages are refused")
         embedded = any(mode != "navigate" for mode in fields(scope, "sec-fetch-mode"))
         if embedded and any(site in ("cross-site", "same-site") for site in fields(scope, "sec-fetch-site")):

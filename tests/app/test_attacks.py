@@ -401,7 +401,13 @@ def test_foreign_names_and_pages_are_refused(client: httpx.Client, address: str)
         assert client.get("/", headers={"Host": host}).status_code == 400, host
     assert raw(address, b"GET / HTTP/1.0\r\n\r\n").split()[1] == b"400"
     assert client.get("/", headers={"X-Forwarded-Host": "elsewhere.example"}).status_code == 400
-    for origin in ("http://elsewhere.example", "null", "http://localhost:1", address.replace("127.0.0.1", "localhost")):
+    for origin in (
+        "http://elsewhere.example",
+        "null",
+        "http://localhost:1",
+        "http://127.0.0.1:1",
+        address.replace("127.0.0.1", "localhost"),
+    ):
         files = {"files": ("a.png", b"a")}
         assert client.post("/gradio_api/upload", files=files, headers={"Origin": origin}).status_code == 403
         body = {"fn_index": 0, "session_hash": "a", "data": [None, ""]}
