@@ -15,7 +15,7 @@ from PIL import Image
 
 import tinyclip as package
 from conftest import tinyclip
-from tinyclip import app, guard
+from tinyclip import app, app_door, guard
 from tinyclip.pipeline import Pipeline
 
 
@@ -85,3 +85,14 @@ def test_thumbnails_are_data(picture: Path, tmp_path: Path) -> None:
 def test_without_gradio_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert tinyclip("app", "emoji-student", code=2) == "tinyclip: the page needs gradio: pip install tinyclip[app]\n"
+
+
+def test_a_call_holds_texts_and_numbers() -> None:
+    assert app_door._text(None) is None and app_door._text("日本🍏") == "日本🍏"
+    assert app_door._number(12) == 12 and app_door._number(1.5) == 1.5
+    for value in (5, True, [], {}, "\ud800"):
+        with pytest.raises(guard.Refused):
+            app_door._text(value)
+    for number in (None, "5", True, float("inf"), 10**400, [5]):
+        with pytest.raises(guard.Refused):
+            app_door._number(number)

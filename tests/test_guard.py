@@ -78,6 +78,7 @@ def test_other_sites_pages_are_refused() -> None:
         ("http://page.example.elsewhere", 403),
         ("http://localhost:80@elsewhere.example", 403),
         ("null", 403),
+        ("http://[::1", 403),
         ("", 403),
     ):
         assert ask(gate, method="POST", host="localhost:80", origin=origin)[0] == status, origin

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode
 
 from tinyclip.serving import host_of, is_loopback
 
@@ -101,13 +101,7 @@ class Gate:
         token: str | None = None,
     ) -> None:
         self.app, self.token, self.proxies = app, token, {name.lower().strip("[]") for name in proxies}
-        self.names = {
-            "localhost",
-            "127.0.0.1",
-            "::1",
-            host_of(place).strip("[]"),
-            host.lower() or "localhost",
-        } | self.proxies
+        self.names = {"localhost", "127.0.0.1", "::1", host_of(place).strip("[]"), host.lower()} | self.proxies
         if not is_loopback(place):
             machine = socket.gethostname().lower()
             self.names |= {machine, f"{machine}.local"}
@@ -155,8 +149,8 @@ class Gate:
         if len(hosts) != 1 or not all(self._is_ours(host, scope) for host in (*hosts, *forwarded(scope))):
             raise Refused(400, "this server does not go by that name (--allow-host states another)")
         for origin in fields(scope, "origin"):
-            found = urlsplit(origin.lower())
-            if found.netloc != hosts[0].lower() and _name(found.netloc) not in self.proxies:
+            site = origin.lower().partition("://")[2]
+            if site != hosts[0].lower() and _name(site) not in self.proxies:
                 raise Refused(403, "requests of other sites' pages are refused")
         embedded = any(mode != "navigate" for mode in fields(scope, "sec-fetch-mode"))
         if embedded and any(site in ("cross-site", "same-site") for site in fields(scope, "sec-fetch-site")):
@@ -218,15 +212,15 @@ def _name(host: str) -> str:
 # --- how much may be sent ----------------------------------------------------------------------------------------
 
 
-async def chunks(scope: Any, receive: Any, most: int) -> AsyncIterator[bytes]:
-    """A request's body, piece by piece.
+async def chunks(scope: Any, receive: Any, most: int, framing: int = 0) -> AsyncIterator[bytes]:
+    """A request's body, piece by piece; `framing` bytes more are let pass, for what stands between its parts.
 
     Raises:
         Refused: when it is longer than `most` bytes, stated or sent; takes more than `RECEIVE_S`; or breaks off.
     """
     too_large = Refused(413, f"too large: {most:,} bytes at most")
     stated = fields(scope, "content-length")
-    if any(not length.isdecimal() or len(length) > 15 or int(length) > most for length in stated):
+    if any(not length.isdecimal() or len(length) > 15 or int(length) > most + framing for length in stated):
         raise too_large
     until, sum_, more = asyncio.get_running_loop().time() + RECEIVE_S, 0, True
     while more:
@@ -238,7 +232,7 @@ async def chunks(scope: Any, receive: Any, most: int) -> AsyncIterator[bytes]:
         if message["type"] != "http.request":
             raise Refused(400, "the body breaks off")
         sum_, more = sum_ + len(message.get("body", b"")), message.get("more_body", False)
-        if sum_ > most:
+        if sum_ > most + framing:
             raise too_large
         yield message.get("body", b"")
 
@@ -312,7 +306,7 @@ class Uploads:
 
         async def counted() -> AsyncIterator[bytes]:
             nonlocal arrived
-            async for piece in chunks(scope, receive, self.request + FRAMING):
+            async for piece in chunks(scope, receive, self.request, FRAMING):
                 arrived, self._arriving = arrived + len(piece), self._arriving + len(piece)
                 self._make_room()
                 yield piece
