@@ -36,7 +36,7 @@ CLIENT_KEEPS, ALL_KEEP = 3 * UPLOAD, 256 * 2**20  # bytes of pictures in memory,
 THUMBNAIL = 240  # pixels of the longer side
 RUNS = 3  # of which the median is shown
 KEPT = 3600  # seconds that an uploaded picture stays
-QUEUE, SESSIONS = 64, 200  # calls that wait, open pages whose results are kept
+QUEUE, SESSIONS = 64, 100  # calls that wait, open pages whose results are kept for them
 
 
 @dataclass(frozen=True)
@@ -361,10 +361,9 @@ def application(model: Served, index: Index | None = None, student: Served | Non
         blocks = page(model, uploads, index, student)
         blocks.queue(max_size=QUEUE, api_open=False)
         blocks.state_session_capacity = SESSIONS
-        blocks._queue.pending_messages_per_session.max_size = SESSIONS
         blocks.has_launched = True  # else Gradio checks no path; a second lock, as the door lets none through
         options: dict[str, Any] = {"allowed_paths": [], "max_file_size": UPLOAD, "footer_links": [], "css": CSS}
         options |= {"run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False}
         options |= {"show_error": False, "pwa": False}
         mounted = gr.mount_gradio_app(FastAPI(openapi_url=None), blocks, "/", theme=gr.themes.Default(), **options)
-        yield Door(mounted, blocks, uploads)
+        yield Door(mounted, blocks, uploads, SESSIONS)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from typing import Any
-from urllib.parse import parse_qs, urlencode
 
 from tinyclip.guard import Refused, Uploads, answer, whole
 
@@ -21,16 +20,16 @@ API = "/gradio_api"
 UPLOADED = re.compile(rf"{API}/file=([0-9a-f]{{32}})", re.ASCII)
 GONE = "gone"  # the name of no upload
 # What Gradio is told of a request; it believes others, such as of who sent it.
-TOLD = {"host", "accept", "accept-encoding", "accept-language", "if-none-match", "if-modified-since", "range"}
+TOLD = {"host", "accept", "accept-encoding", "accept-language", "if-none-match", "if-modified-since"}
 TOLD |= {"x-forwarded-host", "x-forwarded-proto"}
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"BM": "image/bmp"}
 
 
 class Door:
-    """Before a Gradio application that was mounted in `app`."""
+    """Before a Gradio application that was mounted in `app`; results wait for `sessions` pages, the newest."""
 
-    def __init__(self, app: Any, blocks: Any, uploads: Uploads) -> None:
-        self.app, self.blocks, self.uploads = app, blocks, uploads
+    def __init__(self, app: Any, blocks: Any, uploads: Uploads, sessions: int) -> None:
+        self.app, self.blocks, self.uploads, self.sessions = app, blocks, uploads, sessions
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -43,11 +42,11 @@ class Door:
         elif reads and upload:
             await self._show(scope, send, upload[1])
         elif method == "GET" and path == f"{API}/queue/data":
-            query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=10)
-            session = _session(scope, query.get("session_hash", [None])[0])
+            stated = re.search(r"(?:^|&)session_hash=(\w+)", scope["query_string"].decode("latin-1"), re.ASCII)
+            session = _session(scope, stated and stated[1])
             if session not in self.blocks._queue.pending_messages_per_session:
                 raise Refused(404, "nothing was asked")
-            await self._pass(scope, receive, send, urlencode({"session_hash": session}))
+            await self._pass(scope, receive, send, f"session_hash={session}")
         elif method == "POST" and path == f"{API}/upload":
             names = await self.uploads.take(scope, receive)
             await answer(send, 200, json.dumps(names).encode(), "application/json")
@@ -96,10 +95,21 @@ class Door:
         except (ValueError, RecursionError):
             raise Refused(400, "a call is an object in JSON") from None
         call = self._rebuilt(given, scope)
+        self._forget_uncollected()
         waiting = self.blocks._queue.pending_event_ids_session.get(call["session_hash"], ())
         if len(waiting) >= WAITING:
             raise Refused(429, "too many calls at once")
         await self._pass(scope, receive, send, body=json.dumps(call).encode())
+
+    def _forget_uncollected(self) -> None:
+        """Drop results that nobody came for, which Gradio would keep."""
+        queue = self.blocks._queue
+        working = {event.session_hash for event in queue.event_ids_to_events.values()}
+        done = [session for session in queue.pending_messages_per_session if session not in working]
+        kept = working.union(done[-self.sessions :])
+        for table in (queue.pending_messages_per_session, queue.pending_event_ids_session):
+            for session in [session for session in table if session not in kept]:
+                del table[session]
 
     def _rebuilt(self, given: Any, scope: Any) -> dict[str, Any]:
         """A call with only what the page's own calls have.
@@ -116,10 +126,12 @@ class Door:
         values, inputs = given.get("data"), function.inputs
         if not isinstance(values, list) or len(values) != len(inputs):
             raise Refused(400, f"a call has {len(inputs)} values in a list")
-        data = [
-            self._picture(value, scope) if isinstance(field, gradio.Image) else _plain(value)
-            for value, field in zip(values, inputs, strict=True)
-        ]
+        data: list[Any] = []
+        for value, field in zip(values, inputs, strict=True):
+            if isinstance(field, gradio.Image):
+                data.append(self._picture(value, scope))
+            else:
+                data.append(_number(value) if isinstance(field, gradio.Slider) else _text(value))
         return {"fn_index": number, "session_hash": _session(scope, given.get("session_hash")), "data": data}
 
     def _picture(self, value: Any, scope: Any) -> str | None:
@@ -132,11 +144,17 @@ class Door:
         return name if self.uploads.owned(name, scope["client_id"]) is not None else GONE
 
 
-def _plain(value: Any) -> Any:
-    if not isinstance(value, str | int | float | bool | None):
-        raise Refused(400, "a call has texts and numbers")
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise Refused(400, "a text is needed")
+    if value and re.search("[\ud800-\udfff]", value):
         raise Refused(400, "no text: half of a character")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or abs(value) > 1e6:
+        raise Refused(400, "a number is needed")
     return value
 
 

@@ -63,7 +63,7 @@ def app(
             webbrowser.open(address)
 
     with serving.ending(), pages.application(served, opened, second) as page:
-        serving.run(guard.Gate(page, place, [*names, host], token), place, ready)
+        serving.run(guard.Gate(page, place, host, names, token), place, ready)
 
 
 def _stop(*_: Any) -> None:

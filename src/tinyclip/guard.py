@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import parse_qs, quote, urlencode, urlsplit
+from urllib.parse import parse_qs, quote, urlencode
 
 from tinyclip.serving import host_of, is_loopback
 
@@ -87,13 +87,21 @@ class Gate:
     comes behind finds the client in `scope["client_id"]`.
 
     Args:
-        hosts: more names that it goes by, as a proxy's.
+        host: what `place` was asked for as, which may be a name.
+        proxies: names of proxies before it, whose pages are its own, on any port.
         token: that each request must show, as a cookie which `?token=` brings, in the query, or as a bearer.
     """
 
-    def __init__(self, app: Any, place: socket.socket, hosts: Sequence[str] = (), token: str | None = None) -> None:
-        self.app, self.token, self.given = app, token, {name.lower().strip("[]") for name in hosts}
-        self.names = {"localhost", "127.0.0.1", "::1", host_of(place).strip("[]")} | self.given
+    def __init__(
+        self,
+        app: Any,
+        place: socket.socket,
+        host: str = "localhost",
+        proxies: Sequence[str] = (),
+        token: str | None = None,
+    ) -> None:
+        self.app, self.token, self.proxies = app, token, {name.lower().strip("[]") for name in proxies}
+        self.names = {"localhost", "127.0.0.1", "::1", host_of(place).strip("[]"), host.lower()} | self.proxies
         if not is_loopback(place):
             machine = socket.gethostname().lower()
             self.names |= {machine, f"{machine}.local"}
@@ -141,8 +149,8 @@ class Gate:
         if len(hosts) != 1 or not all(self._is_ours(host, scope) for host in (*hosts, *forwarded(scope))):
             raise Refused(400, "this server does not go by that name (--allow-host states another)")
         for origin in fields(scope, "origin"):
-            found = urlsplit(origin.lower())
-            if found.netloc != hosts[0].lower() and _name(found.netloc) not in self.given:
+            site = origin.lower().partition("://")[2]
+            if site != hosts[0].lower() and _name(site) not in self.proxies:
                 raise Refused(403, "requests of other sites' pages are refused")
         embedded = any(mode != "navigate" for mode in fields(scope, "sec-fetch-mode"))
         if embedded and any(site in ("cross-site", "same-site") for site in fields(scope, "sec-fetch-site")):
@@ -204,15 +212,15 @@ def _name(host: str) -> str:
 # --- how much may be sent ----------------------------------------------------------------------------------------
 
 
-async def chunks(scope: Any, receive: Any, most: int) -> AsyncIterator[bytes]:
-    """A request's body, piece by piece.
+async def chunks(scope: Any, receive: Any, most: int, framing: int = 0) -> AsyncIterator[bytes]:
+    """A request's body, piece by piece; `framing` bytes more are let pass, for what stands between its parts.
 
     Raises:
         Refused: when it is longer than `most` bytes, stated or sent; takes more than `RECEIVE_S`; or breaks off.
     """
     too_large = Refused(413, f"too large: {most:,} bytes at most")
     stated = fields(scope, "content-length")
-    if any(not length.isdecimal() or len(length) > 15 or int(length) > most for length in stated):
+    if any(not length.isdecimal() or len(length) > 15 or int(length) > most + framing for length in stated):
         raise too_large
     until, sum_, more = asyncio.get_running_loop().time() + RECEIVE_S, 0, True
     while more:
@@ -224,7 +232,7 @@ async def chunks(scope: Any, receive: Any, most: int) -> AsyncIterator[bytes]:
         if message["type"] != "http.request":
             raise Refused(400, "the body breaks off")
         sum_, more = sum_ + len(message.get("body", b"")), message.get("more_body", False)
-        if sum_ > most:
+        if sum_ > most + framing:
             raise too_large
         yield message.get("body", b"")
 
@@ -261,6 +269,7 @@ class Uploads:
         self.request, self.files, self.own, self.all, self.seconds = request, files, own, all, seconds
         self._kept: dict[str, Kept] = {}  # the oldest first
         self._arriving = 0
+        self._watched = False  # whether `_forget` will come
 
     def owned(self, name: str, client: str) -> bytes | None:
         """What a client sent under a name that it was told, or None."""
@@ -297,7 +306,7 @@ class Uploads:
 
         async def counted() -> AsyncIterator[bytes]:
             nonlocal arrived
-            async for piece in chunks(scope, receive, self.request + FRAMING):
+            async for piece in chunks(scope, receive, self.request, FRAMING):
                 arrived, self._arriving = arrived + len(piece), self._arriving + len(piece)
                 self._make_room()
                 yield piece
@@ -319,9 +328,10 @@ class Uploads:
 
     def _keep(self, new: Kept) -> str:
         name = secrets.token_hex(16)
-        if not self._kept:
-            asyncio.get_running_loop().call_later(self.seconds, self._forget)
         self._kept[name] = new
+        if not self._watched:
+            asyncio.get_running_loop().call_later(self.seconds, self._forget)
+            self._watched = True
         own = [key for key, kept in self._kept.items() if kept.owner == new.owner]
         while len(own) > 1 and sum(self._kept[key].weight for key in own) > self.own:
             del self._kept[own.pop(0)]
@@ -333,7 +343,8 @@ class Uploads:
         loop = asyncio.get_running_loop()
         while self._kept and self._oldest().since + self.seconds <= loop.time():
             del self._kept[next(iter(self._kept))]
-        if self._kept:
+        self._watched = bool(self._kept)
+        if self._watched:
             loop.call_at(self._oldest().since + self.seconds, self._forget)
 
     def _oldest(self) -> Kept:

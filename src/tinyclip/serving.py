@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import sys
 import threading
@@ -97,6 +98,8 @@ def ending() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
+        for number in (signal.SIGINT, signal.SIGTERM):  # one more would have Python wait after all
+            signal.signal(number, signal.SIG_IGN)
         if not _stuck(time.monotonic() + 1):
             raise
         code = 130 if isinstance(error, KeyboardInterrupt) else error.code
