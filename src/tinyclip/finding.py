@@ -76,12 +76,14 @@ def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[P
 
 
 def has_pictures(folder: Path) -> bool:
-    return first_picture(folder) is not None
+    """Also where it cannot be opened, so that this is said and not passed over."""
+    unread = list[LeftOut]()
+    return first_picture(folder, unread) is not None or any(path == folder for path, _ in unread)
 
 
-def first_picture(folder: Path) -> Path | None:
+def first_picture(folder: Path, unread: list[LeftOut] | None = None) -> Path | None:
     """The first that is met below a folder, as `find_pictures` looks for them."""
-    for place, names in _walk(folder, [], leave_theirs=True):
+    for place, names in _walk(folder, [] if unread is None else unread, leave_theirs=True):
         for path in (place / name for name in names if is_picture(name)):
             if not is_apple_double(path):
                 return path
