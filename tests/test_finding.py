@@ -73,6 +73,15 @@ def test_loops_end(to: str, tmp_path: Path) -> None:
     assert found(root) == ["a.png", "sub/b.png"]
 
 
+@pytest.mark.parametrize("to", ["nothing", "lost"], ids=["to nothing", "to itself"])
+def test_a_link_that_leads_nowhere_is_named(to: str, tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    (tmp_path / "file").symlink_to(tmp_path / "a.png")
+    link(tmp_path / "lost", tmp_path / to)
+    assert found(tmp_path) == ["a.png"]
+    assert left_out(tmp_path) == [("lost", "unreadable_folder")]
+
+
 def test_two_linked_folders_that_link_to_each_other(tmp_path: Path) -> None:
     root = tmp_path / "root"
     put(root / "a.png", tmp_path / "one" / "b.png", tmp_path / "two" / "c.png")

@@ -66,12 +66,11 @@ def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[P
                 key = top or place / "._*"
                 theirs[key] = theirs.get(key, 0) + 1
     if left_out is not None:
-        counted = {path: f"{count:,} {'picture' if count == 1 else 'pictures'}" for path, count in theirs.items()}
-        left_out += [
-            (path, Fault("file_manager", f"{what} of a file manager; to use them, give that folder itself"))
-            for path, what in sorted(counted.items())
-        ]
-        left_out += unread
+        for path, count in sorted(theirs.items()):
+            way = "" if path.name == "._*" else "; to use them, give that folder itself"
+            what = "picture" if count == 1 else "pictures"
+            left_out.append((path, Fault("file_manager", f"{count:,} {what} of a file manager{way}")))
+        left_out += sorted(unread, key=lambda place: place[0])
     return sorted(found)
 
 
@@ -106,6 +105,13 @@ def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> It
             for top, folders, names in os.walk(start, onerror=note):
                 place = Path(top)
                 yield place, names
+                # Of links that lead nowhere those whose names may be folders', on a disk that is away, say.
+                lost = [place / name for name in names if "." not in name and (place / name).is_symlink()]
+                unread += [
+                    (path, Fault("unreadable_folder", "a link that leads nowhere"))
+                    for path in lost
+                    if _identity(path) is None
+                ]
                 paths = [place / name for name in folders if not (leave_theirs and is_theirs(name))]
                 links += [path for path in paths if path.is_symlink()]
                 folders[:] = [path.name for path in paths if not path.is_symlink() and _is_new(path, seen)]
