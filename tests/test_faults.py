@@ -413,6 +413,15 @@ def test_a_byte_order_mark_and_capital_endings_are_fine(tmp_path: Path) -> None:
     assert drawn(tmp_path, 1, batch_size=1)[0] == {"k"}
 
 
+def test_a_long_path_leaves_room_for_the_reason() -> None:
+    reason = "a HEIC picture needs pillow-heif: pip install 'tinyclip[heif]'"
+    ((_, _, example),) = faults.rows([Skipped("", "a/" * 60 + "holiday.heic", "needs_extra", reason)])
+    assert example.startswith("...") and example.endswith(f"holiday.heic: {reason}")
+    assert len(example) == faults.LONGEST_EXAMPLE
+    ((_, _, example),) = faults.rows([Skipped("", "a.png", "corrupt_image", "x" * 200)])
+    assert example == "a.png: " + "x" * 90 + "..."
+
+
 def test_every_cause_that_is_raised_is_in_the_list() -> None:
     source = "".join(p.read_text() for p in Path(faults.__file__).parent.glob("*.py") if p.name != "faults.py")
     assert [cause for cause in CAUSES if f'"{cause}"' not in source] == []

@@ -73,6 +73,15 @@ def test_loops_end(to: str, tmp_path: Path) -> None:
     assert found(root) == ["a.png", "sub/b.png"]
 
 
+@pytest.mark.parametrize("to", ["nothing", "lost"], ids=["to nothing", "to itself"])
+def test_a_link_that_leads_nowhere_is_named(to: str, tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    (tmp_path / "file").symlink_to(tmp_path / "a.png")
+    link(tmp_path / "lost", tmp_path / to)
+    assert found(tmp_path) == ["a.png"]
+    assert left_out(tmp_path) == [("lost", "unreadable_folder")]
+
+
 def test_two_linked_folders_that_link_to_each_other(tmp_path: Path) -> None:
     root = tmp_path / "root"
     put(root / "a.png", tmp_path / "one" / "b.png", tmp_path / "two" / "c.png")
@@ -168,8 +177,8 @@ def test_folders_of_file_managers_are_no_classes(tmp_path: Path) -> None:
     assert [(s.key, s.cause) for s in dataset.skipped] == [("cat/@eaDir", "file_manager")]
 
 
-def test_folders_that_cannot_be_opened_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path / "a.png", tmp_path / "closed" / "b.png")
+def close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of the name `closed`, for root too."""
     real = os.scandir
 
     def scandir(place: str) -> object:
@@ -178,12 +187,25 @@ def test_folders_that_cannot_be_opened_are_named(tmp_path: Path, monkeypatch: py
         return real(place)
 
     monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_folders_that_cannot_be_opened_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "a.png", tmp_path / "closed" / "b.png")
+    close(monkeypatch)
     assert found(tmp_path) == ["a.png"]
     assert left_out(tmp_path) == [("closed", "unreadable_folder")]
     (tmp_path / "a.png").unlink()
     for look in (scan, open_source, find_items):
         with pytest.raises(ValueError, match=r"closed: cannot be opened \(Permission denied\)"):
             look(tmp_path)
+
+
+def test_a_class_folder_that_cannot_be_opened_is_still_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "cat" / "a.png", tmp_path / "closed" / "b.png")
+    close(monkeypatch)
+    dataset = open_dataset(tmp_path)
+    assert ([example.key for example in dataset], dataset.classnames) == (["cat/a.png"], ["cat", "closed"])
+    assert [(s.key, s.cause) for s in dataset.skipped] == [("closed", "unreadable_folder")]
 
 
 # --- endings

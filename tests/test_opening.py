@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -162,6 +163,12 @@ def test_a_damaged_one_is_named(data: bytes, tmp_path: Path) -> None:
 # --- other kinds
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(Fault, match=r"a\.jpg: a pipe or a device"):
+        open_image(tmp_path / "a.jpg")
+
+
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF"])
 def test_of_several_pictures_the_first_is_used(format: str) -> None:
     file = io.BytesIO()
@@ -226,7 +233,7 @@ def test_a_picture_too_large_names_the_option_that_opens_it(
     words = COMMANDS[name](model, large, tmp_path / "out")
     code, said = run(*words)
     assert code == 2, said
-    assert "too large (2,000 pixels at most; it has 6,144: --max-pixels 6144 allows that)" in said
+    assert "too large (2,000 pixels at most; --max-pixels 6144 opens it)" in said
     for count, good in ((6143, False), (6144, True)):
         code, said = run(*words, "--max-pixels", count)
         assert (code == 0) == good, said

@@ -31,6 +31,7 @@ CAUSES = {
 }
 EXAMPLES = 3  # of each cause, where they are listed
 LONGEST_EXAMPLE = 100  # characters
+SHORTEST_PLACE = 20
 
 
 class Fault(ValueError):
@@ -83,12 +84,18 @@ def rows(skipped: Sequence[Skipped]) -> list[list[str]]:
     distinct = list(dict.fromkeys(skipped))
     result = []
     for cause, n in counts(distinct).items():
-        examples = [_short(str(s)) for s in distinct if s.cause == cause][:EXAMPLES]
+        examples = [_short(s) for s in distinct if s.cause == cause][:EXAMPLES]
         result.append([cause, f"{n:,}", "; ".join(examples) + ("; ..." if n > EXAMPLES else "")])
     return result
 
 
-def _short(text: str) -> str:
+def _short(skipped: Skipped) -> str:
+    """In one line of a table: of a long path the end, so that the reason, which may say what to do, has its place."""
+    text = str(skipped)
+    place, over = text.removesuffix(skipped.reason), len(text) - LONGEST_EXAMPLE
+    kept = max(SHORTEST_PLACE, len(place) - over - 3)
+    if over > 0 and kept + 3 < len(place):
+        text = f"...{place[-kept:]}{skipped.reason}"
     return text if len(text) <= LONGEST_EXAMPLE else text[: LONGEST_EXAMPLE - 3] + "..."
 
 

@@ -66,22 +66,23 @@ def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[P
                 key = top or place / "._*"
                 theirs[key] = theirs.get(key, 0) + 1
     if left_out is not None:
-        counted = {path: f"{count:,} {'picture' if count == 1 else 'pictures'}" for path, count in theirs.items()}
-        left_out += [
-            (path, Fault("file_manager", f"{what} of a file manager; to use them, give that folder itself"))
-            for path, what in sorted(counted.items())
-        ]
-        left_out += unread
+        for path, count in sorted(theirs.items()):
+            way = "" if path.name == "._*" else "; to use them, give that folder itself"
+            what = "picture" if count == 1 else "pictures"
+            left_out.append((path, Fault("file_manager", f"{count:,} {what} of a file manager{way}")))
+        left_out += sorted(unread, key=lambda place: place[0])
     return sorted(found)
 
 
 def has_pictures(folder: Path) -> bool:
-    return first_picture(folder) is not None
+    """Also where it cannot be opened, so that this is said and not passed over."""
+    unread = list[LeftOut]()
+    return first_picture(folder, unread) is not None or any(path == folder for path, _ in unread)
 
 
-def first_picture(folder: Path) -> Path | None:
+def first_picture(folder: Path, unread: list[LeftOut] | None = None) -> Path | None:
     """The first that is met below a folder, as `find_pictures` looks for them."""
-    for place, names in _walk(folder, [], leave_theirs=True):
+    for place, names in _walk(folder, [] if unread is None else unread, leave_theirs=True):
         for path in (place / name for name in names if is_picture(name)):
             if not is_apple_double(path):
                 return path
@@ -104,6 +105,13 @@ def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> It
             for top, folders, names in os.walk(start, onerror=note):
                 place = Path(top)
                 yield place, names
+                # Of links that lead nowhere those whose names may be folders', on a disk that is away, say.
+                lost = [place / name for name in names if "." not in name and (place / name).is_symlink()]
+                unread += [
+                    (path, Fault("unreadable_folder", "a link that leads nowhere"))
+                    for path in lost
+                    if _identity(path) is None
+                ]
                 paths = [place / name for name in folders if not (leave_theirs and is_theirs(name))]
                 links += [path for path in paths if path.is_symlink()]
                 folders[:] = [path.name for path in paths if not path.is_symlink() and _is_new(path, seen)]

@@ -84,6 +84,12 @@ def _orientation_in_xmp(image: Image.Image) -> int:
 # --- files without it -------------------------------------------------------------------------------------------
 
 
+def may_be_bare(start: bytes) -> bool:
+    """By its first 12 bytes, whether a file is one that `bare` knows."""
+    signs = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF", b"II*\0", b"MM\0*")
+    return start.startswith(signs) or start[4:8] == b"ftyp"
+
+
 def bare(data: bytes) -> tuple[bytes, bytes] | None:
     """A JPEG, PNG, WebP, TIFF, HEIC or AVIF file without its metadata, and the EXIF that was in it (of the last three
     none); None of other files, and where there is no metadata."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,10 +17,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tinyclip.faults import Fault
-from tinyclip.metadata import ORIENTATION, TURNS, bare, upright
+from tinyclip.metadata import ORIENTATION, TURNS, bare, may_be_bare, upright
 
 WARNINGS = Lock()  # Python's filters of warnings are shared by all threads
-LARGEST_MENDED = 2**29  # bytes of a file whose metadata is looked through
+LARGEST_MENDED = 2**28  # bytes of a file whose metadata is looked through
 # Of what a file says, where it is of this type.
 KEPT: dict[str, tuple[type, ...]] = {"transparency": (int, bytes, tuple), "icc_profile": (bytes,)}
 SIXTEEN_BITS = {"PNG", "PPM", "JPEG2000"}  # formats whose pictures of mode I have numbers up to 65,535
@@ -84,6 +85,10 @@ def open_image(source: Any, at_least: int | None = None) -> Image.Image:
 
 def _decoded(source: Any, at_least: int | None, exif: bytes = b"") -> Image.Image:
     """Raises whatever Pillow raises."""
+    if isinstance(source, (str, Path)):
+        mode = Path(source).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise Fault("corrupt_image", "a pipe or a device, not a picture")  # and reading it might never end
     with _opened(source) as image:
         if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
             raise UnidentifiedImageError
@@ -157,13 +162,13 @@ def _as_numbers(image: Image.Image) -> Image.Image:
 def _mended(source: Any, at_least: int | None) -> Image.Image | None:
     """The picture of a file without its metadata, where that is what was wrong."""
     with suppress(Exception):
-        start = _start(source, LARGEST_MENDED + 1)
-        found = bare(start) if len(start) <= LARGEST_MENDED else None
+        data = _start(source, LARGEST_MENDED + 1) if may_be_bare(_start(source)) else b""
+        found = bare(data) if len(data) <= LARGEST_MENDED else None
         return _decoded(BytesIO(found[0]), at_least, found[1]) if found else None
     return None
 
 
 def _too_large(error: Exception) -> str:
     has = re.search(r"\((\d+) pixels\)", str(error))
-    way = f"; it has {int(has[1]):,}: --max-pixels {has[1]} allows that" if has else ""
+    way = f"; --max-pixels {has[1]} opens it" if has else ""
     return f"too large ({Image.MAX_IMAGE_PIXELS:,} pixels at most{way})"
