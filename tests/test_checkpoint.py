@@ -16,8 +16,10 @@ from torch import Tensor
 
 from conftest import random_model, small_config, small_tokenizer
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.files import atomic_directory, write_atomically
+from tinyclip.files import write_atomically
+from tinyclip.folders import atomic_directory
 from tinyclip.model import CLIP
+from tinyclip.ownership import MARKER
 from tinyclip.transforms import Preprocess
 
 FILES = ["config.json", "model.safetensors", "preprocess.json", "tokenizer.json"]
@@ -46,7 +48,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_what_was_saved_comes_back_to_the_bit(saved: Path) -> None:
-    assert sorted(path.name for path in saved.iterdir()) == ["README.md", *FILES]
+    assert sorted(path.name for path in saved.iterdir()) == [MARKER, "README.md", *FILES]
     model, tokenizer, preprocess = load_checkpoint(str(saved))
     assert same(model, a_model(0))
     assert model.config == a_model(0).config
@@ -187,15 +189,14 @@ def test_a_full_disk_is_a_value_error_and_changes_nothing(saved: Path) -> None:
 
 
 def test_saving_again_replaces_the_whole_folder(saved: Path) -> None:
-    (saved / "left over").write_text("")
     save(saved, a_model(1))
     assert same(load_checkpoint(saved)[0], a_model(1))
-    assert sorted(path.name for path in saved.iterdir()) == ["README.md", *FILES]
+    assert sorted(path.name for path in saved.iterdir()) == [MARKER, "README.md", *FILES]
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
 def test_an_exception_while_writing_leaves_the_old_and_no_litter(saved: Path) -> None:
-    with pytest.raises(KeyError), atomic_directory(saved) as folder:
+    with pytest.raises(KeyError), atomic_directory(saved, "model") as folder:
         (folder / "config.json").write_text("{")
         raise KeyError
     assert same(load_checkpoint(saved)[0], a_model(0))

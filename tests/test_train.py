@@ -21,7 +21,8 @@ from test_data import good, write_shard
 from tinyclip import train
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.data import Batch
-from tinyclip.files import checksum, recover
+from tinyclip.files import checksum
+from tinyclip.folders import recover
 from tinyclip.loss import affinity_loss, contrastive_loss
 from tinyclip.model import CLIP
 from tinyclip.recipe import Recipe, Stage

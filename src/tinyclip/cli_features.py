@@ -49,9 +49,9 @@ def cache(
     """Store a TEACHER's features of all pictures and captions of SHARDS, for recipes with `teacher: {cache: ..}`.
 
     Run it again after a stop: shards that are done are kept."""
-    from tinyclip.distributed import best_precision, is_main, processes, resolve_device
+    from tinyclip.distributed import best_precision, from_main, is_main, processes, resolve_device
     from tinyclip.foreign_teacher import load_teacher, short_name
-    from tinyclip.make_cache import make_cache
+    from tinyclip.make_cache import check_place, make_cache
     from tinyclip.recipe import augment_from
     from tinyclip.resume import Interrupted
 
@@ -62,6 +62,7 @@ def cache(
     place = output or shards / f"cache-{short_name(teacher)}"
     where = resolve_device(device)
     with processes(where):
+        from_main(lambda: check_place(place, overwrite))  # before a model is loaded
         clip = load_teacher(teacher, where)
         views = augment_from(augment or [])
         if recipe:

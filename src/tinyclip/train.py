@@ -30,7 +30,7 @@ from tinyclip.faults import Skipped
 from tinyclip.files import json_text, read_json_object, write_atomically
 from tinyclip.folders import remove_leftovers
 from tinyclip.model import CLIP
-from tinyclip.ownership import LOCKS, MARKER, discard
+from tinyclip.ownership import LOCKS, MARKER, claim, discard
 from tinyclip.progress import track
 from tinyclip.pruning import MASKS, Pruner, already_gone, saved_targets
 from tinyclip.recipe import Stage
@@ -115,6 +115,7 @@ def _describe(run: Run, i: int, result: dict[str, Any]) -> None:
     """Write the card of a stage that is done; a kill may have come before it was."""
     place = run.folder / "stages" / run.recipe.stages[i].name / "last"
     if not (place / card.FILE).exists():
+        claim(place, "model", [card.FILE])
         card.write_card(place, read_config(place), card.of_run(run.recipe, i, result["evaluation"]))
 
 
