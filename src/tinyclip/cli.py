@@ -21,6 +21,7 @@ from tinyclip import (
     cli_tools,
     cli_train,
 )
+from tinyclip.arguments import Command
 from tinyclip.progress import listening
 from tinyclip.stopping import stoppable
 from tinyclip.terminal import console, fail, meter
@@ -38,10 +39,10 @@ for command in (
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
     *(cli_tools.push, cli_tools.doctor),
 ):
-    app.command()(command)
-data_app.command()(cli_data.pack)
-data_app.command()(cli_data.prepare)
-vocab_app.command()(cli_data.prune)
+    app.command(cls=Command)(command)
+data_app.command(cls=Command)(cli_data.pack)
+data_app.command(cls=Command)(cli_data.prepare)
+vocab_app.command(cls=Command)(cli_data.prune)
 app.add_typer(data_app, name="data")
 app.add_typer(vocab_app, name="vocab")
 

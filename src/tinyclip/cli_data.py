@@ -30,13 +30,15 @@ def pack(
         Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
-    resize: Annotated[int | None, typer.Option(min=8, help="Shorter side at most, pixels.")] = None,
+    resize: Annotated[int | None, typer.Option(min=8, max=65_535, help="Shorter side at most, pixels.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make training shards from your own pictures and captions."""
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
+    if lines == []:
+        raise ValueError(f"{templates}: no templates in it")
     columns = {"image_column": image_column, "caption_column": caption_column}
     with busy(f"looking into {source}"):
         items = find_items(source, **columns, image_root=image_root, templates=lines)
