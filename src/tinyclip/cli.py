@@ -22,6 +22,7 @@ from tinyclip import (
     cli_train,
 )
 from tinyclip.arguments import Command
+from tinyclip.faults import Unusable
 from tinyclip.progress import listening
 from tinyclip.stopping import stoppable
 from tinyclip.terminal import console, fail, meter
@@ -50,7 +51,8 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has 
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
+    """Entry point. Exit codes: 0, 1 when nothing of the data can be used, 2 for a request that can be mended, 130 and
+    143 when stopped by Ctrl-C or SIGTERM."""
     try:
         with stoppable(), listening(meter):
             # Typer itself would make several lines of an error of usage.
@@ -64,6 +66,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
+    except Unusable as error:
+        fail(str(error), 1)
     except (ValueError, OSError) as error:
         fail(str(error), 2)
     except RuntimeError as error:

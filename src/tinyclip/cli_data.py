@@ -13,6 +13,7 @@ from tinyclip.terminal import (
     Model,
     Overwrite,
     check_free,
+    fail,
     plural,
     print_faults,
     read_lines,
@@ -66,6 +67,8 @@ def prepare(
         good, faults = shards.check(folder, counter("checking", found, "samples"))
     if faults:
         print_faults(faults)
+    if check and not good:
+        fail(f"{folder}: none of its {plural(found, 'sample')} can be used", 1)
     say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
 
 

@@ -28,6 +28,10 @@ EXAMPLES = 3  # of each cause, where they are listed
 LONGEST_EXAMPLE = 100  # characters
 
 
+class Unusable(ValueError):
+    """Nothing of the data can be used, as has been found by reading it; exit code 1, where a bad request has 2."""
+
+
 class Fault(ValueError):
     """Why something cannot be used: one of `CAUSES`, and the details in words."""
 

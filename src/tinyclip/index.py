@@ -28,7 +28,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar import TarIndexWriter
 from megatron.energon.source_info import SourceInfo
 
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import atomic_directory
 from tinyclip.progress import ended, tell_bytes, track
 from tinyclip.shards import entries, find_shards, open_shard, unpacked, words
@@ -115,7 +115,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
     if len(bad) == total or 2 * len(bad) > total:
         first = "; ".join(f"{folder / f['shard']}: {f['reason']}" for f in faults[:3])
         what = f"{len(bad):,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
-        raise ValueError(f"{folder}: {what}; {first}")
+        raise Unusable(f"{folder}: {what}; {first}")
     with atomic_directory(folder / ".nv-meta") as meta:
         _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
         _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})  # JSON is YAML

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tinyclip import faults
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import checksum, flush, write_atomically
 from tinyclip.folder_lock import LOCK, lock_of, take
 from tinyclip.inputs import ahead, batches, check_finite
@@ -286,7 +286,7 @@ class _Writer:
         if not len(vectors):
             pictures.unlink()
             first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
-            raise ValueError(f"{self.folder.root}: nothing in it can be read: {first}")
+            raise Unusable(f"{self.folder.root}: nothing in it can be read: {first}")
         vectors.save(file)
         facts = self.facts | {"state": number, "vectors": file.name, "list": pictures.name, "holes": holes}
         facts |= {"vectors_state": [file.stat().st_size, checksum(file)], "pictures": len(vectors)}
