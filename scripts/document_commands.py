@@ -16,9 +16,21 @@ HEAD = """# Commands
 
 <!-- written by scripts/document_commands.py -->
 
-Every command explains itself with `--help`. Exit codes: 0, 2 for what you can mend (one line says what), 130 and 143
-when stopped by Ctrl-C or SIGTERM. Where a command takes a MODEL, a checkpoint's path, a [published model's](zoo.md)
-name, or `org/name` of the Hugging Face hub will do, and `emoji-student`, which ships with the package.
+Every command explains itself with `--help`. Where a command takes a MODEL, a checkpoint's path, a
+[published model's](zoo.md) name, or `org/name` of the Hugging Face hub will do, and `emoji-student`, which ships with
+the package.
+
+| exit code | |
+|---|---|
+| 0 | done; what was left out of the data is counted and named |
+| 1 | the data was read, and nothing of it can be used: every picture is broken, say |
+| 2 | a bad request, which you can mend: one line on the standard error says what is wrong |
+| 130, 143 | stopped by Ctrl-C (SIGINT) or SIGTERM, at any moment; temporary files are gone, and a run says how to go on |
+
+Long work shows on the standard error how far it is and how long it will take: a bar on a terminal, and in a log a plain
+line every ten seconds, later every minute. Results go to the standard output. Names in data, files and checkpoints are
+anyone's, so control characters in them stand as `\\x1b`, and in a CSV what a spreadsheet would run as a formula stands
+behind an apostrophe.
 """
 
 

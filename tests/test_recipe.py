@@ -47,7 +47,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.0.stepz=1", "stages.0.stepz: unknown key"),
         ("stages.0.steps=0", "stages.0.steps"),
         ("stages.0.steps=many", "stages.0.steps"),
-        ("stages.3.steps=1", "the recipe has no stages.3.steps"),
+        ("stages.3.steps=1", "there is no stages.3.steps"),
         ("nonsense", "write key.path=value"),
         ("stages.0.optimizer.lr=[", "no valid YAML"),
         ("stages.0.optimizer.warmup_steps=20", "must be below steps"),

@@ -120,8 +120,8 @@ def test_all_that_reads_yaml_refuses_it(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "named"),
     [
-        ("stages.-1.steps", "no stages.-1.steps, as the list has entries 0 to 0, not -1"),
-        ("stages.9.steps", "no stages.9.steps, as the list has entries 0 to 0, not 9"),
+        ("stages.-1.steps", "there is no stages.-1.steps, as the list has entries 0 to 0, not -1"),
+        ("stages.9.steps", "there is no stages.9.steps, as the list has entries 0 to 0, not 9"),
         ("stages.1.steps", "not 1"),
         ("stages.x.steps", "not x"),
         ("stages.1e3.steps", "not 1e3"),
@@ -136,8 +136,8 @@ def test_all_that_reads_yaml_refuses_it(tmp_path: Path, text: str) -> None:
         (".stages", "write key.path=value"),
         ("stages.", "write key.path=value"),
         ("", "write key.path=value"),
-        ("output.x", "the recipe has no output.x"),
-        ("stages.0.steps.x", "the recipe has no stages.0.steps.x"),
+        ("output.x", "there is no output.x"),
+        ("stages.0.steps.x", "there is no stages.0.steps.x"),
         ("a." * 20_000 + "a", "unknown key"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tinyclip import evaluate
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.pack import find_items
 from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.progress import track
@@ -65,7 +65,7 @@ def samples_of(path: str | Path, clip: Pipeline) -> Samples:
             first = first or str(error)
     if not pixels or not texts:
         what = "readable picture" if not pixels else "caption"
-        raise ValueError(f"{path}: no {what} to calibrate on{f'; the first: {first}' if first else ''}")
+        raise Unusable(f"{path}: no {what} to calibrate on{f'; the first: {first}' if first else ''}")
     return Samples(np.stack(pixels), texts)
 
 

@@ -22,6 +22,8 @@ from tinyclip import (
     cli_tools,
     cli_train,
 )
+from tinyclip.arguments import Command
+from tinyclip.faults import Unusable
 from tinyclip.files import in_words
 from tinyclip.progress import listening
 from tinyclip.stopping import stoppable
@@ -40,10 +42,10 @@ for command in (
     *(cli_models.measure, cli_embed.embed, cli_models.structure, cli_models.zoo),
     *(cli_tools.push, cli_tools.doctor),
 ):
-    app.command()(command)
-data_app.command()(cli_data.pack)
-data_app.command()(cli_data.prepare)
-vocab_app.command()(cli_data.prune)
+    app.command(cls=Command)(command)
+data_app.command(cls=Command)(cli_data.pack)
+data_app.command(cls=Command)(cli_data.prepare)
+vocab_app.command(cls=Command)(cli_data.prune)
 app.add_typer(data_app, name="data")
 app.add_typer(vocab_app, name="vocab")
 
@@ -51,7 +53,8 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has 
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
+    """Entry point. Exit codes: 0, 1 when nothing of the data can be used, 2 for a request that can be mended, 130 and
+    143 when stopped by Ctrl-C or SIGTERM."""
     try:
         with stoppable(), listening(meter):
             # Typer itself would make several lines of an error of usage.
@@ -67,6 +70,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output is gone
         sys.exit(1)
+    except Unusable as error:
+        fail(str(error), 1)
     except ValueError as error:
         fail(str(error), 2)
     except OSError as error:

@@ -14,6 +14,7 @@ from tinyclip.terminal import (
     Model,
     Overwrite,
     check_free,
+    fail,
     plural,
     print_faults,
     read_lines,
@@ -31,7 +32,7 @@ def pack(
         Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
-    resize: Annotated[int | None, typer.Option(min=8, help="Shorter side at most, pixels.")] = None,
+    resize: Annotated[int | None, typer.Option(min=8, max=65_535, help="Shorter side at most, pixels.")] = None,
     max_pixels: MaxPixels = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -39,6 +40,8 @@ def pack(
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
+    if lines == []:
+        raise ValueError(f"{templates}: no templates in it")
     columns = {"image_column": image_column, "caption_column": caption_column}
     with busy(f"looking into {source}"):
         items = find_items(source, **columns, image_root=image_root, templates=lines)
@@ -66,6 +69,8 @@ def prepare(
         good, faults = shards.check(folder, counter("checking", found, "samples"))
     if faults:
         print_faults(faults)
+    if check and not good:
+        fail(f"{folder}: none of its {plural(found, 'sample')} can be used", 1)
     say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
 
 

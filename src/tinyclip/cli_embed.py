@@ -35,8 +35,12 @@ def embed(
     part_size: Annotated[int, typer.Option(min=1, help="Pictures or texts a part; a shard is always one.")] = 10_000,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts in a table.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of the keys; else the row's number.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Items at once; chosen by the device.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; one a core, at most 8.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Items at once; chosen by the device.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that decode; one a core, at most 8.")
+    ] = None,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
     compute_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

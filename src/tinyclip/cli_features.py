@@ -29,7 +29,7 @@ def cache(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the cache; default: SHARDS/cache-TEACHER.")
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random views a picture.")] = 4,
+    draws: Annotated[int, typer.Option(min=1, max=10_000, help="Random views a picture.")] = 4,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe that is to use it: its augmentation and picture size are taken.")
     ] = None,
@@ -37,11 +37,12 @@ def cache(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a setting of the augmentation: rotate=20.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the views, pixels; default: the largest of teacher and students.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Side of the views, pixels; default: the largest of teacher and students."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the views.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Views that the teacher sees at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode pictures.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=10**6, help="Views that the teacher sees at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that decode pictures.")] = 1,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the device's fastest.")] = "auto",
     overwrite: Overwrite = False,
@@ -59,12 +60,12 @@ def cache(
         raise ValueError("give either --recipe or --augment")
     if precision not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"--precision {precision}: bfloat16, float16, float32 or auto")
+    views = augment_from(augment or [])
     place = output or shards / f"cache-{short_name(teacher)}"
     where = resolve_device(device)
     with processes(where):
         from_main(lambda: check_place(place, overwrite))  # before a model is loaded
         clip = load_teacher(teacher, where)
-        views = augment_from(augment or [])
         if recipe:
             views, largest = _views_of(recipe, clip)
             image_size = image_size or largest

@@ -46,7 +46,7 @@ def inherit(
     align: Annotated[int, typer.Option(help="Keep multiples of this of neurons and channels.")] = 1,
     score: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
     batches: Annotated[int, typer.Option(help="Batches to measure.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=2, help="Pairs a batch.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=2, max=10**6, help="Pairs a batch.")] = 128,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -71,8 +71,9 @@ def inherit(
         raise ValueError("--target, --unit, --gates, --align, --score and --batches go with --calibrate")
     if towers != "both":
         raise ValueError("--towers goes with --calibrate")
+    wanted = CLIPConfig.named(like) if like else shape_from(shape or [])  # before the teacher, which takes longer
     clip = load(teacher)
-    config = CLIPConfig.named(like) if like else shape_from(shape or []).apply(clip.model.config)
+    config = wanted if isinstance(wanted, CLIPConfig) else wanted.apply(clip.model.config)
     student = cut(clip.model, config)
     preprocessing = clip.preprocessing.model_copy(update={"image_size": config.vision.image_size})
     card = made_from(teacher, f"{HOW['manual'].capitalize()} (`tinyclip inherit`), not trained since.")
@@ -149,10 +150,14 @@ def classify(
     as_json: AsJson = False,
 ) -> None:
     """How well each of LABELS fits IMAGE."""
+    from tinyclip.inputs import check_labels
     from tinyclip.loading import load
     from tinyclip.transforms import open_image
 
-    picture = open_image(image)  # before the model, which takes longer to be wrong
+    check_labels(labels)  # before the model, which takes longer to be wrong
+    if twice := next((label for i, label in enumerate(labels) if label in labels[:i]), None):
+        raise ValueError(f"the label {twice!r} is given twice, so the two would share its probability")
+    picture = open_image(image)
     clip = load(model, device=device, dtype=dtype, runtime=runtime)
     chances = clip.classify(picture, labels)[0].tolist()
     ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])

@@ -38,8 +38,12 @@ def index(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
     moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed one, at another place.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute everything anew.")] = False,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at once; chosen by the device.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; one a core, at most 8.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Pictures at once; chosen by the device.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that decode; one a core, at most 8.")
+    ] = None,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
     dtype: DType = "auto",

@@ -151,10 +151,14 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
 def plan(
     recipe: Path,
     sets: Sets = None,
-    devices: Annotated[int, typer.Option(min=1, help="Devices that share each batch.")] = 1,
-    samples: Annotated[int | None, typer.Option(min=1, help="Pairs of the data, where it is not here.")] = None,
-    tflops: Annotated[float | None, typer.Option(min=1e-6, help="Hours at these sustained TFLOP/s a device.")] = None,
-    pairs_per_s: Annotated[float | None, typer.Option(min=1e-6, help="Hours at this speed a device.")] = None,
+    devices: Annotated[int, typer.Option(min=1, max=10**6, help="Devices that share each batch.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="Pairs of the data, where it is not here.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Hours at these sustained TFLOP/s a device.")
+    ] = None,
+    pairs_per_s: Annotated[float | None, typer.Option(min=1e-6, max=1e9, help="Hours at this speed a device.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Hours at the speed of a few steps timed here.")] = False,
     as_json: AsJson = False,
 ) -> None:

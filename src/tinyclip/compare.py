@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinyclip.contenders import Contender
 from tinyclip.evaluate import Dataset, Example, as_tensor, class_features, encode_images
-from tinyclip.faults import Skipped, why
+from tinyclip.faults import Skipped, Unusable, why
 from tinyclip.inputs import batches
 from tinyclip.loss import affinity_loss
 from tinyclip.page import thumbnail
@@ -89,7 +89,7 @@ def check(dataset: Dataset) -> None:
         raise ValueError(f"{dataset.path}: one class only ({dataset.classnames[0]}), so every answer would be right")
     if some:
         raise ValueError(f"{dataset.path}: neither classes nor captions, so there is nothing to compare by")
-    raise ValueError(f"{dataset.path}: no readable pictures{why(dataset.skipped)}")
+    raise Unusable(f"{dataset.path}: no readable pictures{why(dataset.skipped)}")
 
 
 def judge(
@@ -152,7 +152,7 @@ def _encode(
         tell(f"comparing on {dataset.path}", len(examples), count and max(count, len(examples) + 1), "pictures")
     ended(f"comparing on {dataset.path}")
     if not examples:
-        raise ValueError(f"{dataset.path}: no readable pictures{why(dataset.skipped)}")
+        raise Unusable(f"{dataset.path}: no readable pictures{why(dataset.skipped)}")
     return [torch.cat(mine) for mine in found], examples
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinyclip import faults
 from tinyclip.distributed import from_main, gather_objects, rank, world_size
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import checksum, flush, json_text, name_of, read_json_object, replacing, write_atomically
 from tinyclip.folder_lock import lock_of, take
 from tinyclip.folders import remove_leftovers
@@ -259,7 +259,7 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     if not any(counts.values()):
         discard(out, keep=(SKIPPED, MARKER, *LOCKS))
         first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "there is nothing in it"
-        raise ValueError(f"{source.root}: nothing could be embedded: {first}")
+        raise Unusable(f"{source.root}: nothing could be embedded: {first}")
     result = facts | counts | {"skipped": len(skipped), "skipped_by_cause": by_cause, "done": True}
     write_atomically(out / DONE, json_text(result, indent=2) + "\n")
     return result

@@ -20,7 +20,7 @@ from tinyclip.datasets import Dataset as Dataset
 from tinyclip.datasets import Example as Example
 from tinyclip.datasets import open_dataset as open_dataset
 from tinyclip.distributed import gather_objects, gather_uneven, rank, world_size
-from tinyclip.faults import counts, why
+from tinyclip.faults import Unusable, counts, why
 from tinyclip.inputs import check_finite
 from tinyclip.progress import ended, heard, tell, track
 
@@ -72,7 +72,7 @@ def encode_images(
     if isinstance(examples, Dataset):
         _join_skipped(examples)
     if not everyones:
-        raise ValueError(_nothing(examples))
+        raise Unusable(_nothing(examples))
     check_finite(rows.numpy())
     order = sorted(range(len(everyones)), key=lambda i: everyones[i][0])
     return (rows[order] if world_size() > 1 else rows), [everyones[i][1] for i in order]

@@ -34,6 +34,10 @@ LONGEST_EXAMPLE = 100  # characters
 SHORTEST_PLACE = 20
 
 
+class Unusable(ValueError):
+    """Nothing of the data can be used, as has been found by reading it; exit code 1, where a bad request has 2."""
+
+
 class Fault(ValueError):
     """Why something cannot be used: one of `CAUSES`, and the details in words."""
 

@@ -28,7 +28,7 @@ from megatron.energon.flavors.webdataset.itar import TarIndexWriter
 from megatron.energon.source_info import SourceInfo
 
 import tinyclip
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import in_words, replacing, write_atomically
 from tinyclip.folder_lock import Lock
 from tinyclip.progress import ended, tell_bytes, track
@@ -118,7 +118,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
     if len(bad) == total or 2 * len(bad) > total:
         first = "; ".join(f"{folder / f['shard']}: {f['reason']}" for f in faults[:3])
         what = f"{len(bad):,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
-        raise ValueError(f"{folder}: {what}; {first}")
+        raise Unusable(f"{folder}: {what}; {first}")
     meta = folder / ".nv-meta"
     (meta / "ready").unlink(missing_ok=True)  # without it there is no index
     _write(meta / "dataset.yaml", {"__module__": __name__, "__class__": Shards.__name__})  # JSON is YAML

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tinyclip import faults
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import checksum, flush, json_text, write_atomically
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures, skipped_of
 from tinyclip.folder_lock import lock_of, take
@@ -295,7 +295,7 @@ class _Writer:
             by_cause = faults.counts(skipped)
             if not len(vectors):
                 first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
-                raise ValueError(f"{self.folder.root}: nothing in it can be read: {first}")
+                raise Unusable(f"{self.folder.root}: nothing in it can be read: {first}")
             vectors.save(file)
         except Exception:  # nothing readable, or a full disk
             drop(self.out, (file.name, pictures.name))

@@ -24,7 +24,7 @@ from tinyclip.augment import Augment, View
 from tinyclip.cache import Cache, CacheInfo, FeatureFile, ForeignInfo, content_hash, feature_file
 from tinyclip.data import AGAIN, Tokenize, bind_worker, closing, stable_hash
 from tinyclip.distributed import Precision, from_main, gather_objects, rank, world_size
-from tinyclip.faults import Fault, Skipped
+from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import flush, in_words, json_text, replacing, write_atomically
 from tinyclip.folder_lock import Lock, lock_of, take
 from tinyclip.folders import remove_leftovers
@@ -227,7 +227,7 @@ def _summary(output: Path, shards: list[Path], computed: int) -> Report:
     lines = [json_text(asdict(s)) + "\n" for s in report.skipped]
     write_atomically(output / "skipped.jsonl", "".join(lines))
     if not report.samples:
-        raise ValueError(f"no sample could be used; see {output / 'skipped.jsonl'}")
+        raise Unusable(f"no sample could be used; see {output / 'skipped.jsonl'}")
     return report
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from tinyclip.files import printable
 
-WAIT = 3.0  # seconds that work may last without a word
+WAIT = 5.0  # seconds that work may last without a word
 BAR_WAIT = 1.0  # on a terminal, so that quick work does not flicker
 RARELY, RAREST = 10.0, 60.0  # seconds between lines; ever more as the work goes on
 

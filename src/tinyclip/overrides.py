@@ -14,16 +14,17 @@ from tinyclip.yaml_text import parse
 M = TypeVar("M", bound=Strict)
 
 
-def override(data: Any, text: str) -> None:
-    """Set one value of a recipe's data, in place; the value as in YAML. `ValueError` for a key that it cannot have."""
+def override(data: Any, text: str, option: str = "--set", form: str = "key.path=value, e.g. stages.0.steps=200") -> Any:
+    """Set one value of a recipe's data, in place; the value as in YAML, which is returned. `ValueError`, naming the
+    option, for a key that it cannot have."""
     path, equals, value = text.partition("=")
     *parents, last = path.split(".")
     if not equals or not all([*parents, last]):
-        raise ValueError(f"--set {text}: write key.path=value, e.g. stages.0.steps=200")
+        raise ValueError(f"{option} {text}: write {form}")
     try:
         found = parse(value)
     except ValueError as error:
-        raise ValueError(f"--set {text}: the value is {error}") from None
+        raise ValueError(f"{option} {text}: the value is {error}") from None
     try:
         node = data
         for key in parents:
@@ -35,9 +36,10 @@ def override(data: Any, text: str) -> None:
         else:
             raise KeyError(last)
     except KeyError:
-        raise ValueError(f"--set {text}: the recipe has no {path}") from None
+        raise ValueError(f"{option} {text}: there is no {path}") from None
     except IndexError as error:
-        raise ValueError(f"--set {text}: the recipe has no {path}, as {error}") from None
+        raise ValueError(f"{option} {text}: there is no {path}, as {error}") from None
+    return found
 
 
 def _child(node: Any, key: str) -> Any:
@@ -63,9 +65,8 @@ def model_from(model: type[M], option: str, overrides: Sequence[str], example: s
     """A model from `key=value` each; `ValueError`, naming the option, for an unknown key or a bad value."""
     data: dict[str, Any] = {}
     for text in overrides:
-        if "=" not in text:
-            raise ValueError(f"{option} {text}: write e.g. {example}")
-        override(data, text)
+        if override(data, text, option, f"e.g. {example}") is None:
+            raise ValueError(f"{option} {text}: no value is given; write e.g. {example}")
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import webdataset
 from PIL import Image
 
-from tinyclip.faults import Fault, Skipped, counts, summary
+from tinyclip.faults import Fault, Skipped, Unusable, counts, summary
 from tinyclip.files import as_text, json_text, name_of
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures
 from tinyclip.folders import atomic_directory
@@ -126,7 +126,7 @@ def pack(
                 progress()
         if report.packed == 0:
             causes, first = summary(counts(report.skipped)), report.skipped[0]
-            raise ValueError(f"nothing to pack, all {len(items)} pictures were skipped ({causes}), first {first}")
+            raise Unusable(f"nothing to pack, all {len(items)} pictures were skipped ({causes}), first {first}")
         names = sorted({item.name for item in items if item.name is not None})
         if names:
             (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")

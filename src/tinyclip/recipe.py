@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from tinyclip.augment import Augment
 from tinyclip.config import Count, Positive, Strict, explain
@@ -16,8 +16,17 @@ from tinyclip.overrides import model_from, override
 from tinyclip.shape import Shape, StudentShape
 from tinyclip.yaml_text import read_yaml
 
+
+def _not_empty(value: str) -> str:
+    """An empty path would be the folder that one is in."""
+    if not value.strip():
+        raise ValueError("is empty")
+    return value
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Scale = Annotated[float, Field(gt=0, le=1000)]
+Place = Annotated[str, AfterValidator(_not_empty)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -144,7 +153,7 @@ class Stage(Strict):
     towers: Literal["both", "image", "text"] = Field(
         "both", description="towers that are compressed and trained; the other stays the teacher's, untouched"
     )
-    start: str = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
+    start: Place = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
     steps: Positive = Field(description="optimiser steps")
     batch_size: int = Field(256, ge=2, description="pairs a step")
     micro_batch: Positive | None = Field(
@@ -234,15 +243,15 @@ class Stage(Strict):
 class Evaluation(Strict):
     """Data never trained on."""
 
-    data: str = Field(description="class folders, or shards with `class` or `captions`")
-    templates: str | None = Field(None, description="file of prompt templates, one a line, {c} for the class")
+    data: Place = Field(description="class folders, or shards with `class` or `captions`")
+    templates: Place | None = Field(None, description="file of prompt templates, one a line, {c} for the class")
     every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
 
 
 class StoredTeachers(Strict):
     """Teachers whose features `tinyclip cache` has stored; of several the affinities are averaged."""
 
-    cache: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    cache: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
         description="folder that `tinyclip cache` has made, or a list of several teachers' for the same views"
     )
 
@@ -255,7 +264,7 @@ class Recipe(Strict):
     """A whole run."""
 
     description: str = Field("", description="what it does, its command, expected time and result")
-    teacher: str | StoredTeachers | None = Field(
+    teacher: Place | StoredTeachers | None = Field(
         None,
         description="checkpoint of the teacher, open_clip:NAME/TAG or transformers:NAME of another library, or "
         "{cache: ..}: stored features; none: train from scratch",
@@ -265,8 +274,8 @@ class Recipe(Strict):
     )
     model: Shape = Field(None, description="without a teacher: a whole config, or a model name")
     vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
-    data: str = Field(description="folder of training shards")
-    output: str = Field(description="folder of the run, made by it")
+    data: Place = Field(description="folder of training shards")
+    output: Place = Field(description="folder of the run, made by it")
     evaluation: Evaluation | None = Field(None, description="data to judge students by")
     stages: list[Stage] = Field(min_length=1, description="one after the other")
     seed: Count = Field(0, description="of weights, order of the data, and views")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyclip import faults
-from tinyclip.faults import Skipped
+from tinyclip.faults import Skipped, Unusable
 from tinyclip.files import as_text
 from tinyclip.finding import LeftOut, because, find_pictures, is_picture, skipped_of
 from tinyclip.inputs import batches, is_unicode
@@ -83,7 +83,7 @@ def open_source(
     texts, skipped, text_column = _read_texts(path, text_column, key_column)
     if not texts:
         why = f"; {faults.summary(faults.counts(skipped))}, the first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"{path}: no texts in it{why}")
+        raise (Unusable if skipped else ValueError)(f"{path}: no texts in it{why}")
     state = digest([_file_state(path, path)])
     return Source("texts", path, list(batches(texts, part_size)), state, skipped, text_column, key_column)
 

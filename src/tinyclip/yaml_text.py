@@ -75,7 +75,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
     data.update({key.value: loader.construct_object(value, deep=True) for key, value in node.value})
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    number = loader.construct_yaml_int(node)
+    if abs(number) >= 2**63:
+        raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+    return int(number)
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse(text: str) -> Any:
