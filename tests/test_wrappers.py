@@ -235,5 +235,5 @@ def both(state: State, a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tens
 def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State, tmp_path: Path) -> None:
     for order in (both(state, Tensor.clone, lambda v: v.to(narrow)), both(state, lambda v: v.to(narrow), Tensor.clone)):
         assert same(load(order, tmp_path)[0], model)
-    with pytest.raises(ValueError, match=r"is there twice with different values, the second time as image_encoder_with"):
+    with pytest.raises(ValueError, match=r"is there twice with different values, .* as image_encoder_with"):
         load(both(state, Tensor.clone, lambda v: (v + 0.1).to(narrow)), tmp_path)

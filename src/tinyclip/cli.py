@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from tinyclip import (
     cli_tools,
     cli_train,
 )
-from tinyclip.terminal import console, fail
+from tinyclip.terminal import console, fail, say_warning
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
 data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")
@@ -48,6 +49,7 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has 
 
 def main() -> None:
     """Entry point. Exit codes: 0, 2 for what the user can mend, 130 and 143 when stopped by Ctrl-C or SIGTERM."""
+    warnings.showwarning = say_warning
     try:
         # Typer itself would make several lines of an error of usage.
         sys.exit(app(prog_name="tinyclip", standalone_mode=False) or 0)

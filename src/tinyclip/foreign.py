@@ -40,14 +40,19 @@ FAMILIES = (
 )
 
 
+SAYS = frozenset({"activation", "normalisation"})
+
+
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint of others in our terms."""
+    """A checkpoint of others in our terms. `says` is what it states of activation and normalisation; the rest is
+    assumed, or what the user says."""
 
     config: CLIPConfig
     state: dict[str, Tensor]
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
+    says: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def read_file(path: Path, activation: str | None) -> Foreign:
     stated = Stated(image_size=int(size) if size is not None and size.numel() == 1 else None)
     config = config_from(state, str(path), activation or ("quick_gelu" if openai else "gelu"), stated)
     preprocess = Preprocess(image_size=config.vision.image_size)
-    return Foreign(config, state, own_tokenizer(config, str(path)), preprocess)
+    return Foreign(config, state, own_tokenizer(config, str(path)), preprocess, SAYS if openai else frozenset())
 
 
 def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
@@ -300,7 +305,8 @@ def from_open_clip(
         if looks.get(key, same) != same:
             raise ValueError(f"{where}: preprocess_cfg.{key} is {looks[key]!r}, only {same!r} can be done")
     preprocess = preprocessing(config, looks.get("mean"), looks.get("std"), where)
-    return Foreign(config, state, own_tokenizer(config, source), preprocess)
+    says = SAYS if looks.get("mean") or looks.get("std") else frozenset({"activation"})
+    return Foreign(config, state, own_tokenizer(config, source), preprocess, says)
 
 
 def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: str | Path) -> Preprocess:

@@ -14,7 +14,17 @@ from torch import Tensor
 from tinyclip.archive import Entry, read_entries
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.files import read_json_object
-from tinyclip.foreign import Foreign, Stated, agree, canonical, config_from, own_tokenizer, preprocessing, weights_of
+from tinyclip.foreign import (
+    SAYS,
+    Foreign,
+    Stated,
+    agree,
+    canonical,
+    config_from,
+    own_tokenizer,
+    preprocessing,
+    weights_of,
+)
 from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
@@ -83,7 +93,9 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     state, _ = canonical(from_hugging_face(tensors, str(folder)), str(folder))
     stated = Stated((head_dims[0], head_dims[1]), layers, size if isinstance(size, int) else None)
     config = config_from(state, str(folder), agree(activation, text["hidden_act"], str(where)), stated)
-    return Foreign(config, state, read_tokenizer(folder, config), _read_preprocess(folder, config))
+    preprocess, said = _read_preprocess(folder, config)
+    says = SAYS if said else frozenset({"activation"})
+    return Foreign(config, state, read_tokenizer(folder, config), preprocess, says)
 
 
 def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Path) -> dict[str, Any]:
@@ -185,7 +197,8 @@ def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
     return {token: i for i, token in enumerate([*tokenizer.tokens()[:-2], *SPECIAL])}
 
 
-def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
+def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool]:
+    """The evaluation transform, and whether the folder says mean or std."""
     size = config.vision.image_size
     data: dict[str, Any] = {}
     where = folder / "preprocessor_config.json"
@@ -206,7 +219,8 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
     ):
         if data.get(key) is not None and data[key] not in good:
             raise ValueError(f"{where}: {key} is {data[key]!r}, only {good[-1]!r} can be done for this model")
-    return preprocessing(config, data.get("image_mean"), data.get("image_std"), where)
+    mean, std = data.get("image_mean"), data.get("image_std")
+    return preprocessing(config, mean, std, where), mean is not None or std is not None
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

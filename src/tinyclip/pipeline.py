@@ -254,6 +254,8 @@ def load(
     activation: str | None = None,
     cache: str | Path | None = None,
     compile: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Pipeline:
     """`tinyclip.load` of a checkpoint, for what needs its weights.
 
@@ -262,7 +264,7 @@ def load(
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
-    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation)
+    model, tokenizer, preprocessing = load_checkpoint(resolve(name_or_path, cache), activation, mean, std)
     cast(model.to(device), precision)
     if compile:
         compile_towers(model)

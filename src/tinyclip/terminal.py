@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
 Runtime = Annotated[str, typer.Option(help="auto, openvino, onnxruntime or torch.")]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Of the normalisation, where the weights' file cannot say it.")
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Goes with --mean.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
 ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
 Split = Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")]
@@ -61,6 +66,33 @@ Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} f
 def say(text: str) -> None:
     """Print a line as it is."""
     console.print(text, highlight=False, soft_wrap=True)
+
+
+def three(text: str | None, option: str) -> tuple[float, ...] | None:
+    """The numbers of `--mean` and `--std`; `ValueError` when they are no three."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 3:
+        raise ValueError(f"{option} {text}: three numbers with commas between, as 0.5,0.5,0.5")
+    return numbers
+
+
+def say_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """In place of `warnings.showwarning`: ours are for people and stand on one line, without a place in the code."""
+    ours = Path(filename).parent == Path(__file__).parent
+    text = f"tinyclip: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    errors.print(text.rstrip())
 
 
 def plural(n: int, name: str) -> str:
