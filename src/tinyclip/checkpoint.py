@@ -274,5 +274,5 @@ def read_preprocess(path: Path) -> Preprocess:
         raise ValueError(f"{path}: no such file") from None
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

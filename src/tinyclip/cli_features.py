@@ -36,7 +36,8 @@ def cache(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a setting of the augmentation: rotate=20.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the views, pixels; default: the largest of teacher and students.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Side of the views, pixels; default: the largest of teacher and students."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the views.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Views that the teacher sees at a time.")] = 64,

@@ -219,6 +219,8 @@ class Tensors:
     clip: RuntimePipeline
 
     def __getattr__(self, name: str) -> Any:
+        if name == "clip" or name.startswith("__"):  # asked for by copy and pickle before there is a `clip`
+            raise AttributeError(name)
         return getattr(self.clip, name)
 
     def preprocess(self, image: Image.Image) -> Tensor:
