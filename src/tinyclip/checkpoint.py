@@ -38,6 +38,7 @@ from tinyclip.tokenizer import CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 WEIGHTS = "model.safetensors"
+MODULES = "modules.json"  # of sentence-transformers
 
 
 def save_checkpoint(
@@ -199,7 +200,7 @@ def read_config(path: str | Path) -> CLIPConfig:
     Raises:
         ValueError: as `load_checkpoint`.
     """
-    path = Path(path)
+    path = _whole(Path(path))
     ours = (path / "preprocess.json").exists()
     return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
 
@@ -212,9 +213,25 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
 
 
 def _whole(path: Path) -> Path:
-    """The folder of a weights file whose config lies beside it: that knows more than the tensors."""
+    """The folder of a weights file whose config lies beside it: that knows more than the tensors. Of a folder of
+    sentence-transformers, that of its CLIP."""
+    if (path / MODULES).is_file() and not (path / "config.json").is_file():
+        return path / _clip_of_modules(path / MODULES)
     configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)
     return path.parent if path.name in configs and (path.parent / configs[path.name]).is_file() else path
+
+
+def _clip_of_modules(path: Path) -> str:
+    """The folder of the CLIP that sentence-transformers' list of modules names; `ValueError` when it names none."""
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    for module in modules if isinstance(modules, list) else ():
+        name = module.get("path") if isinstance(module, dict) else None
+        if isinstance(name, str) and Path(name).name == name and (path.parent / name / "config.json").is_file():
+            return name
+    raise ValueError(f"{path}: names no folder with a CLIP in it")
 
 
 def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:

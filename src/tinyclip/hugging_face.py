@@ -25,11 +25,10 @@ from tinyclip.foreign import (
     preprocessing,
     weights_of,
 )
-from tinyclip.tokenizer import CLIPTokenizer
+from tinyclip.tokenizer import OPENAI_SPECIAL, CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 # (ours, theirs); the misspelling is theirs.
 TOWERS = {
     "visual.transformer.resblocks": "vision_model.encoder.layers",
@@ -182,8 +181,8 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
             vocabulary = model["vocab"]
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         else:
-            return own_tokenizer(config, str(folder))
-        tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length)
+            return own_tokenizer(config, str(folder), OPENAI_SPECIAL)
+        tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length, OPENAI_SPECIAL)
     except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
         raise ValueError(f"{where}: no tokenizer of CLIP's kind ({type(error).__name__}: {error})") from None
     if vocabulary != _vocabulary(tokenizer):
@@ -194,7 +193,7 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
 
 
 def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    return {token: i for i, token in enumerate([*tokenizer.tokens()[:-2], *SPECIAL])}
+    return {token: i for i, token in enumerate([*tokenizer.tokens()[:-2], *OPENAI_SPECIAL])}
 
 
 def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool]:
@@ -273,7 +272,7 @@ def _tower(tower: TransformerConfig, config: CLIPConfig) -> dict[str, Any]:
 def write_processor(folder: Path, tokenizer: CLIPTokenizer, preprocess: Preprocess, context_length: int) -> None:
     """The files that `CLIPProcessor` reads."""
     size = preprocess.image_size
-    start, end = SPECIAL
+    start, end = OPENAI_SPECIAL
     files: dict[str, Any] = {
         "vocab.json": _vocabulary(tokenizer),
         "tokenizer_config.json": {
