@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import small_config, uneven_config
-from tinyclip.config import AUTO_NAMES, NAMED, CLIPConfig, ResNetConfig, TextConfig, VisionConfig
+from tinyclip.config import AUTO_NAMES, NAMED, CLIPConfig, ResNetConfig, TextConfig, VisionConfig, vit_clip
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -117,3 +118,47 @@ def test_a_bad_file_is_named(content: bytes | None, tmp_path: Path) -> None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json: "):
         CLIPConfig.from_json(path)
+
+
+HUGE: list[dict[str, Any]] = [
+    {"embed_dim": 10**400},
+    {"embed_dim": 2**20 + 1},
+    {"vision": {"image_size": 100_000}},
+    {"vision": {"image_size": 10**400}},
+    {"vision": {"patch_size": 0}},
+    {"vision": {"width": 2**62}},
+    {"vision": {"width": 2**20, "mlp_width": [2**20, 2**20]}},
+    {"vision": {"heads": [1] * 2000, "mlp_width": [1] * 2000}},
+    {"text": {"vocab_size": 2**40}},
+    {"text": {"context_length": 2**40}},
+    {"text": {"head_dim": 2**20, "heads": [2**20]}},
+    {"vision": {"kind": "resnet", "layers": [10**9] * 4, "width": 64, "image_size": 224}},
+    {"vision": {"kind": "resnet", "layers": [1] * 4, "width": 10**400, "image_size": 224}},
+]
+
+
+@pytest.mark.parametrize("change", HUGE, ids=lambda change: str(change)[:40])
+def test_sizes_beyond_any_clip_are_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    data = vit_clip(24, (2, 64), (2, 64), 16, image_size=32).model_dump()
+    for key, value in change.items():
+        if not isinstance(value, dict):
+            data[key] = value
+        else:
+            data[key] = value if "kind" in value else data[key] | value
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"config\.json: ") as error:
+        CLIPConfig.from_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000, "1" * 5000])
+def test_nested_json_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: ") as error:
+        CLIPConfig.from_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_largest_clips_that_there_are_fit() -> None:
+    assert vit_clip(1280, (48, 1664), (32, 1280), 14, image_size=336).vision.layers == 48
+    assert vit_clip(1024, (24, 1024), (12, 768), 14, image_size=1024).vision.grid == 73

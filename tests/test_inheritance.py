@@ -23,7 +23,7 @@ from conftest import (
 from tinyclip.axes import axis_sizes
 from tinyclip.config import NAMED, CLIPConfig, TransformerConfig, vit_clip
 from tinyclip.inheritance import compact, describe, inherit, kept_blocks, prune_vocabulary
-from tinyclip.model import CLIP
+from tinyclip.model import CLIP, cast
 from tinyclip.pipeline import tokenize
 
 SMALL = small_config(vocab_size=60)  # image 3 blocks of 4 heads and 128 neurons, text 2 of 3 and 96
@@ -274,3 +274,18 @@ def test_what_is_kept_for_people_with_open_and_closed_gates() -> None:
     assert rows["visual heads of block 0"] == ["4", "2", "the first 2"]
     assert rows["visual heads of block 1"] == ["4", "0", "removed"]
     assert rows["visual heads of block 2"] == ["4", "4", "all"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_compact_keeps_the_dtype_of_every_weight(dtype: torch.dtype) -> None:
+    for whole in (True, False):
+        model = random_model(SMALL, dtype=torch.float32)
+        model = model.to(dtype) if whole else cast(model, dtype)
+        masks = {"visual.heads.0": torch.tensor([0.3] + [1.0] * (axis_sizes(SMALL)["visual.heads.0"] - 1))}
+        small = compact(model, masks)
+        before, after = model.state_dict(), small.state_dict()
+        assert {key: value.dtype for key, value in after.items()} == {key: before[key].dtype for key in after}
+        key = "visual.transformer.resblocks.0.attn.out_proj.weight"
+        expected = before[key].to(torch.promote_types(dtype, torch.float32))
+        expected[:, : SMALL.vision.head_dim] *= torch.tensor(0.3)
+        assert torch.equal(after[key], expected.to(before[key].dtype))

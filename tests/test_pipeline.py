@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,7 @@ from conftest import ROOT, random_model, small_config, small_tokenizer
 from tinyclip import inputs
 from tinyclip.config import CLIPConfig
 from tinyclip.model import CLIP, cast
-from tinyclip.pipeline import Pipeline
+from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.transforms import Preprocess
 
 
@@ -283,3 +285,17 @@ def test_saving_replaces_checkpoints_alone(clip: Pipeline, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"model holds more than a checkpoint \(thesis\.txt\), so it is not replaced"):
         clip.save(tmp_path / "model")
     assert (tmp_path / "model" / "thesis.txt").exists()
+
+
+class Exported:
+    """In place of a `RuntimePipeline`."""
+
+    embed_dim = 7
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda clip: pickle.loads(pickle.dumps(clip))])
+def test_what_computes_with_an_export_copies_and_pickles(way: Callable[[Any], Any]) -> None:
+    again = way(Tensors(Exported()))  # type: ignore[arg-type]
+    assert isinstance(again, Tensors) and isinstance(again.clip, Exported) and again.embed_dim == 7
+    with pytest.raises(AttributeError, match="gone"):
+        _ = again.gone

@@ -3,7 +3,9 @@ from __future__ import annotations
 import html
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ftfy
@@ -13,7 +15,9 @@ import torch
 
 import tinyclip
 from conftest import golden, small_tokenizer
-from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer, is_plain
+from tinyclip.hugging_face import write_processor
+from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer, is_plain, openai_tokenizer
+from tinyclip.transforms import Preprocess
 
 WORDS = [
     "photo",
@@ -159,3 +163,50 @@ def test_a_pruned_tokenizer_is_exact_within_its_texts_and_writes_any_other() -> 
         assert tokens[end] == pruned.end_id
         assert not tokens[end + 1 :].any()
         assert pruned.decode(tokens).replace(" ", "") == full.decode(full(other, 4000)[0]).replace(" ", "")
+
+
+SPECIAL_TEXTS = [
+    "<|startoftext|>a cat<|endoftext|>",
+    "a cat <|endoftext|> a dog",
+    "cat<|endoftext|>dog",
+    "<|endoftext|>" * 90,
+    "a <|startoftext|>",
+    "<|startoftext|",
+    "<start_of_text>",
+    "a photo of a cat " * 30 + "<|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("text", SPECIAL_TEXTS, ids=lambda text: text[:20])
+def test_special_tokens_in_a_text_are_openais(text: str, others: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """In OpenCLIP's tokenizer, which spells them otherwise, and in that of `transformers`."""
+    ours = openai_tokenizer()
+    write_processor(tmp_path, ours, Preprocess(image_size=32), 77)
+    theirs = others("transformers").CLIPTokenizer.from_pretrained(tmp_path)
+    ids = theirs([text], truncation=True, max_length=77)["input_ids"][0]
+    assert ours.rows(text)[0] == ids
+    assert tinyclip.clip.tokenize(text, truncate=True)[0].tolist() == padded(ids)
+    spelled = text.replace("<start_of_text>", "< start_of_text >")  # no special token of OpenAI's
+    spelled = spelled.replace("<|startoftext|>", "<start_of_text>").replace("<|endoftext|>", "<end_of_text>")
+    if "start_of_text >" not in spelled:
+        tokens = others("open_clip.tokenizer").SimpleTokenizer()([spelled])[0].tolist()
+        assert padded(ids) == tokens
+
+
+def test_special_tokens_of_ours_stay_openclips() -> None:
+    assert tinyclip.tokenize("a <end_of_text>")[0, :4].tolist() == [49406, 320, 49407, 49407]
+    assert tinyclip.tokenize("a <|endoftext|>")[0, 2] != 49407
+    assert tinyclip.clip.tokenize("a <|endoftext|>")[0, :4].tolist() == [49406, 320, 49407, 49407]
+    assert tinyclip.clip.tokenize("a <end_of_text>")[0, 2] != 49407
+
+
+def test_special_tokens_are_saved(tmp_path: Path) -> None:
+    for tokenizer in (openai_tokenizer(), openai_tokenizer().pruned(openai_tokenizer().kept_ids(["a cat"]))):
+        tokenizer.save(tmp_path / "tokenizer.json")
+        read = CLIPTokenizer.from_file(tmp_path / "tokenizer.json")
+        assert read.special == tokenizer.special == ("<|startoftext|>", "<|endoftext|>")
+        assert read.encode("a <|endoftext|>") == tokenizer.encode("a <|endoftext|>")
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    del data["special"]  # as in older files
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert CLIPTokenizer.from_file(tmp_path / "tokenizer.json").special == ("<start_of_text>", "<end_of_text>")

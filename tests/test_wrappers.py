@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,13 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tinyclip
 from conftest import random_model
-from tinyclip.checkpoint import load_checkpoint
+from conftest import tinyclip as command
+from tinyclip.__main__ import main
+from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import vit_clip
+from tinyclip.interchange import save_hugging_face
 from tinyclip.model import CLIP
+from tinyclip.tokenizer import clip_tokenizer
+from tinyclip.transforms import Preprocess
 
 State = dict[str, Any]
 CONFIG = vit_clip(24, (2, 64), (2, 64), 16, image_size=32)
@@ -46,11 +53,11 @@ def load(data: Any, folder: Path) -> tuple[CLIP, list[str]]:
 def read(path: Path) -> tuple[CLIP, list[str]]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        model = load_checkpoint(path, "gelu", **LOOKS)[0]
+        model = load_checkpoint(path, "gelu", **(LOOKS if path.is_file() else {}))[0]
     return model, [str(warning.message) for warning in said]
 
 
-LOOKS: dict[str, Any] = {}
+LOOKS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
 def prefixed(prefix: str, state: State) -> State:
@@ -235,7 +242,143 @@ def both(state: State, a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tens
 def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State, tmp_path: Path) -> None:
     for order in (both(state, Tensor.clone, lambda v: v.to(narrow)), both(state, lambda v: v.to(narrow), Tensor.clone)):
         assert same(load(order, tmp_path)[0], model)
-    with pytest.raises(
-        ValueError, match=r"is there twice with different values, the second time as image_encoder_with"
-    ):
+    with pytest.raises(ValueError, match=r"is there twice with different values, .* as image_encoder_with"):
         load(both(state, Tensor.clone, lambda v: (v + 0.1).to(narrow)), tmp_path)
+
+
+# --- what a bare file does not say
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {},
+            r"that the activation is gelu \(activation\) and that pictures are .* OpenAI's mean and std \(mean, std\)",
+        ),
+        (
+            {"activation": "quick_gelu"},
+            r"weights\.pt does not say it, so it is assumed that pictures are normalised by",
+        ),
+        (LOOKS, r"so it is assumed that the activation is gelu \(activation\); say otherwise by these options"),
+    ],
+)
+def test_what_is_assumed_is_said(said: dict[str, Any], message: str, state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.warns(UserWarning, match=message) as warned:
+        load_checkpoint(tmp_path / "weights.pt", **said)
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+
+
+def test_what_the_user_says_of_a_bare_file(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip = tinyclip.load(tmp_path / "weights.pt", activation="quick_gelu", **LOOKS)
+    assert clip.config.activation == "quick_gelu"
+    assert (clip.preprocessing.mean, clip.preprocessing.std) == ((0.5,) * 3, (0.25,) * 3)
+    clip.save(tmp_path / "ours")
+    assert tinyclip.load(tmp_path / "ours", **LOOKS).preprocessing == clip.preprocessing
+    with pytest.raises(ValueError, match=r"preprocess\.json says mean \(0\.5, .*, so they cannot be others"):
+        tinyclip.load(tmp_path / "ours", mean=[0.1] * 3, std=[0.25] * 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"mean": [0.5] * 3}, r"give mean and std together"),
+        ({"mean": [0.5] * 2, "std": [1] * 3}, r"mean \[0\.5, 0\.5\] and std .* should be three numbers each"),
+        ({"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}, r"std above 0"),
+    ],
+)
+def test_mean_and_std_that_are_none(said: dict[str, Any], message: str, state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path / "weights.pt", "gelu", **said)
+
+
+def test_openais_files_say_it(state: State, tmp_path: Path) -> None:
+    sizes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+    torch.save(state | {key: torch.tensor(value) for key, value in sizes.items()}, tmp_path / "weights.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clip = tinyclip.load(tmp_path / "weights.pt")
+    assert clip.tokenizer.special == ("<|startoftext|>", "<|endoftext|>")
+
+
+def test_the_command_line_says_it_on_a_line(
+    state: State, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, wanted = tmp_path / "weights.pt", tmp_path / "ours"
+    torch.save(state | {"logit_bias": torch.ones(())}, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        looks = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+        monkeypatch.setattr("sys.argv", ["tinyclip", "convert", str(path), str(wanted), *looks])
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert said == [
+        f"warning: {path}: left out, as it carries no weights of the CLIP: logit_bias",
+        f"warning: {path} does not say it, so it is assumed that the activation is gelu (activation); "
+        "say otherwise by these options of load, convert and export",
+    ]
+    assert tinyclip.load(wanted).preprocessing.std == (0.25,) * 3
+    assert "--mean 0.5,x: three numbers" in command("convert", path, tmp_path / "a", "--mean", "0.5,x", code=2)
+
+
+# --- Hugging Face
+
+
+def hugging_face(folder: Path, model: CLIP, prefix: str, extra: State) -> Path:
+    save_hugging_face(folder, model, clip_tokenizer(), Preprocess(image_size=32))
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({"state_dict": prefixed(prefix, state | extra), "lr": np.float64(1)}, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "clip.", "_orig_mod.module.model."])
+def test_prefixes_in_a_hugging_face_folder(prefix: str, model: CLIP, tmp_path: Path) -> None:
+    found, said = read(hugging_face(tmp_path, model, prefix, {"vision_model.embeddings.position_ids": torch.arange(5)}))
+    assert same(found, model) and said == []
+
+
+def test_what_carries_no_weights_in_a_hugging_face_folder(model: CLIP, tmp_path: Path) -> None:
+    found, said = read(hugging_face(tmp_path, model, "clip.", {"logit_bias": torch.ones(1)}))
+    assert same(found, model) and len(said) == 1 and said[0].endswith("of the CLIP: clip.logit_bias")
+
+
+def test_shards_with_a_prefix(model: CLIP, tmp_path: Path) -> None:
+    save_hugging_face(tmp_path, model, clip_tokenizer(), Preprocess(image_size=32))
+    state = prefixed("clip.", load_file(tmp_path / "model.safetensors"))
+    (tmp_path / "model.safetensors").unlink()
+    names = list(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for name, keys in parts.items():
+        save_file({key: state[key] for key in keys}, tmp_path / name)
+    index = {"weight_map": {key: name for name, keys in parts.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(read(tmp_path)[0], model)
+
+
+@pytest.mark.parametrize("where", ["0_CLIPModel", "", "0_Transformer"])
+def test_a_folder_of_sentence_transformers(where: str, model: CLIP, tmp_path: Path) -> None:
+    (tmp_path / where).mkdir(exist_ok=True)
+    hugging_face(tmp_path / where, model, "", {})
+    kind = "sentence_transformers.models.CLIPModel"
+    modules = [{"idx": 0, "name": "0", "path": where, "type": kind}]
+    modules += [{"idx": 1, "name": "1", "path": "1_Normalize", "type": "sentence_transformers.models.Normalize"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert same(read(tmp_path)[0], model)
+    assert read_config(tmp_path) == model.config
+
+
+@pytest.mark.parametrize(
+    "modules", ["[]", '[{"path": "../x"}]', '[{"path": "gone"}]', "{", '[{"path": 3}]', "[" * 10**5]
+)
+def test_a_folder_of_sentence_transformers_without_a_clip(modules: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(modules)
+    with pytest.raises(ValueError, match=r"modules\.json") as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)

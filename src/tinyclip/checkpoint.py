@@ -7,7 +7,8 @@ A directory is written beside its place and renamed into it, so a reader never s
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from tinyclip.transforms import Preprocess
 
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", WEIGHTS, "tokenizer.json", "preprocess.json", "README.md")  # of a checkpoint of ours
+MODULES = "modules.json"  # of sentence-transformers
 
 
 def save_checkpoint(
@@ -93,11 +95,18 @@ def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
         raise OSError(str(error)) from None
 
 
-def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
-    """Read and validate what `save_checkpoint` wrote, or a checkpoint of others; weights come back in float32.
+def load_checkpoint(
+    path: str | Path,
+    activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
+    """Read and validate what `save_checkpoint` wrote, or a checkpoint of others; weights come back in float32. Warns
+    of what a file of others does not say and neither does the user.
 
     Args:
         activation: that of a file which cannot say it (see `foreign.read_file`).
+        mean, std: of the normalisation of pictures, both or none, where the checkpoint does not say it.
 
     Raises:
         ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
@@ -109,9 +118,11 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     try:
         if (foreign := read_foreign(path, activation)) is not None:
             model = filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
-            return model, foreign.tokenizer, foreign.preprocess
+            preprocess = _looks(foreign.preprocess, mean, std, "normalisation" in foreign.says, str(path))
+            _say_assumed(path, foreign, activation, mean)
+            return model, foreign.tokenizer, preprocess
     except ValueError as error:
-        if path.is_file() and path.with_name(f"{path.name}.json").exists():  # the record of a download (see `download`)
+        if path.is_file() and _record(path).exists():
             raise ValueError(f"{error}; delete {path} to download it again") from None
         raise
     if not path.is_dir():
@@ -119,7 +130,7 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
     config = CLIPConfig.from_json(path / "config.json")
     agree(activation, config.activation, str(path / "config.json"))
     tokenizer = CLIPTokenizer.from_file(path / "tokenizer.json")
-    preprocess = read_preprocess(path / "preprocess.json")
+    preprocess = _looks(read_preprocess(path / "preprocess.json"), mean, std, True, str(path / "preprocess.json"))
     if tokenizer.vocab_size != config.text.vocab_size:
         raise ValueError(
             f"{path}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json says {config.text.vocab_size}"
@@ -131,6 +142,47 @@ def load_checkpoint(path: str | Path, activation: str | None = None) -> tuple[CL
         )
     model = filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
     return model, tokenizer, preprocess
+
+
+def _looks(
+    preprocess: Preprocess, mean: Sequence[float] | None, std: Sequence[float] | None, said: bool, where: str
+) -> Preprocess:
+    """The transform with the user's mean and std.
+
+    Raises:
+        ValueError: when they are no such numbers, one is missing, or the checkpoint says others.
+    """
+    if mean is None and std is None:
+        return preprocess
+    if mean is None or std is None:
+        raise ValueError(f"{where}: give mean and std together")
+    try:
+        given = Preprocess.model_validate({"image_size": preprocess.image_size, "mean": mean, "std": std})
+    except ValidationError:
+        raise ValueError(f"{where}: mean {mean} and std {std} should be three numbers each, std above 0") from None
+    if said and given != preprocess:
+        raise ValueError(f"{where} says mean {preprocess.mean} and std {preprocess.std}, so they cannot be others")
+    return given
+
+
+def _say_assumed(path: Path, foreign: Foreign, activation: str | None, mean: Sequence[float] | None) -> None:
+    """Warn of what a bare file does not say; of the published models (those with the record of a download) it is
+    known."""
+    if foreign.says or _record(path).exists():
+        return
+    assumed = [] if activation else [f"the activation is {foreign.config.activation} (activation)"]
+    assumed += [] if mean is not None else ["pictures are normalised by OpenAI's mean and std (mean, std)"]
+    if assumed:
+        warnings.warn(
+            f"{path} does not say it, so it is assumed that {' and that '.join(assumed)}; "
+            "say otherwise by these options of load, convert and export",
+            stacklevel=2,
+        )
+
+
+def _record(path: Path) -> Path:
+    """What `download` notes of a file."""
+    return path.with_name(f"{path.name}.json")
 
 
 def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
@@ -152,7 +204,7 @@ def read_config(path: str | Path) -> CLIPConfig:
     Raises:
         ValueError: as `load_checkpoint`.
     """
-    path = Path(path)
+    path = _whole(Path(path))
     ours = (path / "preprocess.json").exists()
     return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
 
@@ -165,9 +217,25 @@ def read_tokenizer(path: str | Path) -> CLIPTokenizer:
 
 
 def _whole(path: Path) -> Path:
-    """The folder of a weights file whose config lies beside it: that knows more than the tensors."""
+    """The folder of a weights file whose config lies beside it: that knows more than the tensors. Of a folder of
+    sentence-transformers, that of its CLIP."""
+    if (path / MODULES).is_file() and not (path / "config.json").is_file():
+        return path / _clip_of_modules(path / MODULES)
     configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)
     return path.parent if path.name in configs and (path.parent / configs[path.name]).is_file() else path
+
+
+def _clip_of_modules(path: Path) -> str:
+    """The folder of the CLIP that sentence-transformers' list of modules names; `ValueError` when it names none."""
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    for module in modules if isinstance(modules, list) else ():
+        name = module.get("path") if isinstance(module, dict) else None
+        if isinstance(name, str) and Path(name).name == name and (path.parent / name / "config.json").is_file():
+            return name
+    raise ValueError(f"{path}: names no folder with a CLIP in it")
 
 
 def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
@@ -227,5 +295,5 @@ def read_preprocess(path: Path) -> Preprocess:
         raise ValueError(f"{path}: no such file") from None
     except ValidationError as error:
         raise ValueError(f"{path}: {explain(error)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyclip.terminal import AsJson, Overwrite, Templates, check_free, print_json, print_table, say
+from tinyclip.terminal import AsJson, Mean, Overwrite, Std, Templates, check_free, print_json, print_table, say, three
 
 
 def export(
@@ -23,6 +23,8 @@ def export(
     data: Annotated[Path | None, typer.Option(help="Evaluation data: the accuracy before and after.")] = None,
     templates: Templates = None,
     activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where MODEL cannot say it.")] = None,
+    mean: Mean = None,
+    std: Std = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,6 +44,8 @@ def export(
         data=data,
         templates=templates,
         activation=activation,
+        mean=three(mean, "--mean"),
+        std=three(std, "--std"),
     )
     size = sum(file.stat().st_size for file in output.iterdir())
     result = {"model": model, "output": str(output), "size_mb": size / 1e6}

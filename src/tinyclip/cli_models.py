@@ -13,9 +13,11 @@ from tinyclip.terminal import (
     Device,
     DType,
     MaxPixels,
+    Mean,
     Model,
     Overwrite,
     Runtime,
+    Std,
     check_file,
     check_free,
     complete_model,
@@ -25,6 +27,7 @@ from tinyclip.terminal import (
     print_table,
     say,
     say_computing,
+    three,
 )
 
 
@@ -128,13 +131,15 @@ def convert(
     output: Annotated[Path, typer.Argument(help="Folder for the result.")],
     to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
     activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    mean: Mean = None,
+    std: Std = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Bring a checkpoint to another format."""
     from tinyclip.interchange import convert as converted
 
     check_free(output, overwrite)
-    model = converted(source, output, to, activation)
+    model = converted(source, output, to, activation, three(mean, "--mean"), three(std, "--std"))
     count = sum(p.numel() for p in model.parameters())
     say(f"{count:,} parameters, all counted, activation {model.config.activation}: {output}")
 

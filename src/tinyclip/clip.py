@@ -21,7 +21,7 @@ from tinyclip.masks import Masks
 from tinyclip.model import CLIP, cast
 from tinyclip.pipeline import TensorPreprocess
 from tinyclip.pipeline import load as load_pipeline
-from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, pad
+from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer, openai_tokenizer, pad
 
 __all__ = ["available_models", "load", "tokenize"]
 
@@ -135,7 +135,8 @@ def load(
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """CLIP's own vocabulary: int32 (n, context_length), zero-padded.
+    """CLIP's own vocabulary: int32 (n, context_length), zero-padded. `<|startoftext|>` and `<|endoftext|>` in a text
+    are the special tokens, as in OpenAI's function.
 
     Args:
         truncate: cut a text that is too long, keeping its end token.
@@ -143,7 +144,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
     Raises:
         RuntimeError: for a text that is too long, as OpenAI's function does.
     """
-    tokenizer = clip_tokenizer()
+    tokenizer = openai_tokenizer()
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not truncate:
         for text, row in zip(texts, tokenizer.rows(texts, context_length + 1), strict=True):

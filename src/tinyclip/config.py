@@ -15,8 +15,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# Far beyond every CLIP that there is: a size from a damaged or hostile file is refused before anything of it is
+# allocated.
+LARGEST, MOST_BLOCKS, MOST_WEIGHTS = 2**20, 1024, 20_000_000_000
+LARGEST_IMAGE = 4096  # pixels; also of `transforms.Preprocess`
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+ImageSize = Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
 Activation = Literal["gelu", "quick_gelu"]
 # In pydantic's paths.
 UNION_MEMBERS = r"vit|TowerSparsity|StoredTeachers|str$|resnet|float|constrained-|tuple\[|function-|literal\["
@@ -49,8 +54,12 @@ class TransformerConfig(Strict):
 
     width: Positive = Field(description="channels of the residual stream")
     head_dim: Positive = Field(64, description="channels of one attention head")
-    heads: tuple[Count | None, ...] = Field(description="attention heads of each block; null: branch gone")
-    mlp_width: tuple[Count | None, ...] = Field(description="MLP neurons of each block; null: branch gone")
+    heads: tuple[Count | None, ...] = Field(
+        max_length=MOST_BLOCKS, description="attention heads of each block; null: branch gone"
+    )
+    mlp_width: tuple[Count | None, ...] = Field(
+        max_length=MOST_BLOCKS, description="MLP neurons of each block; null: branch gone"
+    )
 
     @model_validator(mode="after")
     def _blocks_agree(self) -> TransformerConfig:
@@ -65,12 +74,20 @@ class TransformerConfig(Strict):
     def layers(self) -> int:
         return len(self.heads)
 
+    @property
+    def block_weights(self) -> int:
+        """Values of the blocks' matrices."""
+        channels = sum(
+            4 * (h or 0) * self.head_dim + 2 * (m or 0) for h, m in zip(self.heads, self.mlp_width, strict=True)
+        )
+        return self.width * channels
+
 
 class VisionConfig(TransformerConfig):
     """Vision transformer."""
 
     kind: Literal["vit"] = "vit"
-    image_size: Positive = Field(224, description="side of the square input, pixels")
+    image_size: ImageSize = Field(224, description="side of the square input, pixels")
     patch_size: Positive = Field(description="side of a patch, pixels")
 
     @model_validator(mode="after")
@@ -85,7 +102,7 @@ class VisionConfig(TransformerConfig):
         return self.image_size // self.patch_size
 
 
-Blocks = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Blocks = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=MOST_BLOCKS)]
 
 
 class ResNetConfig(Strict):
@@ -97,7 +114,7 @@ class ResNetConfig(Strict):
     """
 
     kind: Literal["resnet"] = "resnet"
-    image_size: int = Field(224, ge=31, description="side of the square input, pixels")
+    image_size: int = Field(224, ge=31, le=LARGEST_IMAGE, description="side of the square input, pixels")
     stem: tuple[Positive, Positive, Positive] = Field(description="channels of the three first convolutions")
     channels: tuple[Positive, Positive, Positive, Positive] = Field(description="channels between a stage's blocks")
     conv1: tuple[Blocks, Blocks, Blocks, Blocks] = Field(description="of each stage's blocks: first inner channels")
@@ -114,8 +131,10 @@ class ResNetConfig(Strict):
         layers, width, head_dim = data.get("layers"), data.get("width"), data.get("head_dim", 64)
         if not isinstance(layers, list | tuple) or len(layers) != 4 or not all(_is_positive(n) for n in layers):
             raise ValueError(f"layers are the blocks of four stages, e.g. [3, 4, 6, 3], not {layers}")
-        if not isinstance(width, int) or not _is_positive(width):
-            raise ValueError(f"width is the channels of the first bottleneck, not {width}")
+        if max(layers) > MOST_BLOCKS:
+            raise ValueError(f"layers are {MOST_BLOCKS:,} blocks a stage at most")
+        if not isinstance(width, int) or not _is_positive(width) or width > LARGEST:
+            raise ValueError(f"width is the channels of the first bottleneck, 1 to {LARGEST:,}")
         inner = [[width * 2**i] * n for i, n in enumerate(layers)]
         derived: dict[str, Any] = {"stem": [max(1, width // 2)] * 2 + [width], "conv1": inner, "conv2": inner}
         derived["channels"] = [width * 2**i * 4 for i in range(4)]
@@ -141,6 +160,15 @@ class ResNetConfig(Strict):
         return self.conv1[0][0]
 
     @property
+    def block_weights(self) -> int:
+        """Values of the blocks' kernels of 3 x 3, which are the most."""
+        return sum(
+            9 * a * b
+            for ones, twos in zip(self.conv1, self.conv2, strict=True)
+            for a, b in zip(ones, twos, strict=True)
+        )
+
+    @property
     def grid(self) -> int:
         """Side of the last feature map: the stem halves twice, stages 2 to 4 once each."""
         return (self.image_size + 1) // 2 // 16
@@ -153,8 +181,10 @@ def _is_positive(value: Any) -> bool:
 class TextConfig(TransformerConfig):
     """Causal text transformer; the feature is read at the end token, the highest id."""
 
-    vocab_size: Annotated[int, Field(ge=2)] = 49408
-    context_length: Annotated[int, Field(ge=2)] = Field(77, description="longest text, start and end tokens included")
+    vocab_size: Annotated[int, Field(ge=2, le=2**24)] = 49408
+    context_length: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
+        77, description="longest text, start and end tokens included"
+    )
 
 
 class CLIPConfig(Strict):
@@ -164,6 +194,15 @@ class CLIPConfig(Strict):
     vision: VisionConfig | ResNetConfig = Field(discriminator="kind")
     text: TextConfig
     activation: Activation = Field("gelu", description="non-linearity of the transformers' MLPs")
+
+    @model_validator(mode="after")
+    def _could_be(self) -> CLIPConfig:
+        text, vision = self.text, self.vision
+        weights = text.block_weights + text.width * (text.vocab_size + text.context_length + self.embed_dim)
+        weights += vision.block_weights + vision.width * (vision.grid**2 + self.embed_dim)
+        if weights > MOST_WEIGHTS:
+            raise ValueError(f"more than {MOST_WEIGHTS:,} weights, which no CLIP has")
+        return self
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "config") -> CLIPConfig:
@@ -180,7 +219,7 @@ class CLIPConfig(Strict):
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
         return cls.from_dict(data, str(path))
 

@@ -9,7 +9,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +47,8 @@ def export(
     data: str | Path | None = None,
     templates: str | Path | None = None,
     activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Write a model for another runtime to the folder `target`; returns what is written to `tinyclip.json` there.
 
@@ -56,7 +58,7 @@ def export(
         int8: quantise to 8 bits, calibrated on `calibration`.
         calibration: pictures with captions, in a folder or in shards; also what is compared on.
         data: evaluation data with classes; both models are judged on it.
-        activation: as `load_checkpoint`.
+        activation, mean, std: as `load_checkpoint`.
 
     Raises:
         ValueError: when something is missing, the format cannot say the model's shape, or the export disagrees with
@@ -64,7 +66,7 @@ def export(
     """
     check_request(to, int8, calibration)
     dataset = open_dataset(data, templates) if data else None
-    clip = load(source, activation=activation)
+    clip = load(source, activation=activation, mean=mean, std=std)
     samples = samples_of(calibration, clip) if calibration else synthetic(clip)
     check = Check(clip, samples.part(held_out=True) if int8 else samples, dataset)
     facts: dict[str, Any] = {"export": to, "precision": "int8" if int8 else "float32", "model": str(source)}

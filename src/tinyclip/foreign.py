@@ -18,7 +18,7 @@ from torch import Tensor
 from tinyclip.archive import Entry, read_entries
 from tinyclip.config import Activation, CLIPConfig
 from tinyclip.files import read_json_object
-from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.tokenizer import END, OPENAI_SPECIAL, START, CLIPTokenizer, clip_tokenizer
 from tinyclip.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
 from tinyclip.wrappers import EXTRAS, OPENAI, find_clip
 
@@ -40,14 +40,19 @@ FAMILIES = (
 )
 
 
+SAYS = frozenset({"activation", "normalisation"})
+
+
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint of others in our terms."""
+    """A checkpoint of others in our terms. `says` is what it states of activation and normalisation; the rest is
+    assumed, or what the user says."""
 
     config: CLIPConfig
     state: dict[str, Tensor]
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
+    says: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def read_file(path: Path, activation: str | None) -> Foreign:
     stated = Stated(image_size=int(size) if size is not None and size.numel() == 1 else None)
     config = config_from(state, str(path), activation or ("quick_gelu" if openai else "gelu"), stated)
     preprocess = Preprocess(image_size=config.vision.image_size)
-    return Foreign(config, state, own_tokenizer(config, str(path)), preprocess)
+    tokenizer = own_tokenizer(config, str(path), OPENAI_SPECIAL if openai else (START, END))
+    return Foreign(config, state, tokenizer, preprocess, SAYS if openai else frozenset())
 
 
 def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
@@ -217,7 +223,7 @@ def _rows(state: Mapping[str, Tensor], block: str, branch: tuple[str, str], name
     return matrix.shape[0]
 
 
-def own_tokenizer(config: CLIPConfig, where: str) -> CLIPTokenizer:
+def own_tokenizer(config: CLIPConfig, where: str, special: tuple[str, str] = (START, END)) -> CLIPTokenizer:
     """CLIP's tokenizer at the model's context; `ValueError` for a model of another vocabulary."""
     ours = clip_tokenizer()
     text = config.text
@@ -226,7 +232,9 @@ def own_tokenizer(config: CLIPConfig, where: str) -> CLIPTokenizer:
             f"{where}: its vocabulary has {text.vocab_size:,} tokens and CLIP's own {ours.vocab_size:,}; "
             "its tokenizer is not there, so it cannot be used"
         )
-    return ours if text.context_length == ours.context_length else CLIPTokenizer(ours.merges, text.context_length)
+    if (text.context_length, special) == (ours.context_length, ours.special):
+        return ours
+    return CLIPTokenizer(ours.merges, text.context_length, special)
 
 
 def check_activation(name: str | None, where: str) -> None:
@@ -300,7 +308,8 @@ def from_open_clip(
         if looks.get(key, same) != same:
             raise ValueError(f"{where}: preprocess_cfg.{key} is {looks[key]!r}, only {same!r} can be done")
     preprocess = preprocessing(config, looks.get("mean"), looks.get("std"), where)
-    return Foreign(config, state, own_tokenizer(config, source), preprocess)
+    says = SAYS if looks.get("mean") or looks.get("std") else frozenset({"activation"})
+    return Foreign(config, state, own_tokenizer(config, source), preprocess, says)
 
 
 def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: str | Path) -> Preprocess:

@@ -14,12 +14,21 @@ from torch import Tensor
 from tinyclip.archive import Entry, read_entries
 from tinyclip.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.files import read_json_object
-from tinyclip.foreign import Foreign, Stated, agree, canonical, config_from, own_tokenizer, preprocessing, weights_of
-from tinyclip.tokenizer import CLIPTokenizer
+from tinyclip.foreign import (
+    SAYS,
+    Foreign,
+    Stated,
+    agree,
+    canonical,
+    config_from,
+    own_tokenizer,
+    preprocessing,
+    weights_of,
+)
+from tinyclip.tokenizer import OPENAI_SPECIAL, CLIPTokenizer
 from tinyclip.transforms import Preprocess
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 # (ours, theirs); the misspelling is theirs.
 TOWERS = {
     "visual.transformer.resblocks": "vision_model.encoder.layers",
@@ -83,7 +92,9 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     state, _ = canonical(from_hugging_face(tensors, str(folder)), str(folder))
     stated = Stated((head_dims[0], head_dims[1]), layers, size if isinstance(size, int) else None)
     config = config_from(state, str(folder), agree(activation, text["hidden_act"], str(where)), stated)
-    return Foreign(config, state, read_tokenizer(folder, config), _read_preprocess(folder, config))
+    preprocess, said = _read_preprocess(folder, config)
+    says = SAYS if said else frozenset({"activation"})
+    return Foreign(config, state, read_tokenizer(folder, config), preprocess, says)
 
 
 def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Path) -> dict[str, Any]:
@@ -170,8 +181,8 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
             vocabulary = model["vocab"]
             pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         else:
-            return own_tokenizer(config, str(folder))
-        tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length)
+            return own_tokenizer(config, str(folder), OPENAI_SPECIAL)
+        tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length, OPENAI_SPECIAL)
     except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
         raise ValueError(f"{where}: no tokenizer of CLIP's kind ({type(error).__name__}: {error})") from None
     if vocabulary != _vocabulary(tokenizer):
@@ -182,10 +193,11 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
 
 
 def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
-    return {token: i for i, token in enumerate([*tokenizer.tokens()[:-2], *SPECIAL])}
+    return {token: i for i, token in enumerate([*tokenizer.tokens()[:-2], *OPENAI_SPECIAL])}
 
 
-def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
+def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool]:
+    """The evaluation transform, and whether the folder says mean or std."""
     size = config.vision.image_size
     data: dict[str, Any] = {}
     where = folder / "preprocessor_config.json"
@@ -206,7 +218,8 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> Preprocess:
     ):
         if data.get(key) is not None and data[key] not in good:
             raise ValueError(f"{where}: {key} is {data[key]!r}, only {good[-1]!r} can be done for this model")
-    return preprocessing(config, data.get("image_mean"), data.get("image_std"), where)
+    mean, std = data.get("image_mean"), data.get("image_std")
+    return preprocessing(config, mean, std, where), mean is not None or std is not None
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -259,7 +272,7 @@ def _tower(tower: TransformerConfig, config: CLIPConfig) -> dict[str, Any]:
 def write_processor(folder: Path, tokenizer: CLIPTokenizer, preprocess: Preprocess, context_length: int) -> None:
     """The files that `CLIPProcessor` reads."""
     size = preprocess.image_size
-    start, end = SPECIAL
+    start, end = OPENAI_SPECIAL
     files: dict[str, Any] = {
         "vocab.json": _vocabulary(tokenizer),
         "tokenizer_config.json": {

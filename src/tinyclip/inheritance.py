@@ -192,8 +192,12 @@ def compact(model: CLIP, masks: Masks) -> CLIP:
 
 
 def _cut(tensor: Tensor, entry: Entry, masks: Masks, kept: dict[str, Tensor]) -> Tensor:
-    """One parameter or buffer, mask values folded in and closed elements cut; always a copy."""
+    """One parameter or buffer, mask values folded in and closed elements cut; always a copy, in the same dtype.
+    Below 32 bits the values are folded in float32 and rounded once."""
+    dtype = tensor.dtype
     tensor = tensor.detach().clone()
+    if tensor.is_floating_point() and dtype.itemsize < 4:
+        tensor = tensor.float()
     for dim, axis in enumerate(entry.axes):
         if axis is None or axis.name not in masks:
             continue
@@ -207,7 +211,7 @@ def _cut(tensor: Tensor, entry: Entry, masks: Masks, kept: dict[str, Tensor]) ->
         tensor = tensor.index_select(dim, rows.to(tensor.device))
     if entry.gated and entry.branch is not None and entry.branch in masks:
         tensor = tensor * masks[entry.branch].to(tensor)
-    return tensor
+    return tensor.to(dtype)
 
 
 def _expand(mask: Tensor, axis: Axis) -> Tensor:
@@ -264,9 +268,13 @@ def _renumbered(key: str, branch: str | None, block_of: dict[str, int]) -> str:
 
 
 def _load(config: CLIPConfig, state: dict[str, Tensor], like: CLIP) -> CLIP:
-    """A model of `config` with these weights, on the device, in the dtype and mode of `like`."""
-    weight = like.logit_scale
-    model = CLIP(config).to(device=weight.device, dtype=weight.dtype)
+    """A model of `config` with copies of these weights, each in its dtype, on the device and in the mode of `like`."""
+    model = CLIP(config).to(like.logit_scale.device)
+    for key, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(state[key].dtype)
+    for key, buffer in model.named_buffers():
+        if key in state:
+            buffer.data = buffer.data.to(state[key].dtype)
     model.load_state_dict(state)
     return model.train(like.training)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,20 @@ from tinyclip.transforms import Preprocess
 from tinyclip.zoo import resolve
 
 
-def convert(source: str | Path, target: str | Path, to: str = "tinyclip", activation: str | None = None) -> CLIP:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str = "tinyclip",
+    activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> CLIP:
     """Write the checkpoint `source`, whatever its layout, to the folder `target`; returns its model.
 
     Args:
         source: also a name of the zoo or the hub.
         to: `tinyclip` (our own), `open_clip` (its `local-dir:` folders) or `hf` (`transformers.CLIPModel`).
-        activation: as `load_checkpoint`.
+        activation, mean, std: as `load_checkpoint`.
 
     Raises:
         ValueError: when the source cannot be read, or its shape cannot be said in the other format, naming the
@@ -33,7 +40,7 @@ def convert(source: str | Path, target: str | Path, to: str = "tinyclip", activa
     """
     if to not in WRITERS:
         raise ValueError(f"no format {to!r}; known: {', '.join(WRITERS)}")
-    model, tokenizer, preprocess = load_checkpoint(resolve(source), activation)
+    model, tokenizer, preprocess = load_checkpoint(resolve(source), activation, mean, std)
     card = converted(source, Path(target).name)
     with atomic_directory(target, "model") as folder:
         WRITERS[to](folder, model, tokenizer, preprocess)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -24,6 +25,8 @@ def load(
     cache: str | Path | None = None,
     compile: bool = False,
     runtime: Literal["auto", "torch"] = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Pipeline: ...
 
 
@@ -36,6 +39,8 @@ def load(
     cache: str | Path | None = None,
     compile: bool = False,
     runtime: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Pipeline | RuntimePipeline: ...
 
 
@@ -47,6 +52,8 @@ def load(
     cache: str | Path | None = None,
     compile: bool = False,
     runtime: str = "auto",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Any:
     """A model ready to use: from a checkpoint of ours or of others (`docs/convert.md`), by its name in the zoo
     (`docs/zoo.md`), from the Hugging Face hub (`org/name`), or from a folder that `tinyclip export` wrote
@@ -58,6 +65,7 @@ def load(
         dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
             older GPUs, else float32.
         activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
+        mean, std: three numbers each, by which pictures are normalised, for a file of others that cannot say it.
         cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
         compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
             (`docs/inference.md`); the weights must not change after.
@@ -83,12 +91,16 @@ def load(
     if is_export:
         if activation:
             raise ValueError(f"{name_or_path} is an export, whose activation is part of its graph")
+        if mean is not None or std is not None:
+            raise ValueError(f"{name_or_path} is an export, which says its mean and std")
         return load_export(name_or_path, runtime, dtype)
     from tinyclip import pipeline
 
     if runtime in EXTRAS:
-        return _converted(pipeline.load(name_or_path, activation=activation, cache=cache), runtime, dtype)
-    return pipeline.load(name_or_path, device, dtype, activation, cache, compile)
+        return _converted(
+            pipeline.load(name_or_path, activation=activation, cache=cache, mean=mean, std=std), runtime, dtype
+        )
+    return pipeline.load(name_or_path, device, dtype, activation, cache, compile, mean, std)
 
 
 def _converted(clip: Pipeline, runtime: str, dtype: Any) -> RuntimePipeline:

@@ -218,6 +218,8 @@ class Tensors:
     clip: RuntimePipeline
 
     def __getattr__(self, name: str) -> Any:
+        if name == "clip" or name.startswith("__"):  # asked for by copy and pickle before there is a `clip`
+            raise AttributeError(name)
         return getattr(self.clip, name)
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -253,6 +255,8 @@ def load(
     activation: str | None = None,
     cache: str | Path | None = None,
     compile: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Pipeline:
     """`tinyclip.load` of a checkpoint, for what needs its weights.
 
@@ -263,7 +267,7 @@ def load(
     precision = resolve_dtype(dtype, device)
     path = resolve(name_or_path, cache)
     with busy(f"loading {name_or_path}"):
-        model, tokenizer, preprocessing = load_checkpoint(path, activation)
+        model, tokenizer, preprocessing = load_checkpoint(path, activation, mean, std)
         cast(model.to(device), precision)
     if compile:
         with busy("compiling"):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tinyclip.config import Activation, CLIPConfig, Positive, ResNetConfig, Strict
+from tinyclip.config import Activation, CLIPConfig, ImageSize, Positive, ResNetConfig, Strict
 
 
 def _named(value: Any) -> Any:
@@ -35,7 +35,7 @@ class VisionShape(TowerShape):
         None,
         description="channels of the residual stream; of a ResNet those of its first bottleneck, others in proportion",
     )
-    image_size: Positive | None = Field(
+    image_size: ImageSize | None = Field(
         None, description="side of the picture, pixels; position embeddings are interpolated"
     )
 

@@ -85,6 +85,10 @@ def _allow(context: typer.Context, count: int | None) -> int | None:
 MaxPixels = Annotated[
     int | None, typer.Option(min=1, callback=_allow, help="Open larger pictures too, of up to that many pixels.")
 ]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Of the normalisation, where the weights' file cannot say it.")
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Goes with --mean.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
 ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
 Split = Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")]
@@ -102,6 +106,19 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """On stderr, a line that nobody asked for."""
     errors.print(f"warning: {' '.join(text.split())}")
+
+
+def three(text: str | None, option: str) -> tuple[float, ...] | None:
+    """The numbers of `--mean` and `--std`; `ValueError` when they are no three."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 3:
+        raise ValueError(f"{option} {text}: three numbers with commas between, as 0.5,0.5,0.5")
+    return numbers
 
 
 def plural(n: int, name: str) -> str:

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
 START, END = "<start_of_text>", "<end_of_text>"  # OpenCLIP's spelling
+OPENAI_SPECIAL = ("<|startoftext|>", "<|endoftext|>")  # also Hugging Face's
 WORD_END = "</w>"
 BYTE_TOKENS = 512  # 256 bytes, each inside a word and at its end
 PLAIN = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")  # PATTERN for plain text in lower case
@@ -47,11 +48,18 @@ class CLIPTokenizer:
         merges: byte-pair merges as (left, right), by rank. The vocabulary is the 512 byte tokens, one token
             a merge, start and end: so the end token is always the highest id.
         context_length: default length of a row, start and end included.
+        special: how the start and the end token are written inside of a text.
     """
 
-    def __init__(self, merges: Sequence[tuple[str, str]], context_length: int = 77) -> None:
+    def __init__(
+        self,
+        merges: Sequence[tuple[str, str]],
+        context_length: int = 77,
+        special: tuple[str, str] = (START, END),
+    ) -> None:
         self.merges = list(merges)
         self.context_length = context_length
+        self.special = special
         tokens = self.tokens()
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
@@ -60,7 +68,7 @@ class CLIPTokenizer:
         self._bpe.pre_tokenizer = PreTokenizers(
             [Split(Regex(PATTERN), "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)]
         )
-        self._bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (START, END)])
+        self._bpe.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
         self.start_id, self.end_id = len(tokens) - 2, len(tokens) - 1
         self._words: dict[str, list[int]] = {}
 
@@ -135,23 +143,22 @@ class CLIPTokenizer:
     def pruned(self, kept: Sequence[int]) -> CLIPTokenizer:
         """The tokenizer of the kept ids (see `kept_ids`), renumbered in order."""
         merges = [self.merges[i - BYTE_TOKENS] for i in kept if BYTE_TOKENS <= i < self.start_id]
-        return CLIPTokenizer(merges, self.context_length)
+        return CLIPTokenizer(merges, self.context_length, self.special)
 
     def tokens(self) -> list[str]:
         """The token of every id."""
         symbols = list(_symbol_of_byte().values())
-        return [*symbols, *(s + WORD_END for s in symbols), *(a + b for a, b in self.merges), START, END]
+        return [*symbols, *(s + WORD_END for s in symbols), *(a + b for a, b in self.merges), *self.special]
 
     def save(self, path: str | Path) -> None:
-        """Write the merges and context length as JSON."""
+        """Write the merges, context length and special tokens as JSON."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
         """What `save` writes."""
         lines = [f"{a} {b}" for a, b in self.merges]
-        return json.dumps(
-            {"type": "clip-bpe", "context_length": self.context_length, "merges": lines}, ensure_ascii=False
-        )
+        data = {"type": "clip-bpe", "context_length": self.context_length, "special": self.special, "merges": lines}
+        return json.dumps(data, ensure_ascii=False)
 
     @classmethod
     def from_file(cls, path: str | Path) -> CLIPTokenizer:
@@ -159,7 +166,8 @@ class CLIPTokenizer:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             merges = [_pair(line) for line in data["merges"]]
-            return cls(merges, int(data["context_length"]))
+            start, end = map(str, data.get("special", (START, END)))  # older files do not say it
+            return cls(merges, int(data["context_length"]), (start, end))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
         except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
@@ -180,8 +188,14 @@ def _pair(line: str) -> tuple[str, str]:
 
 
 @cache
+def openai_tokenizer() -> CLIPTokenizer:
+    """CLIP's own vocabulary with OpenAI's special tokens."""
+    return CLIPTokenizer(clip_tokenizer().merges, special=OPENAI_SPECIAL)
+
+
+@cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's own vocabulary of 49,408 tokens."""
+    """CLIP's own vocabulary of 49,408 tokens, with OpenCLIP's special tokens."""
     data = files("tinyclip").joinpath("vocabulary/clip_merges.txt.xz").read_bytes()
     return CLIPTokenizer([_pair(line) for line in lzma.decompress(data).decode().splitlines()])
 

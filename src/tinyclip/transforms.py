@@ -32,7 +32,7 @@ class Preprocess(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    image_size: int = Field(ge=1, description="side of the square result, pixels")
+    image_size: int = Field(ge=1, le=4096, description="side of the square result, pixels")
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = OPENAI_MEAN
     std: tuple[Deviation, Deviation, Deviation] = OPENAI_STD
 

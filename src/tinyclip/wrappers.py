@@ -32,8 +32,8 @@ ANCHORS = (  # of a whole model: an image tower, a text tower
 # First parts of a CLIP's keys: what else is under them would change its features.
 TOWERS = {"visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "text"}
 TOWERS |= {"logit_scale", "vision_model", "text_model", "visual_projection"}
-# Modules around others: those of PyTorch (`module`, `_orig_mod`, `_fsdp_wrapped_module`), which also stand in the middle
-# of keys, and the towers of the TinyCLIP authors (`_image_encoder`, `image_encoder_without_ddp`).
+# Modules around others: those of PyTorch (`module`, `_orig_mod`, `_fsdp_wrapped_module`), which also stand in the
+# middle of keys, and the towers of the TinyCLIP authors (`_image_encoder`, `image_encoder_without_ddp`).
 AROUND = re.compile(r"module|_\w+|\w+_without_ddp")
 MASKS = "l0_module"  # of the authors' pruning, already folded into the weights
 AVERAGE = re.compile(r"(^|_)(emas?|averaged?|swa|shadow)(_|$)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,13 @@ SHIPPED = ("emoji-student",)  # in the package itself: a CLIP of emoji drawings,
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Each is tried until there are weights: those of `transformers` first, OpenCLIP's after.
 HUB_SMALL = ("*.json", "*.txt", "*.model", "README.md")  # *.model: vocabularies of sentencepiece
-HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors", "open_clip_*.bin")
+HUB_WEIGHTS: tuple[str, ...] = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "open_clip_*.safetensors",
+    "open_clip_*.bin",
+)
+HUB_WEIGHTS += ("0_CLIPModel/model*.safetensors", "0_CLIPModel/pytorch_model*.bin")  # of sentence-transformers
 
 
 def find(name: str) -> Entry | None:
@@ -154,13 +161,20 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
     """The local file or folder of a path, a name of the zoo or of a model that ships with the package, or a Hugging
     Face id (`org/name`, `hf:org/name@revision`).
 
-    A local path wins over a name. What is missing is downloaded, into `cache` or the hub's own cache.
+    A local path wins over a name, with a warning where it is also that of a published model. What is missing is
+    downloaded, into `cache` or the hub's own cache.
 
     Raises:
         ValueError: for an unknown name, with those like it, or a download that fails.
     """
     name = str(name_or_path)
     if Path(name).exists():
+        if _is_published(name):
+            warnings.warn(
+                f"{name}: what is read is {Path(name).resolve()}, not the published model of this name; "
+                "give that whole path if it is meant, or move it away",
+                stacklevel=2,
+            )
         return Path(name)
     if name in SHIPPED:
         return shipped(name)
@@ -173,6 +187,11 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
     if name in NAMED:
         raise ValueError(f"{name}: no such checkpoint; the name stands for a shape, its weights are not in the zoo")
     raise ValueError(f"{name}: no such checkpoint; {_hint(name)}")
+
+
+def _is_published(name: str) -> bool:
+    """Whether a bare name that is also a path is that of a published model, written out."""
+    return Path(name).name == name and name in (*SHIPPED, *(entry.name for entry in ENTRIES))
 
 
 def shipped(name: str) -> Path:
