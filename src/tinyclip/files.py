@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -173,10 +174,27 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text as editors count them: at `\\n`, `\\r\\n` and `\\r` alone, and not at the other characters that
+    `str.splitlines` takes (U+2028, U+0085, form feeds), which stand inside captions."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    return lines[:-1] if not lines[-1] else lines
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8, without a byte order mark; `ValueError` when it cannot be read or is no such text."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; `ValueError` when it is missing or anything else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

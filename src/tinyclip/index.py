@@ -159,6 +159,18 @@ def shard_counts(folder: str | Path, keep: bool = False) -> dict[str, int]:
     return _counts(Path(folder) / ".nv-meta")
 
 
+def check_readers(folder: str | Path, workers: int, processes: int) -> None:
+    """Whether each process's workers, which share the samples of an indexed folder, get at least one; `ValueError` that
+    says what would do when not."""
+    samples, readers = sum(_counts(Path(folder) / ".nv-meta").values()), max(1, workers) * processes
+    if samples >= readers:
+        return
+    text = f"{folder}: {samples:,} samples are too few for {processes:,} processes of {max(1, workers):,} workers each"
+    most = samples // processes
+    mend = f"set `workers` to {most:,} at most" if most else f"start {samples:,} processes at most"
+    raise ValueError(f"{text}, as every worker reads samples of its own; {mend}, or add data")
+
+
 def known_samples(folder: str | Path) -> int | None:
     """Usable samples of a folder that is indexed as it stands, else None; writes nothing."""
     meta = Path(folder) / ".nv-meta"

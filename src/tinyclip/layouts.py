@@ -288,7 +288,7 @@ def _label(sample: dict[str, Any], info: dict[str, Any], classes: Classes) -> in
     """Raises `Fault` for a class that is not in the list."""
     name = str(info.get("class") or "")
     if "cls" in sample:
-        name = sample["cls"].decode("utf-8", "replace").strip()
+        name = sample["cls"].decode("utf-8-sig", "replace").strip()
         if name.isdecimal():
             if classes.names and int(name) >= len(classes.names):
                 named = f"{classes.source} names {len(classes.names):,}, from 0"

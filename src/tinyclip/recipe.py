@@ -371,7 +371,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: when the file is missing or no YAML, or a key or value does not fit, with the key's path.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
-from tinyclip.files import CHECKPOINT_FILES, check_replaceable
+from tinyclip.files import CHECKPOINT_FILES, check_replaceable, lines_of, read_text
 
 # Piped output is wide enough for every table.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
@@ -111,12 +111,8 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+    """The lines of a file that are not blank; `ValueError` when it cannot be read."""
+    return [line for line in lines_of(read_text(path)) if line.strip()]
 
 
 def check_file(path: Path | None) -> None:
