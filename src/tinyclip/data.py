@@ -35,7 +35,7 @@ from torch import Tensor
 from tinyclip.augment import Augment, View
 from tinyclip.faults import Fault, Skipped
 from tinyclip.index import check_readers, prepare
-from tinyclip.shards import captions_of, image_of, info_of
+from tinyclip.shards import captions_of, class_of, image_of
 from tinyclip.tokenizer import CLIPTokenizer
 
 TOO_MANY = 1000  # bad samples in a row
@@ -133,7 +133,7 @@ class Encoder(TaskEncoder):
             else:
                 pixels, teacher = self.augment.view(image, self.image_size, rng), []
                 caption = rng.choice(captions)
-            group = str(info_of(sample).get("class") or f"{sample['__shard__']}/{sample['__key__']}")
+            group = class_of(sample) or f"{sample['__shard__']}/{sample['__key__']}"
         except ValueError as error:
             self._skip(sample, getattr(error, "cause", "corrupt_image"), str(error))
             raise SkipSample from None

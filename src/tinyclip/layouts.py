@@ -19,7 +19,17 @@ from tinyclip.faults import Fault, Skipped
 from tinyclip.files import name_of, read_json_object
 from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures, with_sidecar
 from tinyclip.pack import Item as Captioned
-from tinyclip.shards import TAR_ERRORS, captions_of, entries, image_of, info_of, open_shard, read_shard, words
+from tinyclip.shards import (
+    TAR_ERRORS,
+    Header,
+    captions_of,
+    entries,
+    image_of,
+    info_of,
+    open_shard,
+    read_shard,
+    words,
+)
 from tinyclip.transforms import open_image
 
 IMAGE_ENDINGS = {*COPIED, *CONVERTED, *OTHERS}
@@ -223,7 +233,7 @@ def _inner(
 ) -> Iterator[tuple[str, str, int, int]]:
     """The same of one tar in a tar; of a damaged one what comes before the damage."""
     try:
-        with tarfile.open(fileobj=opened.extractfile(part), mode="r:") as inner:
+        with tarfile.open(fileobj=opened.extractfile(part), mode="r:", tarinfo=Header) as inner:
             for item in entries(inner):
                 for picture in filter(_is_picture, item.parts.values()):
                     first = part.offset_data + picture.offset_data
