@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from tinyclip.terminal import (
+    ClassNames,
     Model,
     Overwrite,
+    Separator,
+    Split,
     check_free,
     errors,
     plural,
@@ -29,6 +32,9 @@ def pack(
     templates: Annotated[
         Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
     ] = None,
+    split: Split = None,
+    classes: ClassNames = None,
+    separator: Separator = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
     resize: Annotated[int | None, typer.Option(min=8, help="Shorter side at most, pixels.")] = None,
     overwrite: Overwrite = False,
@@ -36,11 +42,16 @@ def pack(
     """Make training shards from your own pictures and captions."""
     from rich.progress import track
 
+    from tinyclip.datasets import find_splits
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
-    columns = {"image_column": image_column, "caption_column": caption_column}
-    items = find_items(source, **columns, image_root=image_root, templates=lines)
+    if templates is None and (split or classes):
+        raise ValueError("--split and --classes go with class folders, so with --templates")
+    columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
+    items = find_items(source, **columns, image_root=image_root, templates=lines, split=split, classes=classes)
+    if templates and split is None and (splits := find_splits(source)):
+        say(f"taking the split to train on of {', '.join(splits)}; --split takes another")
     steps = iter(track(range(len(items)), "packing", console=errors, disable=not errors.is_terminal))
 
     def progress() -> None:
@@ -64,21 +75,29 @@ def prepare(
     from rich.progress import track
 
     from tinyclip import shards
-    from tinyclip.index import known_faults, prepare
+    from tinyclip.index import known_faults, known_lacks, prepare
 
     found = prepare(folder)
     faults = known_faults(folder)
-    if check:
+    lacking, beside = known_lacks(folder)
+    good, bad = shards.check_some(folder)
+    if check or sum(bool(one.key) for one in bad) > good:
         steps = iter(track(range(found), "checking", console=errors, disable=not errors.is_terminal))
 
         def progress() -> None:
             next(steps, None)
 
-        good, faults = shards.check(folder, progress)
+        good, lacking = shards.check(folder, progress)
         progress()  # lets the bar reach its end
-    if faults:
-        print_faults(faults)
-    say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
+        faults, what = [], f"{found} samples in {folder}, {good} of them good"
+    else:
+        good = found - len(lacking)
+        what = f"{found} samples in {folder}" + (f", {good} with picture and caption" if lacking else "")
+    if left_out := [*faults, *lacking, *beside]:
+        print_faults(left_out)
+    if not good or 2 * good < found:
+        raise ValueError(f"{what}: training needs at least half of them; not ready, the first: {left_out[0]}")
+    say(f"{what}, ready to train on")
 
 
 def prune(

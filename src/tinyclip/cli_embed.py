@@ -17,6 +17,7 @@ from tinyclip.terminal import (
     Device,
     Overwrite,
     Runtime,
+    Separator,
     complete_model,
     errors,
     plural,
@@ -37,6 +38,7 @@ def embed(
     part_size: Annotated[int, typer.Option(min=1, help="Pictures or texts a part; a shard is always one.")] = 10_000,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts in a table.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of the keys; else the row's number.")] = None,
+    separator: Separator = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Items at once; chosen by the device.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; one a core, at most 8.")] = None,
     device: Device = "auto",
@@ -54,7 +56,7 @@ def embed(
     from tinyclip.sources import open_source
 
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
-    found = open_source(source, part_size, text_column, key_column)
+    found = open_source(source, part_size, text_column, key_column, separator)
     check(found, output, plan, overwrite)  # before a model is loaded
     place = resolve_device(device)
     with processes(place):

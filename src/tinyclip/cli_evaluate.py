@@ -22,6 +22,7 @@ from tinyclip.terminal import (
     Images,
     Model,
     Runtime,
+    Separator,
     Split,
     Templates,
     check_file,
@@ -47,6 +48,7 @@ def evaluate(
     images: Images = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    separator: Separator = None,
     per_class: PerClass = False,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -61,7 +63,7 @@ def evaluate(
     from tinyclip.pipeline import load_encoder
 
     check_file(output)
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     if (templates or per_class) and not dataset.classnames:
         option = "--templates" if templates else "--per-class"

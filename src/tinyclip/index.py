@@ -209,7 +209,7 @@ def _index_shard(shard: Path) -> _Indexed:
                     found.left_out.append((len(offsets), _skipped(shard, entry.key, entry.fault)))
                 elif lack:
                     found.lacking.append(_skipped(shard, entry.key, lack))
-                elif several := long_endings(entry.parts, IMAGE_TYPES)[part_of(entry.parts, IMAGE_TYPES) not in IMAGE_TYPES :]:
+                elif several := _others(entry):
                     reason = f"{len(several)} more pictures ({several[0]}) share its key; {RENAME}"
                     found.beside.append(_skipped(shard, entry.key, Fault("shared_key", reason)))
                 if entry.linked and not entry.fault:
@@ -226,6 +226,12 @@ def _index_shard(shard: Path) -> _Indexed:
                 writer.append(offset)
     found.count = len(offsets)
     return found
+
+
+def _others(entry: Entry) -> list[str]:
+    """Pictures of a sample that stand beside the one that is used since their names have more dots."""
+    used = part_of(entry.parts, IMAGE_TYPES)
+    return [ending for ending in long_endings(entry.parts, IMAGE_TYPES) if ending != used]
 
 
 def _places(entry: Entry) -> dict[str, Any]:

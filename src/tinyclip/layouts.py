@@ -17,7 +17,7 @@ from PIL import Image
 from tinyclip.classnames import Classes
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import name_of, read_json_object
-from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures, with_sidecar
+from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures, sidecars, with_sidecar
 from tinyclip.pack import Item as Captioned
 from tinyclip.shards import (
     TAR_ERRORS,
@@ -30,6 +30,7 @@ from tinyclip.shards import (
     read_shard,
     words,
 )
+from tinyclip.tables import Inside
 from tinyclip.transforms import open_image
 
 IMAGE_ENDINGS = {*COPIED, *CONVERTED, *OTHERS}
@@ -64,7 +65,7 @@ def class_folders(place: Path) -> list[str]:
 
 def has_captions(pictures: Iterable[Path]) -> bool:
     """Whether one of these has a caption beside it."""
-    return any(file.with_suffix(ending).is_file() for file in pictures for ending in (".txt", ".json"))
+    return any(sidecars(file) for file in pictures)
 
 
 def loose_pictures(place: Path) -> list[Path]:
@@ -113,7 +114,8 @@ def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
 def _of_file(picture: Captioned, place: Path, label: int | None = None) -> Item:
     file, problem = picture.path, picture.problem
     key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
-    opened = partial(_refused, problem) if problem else partial(_open_file, file)
+    opened = partial(_refused, problem) if problem else partial(_open_inside, picture.inside) if picture.inside else None
+    opened = opened or partial(_open_file, file)
     return Item(key, opened, label, captions=picture.captions)
 
 
@@ -126,6 +128,10 @@ def _numbered(items: Callable[[], Iterable[Item]]) -> Reader:
 
 def _refused(problem: Fault) -> Image.Image:
     raise problem
+
+
+def _open_inside(inside: Inside) -> Image.Image:
+    return open_image(io.BytesIO(inside.read()))
 
 
 def _open_file(file: Path) -> Image.Image:

@@ -12,18 +12,9 @@ from tinyclip import faults
 from tinyclip.faults import Skipped
 from tinyclip.files import as_text
 from tinyclip.inputs import batches, is_unicode
-from tinyclip.pack import (
-    CAPTION_COLUMNS,
-    CONVERTED,
-    COPIED,
-    OTHERS,
-    TABLES,
-    find_column,
-    find_pictures,
-    open_text,
-    read_rows,
-)
+from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures
 from tinyclip.shards import find_shards
+from tinyclip.tables import CAPTION_COLUMNS, TABLES, check_bad_rows, open_table, open_text
 
 TEXTS = {".txt", *TABLES}
 
@@ -51,14 +42,19 @@ class Source:
 
 
 def open_source(
-    path: str | Path, part_size: int = 10_000, text_column: str | None = None, key_column: str | None = None
+    path: str | Path,
+    part_size: int = 10_000,
+    text_column: str | None = None,
+    key_column: str | None = None,
+    separator: str | None = None,
 ) -> Source:
     """A folder of shards, else of pictures (with subfolders), a shard, a picture, a text file or a table.
 
     Args:
         part_size: pictures or texts a part; a part of shards is one shard.
-        text_column: of a table, one of `pack.CAPTION_COLUMNS` by default.
+        text_column: of a table, one of `tables.CAPTION_COLUMNS` by default.
         key_column: of a table; the number of the row, from 1, by default.
+        separator: of a .csv or .tsv, by default as its header shows.
 
     Raises:
         ValueError: when there is nothing to embed in it.
@@ -67,7 +63,7 @@ def open_source(
     name = path.name.lower()
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    if (text_column or key_column) and path.suffix.lower() not in TABLES:
+    if (text_column or key_column or separator) and path.suffix.lower() not in TABLES:
         raise ValueError(f"{path} is no table, so it has no columns")
     if path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*.tar.gz"))):
         return _of_files("shards", path, find_shards(path), 1)
@@ -82,7 +78,7 @@ def open_source(
         return _of_files("pictures", path.parent, [path], part_size)
     if path.suffix.lower() not in TEXTS:
         raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
-    texts, skipped, text_column = _read_texts(path, text_column, key_column)
+    texts, skipped, text_column = _read_texts(path, text_column, key_column, separator)
     if not texts:
         why = f"; {faults.summary(faults.counts(skipped))}, the first: {skipped[0]}" if skipped else ""
         raise ValueError(f"{path}: no texts in it{why}")
@@ -109,22 +105,29 @@ def digest(lines: Iterable[str]) -> str:
 
 
 def _read_texts(
-    path: Path, text_column: str | None, key_column: str | None
+    path: Path, text_column: str | None, key_column: str | None, separator: str | None
 ) -> tuple[list[Text], list[Skipped], str | None]:
     """Texts, what has none, and the column that they are from."""
     rows: list[tuple[str, Any]] = []
+    skipped = list[Skipped]()
     if path.suffix.lower() == ".txt":
         with open_text(path) as file:
             text = file.read()
         lines = text.removesuffix("\n").split("\n")  # as editors count them
         rows = [(str(i), line) for i, line in enumerate(lines, 1)]
     else:
-        for i, row in enumerate(read_rows(path), 1):
-            if i == 1:
-                text_column = find_column(path, row, text_column, CAPTION_COLUMNS, "--text-column")
-                key_column = key_column and find_column(path, row, key_column, (), "--key-column")
-            rows.append((as_text(str(row.get(key_column))) if key_column else str(i), row.get(str(text_column))))
-    texts, skipped = list[Text](), list[Skipped]()
+        table = open_table(path, separator, [name for name in (text_column, key_column) if name])
+        text_column = table.column(text_column, CAPTION_COLUMNS, "--text-column")
+        key_column = key_column and table.column(key_column, (), "--key-column")
+        columns = [key_column, text_column] if key_column else [text_column]
+        for i, row in enumerate(table.rows(columns), 1):
+            if row.fault:
+                skipped.append(Skipped("", table.place(row), row.fault.cause, row.fault.reason))
+            else:
+                key = as_text(str(row.fields.get(key_column))) if key_column else str(i)
+                rows.append((key, row.fields.get(text_column)))
+        check_bad_rows(table, skipped, len(rows) + len(skipped))
+    texts = list[Text]()
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
         if not all(map(is_unicode, captions)):

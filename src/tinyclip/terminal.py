@@ -55,6 +55,7 @@ Split = Annotated[str | None, typer.Option(help="Of data that has several: test,
 Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures in a table.")]
 CaptionColumn = Annotated[str | None, typer.Option(help="Column of the captions in a table.")]
+Separator = Annotated[str | None, typer.Option(help="Of a .csv or .tsv: one character, or tab; else as it shows.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
 
 
