@@ -125,7 +125,9 @@ def test_sources_that_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column 'nope'"):
         find_items(tmp_path / "t.csv", image_column="url", caption_column="nope")
     (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{broken\n[1]')
-    with pytest.raises(ValueError, match=r"t\.jsonl: 2 of its 3 rows cannot be read, the first: t\.jsonl, line 2: no whole"):
+    with pytest.raises(
+        ValueError, match=r"t\.jsonl: 2 of its 3 rows cannot be read, the first: t\.jsonl, line 2: no whole"
+    ):
         find_items(tmp_path / "t.jsonl")
     (tmp_path / "t.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ValueError, match=r"t\.parquet: cannot be read"):

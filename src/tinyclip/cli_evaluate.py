@@ -103,10 +103,10 @@ def probe(
     """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
     from tinyclip.datasets import find_splits, open_dataset
     from tinyclip.distributed import is_main, processes, resolve_device
-    from tinyclip.pack import TABLES
     from tinyclip.pipeline import load_encoder
     from tinyclip.probe import check_solver
     from tinyclip.probe import probe as probed
+    from tinyclip.tables import TABLES
 
     check_file(output)
     check_solver(solver)

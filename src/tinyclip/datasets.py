@@ -13,8 +13,8 @@ from tinyclip.classnames import Classes, of_folders, of_samples, read_lines, rea
 from tinyclip.faults import Fault, Skipped
 from tinyclip.inputs import ahead
 from tinyclip.layouts import Item, Mine, Reader
-from tinyclip.pack import find_items
 from tinyclip.pack import Item as Captioned
+from tinyclip.pack import find_items
 from tinyclip.shards import find_shards
 from tinyclip.tables import TABLES
 

@@ -175,7 +175,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text as editors count them: at `\\n`, `\\r\\n` and `\\r` alone, and not at the other characters that
+    """The lines of a text as editors count them: at `\\n`, `\\r\\n` and `\\r` alone, not at the other characters that
     `str.splitlines` takes (U+2028, U+0085, form feeds), which stand inside captions."""
     lines = re.split(r"\r\n|\r|\n", text)
     return lines[:-1] if not lines[-1] else lines

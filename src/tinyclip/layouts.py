@@ -114,7 +114,9 @@ def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
 def _of_file(picture: Captioned, place: Path, label: int | None = None) -> Item:
     file, problem = picture.path, picture.problem
     key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
-    opened = partial(_refused, problem) if problem else partial(_open_inside, picture.inside) if picture.inside else None
+    opened = (
+        partial(_refused, problem) if problem else partial(_open_inside, picture.inside) if picture.inside else None
+    )
     opened = opened or partial(_open_file, file)
     return Item(key, opened, label, captions=picture.captions)
 

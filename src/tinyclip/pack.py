@@ -14,7 +14,6 @@ from PIL import Image
 
 from tinyclip.faults import Fault, Skipped, counts, summary
 from tinyclip.files import as_text, atomic_directory, check_replaceable, name_of
-from tinyclip.inputs import is_unicode
 from tinyclip.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -23,6 +22,7 @@ from tinyclip.tables import (
     Pictures,
     Row,
     Table,
+    captions_in,
     check_bad_rows,
     open_table,
     picture_in,
@@ -264,16 +264,15 @@ class _Found:
     problem: Fault | None = None
 
 
-def _from_table(
-    table: Table, image_column: str | None, caption_column: str | None, root: Path
-) -> list[Item]:
+def _from_table(table: Table, image_column: str | None, caption_column: str | None, root: Path) -> list[Item]:
     image = table.column(image_column, IMAGE_COLUMNS, "--image-column")
     caption = table.column(caption_column, CAPTION_COLUMNS, "--caption-column")
     pictures = Pictures(table, image)
     found: dict[str, _Found] = {}
     bad: list[Item] = []
     total = 0
-    for total, row in enumerate(table.rows([image, caption]), 1):
+    for row in table.rows([image, caption]):
+        total += 1
         try:
             if row.fault:
                 raise row.fault
@@ -284,7 +283,7 @@ def _from_table(
         one = found.setdefault(key, _Found(root / path))
         one.inside = Inside(pictures, row.number) if inside else None
         try:
-            one.captions += _captions_in(row.fields.get(caption))
+            one.captions += captions_in(row.fields.get(caption))
         except Fault as fault:
             one.problem = fault
     check_bad_rows(table, [Skipped("", str(item.path), "bad_row", str(item.problem)) for item in bad], total)
@@ -306,14 +305,3 @@ def _picture_of(value: Any, column: str, table: Table, row: Row) -> tuple[str, P
         return name, Path(name), False
     kind = "" if name is None or name == "" else f", but {type(name).__name__}"
     raise Fault("bad_row", f"no picture in {column}{kind}")
-
-
-def _captions_in(value: Any) -> list[str]:
-    """The captions that a row's field has; a `Fault` for other than text."""
-    texts = value if isinstance(value, list) else [value]
-    if other := next((text for text in texts if text is not None and not isinstance(text, str)), None):
-        raise Fault("no_caption", f"caption is {type(other).__name__}, not text")
-    captions = [text.strip() for text in texts if text and text.strip()]
-    if not all(map(is_unicode, captions)):
-        raise Fault("bad_encoding", "caption is no UTF-8")
-    return captions

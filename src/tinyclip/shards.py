@@ -80,7 +80,13 @@ class Header(tarfile.TarInfo):
         return header
 
 
-EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 @dataclass
@@ -155,7 +161,7 @@ class _Links:
         self.places: dict[str, tuple[int, int]] = {}  # first byte and size of every plain member so far
 
     def resolved(self, member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        """The member itself, or of a link a member of its name with the bytes of the other; None when that is not there."""
+        """The member itself, or of a link a member of its name with the other's bytes; None when that is not there."""
         if member.isreg() and not member.issparse():
             self.places[posixpath.normpath(member.name)] = member.offset_data, member.size
         if not (member.islnk() or member.issym()):
@@ -364,7 +370,7 @@ def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image
     """
     if ending := part_of(sample, IMAGE_TYPES):
         return open_image(io.BytesIO(sample[ending]), at_least)
-    raise no_image(sample["__key__"] if "__key__" in sample else "", sample)
+    raise no_image(sample.get("__key__", ""), sample)
 
 
 def no_image(key: str, sample: Collection[str]) -> Fault:
@@ -403,7 +409,8 @@ def check(folder: str | Path, progress: Callable[[], None] = lambda: None) -> tu
     Raises:
         ValueError: when the folder holds no shards.
     """
-    return _checked(read_shards(folder, skipped := []), skipped, progress)
+    skipped = list[Skipped]()
+    return _checked(read_shards(folder, skipped), skipped, progress)
 
 
 def check_some(folder: str | Path, shards: int = 16, samples: int = 4) -> tuple[int, list[Skipped]]:

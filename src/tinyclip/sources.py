@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from tinyclip.files import as_text
 from tinyclip.inputs import batches, is_unicode
 from tinyclip.pack import CONVERTED, COPIED, OTHERS, find_pictures
 from tinyclip.shards import find_shards
-from tinyclip.tables import CAPTION_COLUMNS, TABLES, check_bad_rows, open_table, open_text
+from tinyclip.tables import (
+    CAPTION_COLUMNS,
+    TABLES,
+    Table,
+    check_bad_rows,
+    open_table,
+    open_text,
+    pictures_column,
+)
 
 TEXTS = {".txt", *TABLES}
 
@@ -29,10 +38,30 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is to be embedded, in parts: lists of paths (pictures), of `Text`, or one shard each."""
+class Rows:
+    """Some rows of a table with pictures inside."""
 
-    kind: str  # pictures, texts or shards
+    table: Table
+    image: str
+    caption: str | None
+    first: int  # from 1
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
+        """Number, picture and caption of each."""
+        columns = [self.image, self.caption] if self.caption else [self.image]
+        for row in islice(self.table.rows(columns), self.first - 1, self.last):
+            yield row.number, row.fields.get(self.image), row.fields.get(self.caption) if self.caption else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be embedded, in parts: lists of paths (pictures), of `Text`, one shard each, or `Rows` of a table."""
+
+    kind: str  # pictures, texts, shards or rows
     root: Path
     parts: list[Any]
     fingerprint: str
@@ -78,6 +107,10 @@ def open_source(
         return _of_files("pictures", path.parent, [path], part_size)
     if path.suffix.lower() not in TEXTS:
         raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
+    if path.suffix.lower() == ".parquet" and key_column is None:
+        table = open_table(path)
+        if image := pictures_column(table):
+            return _of_rows(table, image, text_column, part_size)
     texts, skipped, text_column = _read_texts(path, text_column, key_column, separator)
     if not texts:
         why = f"; {faults.summary(faults.counts(skipped))}, the first: {skipped[0]}" if skipped else ""
@@ -90,6 +123,15 @@ def _of_files(kind: str, root: Path, files: list[Path], part_size: int) -> Sourc
     states = [_file_state(file, root) for file in files]
     parts = files if kind == "shards" else list(batches(files, part_size))
     return Source(kind, root, list(parts), digest(states))
+
+
+def _of_rows(table: Table, image: str, text_column: str | None, part_size: int) -> Source:
+    caption = text_column and table.column(text_column, (), "--text-column")
+    caption = caption or next((name for name in CAPTION_COLUMNS if name in table.columns), None)
+    starts = range(1, table.count + 1, part_size)
+    parts = [Rows(table, image, caption, start, min(start + part_size - 1, table.count)) for start in starts]
+    state = digest([_file_state(table.path, table.path)])
+    return Source("rows", table.path, list(parts), state, text_column=caption)
 
 
 def _file_state(file: Path, root: Path) -> str:

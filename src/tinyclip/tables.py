@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
 from tinyclip.faults import Fault, Skipped
 from tinyclip.files import as_text
+from tinyclip.inputs import is_unicode
 
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
@@ -42,6 +43,7 @@ class Table:
     path: Path
     columns: list[str]
     rows: Callable[[Sequence[str]], Iterator[Row]]  # those columns of every row that is not blank
+    count: int = 0  # rows of a .parquet
 
     def place(self, row: Row) -> str:
         """Where a row is, for people."""
@@ -67,7 +69,8 @@ def open_table(path: Path, separator: str | None = None, known: Sequence[str] = 
     """A table by its header.
 
     Args:
-        separator: of a .csv or .tsv; by default the one of `,`, `;`, tab and `|` that makes most known columns of the header.
+        separator: of a .csv or .tsv; by default the one of `,`, `;`, tab and `|` that makes most known columns of
+            the header.
         known: names of columns beside the usual ones.
 
     Raises:
@@ -97,8 +100,8 @@ def check_bad_rows(table: Table, bad: Sequence[Skipped], total: int) -> None:
 
 
 def open_text(path: Path) -> TextIO:
-    """A file of UTF-8, whose lines end at `\\n`, `\\r\\n` and `\\r` alone. Bytes that are none come as halves of surrogate
-    pairs (see `inputs.is_unicode`), so that a bad line costs no other.
+    """A file of UTF-8, whose lines end at `\\n`, `\\r\\n` and `\\r` alone. Bytes that are none come as halves of
+    surrogate pairs (see `inputs.is_unicode`), so that a bad line costs no other.
 
     Raises:
         ValueError: for UTF-16.
@@ -121,13 +124,14 @@ def _jsonl(path: Path) -> Table:
                     yield _of_json(number, line)
 
     columns: dict[str, None] = {}
-    count = 0
-    for count, row in enumerate(rows(()), 1):
+    looked = 0
+    for row in rows(()):
+        looked += 1
         columns |= dict.fromkeys(row.fields)
-        if count >= LOOKED_AT and columns:
+        if looked >= LOOKED_AT and columns:
             break
-    if count and not columns:
-        raise ValueError(f"{path}: none of its {count:,} lines is a JSON object with a field")
+    if looked and not columns:
+        raise ValueError(f"{path}: none of its {looked:,} lines is a JSON object with a field")
     return Table(path, list(columns), rows)
 
 
@@ -150,14 +154,27 @@ def _parquet(path: Path) -> Table:
     import pyarrow.parquet
 
     def rows(columns: Sequence[str]) -> Iterator[Row]:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(BATCH, columns=list(columns)):
-                for number, fields in enumerate(batch.to_pylist(), number + 1):
-                    yield Row(number, fields)
+        numbers = count(1)
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(BATCH, columns=list(columns)):
+                    yield from (Row(next(numbers), fields) for fields in batch.to_pylist())
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise ValueError(f"{path}: cannot be read ({error})") from None
 
     with pyarrow.parquet.ParquetFile(path) as file:
-        return Table(path, file.schema_arrow.names, rows)
+        return Table(path, file.schema_arrow.names, rows, file.metadata.num_rows)
+
+
+def captions_in(value: Any) -> list[str]:
+    """The captions that a row's field has; a `Fault` for other than text."""
+    texts = value if isinstance(value, list) else [value]
+    if other := next((text for text in texts if text is not None and not isinstance(text, str)), None):
+        raise Fault("no_caption", f"caption is {type(other).__name__}, not text")
+    captions = [text.strip() for text in texts if text and text.strip()]
+    if not all(map(is_unicode, captions)):
+        raise Fault("bad_encoding", "caption is no UTF-8")
+    return captions
 
 
 def picture_in(value: Any) -> bytes | None:
@@ -195,6 +212,15 @@ class Pictures:
         if data is None:
             raise Fault("no_image", "no picture in the row")
         return data
+
+
+def pictures_column(table: Table) -> str | None:
+    """The column that has pictures inside, by its first row that has any."""
+    for column in (name for name in table.columns if name.lower() in IMAGE_COLUMNS):
+        values = (row.fields.get(column) for row in table.rows([column]))
+        if picture_in(next((value for value in values if value is not None), None)) is not None:
+            return column
+    return None
 
 
 @dataclass(frozen=True)
@@ -262,16 +288,14 @@ def _separator_of(header: str, separators: str, known: Sequence[str]) -> str:
     """The one that makes most known columns of the header; the usual one where they are equal."""
     wanted = {name.lower() for name in known}
 
-    def count(separator: str) -> int:
+    def known_in(separator: str) -> int:
         fields = fields_of(header, Dialect(separator, True)) or ()
         return len({name.strip().strip("\ufeff").lower() for name in fields} & wanted)
 
-    return max(separators, key=lambda one: (count(one), -separators.index(one)))
+    return max(separators, key=lambda one: (known_in(one), -separators.index(one)))
 
 
-def _row(
-    number: int, record: str, fields: list[str] | None, names: list[str], dialect: Dialect, joined: bool
-) -> Row:
+def _row(number: int, record: str, fields: list[str] | None, names: list[str], dialect: Dialect, joined: bool) -> Row:
     if fields is None:
         return Row(number, fault=Fault("bad_row", "a quote is not closed"))
     if "\0" in record:
