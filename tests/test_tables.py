@@ -104,7 +104,7 @@ def test_ragged_and_cut_rows_are_named(tmp_path: Path) -> None:
         "t.csv, line 4": ["! 2 fields between ',', the header has 3"],
         "t.csv, line 7": ["! NUL bytes in it"],
         "t.csv, line 8": ["! no picture in filepath"],
-        "t.csv, line 11": ["! 1 fields between ',', the header has 3"],
+        "t.csv, line 12": ["! 1 fields between ',', the header has 3"],
     }
 
 
@@ -214,10 +214,10 @@ def test_plain_bytes_and_broken_ones(tmp_path: Path) -> None:
     with_pictures(tmp_path / "t.parquet", 5, image=plain)
     report = pack(find_items(tmp_path / "t.parquet"), tmp_path / "out", resize=10)
     assert report.packed == 3
-    assert [(s.key, s.cause) for s in report.skipped] == [
+    assert [(Path(s.key).name, s.cause) for s in report.skipped] == [
         ("t.parquet, row 2", "corrupt_image"),
         ("t.parquet, row 3", "bad_row"),
-    ] or [s.cause for s in report.skipped] == ["corrupt_image", "bad_row"]
+    ]
     assert not any("\\x" in s.reason for s in report.skipped)
 
 

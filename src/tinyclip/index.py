@@ -394,7 +394,7 @@ class Patient:
         sample = self._plain(index, shard, linked["key"]) if linked["alone"] else self.reader[index]
         number = self.reader.tar_filenames.index(shard)
         for ending, (offset, size) in linked["parts"].items():
-            pointer = ITarRawSamplePartPointer(number, offset, size)
+            pointer = ITarRawSamplePartPointer(tar_file_id=number, raw_byte_offset=offset, raw_byte_size=size)
             data, _ = self.reader._get_part_by_raw_sample_pointer(pointer, ending)
             if len(data) != size:
                 raise ValueError("unexpected end of data")
