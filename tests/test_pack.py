@@ -10,10 +10,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from conftest import tinyclip
 from test_data import loader
+from tinyclip import classnames, terminal
 from tinyclip.faults import Skipped
+from tinyclip.files import read_json_object
 from tinyclip.pack import find_items, pack
 from tinyclip.shards import captions_of, image_of, info_of, read_shards
+from tinyclip.sources import open_source
 
 
 def picture(path: Path, size: tuple[int, int] = (30, 20), mode: str = "RGB") -> Path:
@@ -124,8 +128,10 @@ def test_sources_that_cannot_be_packed(tmp_path: Path) -> None:
         find_items(tmp_path / "t.csv")
     with pytest.raises(ValueError, match="no column 'nope'"):
         find_items(tmp_path / "t.csv", image_column="url", caption_column="nope")
-    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{broken')
-    with pytest.raises(ValueError, match=r"t\.jsonl: cannot be read"):
+    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{broken\n[1]')
+    with pytest.raises(
+        ValueError, match=r"t\.jsonl: 2 of its 3 rows cannot be read, the first: t\.jsonl, line 2: no whole"
+    ):
         find_items(tmp_path / "t.jsonl")
     (tmp_path / "t.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ValueError, match=r"t\.parquet: cannot be read"):
@@ -175,3 +181,89 @@ def test_names_and_captions_that_are_no_utf8(tmp_path: Path) -> None:
     (folder / "t.jsonl").write_bytes(b'{"path": "good.jpg", "text": "\xff"}\n{"path": "bad.jpg", "text": "b"}\n')
     good, bad = find_items(folder / "t.jsonl")
     assert good.problem is not None and good.problem.cause == "bad_encoding" and bad.captions == ("b",)
+
+
+# --- class folders ----------------------------------------------------------------------------------------------
+
+
+def captions_in(folder: Path) -> list[str]:
+    return [caption for sample in read_shards(folder) for caption in captions_of(sample)]
+
+
+def class_tree(root: Path, *places: str) -> Path:
+    for place in places:
+        picture(root / place / "1.png")
+    return root
+
+
+def pack_classes(source: Path, out: Path, *options: object, code: int = 0) -> str:
+    templates = out.with_suffix(".txt")
+    templates.write_bytes(b"\xef\xbb\xbfa photo of a {c}\r\n")
+    return tinyclip("data", "pack", source, out, "--templates", templates, *options, code=code)
+
+
+def test_splits_of_class_folders_are_no_classes(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "in", "train/bus", "train/red_car", "val/bus", "val/van")
+    output = pack_classes(root, tmp_path / "out")
+    assert "taking the split to train on of val, train; --split takes another" in output
+    assert captions_in(tmp_path / "out") == ["a photo of a bus", "a photo of a red car"]
+    pack_classes(root, tmp_path / "val", "--split", "val")
+    assert captions_in(tmp_path / "val") == ["a photo of a bus", "a photo of a van"]
+    assert "no split 'test'; it has val, train" in pack_classes(root, tmp_path / "no", "--split", "test", code=2)
+    pack_classes(root / "train", tmp_path / "train")
+    assert captions_in(tmp_path / "train") == ["a photo of a bus", "a photo of a red car"]
+
+
+@pytest.mark.parametrize("names", [("valid", "test"), ("VAL", "Test"), ("validation", "dev")])
+def test_splits_without_one_to_train_on_are_asked_for(tmp_path: Path, names: tuple[str, str]) -> None:
+    root = class_tree(tmp_path / "in", *(f"{name}/bus" for name in names))
+    assert "its folders are splits (" in (error := pack_classes(root, tmp_path / "out", code=2)) and "--split" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "in", "train/bus", "val/bus", "extra/van")
+    assert "train looks like a split beside other folders" in pack_classes(root, tmp_path / "out", code=2)
+    trains = class_tree(tmp_path / "vehicles", "bus", "train")  # with pictures of trains in it
+    pack_classes(trains, tmp_path / "out")
+    assert captions_in(tmp_path / "out") == ["a photo of a bus", "a photo of a train"]
+
+
+def test_wordnet_ids_become_names(tmp_path: Path) -> None:
+    pack_classes(class_tree(tmp_path / "in", "n01440764", "n02123045", "my_dog"), tmp_path / "out")
+    assert captions_in(tmp_path / "out") == ["a photo of a my dog", "a photo of a tench", "a photo of a tabby cat"]
+    root = class_tree(tmp_path / "unknown", "n01440764", "n99999999")
+    error = pack_classes(root, tmp_path / "no", code=2)
+    assert "n99999999 is none of ImageNet's 1,000 classes; name them with --classes FILE" in error
+
+
+def test_names_of_classes_are_read(tmp_path: Path) -> None:
+    root = class_tree(tmp_path / "in", "train/0", "train/1", "loose")
+    (root / "loose" / "1.png").rename(root / "train" / "loose.png")
+    (root / "loose").rmdir()
+    (root / "classnames.txt").write_bytes("\ufeffred fox\r\nbarn\u2028owl\r\n".encode())
+    output = pack_classes(root, tmp_path / "out")
+    assert captions_in(tmp_path / "out") == ["a photo of a red fox", "a photo of a barn\u2028owl"]
+    assert "unknown_class" in output and "loose.png" in output
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    pack_classes(root, tmp_path / "other", "--classes", tmp_path / "names.txt")
+    assert captions_in(tmp_path / "other") == ["a photo of a cat", "a photo of a dog"]
+
+
+def test_sidecars_with_capital_endings(tmp_path: Path) -> None:
+    for name, text in (("a.TXT", "a"), ("b.JSON", '\ufeff{"caption": "b"}'), ("c.Txt", "\ufeffc\u2028d")):
+        picture((tmp_path / "in" / name).with_suffix(".PNG"))
+        (tmp_path / "in" / name).write_text(text, encoding="utf-8")
+    pack(find_items(tmp_path / "in"), tmp_path / "out")
+    assert captions_in(tmp_path / "out") == ["a", "b", "c\u2028d"]
+
+
+def test_marks_are_dropped_from_every_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufefffirst\r\nsecond\u2028half\rthird\n".encode())
+    lines = ["first", "second\u2028half", "third"]
+    assert terminal.read_lines(tmp_path / "a.txt") == lines == classnames.read_lines(tmp_path / "a.txt", "names")
+    assert [text.caption for text in open_source(tmp_path / "a.txt").parts[0]] == lines
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json_object(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"image": "a.jpg", "text": "b"}\n')
+    assert find_items(tmp_path / "a.jsonl")[0].captions == ("b",)

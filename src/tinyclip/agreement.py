@@ -85,7 +85,7 @@ def _pictures(path: Path) -> Iterator[tuple[Path | Image.Image, list[str]]]:
         return
     items = find_items(path)
     for i in np.random.default_rng(0).permutation(len(items))[:COUNT]:
-        yield items[i].path, list(items[i].captions)
+        yield items[i].picture(), list(items[i].captions)
 
 
 def synthetic(clip: Pipeline, count: int = 16) -> Samples:

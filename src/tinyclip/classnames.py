@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from tinyclip.files import lines_of, read_text
+
 VOCABULARY = Path(__file__).parent / "vocabulary"
 IMAGENET_SETS = {"imagenet": "", "imagenet-a": "a", "imagenet-r": "r"}  # and their letter in imagenet.tsv
 DEFAULT_TEMPLATES = ("a photo of a {c}",)
@@ -71,11 +73,12 @@ def of_folders(place: Path, folders: Sequence[str], source: Path | str | None) -
         ValueError: when they do not match.
     """
     wnids = all(map(WNID.fullmatch, folders))
-    if source is None and wnids:
+    if source is None and any(map(WNID.fullmatch, folders)):
         known = imagenet()
-        if other := next((folder for folder in folders if folder not in known), None):
+        if other := next((folder for folder in folders if WNID.fullmatch(folder) and folder not in known), None):
             raise ValueError(f"{place}: {other} is none of ImageNet's 1,000 classes; name them with --classes FILE")
-        return Classes(tuple(known[f] for f in folders), _numbered(folders), "ImageNet", True)
+        names = tuple(known.get(folder) or folder.replace("_", " ") for folder in folders)
+        return Classes(names, _numbered(folders), "ImageNet", wnids)
     if source is None and set(folders) == set(map(str, range(1000))):
         source = "imagenet"
     if source is None:
@@ -143,13 +146,7 @@ def read_lines(file: Path | str, what: str) -> list[str]:
     file = Path(file)
     if not file.is_file():
         raise ValueError(f"{file}: no file of {what}" if file.exists() else f"{file}: no such file of {what}")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: no UTF-8 text ({error.reason})") from None
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from None
-    lines = [line.strip() for line in text.rstrip().splitlines()]
+    lines = [line.strip() for line in lines_of(read_text(file).rstrip())]
     if not any(lines):
         raise ValueError(f"{file}: no {what} in it")
     return lines

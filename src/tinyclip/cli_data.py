@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
+from tinyclip.faults import Unusable
 from tinyclip.progress import busy, counter, track
 from tinyclip.terminal import (
+    ClassNames,
     MaxPixels,
     Model,
     Overwrite,
+    Separator,
+    Split,
     check_free,
-    fail,
     plural,
     print_faults,
     read_lines,
@@ -31,20 +34,28 @@ def pack(
     templates: Annotated[
         Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
     ] = None,
+    split: Split = None,
+    classes: ClassNames = None,
+    separator: Separator = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
     resize: Annotated[int | None, typer.Option(min=8, max=65_535, help="Shorter side at most, pixels.")] = None,
     max_pixels: MaxPixels = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make training shards from your own pictures and captions."""
+    from tinyclip.datasets import find_splits
     from tinyclip.pack import find_items, pack
 
     lines = read_lines(templates) if templates else None
     if lines == []:
         raise ValueError(f"{templates}: no templates in it")
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    if templates is None and (split or classes):
+        raise ValueError("--split and --classes go with class folders, so with --templates")
+    columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
     with busy(f"looking into {source}"):
-        items = find_items(source, **columns, image_root=image_root, templates=lines)
+        items = find_items(source, **columns, image_root=image_root, templates=lines, split=split, classes=classes)
+    if templates and split is None and (splits := find_splits(source)):
+        say(f"taking the split to train on of {', '.join(splits)}; --split takes another")
     progress = counter("packing", len(items), "pictures")
     report = pack(items, output, shard_size=shard_size, resize=resize, overwrite=overwrite, progress=progress)
     what = f"{plural(report.packed, 'picture')} with {plural(report.captions, 'caption')}"
@@ -61,17 +72,23 @@ def prepare(
 ) -> None:
     """Index existing shards (of img2dataset, say), and list what cannot be used; training does it by itself."""
     from tinyclip import shards
-    from tinyclip.index import known_faults, prepare
+    from tinyclip.index import known_faults, known_lacks, prepare
 
     found = prepare(folder)
     faults = known_faults(folder)
-    if check:
-        good, faults = shards.check(folder, counter("checking", found, "samples"))
-    if faults:
-        print_faults(faults)
-    if check and not good:
-        fail(f"{folder}: none of its {plural(found, 'sample')} can be used", 1)
-    say(f"{found} samples in {folder}, {f'{good} of them good' if check else 'ready to train on'}")
+    lacking, beside = known_lacks(folder)
+    good, bad = shards.check_some(folder)
+    if check or sum(bool(one.key) for one in bad) > good:
+        good, lacking = shards.check(folder, counter("checking", found, "samples"))
+        faults, what = [], f"{found} samples in {folder}, {good} of them good"
+    else:
+        good = found - len(lacking)
+        what = f"{found} samples in {folder}" + (f", {good} with picture and caption" if lacking else "")
+    if left_out := [*faults, *lacking, *beside]:
+        print_faults(left_out)
+    if not good or 2 * good < found:
+        raise Unusable(f"{what}: training needs at least half of them; not ready, the first: {left_out[0]}")
+    say(f"{what}, ready to train on")
 
 
 def prune(

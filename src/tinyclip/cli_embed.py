@@ -16,6 +16,7 @@ from tinyclip.terminal import (
     MaxPixels,
     Overwrite,
     Runtime,
+    Separator,
     complete_model,
     plural,
     print_faults,
@@ -35,6 +36,7 @@ def embed(
     part_size: Annotated[int, typer.Option(min=1, help="Pictures or texts a part; a shard is always one.")] = 10_000,
     text_column: Annotated[str | None, typer.Option(help="Column of the texts in a table.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of the keys; else the row's number.")] = None,
+    separator: Separator = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=10**6, help="Items at once; chosen by the device.")
     ] = None,
@@ -58,7 +60,7 @@ def embed(
 
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
     with busy(f"looking into {source}"):
-        found = open_source(source, part_size, text_column, key_column)
+        found = open_source(source, part_size, text_column, key_column, separator)
     check(found, output, plan, overwrite)  # before a model is loaded
     place = resolve_device(device)
     with processes(place):

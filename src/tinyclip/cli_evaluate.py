@@ -20,6 +20,7 @@ from tinyclip.terminal import (
     MaxPixels,
     Model,
     Runtime,
+    Separator,
     Split,
     Templates,
     check_file,
@@ -45,6 +46,7 @@ def evaluate(
     images: Images = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
+    separator: Separator = None,
     per_class: PerClass = False,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
@@ -60,7 +62,7 @@ def evaluate(
     from tinyclip.pipeline import load_encoder
 
     check_file(output)
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     if (templates or per_class) and not dataset.classnames:
         option = "--templates" if templates else "--per-class"
@@ -100,10 +102,10 @@ def probe(
     """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
     from tinyclip.datasets import find_splits, open_dataset
     from tinyclip.distributed import is_main, processes, resolve_device
-    from tinyclip.pack import TABLES
     from tinyclip.pipeline import load_encoder
     from tinyclip.probe import check_solver
     from tinyclip.probe import probe as probed
+    from tinyclip.tables import TABLES
 
     check_file(output)
     check_solver(solver)

@@ -34,8 +34,8 @@ from torch import Tensor
 
 from tinyclip.augment import Augment, View
 from tinyclip.faults import Fault, Skipped
-from tinyclip.index import prepare
-from tinyclip.shards import captions_of, image_of, info_of
+from tinyclip.index import check_readers, prepare
+from tinyclip.shards import captions_of, class_of, image_of
 from tinyclip.tokenizer import CLIPTokenizer
 
 TOO_MANY = 1000  # bad samples in a row
@@ -133,7 +133,7 @@ class Encoder(TaskEncoder):
             else:
                 pixels, teacher = self.augment.view(image, self.image_size, rng), []
                 caption = rng.choice(captions)
-            group = str(info_of(sample).get("class") or f"{sample['__shard__']}/{sample['__key__']}")
+            group = class_of(sample) or f"{sample['__shard__']}/{sample['__key__']}"
         except ValueError as error:
             self._skip(sample, getattr(error, "cause", "corrupt_image"), str(error))
             raise SkipSample from None
@@ -212,9 +212,10 @@ def training_loader(
         teacher_tokenize: of a teacher that has another tokenizer, for `Batch.teacher_tokens`.
 
     Raises:
-        ValueError: when the folder holds no usable shards.
+        ValueError: when the folder holds no usable shards, or fewer samples than there are workers in all processes.
     """
     samples = prepare(folder, keep=True)
+    check_readers(folder, workers, world_size)
     config = WorkerConfig(rank=rank, world_size=world_size, num_workers=workers, seed_offset=seed)
     dataset = get_train_dataset(
         Path(folder).resolve(),

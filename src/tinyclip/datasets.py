@@ -14,11 +14,13 @@ from tinyclip.classnames import Classes, of_folders, of_samples, read_lines, rea
 from tinyclip.faults import Fault, Skipped
 from tinyclip.inputs import ahead
 from tinyclip.layouts import Item, Mine, Reader
-from tinyclip.pack import TABLES, find_items
 from tinyclip.pack import Item as Captioned
+from tinyclip.pack import find_items
 from tinyclip.shards import find_shards
+from tinyclip.tables import TABLES
 
-SPLITS = ("test", "val", "validation", "train")  # of those that are there, the first is the default
+# Of those that are there, the first is the default.
+SPLITS = ("test", "testing", "val", "valid", "validation", "dev", "train", "training")
 SHARDS = (".tar", ".tar.gz")
 
 
@@ -77,6 +79,7 @@ class Options:
     images: Path | None = None
     image_column: str | None = None
     caption_column: str | None = None
+    separator: str | None = None
 
 
 def open_dataset(
@@ -88,6 +91,7 @@ def open_dataset(
     images: str | Path | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    separator: str | None = None,
 ) -> Dataset:
     """Data to judge a model on, in any of these layouts: class folders, or a `.tar` of them; WebDataset shards, in a
     folder or in CLIP_benchmark's tree; Karpathy's split files; tables of pictures and captions; captioned pictures.
@@ -102,12 +106,15 @@ def open_dataset(
         images: folder of the pictures of a table or a split file.
         image_column: of a table, by default the first known one (`docs/data.md`).
         caption_column: of a table, likewise.
+        separator: of a .csv or .tsv, by default as its header shows.
 
     Raises:
         ValueError: when it is missing, is none of these, or the class names do not match it.
     """
     place = Path(path)
-    options = Options(templates, classes, split, Path(images) if images else None, image_column, caption_column)
+    options = Options(
+        templates, classes, split, Path(images) if images else None, image_column, caption_column, separator
+    )
     if not place.exists():
         raise ValueError(f"{path}: no such data folder or file")
     suffix = place.suffix.lower()
@@ -118,7 +125,8 @@ def open_dataset(
         raise ValueError(f"{path} is no table, so it has no columns")
     if table:
         _no_split(place, options)
-        items = find_items(place, image_column=image_column, caption_column=caption_column, image_root=images)
+        columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
+        items = find_items(place, image_root=images, **columns)
         return _captioned(place, options, items, place.parent)
     if karpathy:
         chosen = split or "test"
@@ -155,8 +163,9 @@ def find_splits(place: str | Path) -> dict[str, Path]:
     there is anything else to read in it."""
     place = Path(place)
     splits: dict[str, Path] = {}
-    for name in SPLITS if place.is_dir() else ():
-        folder, tar = place / name, place / f"{name}.tar"
+    there = {p.name.lower(): p for p in sorted(place.iterdir(), reverse=True)} if place.is_dir() else {}
+    for name in SPLITS:
+        folder, tar = there.get(name, place / name), there.get(f"{name}.tar", place / f"{name}.tar")
         if folder.is_dir() and (_has_shards(folder) or layouts.class_folders(folder)):
             splits[name] = folder
         elif tar.is_file():
@@ -166,6 +175,33 @@ def find_splits(place: str | Path) -> dict[str, Path]:
         others |= {place / name for name in layouts.class_folders(place)}
         return {} if others - set(splits.values()) else splits
     return splits
+
+
+def named_folders(
+    place: Path, split: str | None = None, classes: str | Path | None = None
+) -> tuple[Path, dict[str, str], list[Path]]:
+    """Class folders as data to learn from: the folder that they are in (of several splits the one to train on), class
+    names by folder, and pictures that lie beside the folders.
+
+    Raises:
+        ValueError: when there are none, the split is not sure, or the names do not match.
+    """
+    splits = find_splits(place)
+    learned = split or next((name for name in reversed(SPLITS) if name in splits and name.startswith("train")), None)
+    if splits and learned is None:
+        raise ValueError(f"{place}: its folders are splits ({', '.join(splits)}); choose one with --split")
+    part, homes = _part(place, Options(split=learned))
+    if not part.is_dir() or _has_shards(part):
+        raise ValueError(f"{part}: shards, and no class folders; they are ready to train on as they are")
+    found = layouts.class_folders(part)
+    for name in found:
+        if name.lower() in SPLITS and layouts.class_folders(part / name) and not layouts.loose_pictures(part / name):
+            raise ValueError(f"{part}: {name} looks like a split beside other folders; give the folder of one split")
+    if not found:
+        raise ValueError(f"{part}: no class folders with pictures in it")
+    named = of_folders(part, found, classes or _names_beside(homes))
+    labels = {folder: label for folder, label in named.labels.items() if label is not None}
+    return part, {folder: named.names[label] for folder, label in labels.items()}, layouts.loose_pictures(part)
 
 
 def _part(place: Path, options: Options) -> tuple[Path, list[Path]]:

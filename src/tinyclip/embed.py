@@ -7,6 +7,7 @@ Processes that `torchrun` started share the parts.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +30,8 @@ from tinyclip.inputs import ahead, batches, check_finite
 from tinyclip.ownership import LOCKS, MARKER, check_replaceable, claim, discard, is_free, read_marker, remove
 from tinyclip.pipeline import Pipeline, Tensors
 from tinyclip.shards import captions_of, image_of, read_shard
-from tinyclip.sources import Source, Text
+from tinyclip.sources import Rows, Source, Text
+from tinyclip.tables import captions_in, picture_in
 from tinyclip.transforms import DRAFT, open_image
 
 FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
@@ -133,7 +135,8 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
         ValueError: as `embed`.
     """
     out = Path(out)
-    what = plan.what if source.kind == "shards" else "text" if source.kind == "texts" else "image"
+    both = source.kind == "shards" or (source.kind == "rows" and source.text_column is not None)
+    what = plan.what if both else "text" if source.kind == "texts" else "image"
     if plan.what not in ("both", what):
         raise ValueError(f"{source.root}: there are only {source.kind} in it, so no {plan.what} features")
     if out.exists() and not out.is_dir():
@@ -282,7 +285,10 @@ def _part(
     if source.kind == "texts":
         texts = part
     else:
-        items = _of_paths(part, source.root) if source.kind == "pictures" else _of_shard(part, plan, record, texts)
+        if source.kind == "pictures":
+            items = _of_paths(part, source.root)
+        else:
+            items = (_of_shard if source.kind == "shards" else _of_rows)(part, plan, record, texts)
         shard = part.name if source.kind == "shards" else ""
         keys, rows = [], [torch.empty(0, clip.embed_dim)]
         for some, features in _images(clip, items, shard, plan, record):
@@ -333,6 +339,25 @@ def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Ite
                 record.skipped.append(Skipped(shard.name, key, fault.cause, fault.reason))
         if plan.what != "text":
             yield key, partial(image_of, sample)
+
+
+def _of_rows(rows: Rows, plan: Plan, record: Record, texts: list[Text]) -> Iterator[Item]:
+    """The same of rows of a table with pictures inside; keys are their numbers."""
+    for number, picture, captions in rows:
+        key = str(number)
+        if plan.what != "image":
+            try:
+                texts += [Text(key, i, caption) for i, caption in enumerate(captions_in(captions))]
+            except Fault as fault:
+                record.skipped.append(Skipped("", key, fault.cause, fault.reason))
+        if plan.what != "text":
+            yield key, partial(_picture, picture_in(picture))
+
+
+def _picture(data: bytes | None, at_least: int) -> Image.Image:
+    if data is None:
+        raise Fault("no_image", "no picture in the row")
+    return open_image(io.BytesIO(data), at_least)
 
 
 def _images(

@@ -18,6 +18,8 @@ CAUSES = {
     "vanished_shard": "deleted, or unreadable, while in use",
     "duplicate_key": "a key that its shard has already had; the first sample counts",
     "no_image": "no picture",
+    "shared_key": "pictures of several names that are one key, as a key ends at the first dot of a name",
+    "bad_row": "a row of a table that cannot be read, or has no picture",
     "corrupt_image": "a picture that does not decode whole",
     "huge_image": "a picture, or a sample, too large to open safely",
     "unreadable_folder": "a folder that cannot be opened",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 import zlib
@@ -135,10 +136,27 @@ def in_words(error: OSError) -> str:
     return f"{as_text(os.fsdecode(error.filename))}: {said}" if isinstance(error.filename, str | bytes) else said
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text as editors count them: at `\\n`, `\\r\\n` and `\\r` alone, not at the other characters that
+    `str.splitlines` takes (U+2028, U+0085, form feeds), which stand inside captions."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    return lines[:-1] if not lines[-1] else lines
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8, without a byte order mark; `ValueError` when it cannot be read or is no such text."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; `ValueError` when it is missing or anything else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

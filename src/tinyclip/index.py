@@ -8,9 +8,11 @@ truncated tar and no key twice. Users' tars are never written to.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import json
 import os
+import shutil
 import struct
 import tarfile
 import time
@@ -18,13 +20,13 @@ import zlib
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.energon import CrudeWebdataset, __version__
 from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset.itar import TarIndexWriter
+from megatron.energon.flavors.webdataset.itar import ITarRawSamplePartPointer, TarIndexWriter
 from megatron.energon.source_info import SourceInfo
 
 import tinyclip
@@ -32,11 +34,26 @@ from tinyclip.faults import Fault, Skipped, Unusable
 from tinyclip.files import in_words, replacing, write_atomically
 from tinyclip.folder_lock import Lock
 from tinyclip.progress import ended, tell_bytes, track
-from tinyclip.shards import entries, find_shards, open_shard, unpacked, words
+from tinyclip.shards import (
+    IMAGE_TYPES,
+    RENAME,
+    Entry,
+    entries,
+    find_shards,
+    lack_of,
+    long_endings,
+    misnamed,
+    open_shard,
+    part_of,
+    unpacked,
+    words,
+)
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries of a shard that cannot be opened
 LENT_AFTER = 100  # samples in a row that a worker could not read
-FORMAT = 2  # of our files in .nv-meta
+FORMAT = 3  # of our files in .nv-meta
+KEPT_FORMATS = (2, FORMAT)  # in which a run that is resumed may go on
+MOST_TIMES, FREE_SIZE = 100, 2**28  # what may come out of a .tar.gz: so many times its size, or so many bytes
 READ_ERRORS = (OSError, tarfile.TarError, ValueError, EOFError, IndexError, struct.error)
 
 
@@ -72,22 +89,9 @@ def _unpack(packed: Path) -> Skipped | None:
     plain = packed.with_suffix("")
     if unpacked(packed):
         return None
-    problem = "no data"
-    whole = packed.stat().st_size
     try:
         with replacing(plain) as temporary:
-            with packed.open("rb") as raw, gzip.open(raw) as source, temporary.open("wb") as target:
-                while True:
-                    try:
-                        block = source.read1(2**16)
-                    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                        problem, block = words(error), b""
-                    if not block:
-                        break
-                    target.write(block)
-                    tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
-                size = target.tell()
-            ended(f"unpacking {packed.name}")
+            size, problem = _gunzip(packed, temporary)
             if not size:
                 raise Fault("damaged_shard", f"damaged shard ({problem})")
             os.utime(temporary, ns=(packed.stat().st_mtime_ns,) * 2)
@@ -96,10 +100,52 @@ def _unpack(packed: Path) -> Skipped | None:
     return None
 
 
+def _gunzip(packed: Path, target: Path) -> tuple[int, str]:
+    """Unpack as far as it is whole: the bytes that came out, and why no more did.
+
+    Raises:
+        ValueError: when more comes out than of pictures, which hardly compress.
+        OSError: when it is more than the disk has room for.
+    """
+    whole, room = packed.stat().st_size, shutil.disk_usage(packed.parent).free
+    most, size, problem = max(MOST_TIMES * whole, FREE_SIZE), 0, "no data"
+    with packed.open("rb") as raw, gzip.open(raw) as source, target.open("wb") as file:
+        while True:
+            try:
+                block = source.read1(2**16)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                problem, block = misnamed(packed) or words(error), b""
+            if not block:
+                break
+            size += len(block)
+            if size > most:
+                text = f"over {most:,} bytes come out of {whole:,}, which no shard of pictures does"
+                raise ValueError(f"{packed}: {text}; if it is right, unpack it with `gunzip --keep`")
+            if size > room:
+                raise OSError(errno.ENOSPC, f"{room:,} bytes are free, and more come out")
+            file.write(block)
+            tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
+    ended(f"unpacking {packed.name}")
+    return size, problem
+
+
+@dataclass
+class _Indexed:
+    """What the headers of a shard say."""
+
+    count: int = 0
+    left_out: list[tuple[int | None, Skipped]] = field(default_factory=list)  # with their place in the shard, or None
+    lacking: list[Skipped] = field(default_factory=list)  # samples without a picture or a caption
+    beside: list[Skipped] = field(default_factory=list)  # samples with more pictures than the one that is used
+    linked: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # samples with links, see `Patient`
+    apart: list[str] = field(default_factory=list)  # keys whose picture and caption do not stand together
+
+
 def _index(folder: Path, damaged: list[Skipped]) -> None:
     shards, state = sorted(folder.glob("*.tar")), _state(find_shards(folder))
     faults = [asdict(s) for s in damaged]
     counts: dict[str, int] = {}
+    linked: list[dict[str, Any]] = []
     if len(shards) > 8:
         try:
             with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -108,23 +154,23 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
             raise ValueError(f"{folder}: a process that indexed shards died, perhaps for lack of memory") from None
     else:
         found = [_index_shard(shard) for shard in track(shards, f"indexing {folder}", len(shards), "shards")]
-    for shard, (count, left_out) in zip(shards, found, strict=True):
+    for shard, one in zip(shards, found, strict=True):
         start = sum(counts.values())
         # Samples are known by their number in the whole index.
-        faults += [asdict(s) | ({"sample": start + i} if i is not None else {}) for i, s in left_out]
-        if count:
-            counts[shard.name] = count
-    total, bad = sum(counts.values()), [f for f in faults if "sample" in f]
-    if len(bad) == total or 2 * len(bad) > total:
-        first = "; ".join(f"{folder / f['shard']}: {f['reason']}" for f in faults[:3])
-        what = f"{len(bad):,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
-        raise Unusable(f"{folder}: {what}; {first}")
+        faults += [asdict(s) | ({"sample": start + i} if i is not None else {}) for i, s in one.left_out]
+        linked += [{"sample": start + i} | parts for i, parts in one.linked]
+        if one.count:
+            counts[shard.name] = one.count
+    _check_usable(folder, sum(counts.values()), faults, found)
     meta = folder / ".nv-meta"
     (meta / "ready").unlink(missing_ok=True)  # without it there is no index
     _write(meta / "dataset.yaml", {"__module__": __name__, "__class__": Shards.__name__})  # JSON is YAML
     _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
     _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})
-    write_atomically(meta / "faults.jsonl", "".join(json.dumps(f) + "\n" for f in faults))
+    _write_lines(meta / "faults.jsonl", faults)
+    _write_lines(meta / "linked.jsonl", linked)
+    _write_lines(meta / "lacking.jsonl", [asdict(s) for one in found for s in one.lacking])
+    _write_lines(meta / "beside.jsonl", [asdict(s) for one in found for s in one.beside])
     _write(meta / "ready", {"tinyclip": tinyclip.__version__, "format": FORMAT, "shards": state})
 
 
@@ -140,35 +186,77 @@ def _check_ours(meta: Path) -> None:
         raise ValueError(f"{meta} is not by tinyclip, which writes its own index there; move it away")
 
 
+def _check_usable(folder: Path, total: int, faults: list[dict[str, Any]], found: list[_Indexed]) -> None:
+    """`Unusable` when training would find no sample, or stop since more than half of them are bad."""
+    lacking, apart = [s for one in found for s in one.lacking], [key for one in found for key in one.apart]
+    bad = [f for f in faults if "sample" in f]
+    left = total - len(bad) - len(lacking)
+    if left > 0 and 2 * left >= total:
+        return
+    first = [f"{folder / f['shard']}: {f['reason']}" for f in faults[:3]]
+    first += [f"{folder / s.shard}: {s.key}: {s.reason}" for s in lacking[: 3 - len(first)]]
+    if apart:
+        text = f"picture and caption of {len(apart):,} keys ({apart[0]}) do not follow each other in the tar"
+        first = [f"{text}; pack it anew with `tar --sort=name`"]
+    what = f"{total - left:,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
+    raise Unusable(f"{folder}: {what}; {'; '.join(first)}")
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def _write(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value))
 
 
-def _index_shard(shard: Path) -> tuple[int, list[tuple[int | None, Skipped]]]:
-    """Write Energon's index of a shard, the offsets of its samples. Returns their number, and what is to be left out:
-    samples with their place in the shard, or what concerns the shard itself with None."""
-    left_out: list[tuple[int | None, Skipped]] = []
+def _index_shard(shard: Path) -> _Indexed:
+    """Write Energon's index of a shard, the offsets of its samples."""
+    found = _Indexed()
     offsets: list[int] = []
     end = 0
+    alone: dict[str, str] = {}  # what samples lack that have a picture or a caption only
     try:
         with open_shard(shard) as tar:
             for entry in entries(tar):
+                lack = lack_of(entry)
+                if lack and alone.setdefault(entry.key, lack.cause) != lack.cause:
+                    found.apart.append(entry.key)
                 if entry.fault:
-                    left_out.append((len(offsets), _skipped(shard, entry.key, entry.fault)))
+                    found.left_out.append((len(offsets), _skipped(shard, entry.key, entry.fault)))
+                elif lack:
+                    found.lacking.append(_skipped(shard, entry.key, lack))
+                elif several := _others(entry):
+                    reason = f"{len(several)} more pictures ({several[0]}) share its key; {RENAME}"
+                    found.beside.append(_skipped(shard, entry.key, Fault("shared_key", reason)))
+                if entry.linked and not entry.fault:
+                    found.linked.append((len(offsets), _places(entry)))
                 offsets.append(entry.offset)
                 tell_bytes(f"indexing {shard.name}", entry.offset, shard.stat().st_size)
-                last = list(entry.parts.values())[-1]
-                end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                end = entry.end
         if not offsets:
             raise Fault("empty_shard", "an empty shard")
     except Fault as fault:
-        left_out.append((None, _skipped(shard, "", fault)))
+        found.left_out.append((None, _skipped(shard, "", fault)))
     ended(f"indexing {shard.name}")
     if offsets:
         with TarIndexWriter(EPath(shard)) as writer:
             for offset in (*offsets, end):
                 writer.append(offset)
-    return len(offsets), left_out
+    found.count = len(offsets)
+    return found
+
+
+def _others(entry: Entry) -> list[str]:
+    """Pictures of a sample that stand beside the one that is used since their names have more dots."""
+    used = part_of(entry.parts, IMAGE_TYPES)
+    return [ending for ending in long_endings(entry.parts, IMAGE_TYPES) if ending != used]
+
+
+def _places(entry: Entry) -> dict[str, Any]:
+    """Where the bytes of a sample's links are, which Energon passes over: first byte and size by ending."""
+    parts = {ending: [entry.parts[ending].offset_data, entry.parts[ending].size] for ending in sorted(entry.linked)}
+    return {"key": entry.key, "parts": parts, "alone": len(parts) == len(entry.parts)}
 
 
 def _skipped(shard: Path, key: str, fault: Fault) -> Skipped:
@@ -181,6 +269,18 @@ def shard_counts(folder: str | Path, keep: bool = False) -> dict[str, int]:
     return _counts(Path(folder) / ".nv-meta")
 
 
+def check_readers(folder: str | Path, workers: int, processes: int) -> None:
+    """Whether each process's workers, which share the samples of an indexed folder, get at least one; `ValueError` that
+    says what would do when not."""
+    samples, readers = sum(_counts(Path(folder) / ".nv-meta").values()), max(1, workers) * processes
+    if samples >= readers:
+        return
+    text = f"{folder}: {samples:,} samples are too few for {processes:,} processes of {max(1, workers):,} workers each"
+    most = samples // processes
+    mend = f"set `workers` to {most:,} at most" if most else f"start {samples:,} processes at most"
+    raise ValueError(f"{text}, as every worker reads samples of its own; {mend}, or add data")
+
+
 def known_samples(folder: str | Path) -> int | None:
     """Usable samples of a folder that is indexed as it stands, else None; writes nothing."""
     meta = Path(folder) / ".nv-meta"
@@ -189,11 +289,26 @@ def known_samples(folder: str | Path) -> int | None:
 
 def known_faults(folder: str | Path) -> list[Skipped]:
     """What the index of a folder leaves out."""
-    return [Skipped(f["shard"], f["key"], f["cause"], f["reason"]) for f in _faults(Path(folder) / ".nv-meta")]
+    return [_of_row(row) for row in _faults(Path(folder) / ".nv-meta")]
+
+
+def known_lacks(folder: str | Path) -> tuple[list[Skipped], list[Skipped]]:
+    """Samples that lack a picture or a caption, which `prepare` counts, as their order is that of the tars; and those
+    that have more pictures than the one that is used."""
+    meta = Path(folder) / ".nv-meta"
+    lacking, beside = ([_of_row(row) for row in _rows(meta / f"{name}.jsonl")] for name in ("lacking", "beside"))
+    return lacking, beside
+
+
+def _of_row(row: dict[str, Any]) -> Skipped:
+    return Skipped(row["shard"], row["key"], row["cause"], row["reason"])
 
 
 def _faults(meta: Path) -> list[dict[str, Any]]:
-    file = meta / "faults.jsonl"
+    return _rows(meta / "faults.jsonl")
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
@@ -215,7 +330,7 @@ def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:
     """Whether the index is whole, of just these shards as they are now; with `keep`, of those of them that it has."""
     try:
         ready = json.loads((meta / "ready").read_text(encoding="utf-8"))
-        known = ready["shards"] if ready["format"] == FORMAT else {}
+        known = ready["shards"] if ready["format"] in (KEPT_FORMATS if keep else (FORMAT,)) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return False
     state = _state(shards)
@@ -234,8 +349,10 @@ class Shards(CrudeWebdataset):
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         dataset = super().build(worker_rotation_offset)
-        known = {f["sample"]: f for f in _faults((self.path / ".nv-meta").local_path()) if "sample" in f}
-        dataset.dataset.join_readers = [Patient(reader, known) for reader in dataset.dataset.join_readers]
+        meta = (self.path / ".nv-meta").local_path()
+        known = {f["sample"]: f for f in _faults(meta) if "sample" in f}
+        linked = {row["sample"]: row for row in _rows(meta / "linked.jsonl")}
+        dataset.dataset.join_readers = [Patient(reader, known, linked) for reader in dataset.dataset.join_readers]
         return dataset
 
 
@@ -247,8 +364,8 @@ class Patient:
     A worker that has no other shard is lent samples of those that others read.
     """
 
-    def __init__(self, reader: Any, known: dict[int, dict[str, Any]]) -> None:
-        self.reader, self.known = reader, known
+    def __init__(self, reader: Any, known: dict[int, dict[str, Any]], linked: dict[int, dict[str, Any]]) -> None:
+        self.reader, self.known, self.linked = reader, known, linked
         self.gone: set[str] = set()
         self.missed = 0  # samples in a row
 
@@ -259,7 +376,7 @@ class Patient:
         shard = self._shard_of(index)
         for pause in (*PAUSES, 0.0):
             try:
-                sample = self.reader[index]
+                sample = self._read(index, shard)
                 self.gone.discard(shard)
                 self.missed = 0
                 return sample
@@ -285,8 +402,28 @@ class Patient:
             other = counts[number] + index % (counts[number + 1] - counts[number])
             if other not in self.known and self._shard_of(other) not in self.gone:
                 with contextlib.suppress(*READ_ERRORS):
-                    return self.reader[other]
+                    return self._read(other, self._shard_of(other))
         return None
+
+    def _read(self, index: int, shard: str) -> Any:
+        """A sample as Energon reads it, and the parts that are links, which it passes over."""
+        linked = self.linked.get(index)
+        if linked is None:
+            return self.reader[index]
+        sample = self._plain(index, shard, linked["key"]) if linked["alone"] else self.reader[index]
+        number = self.reader.tar_filenames.index(shard)
+        for ending, (offset, size) in linked["parts"].items():
+            pointer = ITarRawSamplePartPointer(tar_file_id=number, raw_byte_offset=offset, raw_byte_size=size)
+            data, _ = self.reader._get_part_by_raw_sample_pointer(pointer, ending)
+            if len(data) != size:
+                raise ValueError("unexpected end of data")
+            sample[ending] = data
+        return sample
+
+    def _plain(self, index: int, shard: str, key: str) -> dict[str, Any]:
+        source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
+        where = {"__restore_key__": ("Webdataset", index), "__sources__": (source,)}
+        return {"__key__": key, "__shard__": shard, **where}
 
     def _shard_of(self, index: int) -> str:
         number = bisect_right(self.reader.shard_count_cumsum, index) - 1
@@ -300,6 +437,4 @@ class Patient:
                 file.fileobj.close()
 
     def _instead(self, index: int, shard: str, key: str, fault: Fault) -> dict[str, Any]:
-        source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
-        where = {"__restore_key__": ("Webdataset", index), "__sources__": (source,)}
-        return {"__key__": key, "__shard__": shard, "__fault__": fault, **where}
+        return self._plain(index, shard, key) | {"__fault__": fault}

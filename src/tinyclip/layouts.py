@@ -28,8 +28,19 @@ from tinyclip.finding import (
     skipped_of,
 )
 from tinyclip.pack import Item as Captioned
-from tinyclip.pack import with_sidecar
-from tinyclip.shards import TAR_ERRORS, captions_of, entries, image_of, info_of, open_shard, read_shard, words
+from tinyclip.pack import sidecars, with_sidecar
+from tinyclip.shards import (
+    TAR_ERRORS,
+    Header,
+    captions_of,
+    entries,
+    image_of,
+    info_of,
+    open_shard,
+    read_shard,
+    words,
+)
+from tinyclip.tables import Inside
 from tinyclip.transforms import open_image
 
 Mine = Callable[[int], bool]  # whether a sample, by its number, is for this process
@@ -63,7 +74,7 @@ def class_folders(place: Path) -> list[str]:
 
 def has_captions(pictures: Iterable[Path]) -> bool:
     """Whether one of these has a caption beside it."""
-    return any(file.with_suffix(ending).is_file() for file in pictures for ending in (".txt", ".json"))
+    return any(sidecars(file) for file in pictures)
 
 
 def loose_pictures(place: Path) -> list[Path]:
@@ -117,7 +128,10 @@ def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
 def _of_file(picture: Captioned, place: Path, label: int | None = None) -> Item:
     file, problem = picture.path, picture.problem
     key = name_of(file.relative_to(place) if file.is_relative_to(place) else file)
-    opened = partial(_refused, problem) if problem else partial(_open_file, file)
+    opened = (
+        partial(_refused, problem) if problem else partial(_open_inside, picture.inside) if picture.inside else None
+    )
+    opened = opened or partial(_open_file, file)
     return Item(key, opened, label, captions=picture.captions)
 
 
@@ -130,6 +144,10 @@ def _numbered(items: Callable[[list[Skipped]], Iterable[Item]]) -> Reader:
 
 def _refused(problem: Fault) -> Image.Image:
     raise problem
+
+
+def _open_inside(inside: Inside) -> Image.Image:
+    return open_image(io.BytesIO(inside.read()))
 
 
 def _open_file(file: Path) -> Image.Image:
@@ -237,7 +255,7 @@ def _inner(
 ) -> Iterator[tuple[str, str, int, int]]:
     """The same of one tar in a tar; of a damaged one what comes before the damage."""
     try:
-        with tarfile.open(fileobj=opened.extractfile(part), mode="r:") as inner:
+        with tarfile.open(fileobj=opened.extractfile(part), mode="r:", tarinfo=Header) as inner:
             for item in entries(inner):
                 for picture in filter(_is_picture, item.parts.values()):
                     first = part.offset_data + picture.offset_data
@@ -314,7 +332,7 @@ def _label(sample: dict[str, Any], info: dict[str, Any], classes: Classes) -> in
     """Raises `Fault` for a class that is not in the list."""
     name = str(info.get("class") or "")
     if "cls" in sample:
-        name = sample["cls"].decode("utf-8", "replace").strip()
+        name = sample["cls"].decode("utf-8-sig", "replace").strip()
         if name.isdecimal():
             if classes.names and int(name) >= len(classes.names):
                 named = f"{classes.source} names {len(classes.names):,}, from 0"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import io
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import webdataset
 from PIL import Image
@@ -18,23 +15,37 @@ from tinyclip.faults import Fault, Skipped, Unusable, counts, summary
 from tinyclip.files import as_text, json_text, name_of
 from tinyclip.finding import CONVERTED, COPIED, LeftOut, because, find_pictures
 from tinyclip.folders import atomic_directory
-from tinyclip.inputs import is_unicode
 from tinyclip.ownership import check_replaceable
+from tinyclip.tables import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    TABLES,
+    Inside,
+    Pictures,
+    Row,
+    Table,
+    captions_in,
+    check_bad_rows,
+    open_table,
+    picture_in,
+)
 from tinyclip.transforms import open_image, plain_mode, resize_shorter
-
-IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
-TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to pack: its file, captions, and its class where it has one."""
+    """A picture to pack: its file, captions, and its class where it has one. Of a row of a table that cannot be used,
+    where it is and why."""
 
     path: Path
     captions: tuple[str, ...]
     name: str | None = None
     problem: Fault | None = None  # why there are none
+    inside: Inside | None = None  # where the picture is when it is in a table and has no file
+
+    def picture(self) -> Path | Image.Image:
+        """What to open, or of a picture in a table the open one."""
+        return open_image(io.BytesIO(self.inside.read())) if self.inside else self.path
 
 
 @dataclass
@@ -54,26 +65,38 @@ def find_items(
     caption_column: str | None = None,
     image_root: str | Path | None = None,
     templates: Sequence[str] | None = None,
+    separator: str | None = None,
+    split: str | None = None,
+    classes: str | Path | None = None,
 ) -> list[Item]:
     """The pictures of a source, in order.
 
     A table (.csv, .tsv, .jsonl, .parquet) has a column of paths, relative to `image_root` or to the table, and
-    one of captions (a text or a list); rows of one picture are joined. A folder with `templates` has a folder
-    for each class, and each template is a caption with `{c}` the class. Any other folder has captions beside
-    its pictures: `photo.jpg` with `photo.txt` (a caption a line) or `photo.json` (`caption` or `captions`).
+    one of captions (a text or a list); rows of one picture are joined, and those that cannot be read come last, as
+    items with their problem. A .parquet may have the pictures themselves in the column. A folder with `templates` has
+    a folder for each class, and each template is a caption with `{c}` the class, named as `open_dataset` names it. Any
+    other folder has captions beside its pictures: `photo.jpg` with `photo.txt` (a caption a line) or `photo.json`
+    (`caption` or `captions`).
+
+    Args:
+        separator: of a .csv or .tsv, by default as its header shows.
+        split: of class folders in several parts; train by default.
+        classes: names of the classes, as `open_dataset` takes them.
 
     Raises:
-        ValueError: when the source, its columns or its pictures cannot be found.
+        ValueError: when the source, its columns, its pictures or the names of its classes cannot be found, or more
+            than half of a table's rows cannot be read.
     """
     source, left_out = Path(source), list[LeftOut]()
     if source.suffix.lower() in TABLES:
-        items = _from_table(source, image_column, caption_column, Path(image_root or source.parent))
+        table = open_table(source, separator, [name for name in (image_column, caption_column) if name])
+        items = _from_table(table, image_column, caption_column, Path(image_root or source.parent))
     elif not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     elif not source.is_dir():
         raise ValueError(f"{source}: neither a folder nor a table ({', '.join(sorted(TABLES))})")
     elif templates is not None:
-        items = _from_class_folders(source, templates, left_out)
+        items = _from_class_folders(source, templates, split, classes, left_out)
     else:
         items = [with_sidecar(path) for path in find_pictures(source, left_out)]
         if items and not any(item.captions for item in items):
@@ -114,7 +137,7 @@ def pack(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
-    if any(out.resolve() in item.path.resolve().parents for item in items):
+    if any(out.resolve() in item.path.resolve().parents for item in items if not (item.problem or item.inside)):
         raise ValueError(f"{out} holds the pictures to pack; choose another folder")
     check_replaceable(out, "shards")
     report = Report(0, 0, 0, [])
@@ -141,7 +164,7 @@ def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> No
     try:
         if not item.captions:
             raise item.problem or Fault("no_caption", "no caption")
-        ending, data = _stored(item.path, resize)
+        ending, data = _stored_inside(item.inside.read(), resize) if item.inside else _stored(item.path, resize)
     except ValueError as error:
         reason = str(error).removeprefix(f"{item.path}: ")
         report.skipped.append(Skipped("", name_of(item.path), getattr(error, "cause", "no_image"), reason))
@@ -168,6 +191,16 @@ def _stored(path: Path, resize: int | None) -> tuple[str, bytes]:
     return ending, data
 
 
+def _stored_inside(data: bytes, resize: int | None) -> tuple[str, bytes]:
+    """The same of a picture that is inside a table, whose kind its bytes tell."""
+    image = open_image(io.BytesIO(data))
+    with Image.open(io.BytesIO(data)) as opened:
+        ending = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(opened.format or "")
+    if resize is not None and min(image.size) > resize:
+        return _encoded(resize_shorter(plain_mode(image), resize), "jpg" if ending == "jpg" else "png")
+    return (ending, data) if ending else _encoded(plain_mode(image), "png")
+
+
 def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
     buffer = io.BytesIO()
     if ending == "jpg":
@@ -177,13 +210,19 @@ def _encoded(image: Image.Image, ending: str) -> tuple[str, bytes]:
     return ending, buffer.getvalue()
 
 
+def sidecars(path: Path) -> list[Path]:
+    """The files of captions beside a picture; cameras and Windows write endings in capitals too."""
+    names = [[f".{ending}", f".{ending.upper()}", f".{ending.title()}"] for ending in ("txt", "json")]
+    found = (next((f for f in map(path.with_suffix, some) if f.is_file()), None) for some in names)
+    return [file for file in found if file is not None]
+
+
 def with_sidecar(path: Path) -> Item:
     """A picture with the captions in the file beside it, or what is wrong with that."""
     from tinyclip.shards import captions_of
 
-    files = {ending: path.with_suffix(f".{ending}") for ending in ("txt", "json")}
     try:
-        found = captions_of({ending: file.read_bytes() for ending, file in files.items() if file.is_file()})
+        found = captions_of({file.suffix[1:].lower(): file.read_bytes() for file in sidecars(path)})
     except Fault as fault:
         return Item(path, (), problem=fault)
     except OSError as error:
@@ -191,86 +230,70 @@ def with_sidecar(path: Path) -> Item:
     return Item(path, tuple(found))
 
 
-def _from_class_folders(source: Path, templates: Sequence[str], left_out: list[LeftOut]) -> list[Item]:
+def _from_class_folders(
+    source: Path, templates: Sequence[str], split: str | None, classes: str | Path | None, left_out: list[LeftOut]
+) -> list[Item]:
+    from tinyclip.datasets import named_folders
+
     bad = next((t for t in templates if "{c}" not in t), None)
     if bad is not None or not templates:
         raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
+    place, names, loose = named_folders(source, split, classes)
     items = []
-    for folder in sorted(p for p in source.iterdir() if p.is_dir()):
-        name = as_text(folder.name).replace("_", " ")
+    for folder, name in names.items():
         captions = tuple(t.replace("{c}", name) for t in templates)
-        items += [Item(path, captions, name) for path in find_pictures(folder, left_out)]
-    return items
+        items += [Item(path, captions, name) for path in find_pictures(place / folder, left_out)]
+    return items + [Item(path, (), problem=Fault("unknown_class", "in no class folder")) for path in loose]
 
 
-def _from_table(table: Path, image_column: str | None, caption_column: str | None, root: Path) -> list[Item]:
-    joined: dict[str, list[str]] = {}
-    columns: tuple[str, str] | None = None
-    for row in read_rows(table):
-        if columns is None:
-            columns = (
-                find_column(table, row, image_column, IMAGE_COLUMNS, "--image-column"),
-                find_column(table, row, caption_column, CAPTION_COLUMNS, "--caption-column"),
-            )
-        file, captions = row.get(columns[0]), row.get(columns[1])
-        if not file:
+@dataclass
+class _Found:
+    """What rows say of one picture."""
+
+    path: Path
+    captions: list[str] = field(default_factory=list)
+    inside: Inside | None = None
+    problem: Fault | None = None
+
+
+def _from_table(table: Table, image_column: str | None, caption_column: str | None, root: Path) -> list[Item]:
+    image = table.column(image_column, IMAGE_COLUMNS, "--image-column")
+    caption = table.column(caption_column, CAPTION_COLUMNS, "--caption-column")
+    pictures = Pictures(table, image)
+    found: dict[str, _Found] = {}
+    bad: list[Item] = []
+    total = 0
+    for row in table.rows([image, caption]):
+        total += 1
+        try:
+            if row.fault:
+                raise row.fault
+            key, path, inside = _picture_of(row.fields.get(image), image, table, row)
+        except Fault as fault:
+            bad.append(Item(Path(table.place(row)), (), problem=fault))
             continue
-        texts = captions if isinstance(captions, list) else [captions]
-        joined.setdefault(str(file), []).extend(t.strip() for t in texts if isinstance(t, str) and t.strip())
-    return [_of_row(root / file, captions) for file, captions in joined.items()]
+        one = found.setdefault(key, _Found(root / path))
+        one.inside = Inside(pictures, row.number) if inside else None
+        try:
+            one.captions += captions_in(row.fields.get(caption))
+        except Fault as fault:
+            one.problem = fault
+    check_bad_rows(table, [Skipped("", str(item.path), "bad_row", str(item.problem)) for item in bad], total)
+    items = [
+        Item(one.path, tuple(one.captions), problem=None if one.captions else one.problem, inside=one.inside)
+        for one in found.values()
+    ]
+    return [*items, *bad]
 
 
-def _of_row(path: Path, captions: Sequence[str]) -> Item:
-    if not all(map(is_unicode, captions)):
-        return Item(path, (), problem=Fault("bad_encoding", "caption is no UTF-8"))
-    return Item(path, tuple(captions))
-
-
-def find_column(table: Path, row: dict[str, Any], given: str | None, known: Sequence[str], option: str) -> str:
-    """The column that was given, or the first known one in the row; `ValueError` naming `option` without it."""
-    found = next((name for name in ([given] if given else known) if name in row), None)
-    if found is None:
-        wanted = repr(given) if given else "one of " + ", ".join(known)
-        raise ValueError(
-            f"{table}: no column {wanted}; it has {', '.join(map(str, row))}; name it with {option}, or rename it"
-        )
-    return found
-
-
-def open_text(path: Path, newline: str | None = None) -> TextIO:
-    """A file of UTF-8. Bytes that are none come as halves of surrogate pairs (see `inputs.is_unicode`), so that a bad
-    line costs no other.
-
-    Raises:
-        ValueError: for UTF-16.
-    """
-    with path.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f"{path}: UTF-16; save it as UTF-8")
-    return path.open(newline=newline, encoding="utf-8-sig", errors="surrogateescape")
-
-
-def read_rows(table: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .csv, .tsv, .jsonl or .parquet table, texts as of `open_text`; `ValueError` when it cannot be read."""
-    try:
-        if table.suffix.lower() in (".csv", ".tsv"):
-            with open_text(table, newline="") as file:
-                yield from csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-        elif table.suffix.lower() == ".jsonl":
-            with open_text(table) as file:
-                for line in filter(str.strip, file):
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a line is no JSON object: {line.strip()[:60]}")
-                    yield row
-        else:
-            import pyarrow.parquet
-
-            for batch in pyarrow.parquet.ParquetFile(table).iter_batches():
-                yield from batch.to_pylist()
-    except FileNotFoundError:
-        raise ValueError(f"{table}: no such file") from None
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
-        if str(error).startswith(str(table)):
-            raise
-        raise ValueError(f"{table}: cannot be read ({error})") from None
+def _picture_of(value: Any, column: str, table: Table, row: Row) -> tuple[str, Path, bool]:
+    """What rows of one picture have in common, its path, and whether it is inside the table; a `Fault` without one."""
+    name = value.get("path") if isinstance(value, dict) else value
+    if picture_in(value) is not None:
+        return f"row {row.number}", Path(name if name and isinstance(name, str) else table.place(row)), True
+    if isinstance(name, str) and name:
+        if "\0" in name:
+            raise Fault("bad_row", f"NUL bytes in {column}")
+        return name, Path(name), False
+    kind = "" if name is None or name == "" else f", but {type(name).__name__}"
+    raise Fault("bad_row", f"no picture in {column}{kind}")

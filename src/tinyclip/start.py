@@ -19,7 +19,7 @@ from tinyclip.files import write_atomically
 from tinyclip.folder_lock import LOCK, Lock, lock_of, take
 from tinyclip.foreign import own_tokenizer
 from tinyclip.foreign_teacher import load_teacher, local_part
-from tinyclip.index import known_faults, prepare
+from tinyclip.index import check_readers, known_faults, prepare
 from tinyclip.inheritance import manual_masks
 from tinyclip.masks import HardConcrete, check_targets
 from tinyclip.pipeline import Pipeline
@@ -65,6 +65,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
             raise ValueError(
                 f"stages.{i}.batch_size: {stage.batch_size} exceeds the {samples} samples of {recipe.data}"
             )
+    from_main(lambda: check_readers(recipe.data, recipe.workers, world_size()))
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher: AnyTeacher | None = None

@@ -15,7 +15,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from tinyclip.faults import COLUMNS, Skipped, rows
-from tinyclip.files import STEERING, json_text, printable
+from tinyclip.files import STEERING, json_text, lines_of, printable, read_text
 from tinyclip.meter import Meter
 from tinyclip.ownership import check_replaceable
 
@@ -95,6 +95,7 @@ Split = Annotated[str | None, typer.Option(help="Of data that has several: test,
 Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures in a table.")]
 CaptionColumn = Annotated[str | None, typer.Option(help="Column of the captions in a table.")]
+Separator = Annotated[str | None, typer.Option(help="Of a .csv or .tsv: one character, or tab; else as it shows.")]
 Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
 
 
@@ -171,12 +172,8 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+    """The lines of a file that are not blank; `ValueError` when it cannot be read."""
+    return [line for line in lines_of(read_text(path)) if line.strip()]
 
 
 def check_file(path: Path | None) -> None:
