@@ -37,6 +37,7 @@ def app(
     from tinyclip.terminal import say_computing
 
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background inherits as ignored
     pages.check_gradio()
     names = allow_host or []
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import signal
@@ -22,6 +23,7 @@ def start(*arguments: object, command: list[str] = COMMAND, **options: Any) -> t
     """A page on a free port, and its address as it printed it."""
     line = [*command, "app", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    atexit.register(process.kill)  # a failed test leaves none behind
     assert process.stdout
     said = process.stdout.readline()
     found = re.match(r"(http://[\w.]+:\d+(/\?token=\S+)?) ", said)

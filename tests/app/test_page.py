@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -142,7 +143,7 @@ def test_the_page_opens_with_a_token(browser: Browser, index: Path) -> None:
 
 
 def test_tabs_without_input_are_not_there_and_it_ends_with_ctrl_c(browser: Browser) -> None:
-    process, address = start("emoji-student")
+    process, address = start("emoji-student", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     page = browser.new_page()
     page.goto(address)
     expect(page.get_by_role("tab")).to_have_text(["Classify"])
