@@ -217,24 +217,19 @@ def held(words: list[str], folder: str, where: str, said: str) -> None:
     cli.main()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("words", "where"),
+    ("words", "where", "number"),
     [
-        ("index model good -o made", "pipeline:Pipeline.encode_image"),
-        ("embed model good -o made", "pipeline:Pipeline.encode_image"),
-        ("embed model good_shards -o made", "pipeline:Pipeline.encode_text"),
-        ("evaluate model good_classes -o made", "pipeline:Pipeline.encode_image"),
-        ("probe model good_classes -o made", "probe:search"),
-        ("compare model model --data good_classes -o made", "pipeline:Pipeline.encode_text"),
-        ("data pack good made", "pack:_stored"),
-        ("data prepare good_shards --check", "shards:image_of"),
-        ("cache model good_shards -o made --workers 0", "make_cache:_Features.check"),
-        ("inherit model made --calibrate good_shards --batch-size 4 --batches 2", "calibrate:fill_budget"),
-        ("export model --to hf -o made", "export:answers"),
-        ("convert model made --to hf", "interchange:load_checkpoint"),
-        ("measure model", "measurement:_seconds"),
-        ("distill good_shards.yaml --set output=made", "calibrate:fill_budget"),
+        ("index model good -o made", "pipeline:Pipeline.encode_image", signal.SIGTERM),
+        ("embed model good_shards -o made", "pipeline:Pipeline.encode_text", signal.SIGINT),
+        ("evaluate model good_classes -o made", "pipeline:Pipeline.encode_image", signal.SIGTERM),
+        ("compare model model --data good_classes -o made", "pipeline:Pipeline.encode_text", signal.SIGINT),
+        ("data pack good made", "pack:_stored", signal.SIGTERM),
+        ("data prepare good_shards --check", "shards:image_of", signal.SIGINT),
+        ("inherit model made --calibrate good_shards --batch-size 4", "calibrate:fill_budget", signal.SIGTERM),
+        ("export model --to hf -o made", "export:answers", signal.SIGINT),
+        ("export model --to hf -o made", "export:compare", signal.SIGTERM),
+        ("distill good_shards.yaml --set output=made", "calibrate:fill_budget", signal.SIGTERM),
     ],
 )
 def test_a_signal_in_the_midst_of_work(
@@ -253,7 +248,7 @@ def test_a_signal_in_the_midst_of_work(
     assert end([process]) == [128 + number], said.read_text()
     text = said.read_text()
     assert "Traceback" not in text and "Exception ignored" not in text
-    assert not list(Path(f"{said}.d").iterdir())
+    assert not [path for path in Path(f"{said}.d").iterdir() if "torchinductor" not in path.name]  # torch's own cache
     left = {path.name for path in tmp_path.rglob("*") if path.name.endswith((".tmp", ".old", ".part"))}
     left |= {path.name for path in place.rglob("*.tmp")}
     assert not left
