@@ -17,6 +17,7 @@ import pytest
 from server import FileServer, serving
 from tinyclip import download
 from tinyclip.download import CHUNK, check, fetch, partial_size, read_record
+from tinyclip.progress import listening
 
 OLD, NEW = random.Random(0).randbytes(400_000), random.Random(1).randbytes(400_000)
 
@@ -229,21 +230,15 @@ def test_an_environment_proxy_is_used(server: FileServer, tmp_path: Path, monkey
     assert server.log == [("model.pt", None, None)]
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_is_for_terminals(
-    server: FileServer,
-    tmp_path: Path,
-    terminal: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    if terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
-    get(server, tmp_path)
-    output = capsys.readouterr()
-    assert ("model.pt" in output.err) == terminal
-    assert output.out == ""
+def test_it_tells_how_far_it_is(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To whoever listens; alone it is silent."""
+    get(server, tmp_path / "silent")
+    heard: list[tuple[object, ...]] = []
+    with listening(lambda *told: heard.append(told)):
+        get(server, tmp_path / "told")
+    assert capsys.readouterr() == ("", "")
+    assert {told[0] for told in heard} == {"downloading model.pt", "checking model.pt"}
+    assert {told[3] for told in heard} == {"MB"} and heard[-1][1] == heard[-1][2]
 
 
 def test_a_changed_file_is_noticed(server: FileServer, tmp_path: Path) -> None:

@@ -17,19 +17,22 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, *_ = self.make_parser(ctx).parse_args(list(args))
+        for param in self.get_params(ctx):
+            if "" in _each(given.get(param.name)):
+                raise typer.BadParameter(f"{_shown(param)} is empty; give it a value or leave it out", ctx=ctx)
         rest = super().parse_args(ctx, args)
         for param in self.get_params(ctx):
-            name = param.opts[0] if param.opts[0].startswith("-") else str(param.name).upper()
-            for text in _each(given.get(param.name)):
-                if text == "":
-                    raise typer.BadParameter(f"{name} is empty; give it a value or leave it out", ctx=ctx)
             for value in _each(ctx.params.get(param.name)):
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise typer.BadParameter(f"{name}: {value} is no number to work with", ctx=ctx)
+                    raise typer.BadParameter(f"{_shown(param)}: {value} is no number to work with", ctx=ctx)
                 if isinstance(value, int | float) and abs(value) > LARGEST:
-                    raise typer.BadParameter(f"{name}: {value:.3g} is too large", ctx=ctx)
+                    raise typer.BadParameter(f"{_shown(param)}: {value:.3g} is too large", ctx=ctx)
         return rest
 
 
 def _each(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _shown(param: Any) -> str:
+    return str(param.opts[0] if param.opts[0].startswith("-") else param.name.upper())
