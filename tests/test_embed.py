@@ -23,6 +23,7 @@ from conftest import ROOT, random_model, small_config, small_tokenizer
 from tinyclip import faults
 from tinyclip.cli import main
 from tinyclip.embed import Plan, embed
+from tinyclip.ownership import MARKER
 from tinyclip.pipeline import Pipeline
 from tinyclip.sources import open_source
 from tinyclip.transforms import DRAFT, Preprocess, open_image
@@ -139,7 +140,7 @@ def test_pictures_become_features_under_their_paths(
     told = json.loads((out / "embed.json").read_text())
     assert told.items() <= result.items()
     assert (told["done"], told["embed_dim"], told["parts"], told["dtype"]) == (True, 24, 3, dtype)
-    assert {path.name for path in out.iterdir() if path.name.startswith(".")} <= {".parts", ".lock"}
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} <= {".parts", ".lock", MARKER}
 
 
 def test_a_shard_is_a_part_with_its_pictures_and_captions(clip: Pipeline, shards: Path, tmp_path: Path) -> None:
@@ -454,7 +455,7 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))
         assert skipped(tmp_path / "out").keys() == {"0.jpg", "1.jpg", "2.jpg"}
-        assert {path.name for path in (tmp_path / "out").iterdir()} <= {"skipped.jsonl", ".lock"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} <= {"skipped.jsonl", ".lock", MARKER}
     (tmp_path / "pictures" / "0.jpg").write_bytes(encoded(drawing(0), "JPEG"))
     (tmp_path / "out" / ".embed.json.abc.tmp").touch()  # of a run that was killed as it began
     assert embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))["images"] == 1

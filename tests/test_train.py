@@ -343,7 +343,7 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
     run(other, overwrite=True)
     with pytest.raises(ValueError, match="either --overwrite or --resume"):
         train.start(other, overwrite=True, resume=True)
-    with pytest.raises(ValueError, match="is no run of tinyclip"):
+    with pytest.raises(ValueError, match="it is no run of tinyclip"):
         train.start(recipe(place, place / "data"), overwrite=True)
     inside = recipe(place, out, stages=[stage(start=str(out / "student"), student={})])
     with pytest.raises(ValueError, match=r"student lies in .*run, which --overwrite would delete"):
