@@ -238,7 +238,8 @@ def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
     """A checkpoint of others, file or folder; None for a folder of ours, or nothing."""
     check_activation(activation, str(path))
     if path.is_file():
-        return read_file(path, activation)
+        beside = (path.parent / OPEN_CLIP_CONFIG).is_file()  # that knows more than the tensors
+        return read_open_clip(path.parent, activation, path) if beside else read_file(path, activation)
     if not path.is_dir():
         return None
     config, open_clip = path / "config.json", path / OPEN_CLIP_CONFIG

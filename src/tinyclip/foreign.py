@@ -266,15 +266,18 @@ SAME |= {"timm_pool": ("avg",), "timm_proj": ("linear",), "hf_model_pretrained":
 SAME |= {"hf_pooler_type": ("mean_pooler",)}
 
 
-def read_open_clip(folder: Path, activation: str | None) -> Foreign:
+def read_open_clip(folder: Path, activation: str | None, weights: Path | None = None) -> Foreign:
     """A folder with `open_clip_config.json` and weights, as OpenCLIP's `local-dir:` and the hub have them.
+
+    Args:
+        weights: a file in it of another name than theirs.
 
     Raises:
         ValueError: as `read_file`, and for a part of its config that our model does not have.
     """
     where = folder / OPEN_CLIP_CONFIG
     data = read_json_object(where)
-    path = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    path = weights or next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: no {' or '.join(OPEN_CLIP_WEIGHTS)}")
     return from_open_clip(data, read_entries(path)[0], activation, str(where), str(path))
