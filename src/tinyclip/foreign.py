@@ -93,7 +93,7 @@ def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
     found = find_clip(entries, where)
     said = [*found.said]
     if found.left_out:
-        said.append(f"left out, as it carries no weights of the CLIP: {_some(found.left_out)}")
+        said.append(f"left out, as it carries no weights of the CLIP: {_some(found.left_out, 12)}")
     if said:
         warnings.warn(f"{where}: {'; '.join(said)}", stacklevel=2)
     return found.tensors
@@ -157,8 +157,8 @@ def _check_family(state: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(f"{where} is no CLIP that can be read{family and f' ({family})'}: no {_some(missing)}{found}")
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _some(names: Sequence[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _vit(state: Mapping[str, Tensor], where: str, stated: Stated) -> dict[str, Any]:

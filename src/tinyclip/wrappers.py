@@ -88,7 +88,8 @@ def find_clip(entries: Sequence[Entry], where: str) -> Found:
             model = _one_of(whole, where, said)
         else:
             model = _joined(list(models.values()), entries)
-        return _collected(model, entries, said)
+        others = {id(entry) for other in whole if other is not model for _, entry in other.entries}
+        return _collected(model, [entry for entry in entries if id(entry) not in others], said)
     except Refused as error:
         raise ValueError(f"{where}: {error}") from None
 
