@@ -21,7 +21,7 @@ from conftest import tinyclip as command
 from tinyclip.__main__ import main
 from tinyclip.checkpoint import load_checkpoint, read_config
 from tinyclip.config import vit_clip
-from tinyclip.interchange import save_hugging_face
+from tinyclip.interchange import save_hugging_face, save_open_clip
 from tinyclip.model import CLIP
 from tinyclip.tokenizer import clip_tokenizer
 from tinyclip.transforms import Preprocess
@@ -144,7 +144,8 @@ def test_of_a_student_and_a_teacher_the_student(model: CLIP, state: State, tmp_p
     ):
         found, said = load(data, tmp_path)
         assert same(found, model)
-        assert len(said) == 1 and "not" in said[0] and "teacher" in said[0] and "what was trained" in said[0]
+        assert len(said) == 1
+        assert "teacher (what was trained is read)" in said[0] and "left out" not in said[0]
 
 
 def test_of_weights_and_their_average_the_weights(model: CLIP, state: State, tmp_path: Path) -> None:
@@ -200,9 +201,9 @@ def test_what_carries_no_weights_is_named_and_left_out(
 
 
 def test_many_are_one_warning(model: CLIP, state: State, tmp_path: Path) -> None:
-    found, said = load(state | EXTRA, tmp_path)
+    found, said = load(state | EXTRA | {"one more": 1}, tmp_path)
     assert same(found, model)
-    assert len(said) == 1 and "and 8 more" in said[0]
+    assert len(said) == 1 and f"of the CLIP: {', '.join(EXTRA)} and 1 more" in said[0]
 
 
 UNKNOWN: dict[str, Tensor] = {
@@ -325,6 +326,34 @@ def test_the_command_line_says_it_on_a_line(
     ]
     assert tinyclip.load(wanted).preprocessing.std == (0.25,) * 3
     assert "--mean 0.5,x: three numbers" in command("convert", path, tmp_path / "a", "--mean", "0.5,x", code=2)
+
+
+def test_a_config_of_open_clip_beside_a_file_says_it(model: CLIP, state: State, tmp_path: Path) -> None:
+    save_open_clip(tmp_path, model, clip_tokenizer(), Preprocess(image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3))
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["model_cfg"]["quick_gelu"] = True
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save({"state_dict": prefixed("module.", state), "epoch": 3}, tmp_path / "epoch_3.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read, _, preprocess = load_checkpoint(tmp_path / "epoch_3.pt")
+    assert (read.config.activation, preprocess.mean) == ("quick_gelu", (0.5,) * 3)
+
+
+def test_a_whole_pickled_model(model: CLIP, tmp_path: Path) -> None:
+    for data in (model, {"model": model, "epoch": 3}, {"ema": {"module": torch.nn.DataParallel(model)}}):
+        found, said = load(data, tmp_path)
+        assert same(found, model) and said == []
+
+
+def test_of_equal_models_the_wider(model: CLIP, state: State, tmp_path: Path) -> None:
+    half = {key: value.half() for key, value in state.items()}
+    assert same(load({"model": half, "master": state}, tmp_path)[0], model)
+
+
+def test_names_out_of_a_file_are_one_line(state: State, tmp_path: Path) -> None:
+    _, said = load(state | {"a\x1b[2J\nb": torch.ones(1)}, tmp_path)
+    assert len(said) == 1 and said[0].endswith("of the CLIP: a?[2J?b")
 
 
 # --- Hugging Face

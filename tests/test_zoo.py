@@ -244,8 +244,11 @@ def test_an_unknown_name_is_one_line_with_what_is_like_it(
 
 def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / FORTY).mkdir()
-    assert resolve(FORTY, tmp_path / "cache") == Path(FORTY)
+    for name in (FORTY, "emoji-student"):
+        (tmp_path / name).mkdir()
+        with pytest.warns(UserWarning, match=rf"{name}: what is read is {tmp_path / name}, not the published model"):
+            assert resolve(name, tmp_path / "cache") == Path(name)
+        assert resolve(tmp_path / name) == tmp_path / name  # without a warning
     with pytest.raises(ValueError, match=r"runs/mine: no such checkpoint; "):  # no hub id: there is a folder `runs`
         (tmp_path / "runs").mkdir()
         resolve("runs/mine", tmp_path / "cache")

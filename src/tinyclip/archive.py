@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyclip.unpickle import Damaged, Inert, unpickle
+from tinyclip.unpickle import Damaged, Inert, printable, unpickle
 
 Kind = Literal["safetensors", "pytorch", "torchscript"]
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -42,7 +42,6 @@ STORAGES = {
 }
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of PyTorch's files without a zip
 DEEPEST = 64  # levels of dictionaries and modules
-LONGEST_KEY = 500  # characters
 # Attributes in which a pickled `torch.nn.Module` keeps its parts; the rest of them are hooks.
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
@@ -126,7 +125,7 @@ def read_entries(path: Path) -> tuple[list[Entry], Kind]:
             start = file.read(9)
         if start[8:9] == b"{" or path.suffix == ".safetensors":  # a safetensors header: its length, then JSON
             kind: Kind = "safetensors"
-            entries = [Entry((), key, value) for key, value in load_file(path).items()]
+            entries = [Entry((), printable(key), value) for key, value in load_file(path).items()]
         else:
             data, kind = _pytorch(path, start.startswith(b"PK"))
             if not isinstance(data, dict | Inert):
@@ -175,11 +174,13 @@ def _entries(data: Any) -> Iterator[Entry]:
         place, value, attribute = stack.pop()
         inner = _inner(value)
         if inner is None:
-            if place:
+            if place and value is not None:  # as modules note a bias that they lack
                 yield Entry(place[:-1], place[-1], value, attribute)
         elif id(value) not in seen and len(place) < DEEPEST:
             seen.add(id(value))
-            named = [(str(k), v) for k, v in inner if isinstance(k, str | int) and len(str(k)) <= LONGEST_KEY]
+            named = [
+                (printable(str(k)), v) for k, v in inner if isinstance(k, str) or (type(k) is int and abs(k) < 2**63)
+            ]
             of_module = isinstance(value, Inert) and value.items is None
             stack += [((*place, name), item, of_module) for name, item in reversed(named)]
 

@@ -187,11 +187,8 @@ def _record(path: Path) -> Path:
 
 def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
     """A model with these weights; `ValueError` as `check_state`, before anything of its size is allocated."""
-    try:
-        with torch.device("meta"):
-            shapes = CLIP(config)
-    except (RuntimeError, OverflowError) as error:  # sizes that no integer holds
-        raise ValueError(f"{trouble}: its sizes are beyond any model ({str(error).splitlines()[0]})") from None
+    with torch.device("meta"):
+        shapes = CLIP(config)
     check_state(shapes, state, trouble)
     model = CLIP(config)
     model.load_state_dict(dict(state))
@@ -242,7 +239,8 @@ def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
     """A checkpoint of others, file or folder; None for a folder of ours, or nothing."""
     check_activation(activation, str(path))
     if path.is_file():
-        return read_file(path, activation)
+        beside = (path.parent / OPEN_CLIP_CONFIG).is_file()  # that knows more than the tensors
+        return read_open_clip(path.parent, activation, path) if beside else read_file(path, activation)
     if not path.is_dir():
         return None
     config, open_clip = path / "config.json", path / OPEN_CLIP_CONFIG

@@ -93,7 +93,7 @@ def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
     found = find_clip(entries, where)
     said = [*found.said]
     if found.left_out:
-        said.append(f"left out, as it carries no weights of the CLIP: {_some(found.left_out)}")
+        said.append(f"left out, as it carries no weights of the CLIP: {_some(found.left_out, 12)}")
     if said:
         warnings.warn(f"{where}: {'; '.join(said)}", stacklevel=2)
     return found.tensors
@@ -157,8 +157,8 @@ def _check_family(state: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(f"{where} is no CLIP that can be read{family and f' ({family})'}: no {_some(missing)}{found}")
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _some(names: Sequence[str], count: int = 4) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _vit(state: Mapping[str, Tensor], where: str, stated: Stated) -> dict[str, Any]:
@@ -266,15 +266,18 @@ SAME |= {"timm_pool": ("avg",), "timm_proj": ("linear",), "hf_model_pretrained":
 SAME |= {"hf_pooler_type": ("mean_pooler",)}
 
 
-def read_open_clip(folder: Path, activation: str | None) -> Foreign:
+def read_open_clip(folder: Path, activation: str | None, weights: Path | None = None) -> Foreign:
     """A folder with `open_clip_config.json` and weights, as OpenCLIP's `local-dir:` and the hub have them.
+
+    Args:
+        weights: a file in it of another name than theirs.
 
     Raises:
         ValueError: as `read_file`, and for a part of its config that our model does not have.
     """
     where = folder / OPEN_CLIP_CONFIG
     data = read_json_object(where)
-    path = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+    path = weights or next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: no {' or '.join(OPEN_CLIP_WEIGHTS)}")
     return from_open_clip(data, read_entries(path)[0], activation, str(where), str(path))

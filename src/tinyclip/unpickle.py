@@ -40,6 +40,11 @@ class Inert:
     values: list[Any] | None = None
 
 
+def printable(text: str) -> str:
+    """A name out of a file, fit for a message on one line: its beginning, without controls of terminals."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
 Builders = Mapping[str, Callable[..., Any]]
 
 
@@ -183,13 +188,13 @@ class _Machine:
     # --- what is named, and what would be called
 
     def _global(self, name: str) -> None:
-        self.stack.append(Inert(name.replace(" ", ".", 1)))
+        self.stack.append(Inert(printable(name.replace(" ", ".", 1))))
 
     def _stack_global(self) -> None:
         module, name = self._top(2)
         if not (isinstance(module, str) and isinstance(name, str)):
             raise Damaged("a name in it is no text")
-        self.stack.append(Inert(f"{module}.{name}"))
+        self.stack.append(Inert(printable(f"{module}.{name}")))
 
     def _ext1(self, code: int) -> None:
         self.stack.append(Inert(f"extension {code}"))
@@ -216,7 +221,7 @@ class _Machine:
         self._call(kind, tuple(arguments))
 
     def _inst(self, name: str) -> None:
-        self._call(Inert(name.replace(" ", ".", 1)), tuple(self._pop_mark()))
+        self._call(Inert(printable(name.replace(" ", ".", 1))), tuple(self._pop_mark()))
 
     def _call(self, named: Any, arguments: Any) -> None:
         """Put down what a call would have made; of our own builders what they make."""

@@ -88,7 +88,8 @@ def find_clip(entries: Sequence[Entry], where: str) -> Found:
             model = _one_of(whole, where, said)
         else:
             model = _joined(list(models.values()), entries)
-        return _collected(model, entries, said)
+        others = {id(entry) for other in whole if other is not model for _, entry in other.entries}
+        return _collected(model, [entry for entry in entries if id(entry) not in others], said)
     except Refused as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -147,13 +148,19 @@ def _one_of(models: list[_Model], where: str, said: list[str]) -> _Model:
             names = ", ".join(model.shown for model in others)
             said.append(f"of several models {kept[0].shown} is read, not {names} ({why})")
             models = kept
-    first, *rest = models
+    first, *rest = sorted(models, key=_width, reverse=True)
     if different := [model.shown for model in rest if not _same(first, model)]:
         raise ValueError(
             f"{where} holds several CLIPs of different weights, {', '.join([first.shown, *different])}; "
             "save the one that you want alone"
         )
     return first
+
+
+def _width(model: _Model) -> int:
+    """Bytes of the widest value."""
+    dtypes = [entry.value.dtype for _, entry in model.entries if isinstance(entry.value, Tensor | Stored)]
+    return max((dtype.itemsize for dtype in dtypes if dtype is not None), default=0)
 
 
 def _same(one: _Model, two: _Model) -> bool:

@@ -122,13 +122,10 @@ SHIPPED = ("emoji-student",)  # in the package itself: a CLIP of emoji drawings,
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Each is tried until there are weights: those of `transformers` first, OpenCLIP's after.
 HUB_SMALL = ("*.json", "*.txt", "*.model", "README.md")  # *.model: vocabularies of sentencepiece
-HUB_WEIGHTS: tuple[str, ...] = (
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "open_clip_*.safetensors",
-    "open_clip_*.bin",
+HUB_WEIGHTS = (
+    *("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors", "open_clip_*.bin"),
+    *("0_CLIPModel/model*.safetensors", "0_CLIPModel/pytorch_model*.bin"),  # of sentence-transformers
 )
-HUB_WEIGHTS += ("0_CLIPModel/model*.safetensors", "0_CLIPModel/pytorch_model*.bin")  # of sentence-transformers
 
 
 def find(name: str) -> Entry | None:
