@@ -108,7 +108,12 @@ def test_links_have_the_bytes_of_earlier_members(tmp_path: Path) -> None:
 def test_links_to_elsewhere_are_no_pictures(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(picture(9))
-    outside = [link("x.jpg", str(secret), tarfile.SYMTYPE), ("x.txt", b"x"), link("y.jpg", "later.jpg"), ("y.txt", b"y")]
+    outside = [
+        link("x.jpg", str(secret), tarfile.SYMTYPE),
+        ("x.txt", b"x"),
+        link("y.jpg", "later.jpg"),
+        ("y.txt", b"y"),
+    ]
     folder = tar(tmp_path / "data" / "0.tar", [*outside, *(m for i in range(4) for m in pair(str(i), i))])
     output = tinyclip("data", "prepare", folder)
     assert "6 samples" in output and "4 with picture and caption, ready to train on" in output and "no_image" in output
@@ -127,7 +132,9 @@ def test_other_data_of_a_sample_is_no_caption() -> None:
     assert captions_of({"a.txt": b"one", "b.txt": b"two"}) == []
 
 
-@pytest.mark.parametrize("json", [b'{"caption": NaN}', b'{"caption": null}', b'{"caption": 3}', b"[1]", b'{"cap', b"\xff"])
+@pytest.mark.parametrize(
+    "json", [b'{"caption": NaN}', b'{"caption": null}', b'{"caption": 3}', b"[1]", b'{"cap', b"\xff"]
+)
 def test_a_json_without_a_caption_leaves_that_of_the_text(tmp_path: Path, json: bytes) -> None:
     members = [m for i in range(3) for m in (*pair(str(i), i), (f"{i}.json", json))]
     assert check_same(tar(tmp_path / "data" / "0.tar", members), 3) == [[f"caption {i}"] for i in range(3)]
@@ -149,13 +156,18 @@ def test_names_that_are_one_key_are_told(tmp_path: Path) -> None:
     some = [m for i in range(4) for m in pair(str(i), i)]
     folder = tar(tmp_path / "some" / "0.tar", [*pair("photo", 7), ("photo.v2.jpg", picture(8)), *some])
     output = tinyclip("data", "prepare", folder)
-    assert "shared_key" in output and "1 more pictures (v2.jpg) share its key" in output and "ready to train on" in output
+    assert (
+        "shared_key" in output and "1 more pictures (v2.jpg) share its key" in output and "ready to train on" in output
+    )
 
 
 def test_pictures_and_captions_far_apart_are_told(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", picture(i)) for i in range(5)] + [(f"{i}.txt", b"text") for i in range(5)]
     error = tinyclip("data", "prepare", tar(tmp_path / "data" / "0.tar", members), code=2)
-    assert "picture and caption of 5 keys (0) do not follow each other in the tar; pack it anew with `tar --sort=name`" in error
+    assert (
+        "picture and caption of 5 keys (0) do not follow each other in the tar; pack it anew with `tar --sort=name`"
+        in error
+    )
 
 
 def test_samples_without_a_usable_caption_are_not_ready(tmp_path: Path) -> None:
@@ -235,7 +247,9 @@ def _full(*_: Any) -> None:
 @pytest.mark.parametrize(("count", "workers", "processes"), [(3, 4, 1), (1, 0, 2), (5, 2, 3)])
 def test_fewer_samples_than_readers_are_told(tmp_path: Path, count: int, workers: int, processes: int) -> None:
     write_shard(tmp_path / "0.tar", [good(i) for i in range(count)])
-    mend = f"set `workers` to {count // processes} at most" if count >= processes else f"start {count} processes at most"
+    mend = (
+        f"set `workers` to {count // processes} at most" if count >= processes else f"start {count} processes at most"
+    )
     with pytest.raises(ValueError, match=f"{count} samples are too few for {processes} processes of .*; {mend}"):
         loader(tmp_path, batch_size=1, workers=workers, world_size=processes)
     loader(tmp_path, batch_size=1, workers=min(2, count // processes), world_size=min(count, processes))

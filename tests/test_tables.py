@@ -53,7 +53,9 @@ def test_a_caption_with_commas_and_no_quotes_is_whole(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("header", "row"), [("caption,filepath", "a cat, a dog,0.jpg"), ("id,path,text", "0,0.jpg,a,b")])
+@pytest.mark.parametrize(
+    ("header", "row"), [("caption,filepath", "a cat, a dog,0.jpg"), ("id,path,text", "0,0.jpg,a,b")]
+)
 def test_commas_that_could_be_anywhere_are_a_bad_row(tmp_path: Path, header: str, row: str) -> None:
     good = "fine,1.jpg\nfine,2.jpg\n" if header.startswith("caption") else "1,1.jpg,fine\n2,2.jpg,fine\n"
     fields = row.count(",") + 1
@@ -86,7 +88,10 @@ def test_a_tsv_of_excel_is_unquoted(tmp_path: Path) -> None:
 
 
 def test_a_quote_that_nothing_closes_costs_its_own_row(tmp_path: Path) -> None:
-    text = HEADER + '0.jpg,"never closed\n1.jpg,a dog\n2.jpg,a screen of 5"\n3.jpg,"two\nlines, and more"\n4.jpg,"to the end\n'
+    text = (
+        HEADER
+        + '0.jpg,"never closed\n1.jpg,a dog\n2.jpg,a screen of 5"\n3.jpg,"two\nlines, and more"\n4.jpg,"to the end\n'
+    )
     bad = ["! a quote is not closed"]
     assert found(tmp_path, text) == {
         "1.jpg": ["a dog"],
@@ -109,7 +114,9 @@ def test_ragged_and_cut_rows_are_named(tmp_path: Path) -> None:
 
 
 def test_more_bad_rows_than_good_ones_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"t\.csv: 2 of its 3 rows cannot be read, the first: t\.csv, line 2: 1 fields"):
+    with pytest.raises(
+        ValueError, match=r"t\.csv: 2 of its 3 rows cannot be read, the first: t\.csv, line 2: 1 fields"
+    ):
         items_of(tmp_path, HEADER + "a\nb\n0.jpg,c\n")
 
 
@@ -117,7 +124,9 @@ def test_more_bad_rows_than_good_ones_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
 def test_separators_are_recognised(tmp_path: Path, name: str, separator: str) -> None:
     for space in ("", " "):
-        text = f"\ufeffFilepath{space}{separator}{space}CAPTION{space}\r\n" + rows(separator + space).replace("\n", "\r\n")
+        text = f"\ufeffFilepath{space}{separator}{space}CAPTION{space}\r\n" + rows(separator + space).replace(
+            "\n", "\r\n"
+        )
         assert found(tmp_path, text, name) == GOOD
     assert found(tmp_path, f"sep={separator}\nfilepath{separator}caption\n" + rows(separator), name) == GOOD
 
