@@ -237,6 +237,13 @@ def test_wordnet_ids_become_names(tmp_path: Path) -> None:
     assert "n99999999 is none of ImageNet's 1,000 classes; name them with --classes FILE" in error
 
 
+def test_an_empty_file_of_templates(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf\n \n")
+    root = class_tree(tmp_path / "in", "fox")
+    error = tinyclip("data", "pack", root, tmp_path / "out", "--templates", tmp_path / "t.txt", code=2)
+    assert "t.txt: no templates in it; each is a line with {c} for the class name" in error
+
+
 def test_class_folders_that_are_no_utf8(tmp_path: Path) -> None:
     class_tree(tmp_path / "in", os.fsdecode(b"caf\xe9"), "bar")
     pack_classes(tmp_path / "in", tmp_path / "out")
