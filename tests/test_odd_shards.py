@@ -46,7 +46,7 @@ def link(name: str, to: str, kind: bytes = tarfile.LNKTYPE) -> Member:
 
 
 def check_same(folder: Path, count: int) -> list[list[str]]:
-    """Captions in order; what training reads is what `read_shards` does, to the byte, and each has picture and caption."""
+    """Captions in order. What training reads is what `read_shards` reads, to the byte."""
     ours = list(read_shards(folder, []))
     assert prepare(folder) == len(ours) == count
     for sample in ours:
@@ -208,7 +208,7 @@ def test_a_negative_size_ends_the_shard(tmp_path: Path, kind: str, first: bool) 
     (folder / "0.tar").write_bytes(data + negative(kind) + b"\0" * 4096)
     start = time.perf_counter()
     if first:
-        with pytest.raises(ValueError, match="damaged shard|ends after 0 samples"):
+        with pytest.raises(ValueError, match=r"damaged shard|ends after 0 samples"):
             prepare(folder)
     else:
         assert prepare(folder) == len(list(read_shards(folder, []))) == 3
@@ -253,3 +253,12 @@ def test_fewer_samples_than_readers_are_told(tmp_path: Path, count: int, workers
     with pytest.raises(ValueError, match=f"{count} samples are too few for {processes} processes of .*; {mend}"):
         loader(tmp_path, batch_size=1, workers=workers, world_size=processes)
     loader(tmp_path, batch_size=1, workers=min(2, count // processes), world_size=min(count, processes))
+
+
+def test_a_run_that_is_resumed_keeps_an_index_of_before(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(3)])
+    prepare(tmp_path)
+    ready = tmp_path / ".nv-meta" / "ready"
+    ready.write_text(ready.read_text().replace(f'"format": {index.FORMAT}', '"format": 2'))
+    assert prepare(tmp_path, keep=True) == 3 and '"format": 2' in ready.read_text()
+    assert prepare(tmp_path) == 3 and f'"format": {index.FORMAT}' in ready.read_text()

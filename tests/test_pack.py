@@ -237,6 +237,19 @@ def test_wordnet_ids_become_names(tmp_path: Path) -> None:
     assert "n99999999 is none of ImageNet's 1,000 classes; name them with --classes FILE" in error
 
 
+def test_an_empty_file_of_templates(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf\n \n")
+    root = class_tree(tmp_path / "in", "fox")
+    error = tinyclip("data", "pack", root, tmp_path / "out", "--templates", tmp_path / "t.txt", code=2)
+    assert "t.txt: no templates in it; each is a line with {c} for the class name" in error
+
+
+def test_class_folders_that_are_no_utf8(tmp_path: Path) -> None:
+    class_tree(tmp_path / "in", os.fsdecode(b"caf\xe9"), "bar")
+    pack_classes(tmp_path / "in", tmp_path / "out")
+    assert captions_in(tmp_path / "out") == ["a photo of a bar", "a photo of a caf\\xe9"]
+
+
 def test_names_of_classes_are_read(tmp_path: Path) -> None:
     root = class_tree(tmp_path / "in", "train/0", "train/1", "loose")
     (root / "loose" / "1.png").rename(root / "train" / "loose.png")

@@ -15,7 +15,6 @@ from conftest import tinyclip
 from test_data import picture
 from tinyclip import tables
 from tinyclip.datasets import open_dataset
-from tinyclip.embed import Plan, check
 from tinyclip.pack import Item, find_items, pack
 from tinyclip.shards import captions_of, read_shards
 from tinyclip.sources import open_source
@@ -103,8 +102,8 @@ def test_a_quote_that_nothing_closes_costs_its_own_row(tmp_path: Path) -> None:
 
 
 def test_ragged_and_cut_rows_are_named(tmp_path: Path) -> None:
-    text = "filepath,width,caption\n\n0.jpg,10,zero\n1.jpg,ten\n  \n2.jpg,10,two\n3.jpg,10,a\0b\n,10,no picture\n4.jpg,1,4\n5.jpg"
-    assert found(tmp_path, text + ",1,5\n6.jpg,6,6\n7.jp") == {
+    text = "filepath,width,caption\n\n0.jpg,10,zero\n1.jpg,ten\n  \n2.jpg,10,two\n3.jpg,10,a\0b\n,10,no picture\n"
+    assert found(tmp_path, text + "4.jpg,1,4\n5.jpg,1,5\n6.jpg,6,6\n7.jp") == {
         "0.jpg": ["zero"],
         "2.jpg": ["two"],
         "4.jpg": ["4"],
@@ -241,7 +240,10 @@ def test_embed_takes_pictures_inside_for_pictures(tmp_path: Path) -> None:
     source = open_source(tmp_path / "t.parquet", part_size=2)
     assert source.kind == "rows" and [len(part) for part in source.parts] == [2, 2, 1]
     assert [number for part in source.parts for number, *_ in part] == [1, 2, 3, 4, 5]
-    assert check(source, tmp_path / "out", Plan("m"))["what"] == "both"
+    result = json.loads(tinyclip("embed", "emoji-student", tmp_path / "t.parquet", "-o", tmp_path / "out", "--json"))
+    assert (result["what"], result["images"], result["texts"], result["skipped"]) == ("both", 5, 5, 0)
+    keys = pyarrow.parquet.read_table(tmp_path / "out" / "image-00000.parquet")["key"].to_pylist()
+    assert keys == ["1", "2", "3", "4", "5"]
 
 
 def test_pictures_inside_are_found_again_in_any_order(tmp_path: Path) -> None:

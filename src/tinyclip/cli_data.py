@@ -48,7 +48,7 @@ def pack(
 
     lines = read_lines(templates) if templates else None
     if lines == []:
-        raise ValueError(f"{templates}: no templates in it")
+        raise ValueError(f"{templates}: no templates in it; each is a line with {{c}} for the class name")
     if templates is None and (split or classes):
         raise ValueError("--split and --classes go with class folders, so with --templates")
     columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}

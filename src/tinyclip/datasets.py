@@ -12,6 +12,7 @@ from PIL import Image
 from tinyclip import layouts
 from tinyclip.classnames import Classes, of_folders, of_samples, read_lines, read_templates
 from tinyclip.faults import Fault, Skipped
+from tinyclip.files import as_text
 from tinyclip.inputs import ahead
 from tinyclip.layouts import Item, Mine, Reader
 from tinyclip.pack import Item as Captioned
@@ -201,7 +202,7 @@ def named_folders(
         raise ValueError(f"{part}: no class folders with pictures in it")
     named = of_folders(part, found, classes or _names_beside(homes))
     labels = {folder: label for folder, label in named.labels.items() if label is not None}
-    return part, {folder: named.names[label] for folder, label in labels.items()}, layouts.loose_pictures(part)
+    return part, {folder: as_text(named.names[label]) for folder, label in labels.items()}, layouts.loose_pictures(part)
 
 
 def _part(place: Path, options: Options) -> tuple[Path, list[Path]]:

@@ -236,7 +236,9 @@ def _from_class_folders(
     from tinyclip.datasets import named_folders
 
     bad = next((t for t in templates if "{c}" not in t), None)
-    if bad is not None or not templates:
+    if not templates:
+        raise ValueError("no templates are given; each is a text with {c} for the class name")
+    if bad is not None:
         raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
     place, names, loose = named_folders(source, split, classes)
     items = []

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, count
 from pathlib import Path
 from threading import Lock
@@ -130,8 +131,9 @@ def _jsonl(path: Path) -> Table:
         columns |= dict.fromkeys(row.fields)
         if looked >= LOOKED_AT and columns:
             break
-    if looked and not columns:
-        raise ValueError(f"{path}: none of its {looked:,} lines is a JSON object with a field")
+    if not columns:
+        found = f"none of its {looked:,} lines is a JSON object with a field" if looked else "nothing in it"
+        raise ValueError(f"{path}: {found}")
     return Table(path, list(columns), rows)
 
 
@@ -347,6 +349,7 @@ def _split(record: str, separator: str) -> list[tuple[str, bool]] | None:
 _OPEN = re.compile(r' *"(?:[^"]|"")*\Z')
 
 
+@cache
 def _quoted_field(separator: str) -> re.Pattern[str]:
     return re.compile(rf' *"((?:[^"]|"")*)" *(?={re.escape(separator)}|\Z)')
 
