@@ -356,6 +356,8 @@ def with_tensor(path: Path, offset: int, size: tuple[int, ...], stride: tuple[in
         (0, (10**6, 10**6), (0, 0)),
         (2**62, (2,), (2**62,)),
         (0, (2, 2), (1,)),
+        (0, (0, 10**30), (1, 1)),
+        (0, (0, 2**40, 2**40), (1, 1, 1)),
     ],
 )
 def test_tensors_that_reach_outside(
