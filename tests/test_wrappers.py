@@ -239,7 +239,7 @@ def both(state: State, a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tens
     )
 
 
-@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State, tmp_path: Path) -> None:
     for order in (both(state, Tensor.clone, lambda v: v.to(narrow)), both(state, lambda v: v.to(narrow), Tensor.clone)):
         assert same(load(order, tmp_path)[0], model)

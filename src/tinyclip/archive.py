@@ -160,7 +160,10 @@ def tensor_of(entry: Entry) -> Tensor:
             raise Refused(f"{entry.key} is no plain tensor ({value.name})")
         raise Refused(f"{entry.key}: {_beyond_tensors(value.name)}")
     if isinstance(value, Stored):
-        return value.read(entry.key)
+        try:
+            return value.read(entry.key)
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch does not take
+            raise Refused(f"{entry.key} is no plain tensor ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(value, Tensor):
         raise Refused(f"{entry.key} is a {type(value).__name__}, not a tensor")
     return value
@@ -190,7 +193,7 @@ def _inner(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, list | tuple):
-        return list(enumerate(value))
+        return [(i, item) for i, item in enumerate(value) if not isinstance(item, int | float | str | bytes)]
     if not isinstance(value, Inert) or value.arguments is None:
         return None
     if value.items is not None:
@@ -253,9 +256,13 @@ def _strided(
 ) -> Any:
     plain = isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
     # Metadata says that the values are to be conjugated or negated.
-    if not plain or any(metadata) or not all(type(n) is int for n in (offset, *size, *stride)):
+    if not plain or any(metadata) or not all(map(_is_index, (offset, *size, *stride))):
         return Inert("torch._utils._rebuild_tensor_v2", (storage, offset, size, stride))
     return Stored(storage, offset, size, stride, dtype)
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
 
 
 def _typed(function: Any = None, kind: Any = None, arguments: Any = (), *_: Any) -> Any:
@@ -302,7 +309,7 @@ class _Source:
 
     def persistent(self, pid: Any) -> Any:
         """`pid` is ("storage", class, key, device, length), and in the old format a view (key, offset, length)."""
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or type(pid[4]) is not int:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not _is_index(pid[4]):
             return Inert("a persistent id", (pid,))
         name = pid[1].name if isinstance(pid[1], Inert) else ""
         dtype = STORAGES.get(name.rpartition(".")[2].removesuffix("Storage")) if name.startswith("torch.") else None
@@ -310,7 +317,7 @@ class _Source:
             dtype = torch.uint8
         view = pid[5] if len(pid) > 5 else None
         start, length = (view[1], view[2]) if isinstance(view, tuple) and len(view) == 3 else (0, pid[4])
-        if type(start) is not int or type(length) is not int or min(start, length) < 0:
+        if not _is_index(start) or not _is_index(length) or min(start, length) < 0:
             return Inert("a view of a storage", (view,))
         storage = Storage(self, str(pid[2]), dtype, length, start)
         if dtype is not None:

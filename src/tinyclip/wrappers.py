@@ -176,7 +176,12 @@ def agreed(one: Tensor, two: Tensor) -> Tensor | None:
     """The wider of two copies of a tensor; None when they differ by more than the rounding of the narrower one."""
     if one.dtype.itemsize < two.dtype.itemsize:
         one, two = two, one
-    return one if one.shape == two.shape and torch.equal(one.to(two.dtype), two) else None
+    if one.shape != two.shape:
+        return None
+    rounded, narrow = one.to(two.dtype), two
+    if narrow.dtype.itemsize == 1:  # torch does not compare these
+        rounded, narrow = rounded.float(), narrow.float()
+    return one if torch.equal(rounded, narrow) else None
 
 
 def _joined(models: list[_Model], entries: Sequence[Entry]) -> _Model:
