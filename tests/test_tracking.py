@@ -64,7 +64,7 @@ def test_metrics_have_what_a_run_is_judged_by(place: Path, tmp_path: Path) -> No
     run(recipe(place, tmp_path / "run", stages=[learned]))
     steps = [e for e in metrics(tmp_path / "run") if e["event"] == "step"]
     everywhere = {"loss", "affinity", "contrastive", "lr", "grad_norm", "pairs_per_s", "data_wait_s", "data_wait_share"}
-    everywhere |= {"memory_gb", "skipped", "skipped_by_cause"}
+    everywhere |= {"memory_gb", "skipped", "skipped_by_cause", "skipped_steps"}
     assert len(steps) == 6 and all(everywhere <= e.keys() for e in steps)
     with_masks = {"mask_lr", "sparsity", "target_sparsity", "constraint"}
     assert [with_masks <= e.keys() for e in steps] == [True] * 3 + [False] * 3
@@ -83,10 +83,11 @@ def test_waiting_for_data_is_measured(place: Path, tmp_path: Path, monkeypatch: 
 
     def step(self: Any, *arguments: Any) -> Any:
         now[0] += 1.0
-        return {"loss": torch.tensor(0.0), "lr": torch.tensor(0.0)}
+        return {"loss": torch.tensor(0.0)}
 
     monkeypatch.setattr(train, "next_batch", slow)
     monkeypatch.setattr(train.Trainee, "step", step)
+    monkeypatch.setattr(train.Trainee, "figures", lambda *_: {"loss": 0.0, "lr": 0.0})
     run(recipe(place, tmp_path / "run", stages=[stage(steps=4)]))
     last = [e for e in metrics(tmp_path / "run") if e["event"] == "step"][-1]
     assert (last["data_wait_s"], last["data_wait_share"], last["pairs_per_s"]) == (3.0, 0.75, 2.0)

@@ -185,12 +185,13 @@ class Trainee:
         return rows[-1].tolist(), read[parts[0].numel() :]
 
     def _lower_loss_scale(self, unread: Unread) -> None:
-        scale = self.scaler.get_scale() * self.scaler.get_backoff_factor()
-        if scale < SMALLEST_LOSS_SCALE:
+        scale = self.scaler.get_scale()
+        lower = scale * self.scaler.get_backoff_factor()
+        if lower < SMALLEST_LOSS_SCALE:
             found = dict(zip(unread.names, unread.values.tolist(), strict=True))
-            text = f"too large for float16 in many batches in a row (loss {found['loss']}, loss scale {scale * 2:g})"
+            text = f"too large for float16 in many batches in a row (loss {found['loss']}, loss scale {scale:g})"
             raise ValueError(self._broken("the gradient", text, unread))
-        self.scaler.update(scale)
+        self.scaler.update(lower)
 
     def _broken(self, what: str, how: str, at: Unread | None) -> str:
         """What was found is the same in all processes, so that all of them raise or none."""
