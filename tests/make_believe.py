@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -226,6 +227,7 @@ def device_of(device: Any) -> torch.device:
 @contextmanager
 def make_believe(capability: tuple[int, int] = (8, 0)) -> Iterator[MakeBelieve]:
     """A GPU of this compute capability: from 8 on it has bfloat16."""
+    _settle_compiler()
     gpu = MakeBelieve(capability)
     with ExitStack() as stack:
         for owner, patches in (
@@ -243,6 +245,15 @@ def make_believe(capability: tuple[int, int] = (8, 0)) -> Iterator[MakeBelieve]:
                 stack.enter_context(patch.object(owner, name, value, create=True))
         stack.enter_context(gpu)
         yield gpu
+
+
+@cache
+def _settle_compiler() -> None:
+    """The compiler learns once in a process which functions are torch's; those that are patched are not."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.get_torch_obj_rule_map()
+    torch.compile(lambda x: x + torch.zeros(1), backend="eager")(torch.zeros(1))
 
 
 def _methods(gpu: MakeBelieve) -> dict[str, Any]:

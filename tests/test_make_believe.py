@@ -160,3 +160,6 @@ def test_it_ends() -> None:
     assert before == (torch.zeros, torch.Tensor.to, torch.Tensor.device, torch.Generator)
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
+    torch._dynamo.reset()  # the compiler too knows torch's functions again
+    compiled = torch.compile(lambda x: x + torch.zeros(2, device=x.device), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [1, 1]
