@@ -19,6 +19,7 @@ from conftest import small_config, tinyclip
 from test_data import good, picture, write_shard
 from test_killed import SERVER, end, until
 from tinyclip import cli
+from tinyclip.arguments import Command
 from tinyclip.model import CLIP
 from tinyclip.pipeline import Pipeline
 from tinyclip.tokenizer import clip_tokenizer
@@ -37,10 +38,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Pipeline(CLIP(config), tokenizer, Preprocess(image_size=16)).save(folder / "model")
     for kind in ("good", "broken"):
         for name in ("one", "two", "six"):
-            data = picture(len(name)) if kind == "good" else b"junk"
+            content = picture(len(name)) if kind == "good" else b"junk"
             for parent in (kind, f"{kind}_classes/cat", f"{kind}_classes/dog"):
                 (folder / parent).mkdir(parents=True, exist_ok=True)
-                (folder / parent / f"{name}.jpg").write_bytes(data)
+                (folder / parent / f"{name}.jpg").write_bytes(content)
             (folder / kind / f"{name}.txt").write_text(f"a photo {name}")
         (folder / f"{kind}_shards").mkdir()
         samples = [good(i) | ({} if kind == "good" else {"jpg": b"junk"}) for i in range(20)]
@@ -48,9 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "damaged").mkdir()
     (folder / "damaged" / "0.tar").write_bytes(b"junk" * 1000)
     for data in ("good_shards", "damaged"):
-        recipe = {"teacher": "model", "data": data, "output": "out", "device": "cpu"}
+        recipe: dict[str, Any] = {"teacher": "model", "data": data, "output": "out", "device": "cpu"}
         stage = {"name": "a", "steps": 2, "batch_size": 4, "inherit": "calibrated"}
-        recipe["stages"] = [stage | {"calibrated": {"target_sparsity": 0.3, "batches": 4}}]  # type: ignore[assignment]
+        recipe["stages"] = [stage | {"calibrated": {"target_sparsity": 0.3, "batches": 4}}]
         (folder / f"{data}.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -127,7 +128,7 @@ def names() -> set[str]:
 def test_no_command_is_forgotten() -> None:
     assert names() == set(BAD)
     every = [*cli.app.registered_commands, *cli.data_app.registered_commands, *cli.vocab_app.registered_commands]
-    assert all(command.cls is cli.Command for command in every)
+    assert all(command.cls is Command for command in every)
 
 
 @pytest.mark.parametrize("words", BAD.values(), ids=BAD.keys())
@@ -241,7 +242,7 @@ def test_a_signal_in_the_midst_of_work(
     process = SERVER.Process(target=held, args=(arguments, str(place), where, str(said)))
     process.start()
     until(lambda: Path(f"{said}.here").exists(), [process])
-    assert process.is_alive(), said.read_text()
+    assert process.is_alive() and process.pid, said.read_text()
     os.kill(process.pid, number)
     time.sleep(0.01)
     os.kill(process.pid, number)  # `timeout` sends two
