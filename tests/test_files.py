@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, FULL)
 
 
-@pytest.mark.parametrize("output", ["/proc/out.png", "/proc/self/out.png", "photo.jpg/out.png", "folder.png"])
+@pytest.mark.parametrize("output", ["/proc/out.png", "photo.jpg/out.png", "folder.png"])
 def test_an_impossible_output_is_named(output: str, place: Path, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("a file")
     (tmp_path / "folder.png").mkdir()
@@ -44,9 +45,8 @@ def test_an_impossible_output_is_named(output: str, place: Path, tmp_path: Path)
         if output == "folder.png" and words[0] in ("compare", "inherit"):
             continue  # an empty folder can be one
         error = tinyclip(*words, code=2)
-        assert where.replace("/proc/self", "/proc") in error.replace(f"/proc/{os.getpid()}", "/proc"), words
-        assert "[Errno" not in error and error.count("\n") == 1
-    assert [path.name for path in tmp_path.rglob("*")] == ["photo.jpg", "folder.png"] or not list(tmp_path.rglob(".*"))
+        assert where in error and "[Errno" not in error and error.count("\n") == 1, words
+    assert tree(tmp_path) == {"photo.jpg": b"a file", "folder.png": None}
 
 
 def test_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
@@ -102,8 +102,9 @@ def test_a_full_disk_ends_a_command_in_one_line(
     for module in ("files", "folders", "vectors", "indexing", "make_cache", "embed"):
         __import__(f"tinyclip.{module}")
         monkeypatch.setattr(sys.modules[f"tinyclip.{module}"], "flush", full)
-    error = call(place, command, tmp_path / "out", code=2)
-    assert "out" in error and FULL in error and "[Errno" not in error and error.count("\n") == 1
+    error = call(place, command, tmp_path / "out", code=2).splitlines()[-1]
+    assert re.search(f"cannot write {place / 'data' if command == 'cache' else tmp_path / 'out'}.*: {FULL}$", error)
+    assert ".tmp" not in error
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
 
 
