@@ -27,7 +27,6 @@ from tinyclip.cli import main
 from tinyclip.export import export
 from tinyclip.indexing import SKIPPED, build
 from tinyclip.ownership import MARKER
-from tinyclip.ownership import MARKER
 from tinyclip.pending import Pending, Row
 from tinyclip.pipeline import Pipeline
 from tinyclip.search import INFO, WORK, Index
