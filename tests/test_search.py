@@ -26,6 +26,7 @@ from tinyclip import app, faults, indexing, search, sheet, vectors
 from tinyclip.cli import main
 from tinyclip.export import export
 from tinyclip.indexing import SKIPPED, build
+from tinyclip.ownership import MARKER
 from tinyclip.pending import Pending, Row
 from tinyclip.pipeline import Pipeline
 from tinyclip.search import INFO, WORK, Index
@@ -366,7 +367,7 @@ def test_a_kill_at_any_step_loses_nothing(model: Path, clip: Pipeline, make: Mak
         assert make(folder, out)["computed"] == (0 if renewed else 5 - done)
         check(out, clip, folder, after)
         names = {path.name.split("-")[0] for path in out.iterdir()}
-        assert names <= {"vectors", "pictures", INFO, SKIPPED, ".lock"}
+        assert names <= {"vectors", "pictures", INFO, SKIPPED, ".lock", MARKER}
     assert seen == {(False, 0), (False, 2), (False, 4), (False, 5), (True, 0)}
 
 

@@ -59,6 +59,10 @@ def atomic_directory(
         flush(path.parent)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        if type(error) is not ValueError or str(temporary) not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(temporary), str(path))) from None  # as people know it
     finally:
         ownership.discard(temporary)
 
