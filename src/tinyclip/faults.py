@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyclip.files import append_text
-
 CAUSES = {
     "truncated_shard": "a tar that ends early; the samples before the end are used",
     "damaged_shard": "no tar, or not readable; left out",
@@ -88,7 +86,11 @@ def append(path: Path, skipped: Iterable[Skipped], **where: Any) -> None:
     """Add a line each to a `skipped.jsonl`; `where` (stage, step) goes into every line."""
     lines = [json.dumps(asdict(s) | where) + "\n" for s in skipped]
     if lines:
-        append_text(path, "".join(lines))
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read(path: Path) -> list[Skipped]:
