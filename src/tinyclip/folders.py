@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tinyclip import ownership
 from tinyclip.files import flush
-from tinyclip.ownership import Marker
+from tinyclip.ownership import MARKER, Marker
 
 
 @contextmanager
@@ -62,7 +62,8 @@ def atomic_directory(
     except ValueError as error:
         if type(error) is not ValueError or str(temporary) not in str(error):
             raise
-        raise ValueError(str(error).replace(str(temporary), str(path))) from None  # as people know it
+        said = str(error).replace(str(temporary / MARKER), str(path))
+        raise ValueError(said.replace(str(temporary), str(path))) from None  # as people know it
     finally:
         ownership.discard(temporary)
 
