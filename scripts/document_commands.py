@@ -25,7 +25,7 @@ the package.
 | 0 | done; what was left out of the data is counted and named |
 | 1 | the data was read, and nothing of it can be used: every picture is broken, say |
 | 2 | a bad request, which you can mend: one line on the standard error says what is wrong |
-| 130, 143 | stopped by Ctrl-C (SIGINT) or SIGTERM, at any moment; temporary files are gone, a run says how to go on |
+| 130, 143 | stopped by Ctrl-C or SIGTERM, at any moment; temporary files are gone, a run says how to go on |
 
 Long work shows on the standard error how far it is and how long it will take: a bar on a terminal, and in a log a plain
 line every ten seconds, later every minute. Results go to the standard output. Names in data, files and checkpoints are
