@@ -134,7 +134,7 @@ class ResNetConfig(Strict):
         if max(layers) > MOST_BLOCKS:
             raise ValueError(f"layers are {MOST_BLOCKS:,} blocks a stage at most")
         if not isinstance(width, int) or not _is_positive(width) or width > LARGEST:
-            raise ValueError(f"width is the channels of the first bottleneck, 1 to {LARGEST:,}")
+            raise ValueError(f"width is the channels of the first bottleneck, 1 to {LARGEST:,}, not {str(width)[:20]}")
         inner = [[width * 2**i] * n for i, n in enumerate(layers)]
         derived: dict[str, Any] = {"stem": [max(1, width // 2)] * 2 + [width], "conv1": inner, "conv2": inner}
         derived["channels"] = [width * 2**i * 4 for i in range(4)]
