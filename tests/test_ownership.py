@@ -327,19 +327,21 @@ def test_what_others_put_into_a_checkpoint_of_a_run_moves_along(tmp_path: Path) 
 
 
 def test_only_what_killed_writers_left_is_cleared_up(tmp_path: Path) -> None:
-    """A half-written file or folder has a name of the record in it; a folder with our mark is ours with all in it."""
+    """A half-written file or folder has a name of the record in it; a folder with our mark is ours with all in it, and of
+    one that was to get it the half of the mark."""
     run = tmp_path / "run"
     run.mkdir()
     ownership.claim(run, "run", ["recipe.yaml", "stages/a/last/"])
     stage = run / "stages" / "a"
     ours = [".recipe.yaml.ab12cd34.tmp", "stages/a/.last.ab12cd34.tmp/model.safetensors", ".recipe.yaml.tmp"]
+    ours += ["stages/a/.last.ef56ab78.tmp/..tinyclip.json.ab12cd34.tmp"]
     theirs = [".letter.tmp", "stages/a/.letter.ab12cd34.tmp", "stages/a/.last.by.hand.tmp/letter.txt", ".x.old/a"]
     for name in (*ours, *theirs):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("x")
     ownership.write_marker(stage / ".last.ab12cd34.tmp", ownership.Marker("model", unfinished=True))
     remove_leftovers(run)
-    assert not any((run / name).exists() for name in ours) and not (stage / ".last.ab12cd34.tmp").exists()
+    assert not any((run / name).exists() for name in ours) and not list(stage.glob(".last.*[48].tmp"))
     assert all((run / name).read_text() == "x" for name in theirs)
 
 

@@ -210,20 +210,28 @@ def _sort(place: Path, below: str, marker: Marker, known: set[str], ours: list[P
 
 
 def _sort_marked(folder: Path, temporary: bool, ours: list[Path], others: list[Path]) -> None:
-    """Sort a folder that has a marker of its own; one without it is ours when it is empty, and a temporary one that
-    was being written is ours with all in it."""
+    """Sort a folder that has a marker of its own. Of one without it only what was to become its marker is ours; a
+    temporary one that was being written is ours with all in it."""
     try:
         marker = read_marker(folder)
     except ValueError:
         marker = None
     if marker is None:
-        others.extend(sorted(folder.iterdir()))
+        halves = _halves_of_marker(folder)
+        ours.extend(halves)
+        others.extend(sorted(set(folder.iterdir()).difference(halves)))
     elif temporary and marker.unfinished:
         ours.extend(sorted(folder.rglob("*"), key=lambda path: (-len(path.parts), path.name == MARKER)))
     else:
         mine, rest = _sorted(folder, marker)
         ours.extend(mine)
         others.extend(rest)
+
+
+def _halves_of_marker(folder: Path) -> list[Path]:
+    """What a writer leaves in a new folder when it is killed as it writes the marker."""
+    nothing = Marker("model")
+    return [p for p in sorted(folder.iterdir()) if stat.S_ISREG(_mode(p)) and _half_of(p.name, nothing) == MARKER]
 
 
 def _half_of(name: str, marker: Marker) -> str | None:
@@ -277,9 +285,11 @@ def discard(folder: Path, keep: Collection[str] = ()) -> None:
     """Remove of a folder what is ours, as far as that is possible; the folder too when nothing is left in it."""
     with suppress(ValueError, OSError):
         marker = read_marker(folder)
-        if marker is not None and marker.unfinished:
+        if marker is None:
+            _remove(_halves_of_marker(folder))
+        elif marker.unfinished:
             shutil.rmtree(folder, ignore_errors=True)
-        elif marker is not None:
+        else:
             ours, _ = _sorted(folder, marker)
             _remove(path for path in ours if path.parent != folder or path.name not in keep)
     with suppress(OSError):
