@@ -327,8 +327,8 @@ def test_what_others_put_into_a_checkpoint_of_a_run_moves_along(tmp_path: Path) 
 
 
 def test_only_what_killed_writers_left_is_cleared_up(tmp_path: Path) -> None:
-    """A half-written file or folder has a name of the record in it; a folder with our mark is ours with all in it, and of
-    one that was to get it the half of the mark."""
+    """A half-written file or folder has a name of the record in it; a folder with our mark is ours with all in it, and
+    of one that was to get it the half of the mark."""
     run = tmp_path / "run"
     run.mkdir()
     ownership.claim(run, "run", ["recipe.yaml", "stages/a/last/"])
