@@ -18,6 +18,7 @@ from tinyclip.zoo import SHIPPED, cache_folder
 # What each extra of pyproject.toml is for; its packages are read from there. The others are for the project itself.
 EXTRAS = {
     "app": "tinyclip app",
+    "heif": "HEIC and HEIF pictures",
     "onnx": "exports to ONNX, and running them on onnxruntime",
     "openvino": "exports to OpenVINO, running them there, and 8 bits",
     "probe": "tinyclip probe by scikit-learn",
