@@ -240,6 +240,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert [p.name for p in folder.iterdir() if p.suffix != ".lock"] == ["0.tar.gz"]
 
 
+def test_what_a_killed_unpacking_left_is_cleared_up(tmp_path: Path) -> None:
+    folder = tar(tmp_path / "data" / "0.tar.gz", pair("0", 0), mode="w:gz")
+    for name in (".0.tar.ab12_d34.tmp", ".0.tar.notes.tmp", ".1.tar.ab12_d34.tmp"):
+        (folder / name).write_text("x")
+    assert prepare(folder) == 1
+    assert sorted(p.name for p in folder.glob(".*.tmp")) == [".0.tar.notes.tmp", ".1.tar.ab12_d34.tmp"]
+
+
 def _full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 

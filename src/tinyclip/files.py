@@ -99,6 +99,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_halves(path: Path) -> None:
+    """Remove what killed writers left that were to replace a file; for who holds the lock, as no other writes then."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
+    for entry in path.parent.iterdir():
+        if name.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+            entry.unlink(missing_ok=True)
+
+
 def json_text(value: Any, **options: Any) -> str:
     """Strict JSON: null stands for a number that is not finite, as JSON has no word for it. All figures go through
     here; `options` are those of `json.dumps`."""

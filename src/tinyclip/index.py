@@ -31,7 +31,7 @@ from megatron.energon.source_info import SourceInfo
 
 import tinyclip
 from tinyclip.faults import Fault, Skipped, Unusable
-from tinyclip.files import in_words, replacing, write_atomically
+from tinyclip.files import in_words, remove_halves, replacing, write_atomically
 from tinyclip.folder_lock import Lock
 from tinyclip.progress import ended, tell_bytes, track
 from tinyclip.shards import (
@@ -87,6 +87,7 @@ def prepare(folder: str | Path, keep: bool = False) -> int:
 def _unpack(packed: Path) -> Skipped | None:
     """Put the plain `.tar` beside a `.tar.gz`, as far as it is whole; a fault when nothing of it is."""
     plain = packed.with_suffix("")
+    remove_halves(plain)
     if unpacked(packed):
         return None
     try:
