@@ -390,3 +390,22 @@ def test_other_files(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"x\.pt: damaged or no file of weights"):
         read_entries(tmp_path / "x.pt")
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    """By the archive's checksums; not where PyTorch was told to write none."""
+    path, weights = tmp_path / "weights.pt", torch.arange(1000, dtype=torch.float32)
+    torch.save({"a": weights}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(weights.numpy().tobytes()) + 2001] ^= 8
+    path.write_bytes(data)
+    (entry,), _ = read_entries(path)
+    with pytest.raises(Refused, match="damaged, its data/0 has another checksum"):
+        tensor_of(entry)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": weights}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    (entry,), _ = read_entries(path)
+    assert torch.equal(tensor_of(entry), weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import os
 import tarfile
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from conftest import tinyclip
 from test_data import close_loaders, good, loader, picture, write_shard
 from tinyclip import index
 from tinyclip.data import next_batch
+from tinyclip.faults import Skipped
 from tinyclip.index import known_faults, known_lacks, prepare
 from tinyclip.shards import captions_of, class_of, image_of, read_shards
 
@@ -270,3 +272,17 @@ def test_a_run_that_is_resumed_keeps_an_index_of_before(tmp_path: Path) -> None:
     ready.write_text(ready.read_text().replace(f'"format": {index.FORMAT}', '"format": 2'))
     assert prepare(tmp_path, keep=True) == 3 and '"format": 2' in ready.read_text()
     assert prepare(tmp_path) == 3 and f'"format": {index.FORMAT}' in ready.read_text()
+
+
+def test_links_to_nothing_and_pipes_are_damaged_shards(tmp_path: Path) -> None:
+    """Nothing waits for a pipe, and the others are used."""
+    folder = tar(tmp_path / "data" / "0.tar", pair("0", 0))
+    (folder / "1.tar").symlink_to("nowhere")
+    (folder / "2.tar").symlink_to("2.tar")
+    for name in ("3.tar", "4.tar.gz"):
+        os.mkfifo(folder / name)
+    output = tinyclip("data", "prepare", folder)
+    assert "damaged_shard         4" in output and "1 samples in" in output
+    skipped: list[Skipped] = []
+    assert [sample["__key__"] for sample in read_shards(folder, skipped)] == ["0"]
+    assert sorted(one.shard for one in skipped) == ["1.tar", "2.tar", "3.tar", "4.tar.gz"]

@@ -281,3 +281,22 @@ def test_the_limit_is_put_back_also_after_an_error(large: Path) -> None:
     assert Image.MAX_IMAGE_PIXELS == 2000
     with pixels_at_most(None), pytest.raises(ValueError, match="too large"):
         open_image(large / "cat" / "a.jpg")
+
+
+def test_links_to_nothing_and_pipes_cost_no_other_picture(model: Path, run: Run, tmp_path: Path) -> None:
+    """By whatever command: each is counted, and nothing waits for a pipe."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("a red square")
+    (folder / "self.png").symlink_to("self.png")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    for words in (["data", "pack", folder], ["embed", model, folder, "-o"], ["index", model, folder, "-o"]):
+        out = tmp_path / str(words[0])
+        code, said = run(*words, out)
+        assert code == 0 and "skipped 3" in said
+        skipped = (out / "skipped.jsonl").read_text()
+        assert all(skipped.count(f"{name}.png") == 1 for name in ("self", "gone", "pipe"))
+    code, said = run("data", "pack", folder, folder / "self.png")
+    assert code == 2 and "Symlink loop" in said

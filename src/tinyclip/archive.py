@@ -11,6 +11,7 @@ import math
 import mmap
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -129,7 +130,8 @@ def read_entries(path: Path) -> tuple[list[Entry], Kind]:
         else:
             data, kind = _pytorch(path, start.startswith(b"PK"))
             if not isinstance(data, dict | Inert):
-                raise Refused(f"a {type(data).__name__} is in it, not a state dict")
+                kind_of_it = "tensor" if isinstance(data, Stored) else type(data).__name__
+                raise Refused(f"a {kind_of_it} is in it, not a state dict")
             entries = list(_entries(data))
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
@@ -339,6 +341,7 @@ class _Zip(_Source):
         if not roots:
             raise Damaged("a zip archive without data.pkl")
         self._root = roots[0]
+        self._summed = self._is_whole("data.pkl")  # PyTorch can be told to write no checksums
         if self.has("byteorder") and self.small("byteorder") != b"little":
             raise Refused("its numbers are big-endian")
 
@@ -351,7 +354,14 @@ class _Zip(_Source):
 
     def storage(self, key: str) -> Tensor:
         start, end = self._span(f"data/{key}")
+        if self._summed and not self._is_whole(f"data/{key}"):
+            raise Refused(f"damaged, its data/{key} has another checksum")
         return _bytes_of(self._mapped, start, end - start)
+
+    def _is_whole(self, name: str) -> bool:
+        start, end = self._span(name)
+        with memoryview(self._mapped) as whole, whole[start:end] as part:
+            return zlib.crc32(part) == self._parts[self._root + name].CRC
 
     def _span(self, name: str) -> tuple[int, int]:
         """Where a part lies in the file."""

@@ -78,6 +78,8 @@ def main() -> None:
         _give_up_output()
         fail(in_words(error), 2)
     except RuntimeError as error:
+        if "Symlink loop" in str(error):  # of pathlib
+            fail(str(error), 2)
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         fail("out of memory on the device; a lower batch_size may help", 2)

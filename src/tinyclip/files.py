@@ -33,6 +33,8 @@ def as_text(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
+LARGEST_TEXT = 2**31  # bytes of a file of texts
+
 # What moves the cursor, ends a line or turns the direction of writing.
 _STEERS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 STEERING = {code: ascii(chr(code))[1:-1] for code in _STEERS}
@@ -154,7 +156,11 @@ def lines_of(text: str) -> list[str]:
 def read_text(path: Path) -> str:
     """A file of UTF-8, without a byte order mark; `ValueError` when it cannot be read or is no such text."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_TEXT + 1)
+        if len(data) > LARGEST_TEXT:
+            raise ValueError(f"{path}: no list of texts, as it has over {LARGEST_TEXT / 1e9:.1f} GB or does not end")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
     except OSError as error:

@@ -38,6 +38,7 @@ from tinyclip.shards import (
     IMAGE_TYPES,
     RENAME,
     Entry,
+    check_is_file,
     entries,
     find_shards,
     lack_of,
@@ -91,6 +92,7 @@ def _unpack(packed: Path) -> Skipped | None:
     if unpacked(packed):
         return None
     try:
+        check_is_file(packed)
         with replacing(plain) as temporary:
             size, problem = _gunzip(packed, temporary)
             if not size:
@@ -323,8 +325,14 @@ def _counts(meta: Path) -> dict[str, int]:
 
 
 def _state(shards: list[Path]) -> dict[str, list[int]]:
-    """Size and time of every shard."""
-    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in shards}
+    """Size and time of every shard; of one that cannot be looked at, as a link to nothing, nothing."""
+    state: dict[str, list[int]] = {}
+    for shard in shards:
+        state[shard.name] = []
+        with contextlib.suppress(OSError):
+            now = shard.stat()
+            state[shard.name] = [now.st_size, now.st_mtime_ns]
+    return state
 
 
 def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:

@@ -75,10 +75,15 @@ def scan(folder: str | Path) -> Folder:
     root = Path(folder).absolute()  # links stay as they are
     start, files, left_out = len(root.as_posix().rstrip("/")) + 1, {}, list[LeftOut]()
     for path in find_pictures(root, left_out):
-        with suppress(OSError):  # gone meanwhile, or a link to nothing
+        try:
             state = path.stat()
-            if stat.S_ISREG(state.st_mode):
-                files[path.as_posix()[start:]] = (state.st_size, state.st_mtime_ns)
+        except OSError as error:  # gone meanwhile, a link to nothing or to itself
+            left_out.append((path, Fault("no_image", f"cannot be read ({error.strerror})")))
+            continue
+        if stat.S_ISREG(state.st_mode):
+            files[path.as_posix()[start:]] = (state.st_size, state.st_mtime_ns)
+        else:
+            left_out.append((path, Fault("no_image", "no file, but a pipe or a device")))
     if not files:
         kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
         raise ValueError(f"{folder}: no pictures ({kinds}) in it{because(left_out)}")

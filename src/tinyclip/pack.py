@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,8 @@ def pack(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
-    if any(out.resolve() in item.path.resolve().parents for item in items if not (item.problem or item.inside)):
+    files = (item.path for item in items if not (item.problem or item.inside))
+    if any(Path(os.path.realpath(out)) in Path(os.path.realpath(file)).parents for file in files):
         raise ValueError(f"{out} holds the pictures to pack; choose another folder")
     check_replaceable(out, "shards")
     report = Report(0, 0, 0, [])

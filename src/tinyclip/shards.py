@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import posixpath
+import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -221,10 +222,20 @@ def words(error: Exception) -> str:
 
 def open_shard(shard: Path) -> tarfile.TarFile:
     """Raises `Fault` for what is no tar."""
+    check_is_file(shard)
     try:
         return tarfile.open(shard, "r:gz" if shard.suffix == ".gz" else "r:", tarinfo=Header)
     except TAR_ERRORS as error:
         raise Fault("damaged_shard", f"damaged shard ({misnamed(shard) or words(error)})") from None
+
+
+def check_is_file(shard: Path) -> None:
+    """Raises `Fault` for a link to nothing, and for a pipe, which might never end."""
+    try:
+        if not stat.S_ISREG(shard.stat().st_mode):
+            raise Fault("damaged_shard", "damaged shard (no file, but a folder, a pipe or a device)")
+    except OSError as error:
+        raise Fault("damaged_shard", f"damaged shard ({error.strerror})") from None
 
 
 def misnamed(shard: Path) -> str | None:

@@ -138,7 +138,7 @@ def _of_rows(table: Table, image: str, text_column: str | None, part_size: int) 
 def _file_state(file: Path, root: Path) -> str:
     try:
         state = file.stat()
-    except FileNotFoundError:  # a link to nothing, or gone since: it is skipped when it is to be read
+    except OSError:  # a link to nothing or to itself, or gone since: it is skipped when it is to be read
         return f"{file.relative_to(root)} missing\n"
     return f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n"
 
