@@ -199,7 +199,7 @@ def test_uploads_are_kept_within_bounds() -> None:
 
 def test_options_that_no_request_could_meet() -> None:
     for option, value in (("--token", "short"), ("--token", "sixteen letters and more"), ("--token", "")):
-        assert tinyclip("app", "emoji-student", option, value, code=2).startswith("tinyclip: ")
+        assert option in tinyclip("app", "emoji-student", option, value, code=2)
     for name in ("", "http://page.example", "page.example:80", "page.example/a"):
         assert "--allow-host" in tinyclip("app", "emoji-student", "--allow-host", name, code=2)
     assert len(guard.new_token()) >= 32 and guard.new_token() != guard.new_token()

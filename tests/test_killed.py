@@ -147,20 +147,6 @@ def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, cou
     assert_same(Path(whole.output), out)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_stage_with_masks_is_killed_in_both_parts(place: Path, tmp_path: Path, count: int) -> None:
-    changes = {"stages": [auto(auto={"gates": True})], "save_every": 3, "workers": 0}
-    whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
-    assert end(begin(whole, count)) == [0] * count
-    out = Path(parts.output)
-    for step in (5, 14):  # masks are learned for 12 steps of 16
-        begun = begin(parts, count)
-        until(lambda step=step: last_step(out) >= step, begun)
-        kill(begun)
-    assert end(begin(parts, count)) == [0] * count
-    assert_same(Path(whole.output), out)
-
-
 @pytest.mark.parametrize(("step", "before"), [(4, True), (4, False), (12, True), (12, False), (16, True)])
 def test_evaluations_and_cuts_are_told_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: bool

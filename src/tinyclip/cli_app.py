@@ -38,12 +38,12 @@ def app(
 
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background inherits as ignored
-    pages.check_gradio()
     names = allow_host or []
     for name in names:
         guard.check_host(name)
     if token is not None:
         guard.check_token(token)
+    pages.check_gradio()
     place = serving.listen(host, port)
     if token is None and (names or not serving.is_loopback(place)):
         token = guard.new_token()
