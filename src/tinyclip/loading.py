@@ -65,7 +65,8 @@ def load(
         dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
             older GPUs, else float32.
         activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
-        mean, std: three numbers each, by which pictures are normalised, for a file of others that cannot say it.
+        mean: three numbers that are taken from pictures of 0 to 1, for a file of others that cannot say it.
+        std: three numbers that they are then divided by.
         cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
         compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
             (`docs/inference.md`); the weights must not change after.
