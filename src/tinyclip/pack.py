@@ -138,8 +138,8 @@ def pack(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ValueError(f"{out} exists; choose another folder or replace it with --overwrite")
-    files = (item.path for item in items if not (item.problem or item.inside))
-    if any(Path(os.path.realpath(out)) in Path(os.path.realpath(file)).parents for file in files):
+    files, place = (item.path for item in items if not (item.problem or item.inside)), Path(os.path.realpath(out))
+    if any(place in Path(os.path.realpath(file)).parents for file in files):
         raise ValueError(f"{out} holds the pictures to pack; choose another folder")
     check_replaceable(out, "shards")
     report = Report(0, 0, 0, [])
