@@ -256,3 +256,12 @@ def test_pictures_inside_are_found_again_in_any_order(tmp_path: Path) -> None:
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     result = found(tmp_path, HEADER.encode() + b"caf\xe9.jpg,a\n1.jpg,caf\xe9\n2.jpg,b\n")
     assert result == {os.fsdecode(b"caf\xe9.jpg"): ["a"], "1.jpg": ["! caption is no UTF-8"], "2.jpg": ["b"]}
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 6, 7, 8])
+def test_rows_of_a_parquet_from_any_on(tmp_path: Path, first: int) -> None:
+    """In row groups of 3."""
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": list(range(1, 8)), "b": list("abcdefg")}), path, row_group_size=3)
+    rows = list(tables.parquet_rows(path, ["a"], first))
+    assert [(row.number, row.fields) for row in rows] == [(i, {"a": i}) for i in range(first, 8)]

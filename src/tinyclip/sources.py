@@ -22,6 +22,7 @@ from tinyclip.tables import (
     check_bad_rows,
     open_table,
     open_text,
+    parquet_rows,
     pictures_column,
 )
 
@@ -39,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a table with pictures inside."""
+    """Some rows of a .parquet with pictures inside."""
 
     table: Table
     image: str
@@ -53,7 +54,7 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
         """Number, picture and caption of each."""
         columns = [self.image, self.caption] if self.caption else [self.image]
-        for row in islice(self.table.rows(columns), self.first - 1, self.last):
+        for row in islice(parquet_rows(self.table.path, columns, self.first), len(self)):
             yield row.number, row.fields.get(self.image), row.fields.get(self.caption) if self.caption else None
 
 

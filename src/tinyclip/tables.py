@@ -10,8 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import chain, count
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
@@ -155,17 +155,27 @@ def _of_json(number: int, line: str) -> Row:
 def _parquet(path: Path) -> Table:
     import pyarrow.parquet
 
-    def rows(columns: Sequence[str]) -> Iterator[Row]:
-        numbers = count(1)
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(BATCH, columns=list(columns)):
-                    yield from (Row(next(numbers), fields) for fields in batch.to_pylist())
-        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-            raise ValueError(f"{path}: cannot be read ({error})") from None
-
     with pyarrow.parquet.ParquetFile(path) as file:
-        return Table(path, file.schema_arrow.names, rows, file.metadata.num_rows)
+        return Table(path, file.schema_arrow.names, partial(parquet_rows, path), file.metadata.num_rows)
+
+
+def parquet_rows(path: Path, columns: Sequence[str], first: int = 1) -> Iterator[Row]:
+    """The rows of a .parquet from a number on; row groups before it are not read."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups, number = list(range(file.num_row_groups)), 1
+            while groups and number + (size := file.metadata.row_group(groups[0]).num_rows) <= first:
+                number += size
+                del groups[0]
+            for batch in file.iter_batches(BATCH, groups, columns=list(columns)) if groups else ():
+                skipped = min(len(batch), max(0, first - number))
+                for i, fields in enumerate(batch.slice(skipped).to_pylist(), number + skipped):
+                    yield Row(i, fields)
+                number += len(batch)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def captions_in(value: Any) -> list[str]:
