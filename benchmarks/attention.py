@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyclip.distributed import best_precision
+from tinyclip.common.distributed import best_precision
+from tinyclip.inference.pipeline import load
 from tinyclip.loss import contrastive_loss
-from tinyclip.pipeline import load
-from tinyclip.recipe import load_recipe
-from tinyclip.step import make_optimizer
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.train.step import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "plain": SDPBackend.MATH}

@@ -13,18 +13,18 @@ from statistics import median
 
 import torch
 
-from tinyclip.checkpoint import read_config
-from tinyclip.config import CLIPConfig
-from tinyclip.data import Batch
-from tinyclip.distributed import best_precision, resolve_device
-from tinyclip.inheritance import inherit
-from tinyclip.model import CLIP
-from tinyclip.recipe import Stage, load_recipe
-from tinyclip.run import attention
-from tinyclip.step import Trainee
-from tinyclip.teacher import CachedTeacher, Teacher
-from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.common.distributed import best_precision, resolve_device
+from tinyclip.compress.inheritance import inherit
+from tinyclip.data.loader import Batch
+from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Stage, load_recipe
+from tinyclip.teachers.teacher import CachedTeacher, Teacher
+from tinyclip.train.run import attention
+from tinyclip.train.step import Trainee
+from tinyclip.zoo.checkpoint import read_config
 
 ROUNDS, TOKENS = 4, 12
 

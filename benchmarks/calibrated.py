@@ -16,20 +16,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from tinyclip import run, train
-from tinyclip.axes import axis_table, count_parameters
-from tinyclip.calibrate import Calibration, Sample, calibrate
-from tinyclip.config import CLIPConfig
-from tinyclip.data import close_loader, training_loader
-from tinyclip.evaluate import open_dataset, zero_shot
-from tinyclip.files import json_text, write_atomically
-from tinyclip.inheritance import compact, inherit
-from tinyclip.measurement import macs
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline, load
-from tinyclip.recipe import Recipe, load_recipe, shape_from
-from tinyclip.samples import samples
-from tinyclip.start import start
+from tinyclip.common.files import json_text, write_atomically
+from tinyclip.compress.calibrate import Calibration, Sample, calibrate
+from tinyclip.compress.inheritance import compact, inherit
+from tinyclip.data.loader import close_loader, training_loader
+from tinyclip.evaluate.metrics import open_dataset, zero_shot
+from tinyclip.inference.pipeline import Pipeline, load
+from tinyclip.inference.speed import macs
+from tinyclip.model.axes import axis_table, count_parameters
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Recipe, load_recipe, shape_from
+from tinyclip.train import loop, run
+from tinyclip.train.calibration import samples
+from tinyclip.train.setup import start
 
 ROOT = Path(__file__).resolve().parent.parent
 MANUAL = {50: ["vision.width=128", "text.layers=2"], 25: ["vision.width=96", "text.layers=1"]}
@@ -90,7 +90,7 @@ def result(options: argparse.Namespace, size: int, method: str, seed: int) -> di
     Pipeline(student, teacher.tokenizer, teacher.preprocessing).save(folder / "start")
     before = accuracy(folder / "start")
     begun = start(recipe)
-    train.run(begun)
+    loop.run(begun)
     figures = {"size": size, "method": method, "seed": seed, "params": parameters(student.config)}
     figures |= {"macs": sum(macs(student.config).values()), "before": before}
     figures |= {"after": accuracy(folder / "run/student"), "config": student.config.model_dump(mode="json")}

@@ -13,15 +13,15 @@ import time
 
 import torch
 
-from tinyclip.config import CLIPConfig
-from tinyclip.data import Batch
-from tinyclip.distributed import best_device, best_precision
-from tinyclip.model import CLIP
-from tinyclip.recipe import Loss, Stage
-from tinyclip.run import attention
-from tinyclip.step import Trainee
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.common.distributed import best_device, best_precision
+from tinyclip.data.loader import Batch
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Loss, Stage
+from tinyclip.train.run import attention
+from tinyclip.train.step import Trainee
 
 END = 49407
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from tinyclip.transforms import DRAFT, Preprocess, open_image
+from tinyclip.inputs.transforms import DRAFT, Preprocess, open_image
 
 SIZE = 224
 

@@ -21,13 +21,13 @@ import torch
 from performance import processor
 from side_by_side import Timing, ratio, side_by_side, table
 
-from tinyclip import evaluate
-from tinyclip.config import CLIPConfig
-from tinyclip.export import export
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline, Tensors, load_encoder
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.evaluate import metrics
+from tinyclip.export.export import export
+from tinyclip.inference.pipeline import Pipeline, Tensors, load_encoder
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
 
 SHAPE = "TinyCLIP-ViT-40M-32-Text-19M"
 EMOJI = Path(__file__).parent.parent / "assets/emoji"
@@ -97,10 +97,10 @@ def speed(folder: Path, rounds: int) -> None:
 
 def accuracy(folder: Path) -> None:
     clips = exports("emoji-student", folder)
-    dataset = evaluate.open_dataset(EMOJI / "eval", EMOJI / "templates.txt")
+    dataset = metrics.open_dataset(EMOJI / "eval", EMOJI / "templates.txt")
     rows = []
     for name, clip in clips.items():
-        figures = evaluate.evaluate(clip, dataset)
+        figures = metrics.evaluate(clip, dataset)
         shown = [figures[key] for key in ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")]
         size = f"{clip.size() / 1e6:,.1f}" if isinstance(clip, Tensors) else "-"
         rows.append([name, size, *(f"{100 * value:.2f}" for value in shown)])

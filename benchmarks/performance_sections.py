@@ -19,17 +19,17 @@ from side_by_side import Timing, peak_flops, ratio, side_by_side, table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tinyclip.checkpoint import load_checkpoint
-from tinyclip.config import CLIPConfig
-from tinyclip.data import Batch
-from tinyclip.foreign import Stated, config_from
-from tinyclip.measurement import macs
-from tinyclip.recipe import Stage
-from tinyclip.run import attention
-from tinyclip.step import Trainee
-from tinyclip.teacher import CachedTeacher, Teacher, image_input
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.data.loader import Batch
+from tinyclip.inference.speed import macs
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.recipe.recipe import Stage
+from tinyclip.teachers.teacher import CachedTeacher, Teacher, image_input
+from tinyclip.train.run import attention
+from tinyclip.train.step import Trainee
+from tinyclip.zoo.checkpoint import load_checkpoint
+from tinyclip.zoo.openai import Stated, config_from
 
 MODELS = {
     "ViT-B/32": "ViT-B-32",

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyclip.checkpoint import save_checkpoint
-from tinyclip.config import CLIPConfig
-from tinyclip.interchange import convert
-from tinyclip.model import CLIP
-from tinyclip.pipeline import load, load_encoder
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.inference.pipeline import load, load_encoder
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import save_checkpoint
+from tinyclip.zoo.convert import convert
 
 WORDS = ["small", "red", "old", "wooden", "round", "bright", "car", "dog", "house", "tree", "street", "river", "table"]
 WORDS += ["cat", "bird", "boat", "near", "behind", "under", "with", "and", "the", "two", "people", "playing", "winter"]

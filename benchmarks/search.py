@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyclip import vectors
-from tinyclip.vectors import Vectors
+from tinyclip.search import vectors
+from tinyclip.search.vectors import Vectors
 
 CHUNK, QUERIES, BEST = 10_000, 200, 10
 

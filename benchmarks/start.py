@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 from side_by_side import table
 
-from tinyclip.export import export
+from tinyclip.export.export import export
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from tinyclip.checkpoint import read_config
-from tinyclip.cli_train import run_recipe, write_run_report
-from tinyclip.recipe import load_recipe
-from tinyclip.structure import figure
-from tinyclip.terminal import fail, say
+from tinyclip.cli.terminal import fail, say
+from tinyclip.cli.train import run_recipe, write_run_report
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.report.structure import figure
+from tinyclip.zoo.checkpoint import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("emoji-50", "emoji-25", "emoji-auto", "emoji-50-random-affinity", "emoji-50-random-contrastive")

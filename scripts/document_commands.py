@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from tinyclip.cli import app
+from tinyclip.cli.main import app
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """# Commands

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tinyclip import augment, recipe, shape
+from tinyclip.inputs import augment
+from tinyclip.recipe import recipe, student_shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 START, END = "<!-- tables: scripts/document_recipes.py -->", "<!-- end of tables -->"
@@ -17,9 +18,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "The recipe": recipe.Recipe,
     "A stage": recipe.Stage,
     "`teacher`, stored": recipe.StoredTeachers,
-    "`student`": shape.StudentShape,
-    "`student.vision`": shape.VisionShape,
-    "`student.text`": shape.TextShape,
+    "`student`": student_shape.StudentShape,
+    "`student.vision`": student_shape.VisionShape,
+    "`student.text`": student_shape.TextShape,
     "`auto`": recipe.Auto,
     "`calibrated`": recipe.Calibrated,
     "`loss`": recipe.Loss,

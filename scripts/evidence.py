@@ -22,9 +22,9 @@ from pathlib import Path
 import evidence_page
 from filelock import FileLock
 
-from tinyclip.files import write_atomically
-from tinyclip.recipe import Recipe, load_recipe
-from tinyclip.resume import Interrupted
+from tinyclip.common.files import write_atomically
+from tinyclip.recipe.recipe import Recipe, load_recipe
+from tinyclip.train.resume import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -76,8 +76,8 @@ def run_one(name: str, seed: int) -> None:
     """Run one recipe with one seed in this process, or go on with it."""
     import torch
 
-    from tinyclip import train
-    from tinyclip.report import evaluator
+    from tinyclip.report.runs import evaluator
+    from tinyclip.train import loop
 
     torch.set_num_threads(1)
     recipe = recipe_of(name, seed)
@@ -87,9 +87,9 @@ def run_one(name: str, seed: int) -> None:
     with FileLock(f"{folder}.lock"):  # the script may be running twice, with other recipes
         if finished(name, seed):
             return
-        run = train.start(recipe, resume=(folder / "recipe.yaml").exists())
+        run = loop.start(recipe, resume=(folder / "recipe.yaml").exists())
         run.evaluator = evaluator(recipe.evaluation.data, recipe.evaluation.templates)
-        train.run(run)
+        loop.run(run)
 
 
 def run_all(names: list[str], seeds: list[int], jobs: int) -> list[str]:

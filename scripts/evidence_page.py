@@ -12,10 +12,10 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tinyclip.axes import axis_table, count_parameters
-from tinyclip.config import CLIPConfig
-from tinyclip.measurement import macs
-from tinyclip.page import COLOURS
+from tinyclip.inference.speed import macs
+from tinyclip.model.axes import axis_table, count_parameters
+from tinyclip.model.config import CLIPConfig
+from tinyclip.report.html import COLOURS
 
 Curve = Sequence[tuple[float, float]]  # (pairs seen, top-1 in percent), pairs rising
 Results = dict[str, Any]  # {"runs": {name: {seed: record}}, "teacher": record}

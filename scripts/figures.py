@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from tinyclip.inheritance import kept_blocks
-from tinyclip.page import COLOURS
+from tinyclip.compress.inheritance import kept_blocks
+from tinyclip.report.html import COLOURS
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 GREY, BLUE, GREEN = COLOURS[:3]

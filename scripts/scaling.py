@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from math import ceil, log2
 from typing import Any
 
-from tinyclip.axes import axis_table, count_parameters
-from tinyclip.plan import stage_shapes, step_macs, teacher_config
-from tinyclip.recipe import load_recipe
+from tinyclip.model.axes import axis_table, count_parameters
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.train.plan import stage_shapes, step_macs, teacher_config
 
 GPUS = (1, 8, 32, 128, 512, 1024)
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once

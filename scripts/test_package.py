@@ -59,7 +59,7 @@ def check_wheel(wheel: Path, python: Path) -> None:
         subprocess.run([python, "-c", METADATA], input=archive.read(metadata), check=True)
     for wanted in WHEEL:
         assert any(name.endswith(wanted) for name in names), f"{wheel.name} lacks {wanted}"
-    modules = {f"tinyclip/{path.name}" for path in (ROOT / "src/tinyclip").glob("*.py")}
+    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/tinyclip").rglob("*.py")}
     assert modules <= set(names), f"{wheel.name} lacks {modules - set(names)}"
     other = [name for name in names if not name.startswith(("tinyclip/", "tinyclip-"))]
     assert not other, f"{wheel.name} has {other}"

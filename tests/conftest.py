@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from tinyclip.axes import axis_sizes
-from tinyclip.cli import main
-from tinyclip.config import CLIPConfig, vit_clip
-from tinyclip.model import CLIP
-from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.cli.main import main
+from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.model.axes import axis_sizes
+from tinyclip.model.config import CLIPConfig, vit_clip
+from tinyclip.model.model import CLIP
 
 torch.set_num_threads(1)  # for models this small a second thread only costs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored

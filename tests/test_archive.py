@@ -22,8 +22,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyclip.archive import Refused, Stored, read_entries, tensor_of
-from tinyclip.unpickle import Damaged, Inert, unpickle
+from tinyclip.zoo.tensors import Refused, Stored, read_entries, tensor_of
+from tinyclip.zoo.unpickle import Damaged, Inert, unpickle
 
 OLD = {"_use_new_zipfile_serialization": False}
 
@@ -297,7 +297,7 @@ def test_a_dictionary_in_itself(tmp_path: Path) -> None:
 
 
 def test_too_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyclip.unpickle.OPCODES", 100)
+    monkeypatch.setattr("tinyclip.zoo.unpickle.OPCODES", 100)
     with pytest.raises(Damaged, match="more than 100 steps"):
         plain(b"]" * 200 + b".")
 

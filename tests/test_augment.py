@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyclip.augment import Augment, View, on_colour
-from tinyclip.page import thumbnail
-from tinyclip.transforms import Preprocess, plain_mode
+from tinyclip.inputs.augment import Augment, View, on_colour
+from tinyclip.inputs.transforms import Preprocess, plain_mode
+from tinyclip.report.html import thumbnail
 
 EMOJI = Augment(scale=(0.6, 1), rotate=20, shear=10, shrink=0.35, colour=0.4, background=True)
 SETTINGS = [

@@ -13,16 +13,16 @@ import torch
 
 import test_train
 from test_train import recipe, run, stage, vouch, weights
-from tinyclip import students, train
-from tinyclip.checkpoint import load_checkpoint
-from tinyclip.masks import sparsity
-from tinyclip.measurement import fraction_for_latency
-from tinyclip.pruning import MASKS, Pruner
-from tinyclip.recipe import Recipe
-from tinyclip.resume import Interrupted
-from tinyclip.run import closing, loader_of
-from tinyclip.step import Trainee
-from tinyclip.teacher import shorten
+from tinyclip.compress.learned_masks import sparsity
+from tinyclip.inference.speed import fraction_for_latency
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.teachers.teacher import shorten
+from tinyclip.train import loop, stage_start
+from tinyclip.train.pruner import MASKS, Pruner
+from tinyclip.train.resume import Interrupted
+from tinyclip.train.run import closing, loader_of
+from tinyclip.train.step import Trainee
+from tinyclip.zoo.checkpoint import load_checkpoint
 
 place = test_train.place
 
@@ -64,7 +64,7 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     stages = [auto(target={"image": 0.4, "text": 0.5}, auto={"gates": True})]
     run(recipe(place, whole, stages=stages))
-    started = train.start(recipe(place, parts, stages=stages))
+    started = loop.start(recipe(place, parts, stages=stages))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == step:
@@ -72,7 +72,7 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
 
     started.listener = stop
     with pytest.raises(Interrupted, match=f"stopped at step {step}"):
-        train.run(started)
+        loop.run(started)
     assert (parts / "stages" / "50" / "last" / MASKS).exists() == (step <= 12)
     run(recipe(place, parts, stages=stages), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
@@ -85,18 +85,18 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
 def test_the_cut_student_is_not_read_back(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another node's view of the disk may still be that before the cut."""
     chosen = recipe(place, tmp_path / "run", stages=[auto()])
-    started = train.start(chosen)
+    started = loop.start(chosen)
 
     def read(*args: Any) -> None:
         raise AssertionError("read from the disk")
 
     def once_cut(event: dict[str, Any]) -> None:
         if event["event"] == "cut":
-            monkeypatch.setattr(train, "load_checkpoint", read)
-            monkeypatch.setattr("tinyclip.resume.load_checkpoint", read)
+            monkeypatch.setattr(loop, "load_checkpoint", read)
+            monkeypatch.setattr("tinyclip.train.resume.load_checkpoint", read)
 
     started.listener = once_cut
-    (result,) = train.run(started)
+    (result,) = loop.run(started)
     assert result["samples"] == 16 * 8
 
 
@@ -129,9 +129,9 @@ def test_a_shape_relative_to_one_that_is_yet_to_be_found_is_refused(place: Path,
 
 def test_overflow_in_float16_changes_nothing(place: Path, tmp_path: Path) -> None:
     """Masks and multipliers share the gradient norm with the weights, so none of them may step."""
-    started = train.start(recipe(place, tmp_path / "run", stages=[auto()]))
+    started = loop.start(recipe(place, tmp_path / "run", stages=[auto()]))
     assert started.teacher is not None
-    chosen, student = started.recipe.stages[0], students.starting_student(started, 0, None)
+    chosen, student = started.recipe.stages[0], stage_start.starting_student(started, 0, None)
     pruner = Pruner(student.config, started.teacher.model.config, chosen, {"both": 0.5}, 0)
     trainee = Trainee(student, chosen, started.teacher, started.tokenizer, started.preprocess, "float32", pruner)
     trainee.scaler = torch.amp.GradScaler("cpu")
@@ -149,10 +149,10 @@ def test_an_untouched_tower_spares_its_computation_and_changes_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The teacher's features of the text tower are those of the student's own."""
-    started = train.start(
+    started = loop.start(
         recipe(place, tmp_path / "run", stages=[stage(student={"vision": {"width": 16}}, towers="image")])
     )
-    student = students.starting_student(started, 0, None)
+    student = stage_start.starting_student(started, 0, None)
     assert started.teacher is not None
     chosen = started.recipe.stages[0]
     trainee = Trainee(student, chosen, started.teacher, started.tokenizer, started.preprocess, "float32")
@@ -169,7 +169,7 @@ def test_an_untouched_tower_spares_its_computation_and_changes_nothing(
 def test_a_later_stage_of_one_tower_needs_the_teachers_other_tower(place: Path, tmp_path: Path) -> None:
     both, image = stage("a"), stage("b", student={}, towers="image")
     with pytest.raises(ValueError, match=r"stages.1 \(b\): towers: image needs a start whose text tower is still"):
-        train.start(recipe(place, tmp_path / "run", stages=[both, image]))
+        loop.start(recipe(place, tmp_path / "run", stages=[both, image]))
 
 
 def test_a_latency_is_found_by_trying() -> None:
@@ -181,13 +181,13 @@ def test_a_latency_is_found_by_trying() -> None:
 
 
 def test_a_latency_as_target(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinyclip.axes import axis_table, count_parameters
+    from tinyclip.model.axes import axis_table, count_parameters
 
     def size(model: Any) -> float:
         counts = count_parameters(axis_table(model.config))
         return (counts["image"] + counts["text"]) / 1000
 
-    monkeypatch.setattr(students, "pair_latency_ms", size)
+    monkeypatch.setattr(stage_start, "pair_latency_ms", size)
     whole = size(load_checkpoint(place / "teacher")[0])
     target = {"target_sparsity": None, "latency_ms": whole * 0.6, "lr": 0.8}
     run(recipe(place, tmp_path / "run", stages=[auto(auto=target)]))
@@ -238,7 +238,7 @@ def test_masks_need_a_teacher(place: Path, tmp_path: Path) -> None:
 
 def test_a_target_out_of_reach_names_the_stage(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stages.0 \(50\): target_sparsity 0.9999 of both towers cannot be reached"):
-        train.start(recipe(place, tmp_path / "run", stages=[auto(target=0.9999)]))
+        loop.start(recipe(place, tmp_path / "run", stages=[auto(target=0.9999)]))
 
 
 def test_a_stage_that_overshot_does_not_end_the_run(place: Path, tmp_path: Path) -> None:
@@ -258,10 +258,10 @@ def test_a_latency_out_of_reach_leaves_no_run(place: Path, tmp_path: Path) -> No
 
 def test_masks_of_another_model_are_refused(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[auto()])
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 4 else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     file = tmp_path / "run" / "stages" / "50" / "last" / MASKS
     from safetensors.torch import save_file
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from conftest import golden, small_config, uneven_config
-from tinyclip.axes import axis_sizes, axis_table, count_parameters
-from tinyclip.config import NAMED, CLIPConfig
-from tinyclip.model import CLIP
+from tinyclip.model.axes import axis_sizes, axis_table, count_parameters
+from tinyclip.model.config import NAMED, CLIPConfig
+from tinyclip.model.model import CLIP
 
 CONFIGS = {
     "equal blocks": small_config(),

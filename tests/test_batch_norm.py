@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from conftest import small_config
 from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
-from tinyclip import train
-from tinyclip.batch_norm import batch_norms, freeze, reestimate, synchronise
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.inheritance import inherit
-from tinyclip.model import CLIP
-from tinyclip.recipe import Recipe, Stage
-from tinyclip.resume import Interrupted
-from tinyclip.run import loader_of
-from tinyclip.step import Trainee
-from tinyclip.teacher import image_input
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.compress.batch_norm import batch_norms, freeze, reestimate, synchronise
+from tinyclip.compress.inheritance import inherit
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.teachers.teacher import image_input
+from tinyclip.train import loop
+from tinyclip.train.resume import Interrupted
+from tinyclip.train.run import loader_of
+from tinyclip.train.step import Trainee
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_reestimated_statistics_are_the_batches_averages() -> None:
@@ -92,8 +92,8 @@ def buffers(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_frozen_stage_starts_from_reestimated_statistics(place: Path, tmp_path: Path) -> None:
-    run = train.start(recipe(place, tmp_path / "run"))
-    train.run(run)
+    run = loop.start(recipe(place, tmp_path / "run"))
+    loop.run(run)
     teacher = load_checkpoint(place / "teacher")[0]
     wanted = inherit(teacher, run.configs[0])
     source = iter(loader_of(run, 0))
@@ -108,9 +108,9 @@ def test_a_frozen_stage_starts_from_reestimated_statistics(place: Path, tmp_path
 @pytest.mark.parametrize("mode", ["frozen", "train"])
 def test_a_resumed_stage_is_the_same_to_the_bit(place: Path, tmp_path: Path, mode: str) -> None:
     changes = {"batch_norm": mode, "batch_norm_batches": 3 if mode == "frozen" else None}
-    train.run(train.start(recipe(place, tmp_path / "whole", **changes)))
+    loop.run(loop.start(recipe(place, tmp_path / "whole", **changes)))
     chosen = recipe(place, tmp_path / "stopped", **changes)
-    run = train.start(chosen)
+    run = loop.start(chosen)
 
     def stop(event: dict[str, Any]) -> None:
         if event.get("step") == 3:
@@ -118,11 +118,11 @@ def test_a_resumed_stage_is_the_same_to_the_bit(place: Path, tmp_path: Path, mod
 
     run.listener = stop
     with pytest.raises(Interrupted):
-        train.run(run)
-    again = train.start(chosen, resume=True)
+        loop.run(run)
+    again = loop.start(chosen, resume=True)
     events: list[dict[str, Any]] = []
     again.listener = events.append
-    train.run(again)
+    loop.run(again)
     assert [e["step"] for e in events if e["event"] == "step"] == [4, 5, 6]
     assert not [e for e in events if e["event"] == "batch_norm"]
     whole = load_checkpoint(tmp_path / "whole" / "student")[0].state_dict()
@@ -150,10 +150,10 @@ def test_only_statistics_that_are_learned_are_shared(
         return own(self, *args)
 
     own = Trainee.step
-    monkeypatch.setattr(train, "synchronise", as_on_two_gpus)
+    monkeypatch.setattr(loop, "synchronise", as_on_two_gpus)
     monkeypatch.setattr(Trainee, "step", step)
     changes = {"batch_norm": mode, "batch_norm_batches": 3 if mode == "frozen" else None}
-    train.run(train.start(recipe(place, tmp_path / "run", **changes)))
+    loop.run(loop.start(recipe(place, tmp_path / "run", **changes)))
     assert shared == [mode == "train"] * 6
 
 
@@ -162,7 +162,7 @@ def test_from_scratch_learns_its_statistics(place: Path, tmp_path: Path) -> None
     loss = {"affinity": 0, "contrastive": 1}
     scratch = {"inherit": "none", "loss": loss, "student": {}, "batch_norm_batches": None}
     model = {"teacher": None, "model": config, "vocabulary": "data"}
-    train.run(train.start(recipe(place, tmp_path / "run", model, **scratch)))
+    loop.run(loop.start(recipe(place, tmp_path / "run", model, **scratch)))
     found = buffers(tmp_path / "run" / "student")
     assert all(value == 6 for key, value in found.items() if key.endswith("num_batches_tracked"))
 
@@ -192,7 +192,7 @@ def test_batch_norm_keys_that_contradict_are_refused(
 def test_masks_of_a_resnet_are_not_learned(place: Path, tmp_path: Path) -> None:
     auto = {"inherit": "auto", "auto": {"target_sparsity": 0.5, "steps": 3}, "student": {}}
     with pytest.raises(ValueError, match="resnet image tower cannot learn masks"):
-        train.start(recipe(place, tmp_path / "run", **auto))
+        loop.start(recipe(place, tmp_path / "run", **auto))
 
 
 def test_a_vit_has_no_batch_norm(place: Path, tmp_path: Path) -> None:
@@ -201,5 +201,5 @@ def test_a_vit_has_no_batch_norm(place: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "vit", CLIP(config), tokenizer, Preprocess(image_size=32))
     chosen = recipe(place, tmp_path / "run", {"teacher": str(tmp_path / "vit")}, student={}, batch_norm="frozen")
     with pytest.raises(ValueError, match=r"stages.0 \(half\): batch_norm: a ViT has none; leave the key out"):
-        train.start(chosen)
+        loop.start(chosen)
     assert not (tmp_path / "run").exists()

@@ -25,26 +25,26 @@ from conftest import small_config
 from test_data import good, picture, write_shard
 from test_killed import SERVER, assert_same, end
 from test_train import run, stage
-from tinyclip import make_cache as making
-from tinyclip import train
-from tinyclip.augment import Augment, View
-from tinyclip.cache import Cache, FeatureFile, draw_stored, open_caches
-from tinyclip.checkpoint import save_checkpoint
-from tinyclip.cli import main
-from tinyclip.data import Batch, close_loader, training_loader
-from tinyclip.distributed import gather_objects, is_main, processes
-from tinyclip.inheritance import inherit
-from tinyclip.make_cache import make_cache
-from tinyclip.model import CLIP
-from tinyclip.pipeline import load
-from tinyclip.recipe import Recipe, Stage
-from tinyclip.resume import Interrupted
-from tinyclip.shards import captions_of, image_of, read_shards
-from tinyclip.step import Trainee
-from tinyclip.students import starting_student
-from tinyclip.teacher import CachedTeacher, Teacher
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.cli.main import main
+from tinyclip.common.distributed import gather_objects, is_main, processes
+from tinyclip.compress.inheritance import inherit
+from tinyclip.data.loader import Batch, close_loader, training_loader
+from tinyclip.data.shards import captions_of, image_of, read_shards
+from tinyclip.inference.pipeline import load
+from tinyclip.inputs.augment import Augment, View
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.teachers import make_cache as making
+from tinyclip.teachers.cache import Cache, FeatureFile, draw_stored, open_caches
+from tinyclip.teachers.make_cache import make_cache
+from tinyclip.teachers.teacher import CachedTeacher, Teacher
+from tinyclip.train import loop
+from tinyclip.train.resume import Interrupted
+from tinyclip.train.stage_start import starting_student
+from tinyclip.train.step import Trainee
+from tinyclip.zoo.checkpoint import save_checkpoint
 
 AUGMENT = Augment(scale=(0.5, 1), rotate=15, colour=0.3, background=True)
 VIEWS = AUGMENT.model_dump(mode="json")
@@ -213,10 +213,10 @@ def test_several_teachers_are_averaged_in_their_targets(place: Path) -> None:
 
 
 def stopped_and_resumed(chosen: Recipe, at: int) -> None:
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == at else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     run(chosen, resume=True)
 
 
@@ -233,11 +233,11 @@ def test_a_run_without_its_teachers_resumes_exactly(place: Path, tmp_path: Path)
     try:
         run(recipe(place, tmp_path / "whole", caches, **settings))
         parts = recipe(place, tmp_path / "parts", caches, **settings)
-        started = train.start(parts)
+        started = loop.start(parts)
         stop = {"event": "step", "stage": "b", "step": 2}
         started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if stop.items() <= e.items() else None
         with pytest.raises(Interrupted):
-            train.run(started)
+            loop.run(started)
         run(parts, resume=True)
     finally:
         (tmp_path / "gone" / "teacher").rename(place / "teacher")
@@ -272,7 +272,7 @@ def recorded(settings: dict[str, Any], place: Path) -> None:
 
     Trainee.step = watched  # type: ignore[method-assign]
     with processes():
-        train.run(train.start(Recipe.model_validate(settings)))
+        loop.run(loop.start(Recipe.model_validate(settings)))
         if is_main():
             torch.save(found, place)
 
@@ -290,7 +290,7 @@ def test_two_processes_with_micro_batches_train_as_one_without(place: Path, tmp_
     settings = stage(augment=VIEWS, start=str(place / "teacher"), steps=3, loss={"image_affinity": 0.5})
     chosen = recipe(place, tmp_path / "run", caches, stages=[settings | {"micro_batch": 3}])
     assert end(begun(recorded, 2, chosen.model_dump(mode="json"), tmp_path / "found.pt")) == [0, 0]
-    alone = train.start(recipe(place, tmp_path / "alone", caches, stages=[settings]))
+    alone = loop.start(recipe(place, tmp_path / "alone", caches, stages=[settings]))
     trainee = Trainee(
         starting_student(alone, 0, None),
         alone.recipe.stages[0],
@@ -328,8 +328,8 @@ def test_a_sample_that_the_cache_lacks_is_skipped_and_listed(place: Path, tmp_pa
 
 
 def test_a_dry_run_and_a_plan_need_no_teacher(place: Path, tmp_path: Path) -> None:
-    from tinyclip.plan import plan
-    from tinyclip.smoke import measured_speed, smoke
+    from tinyclip.train.plan import plan
+    from tinyclip.train.smoke import measured_speed, smoke
 
     both = [str(place / "cache-teacher"), str(place / "cache-wide")]
     chosen = recipe(place, tmp_path / "run", both)
@@ -425,11 +425,11 @@ def test_caches_that_do_not_fit_are_refused_before_anything(
     shutil.copytree(place / "data", tmp_path / "data")
     other_time(tmp_path / "data")
     chosen = recipe(place, tmp_path / "run", str(tmp_path / "cache"), data=str(tmp_path / "data"))
-    train.start(chosen)
+    loop.start(chosen)
     shutil.rmtree(tmp_path / "run")
     damage(kind, place, tmp_path / "cache", tmp_path / "data")
     with pytest.raises(ValueError, match=message):
-        train.start(chosen)
+        loop.start(chosen)
     assert not (tmp_path / "run").exists()
 
 
@@ -441,11 +441,11 @@ def test_stages_that_want_other_views_are_refused(place: Path, tmp_path: Path) -
         ([stage(start=start, augment=VIEWS, student=larger)], r"stages.0 \(50\): the student sees 32 px"),
     ):
         with pytest.raises(ValueError, match=message):
-            train.start(recipe(place, tmp_path / "run", stages=stages))
+            loop.start(recipe(place, tmp_path / "run", stages=stages))
     cached(place, tmp_path / "other", seed=1)
     both = [str(place / "cache-teacher"), str(tmp_path / "other")]
     with pytest.raises(ValueError, match=r"other and .*cache-teacher were made with another seed"):
-        train.start(recipe(place, tmp_path / "run", both))
+        loop.start(recipe(place, tmp_path / "run", both))
     assert not (tmp_path / "run").exists()
 
 
@@ -462,7 +462,7 @@ def test_a_start_with_another_vocabulary_is_refused(place: Path, tmp_path: Path)
         for name, start in (("a", place / "teacher"), ("b", tmp_path / "start"))
     ]
     with pytest.raises(ValueError, match=r"stages.1.start: .* has another vocabulary than the teacher"):
-        train.start(recipe(place, tmp_path / "run", stages=stages))
+        loop.start(recipe(place, tmp_path / "run", stages=stages))
     assert not (tmp_path / "run").exists()
 
 
@@ -664,7 +664,7 @@ def test_data_of_which_nothing_can_be_used(place: Path, tmp_path: Path) -> None:
 
 
 def test_lookups_keep_few_files_open(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinyclip import cache as reading
+    from tinyclip.teachers import cache as reading
 
     monkeypatch.setattr(reading, "OPEN_FILES", 2)
     cache = Cache.load(place / "cache-teacher")

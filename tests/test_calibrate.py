@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from conftest import random_model, small_config, uneven_config
-from tinyclip.axes import GATES, axis_kind, axis_sizes, axis_table
-from tinyclip.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled, targets_for_latency
-from tinyclip.config import CLIPConfig
-from tinyclip.importance import Sample, Score, importance, prunable, taylor
-from tinyclip.inheritance import compact
+from tinyclip.common.progress import Counted, listening
+from tinyclip.compress.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled, targets_for_latency
+from tinyclip.compress.importance import Sample, Score, importance, prunable, taylor
+from tinyclip.compress.inheritance import compact
+from tinyclip.compress.learned_masks import sparsity
+from tinyclip.compress.size import resnet_size
+from tinyclip.inference.speed import macs
 from tinyclip.loss import affinity_loss
-from tinyclip.masks import sparsity
-from tinyclip.measurement import macs
-from tinyclip.model import CLIP
-from tinyclip.progress import Counted, listening
-from tinyclip.sizes import resnet_size
+from tinyclip.model.axes import GATES, axis_kind, axis_sizes, axis_table
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
 
 SCALE = 20.0
 
@@ -336,7 +336,8 @@ def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(small_config())
     config = model.config
     monkeypatch.setattr(
-        "tinyclip.calibrate.pair_latency_ms", lambda m: sum(macs(m.config).values()) / sum(macs(config).values())
+        "tinyclip.compress.calibrate.pair_latency_ms",
+        lambda m: sum(macs(m.config).values()) / sum(macs(config).values()),
     )
     how, samples = Calibration(SCALE, batches=4), batches(config, 8)
     targets, part = targets_for_latency(model, iter(samples), 0.6, ("visual", "text"), how)

@@ -13,10 +13,11 @@ import torch
 
 import test_train
 from test_train import recipe, run, weights
-from tinyclip import cli, start, students, train
-from tinyclip.checkpoint import load_checkpoint
-from tinyclip.masks import sparsity
-from tinyclip.resume import Interrupted
+from tinyclip.cli import main
+from tinyclip.compress.learned_masks import sparsity
+from tinyclip.train import loop, setup, stage_start
+from tinyclip.train.resume import Interrupted
+from tinyclip.zoo.checkpoint import load_checkpoint
 
 place = test_train.place
 
@@ -45,7 +46,7 @@ def test_two_stages_count_from_the_original(place: Path, tmp_path: Path) -> None
 def test_a_stage_resumes_without_measuring_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(recipe(place, whole, stages=[calibrated()]))
-    started = start.start(recipe(place, parts, stages=[calibrated()]))
+    started = setup.start(recipe(place, parts, stages=[calibrated()]))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 2:
@@ -53,8 +54,8 @@ def test_a_stage_resumes_without_measuring_again(place: Path, tmp_path: Path, mo
 
     started.listener = stop
     with pytest.raises(Interrupted):
-        train.run(started)
-    monkeypatch.setattr(students, "calibrate", None)
+        loop.run(started)
+    monkeypatch.setattr(stage_start, "calibrate", None)
     run(recipe(place, parts, stages=[calibrated()]), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
@@ -70,7 +71,7 @@ def test_one_tower_alone(place: Path, tmp_path: Path) -> None:
 
 def test_a_latency_is_aimed_at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = lambda model: sum(p.numel() for p in model.transformer.parameters()) / 1000  # noqa: E731
-    monkeypatch.setattr("tinyclip.calibrate.pair_latency_ms", size)
+    monkeypatch.setattr("tinyclip.compress.calibrate.pair_latency_ms", size)
     whole = size(load_checkpoint(place / "teacher")[0])
     wanted = calibrated(target=None, latency_ms=0.6 * whole)
     _, events = run(recipe(place, tmp_path / "run", stages=[wanted]))
@@ -92,12 +93,12 @@ def test_bad_targets_are_refused_before_anything_is_written(
     place: Path, tmp_path: Path, stages: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        start.start(recipe(place, tmp_path / "run", stages=stages))
+        setup.start(recipe(place, tmp_path / "run", stages=stages))
     assert not (tmp_path / "run").exists()
 
 
 def inherit(*arguments: Any) -> None:
-    cli.app(["inherit", *map(str, arguments)], standalone_mode=False)
+    main.app(["inherit", *map(str, arguments)], standalone_mode=False)
 
 
 def test_inherit_by_importance(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,15 +14,16 @@ from huggingface_hub import ModelCard
 
 from conftest import random_model, small_config, small_tokenizer
 from test_data import good, picture, write_shard
-from tinyclip import card, train
-from tinyclip.card import Card, card_text, known, made_from, of_run, read_card, shown
-from tinyclip.cli import main
-from tinyclip.config import vit_clip
-from tinyclip.interchange import convert
-from tinyclip.pipeline import Pipeline
-from tinyclip.recipe import Recipe
-from tinyclip.report import evaluator
-from tinyclip.transforms import Preprocess
+from tinyclip.cli.main import main
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import vit_clip
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.report.runs import evaluator
+from tinyclip.train import loop
+from tinyclip.zoo import card
+from tinyclip.zoo.card import Card, card_text, known, made_from, of_run, read_card, shown
+from tinyclip.zoo.convert import convert
 
 FIGURES = {"acc1": 0.25, "acc5": 0.5, "n": 40, "data": "/home/her/eval", "image_retrieval_recall@1": 0.125}
 
@@ -174,9 +175,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         device="cpu",
         precision="float32",
     )
-    started = train.start(settings)
+    started = loop.start(settings)
     started.evaluator = evaluator(str(folder / "eval"), None)
-    train.run(started)
+    loop.run(started)
     return folder / "run"
 
 
@@ -198,7 +199,7 @@ def test_a_run_that_was_killed_before_a_card_was_written_writes_it(finished: Pat
     for place in ("stages/75/last", "student"):
         (finished / place / "README.md").unlink()
     settings = Recipe.model_validate(yaml.safe_load((finished / "recipe.yaml").read_text()))
-    train.run(train.start(settings, resume=True))
+    loop.run(loop.start(settings, resume=True))
     assert (finished / "stages/75/last/README.md").read_text() == text
     assert (finished / "student/README.md").exists()
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import random_model, small_config, small_tokenizer
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.files import write_atomically
-from tinyclip.folders import atomic_directory
-from tinyclip.model import CLIP
-from tinyclip.ownership import MARKER
-from tinyclip.transforms import Preprocess
+from tinyclip.common.files import write_atomically
+from tinyclip.common.folders import atomic_directory
+from tinyclip.common.ownership import MARKER
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 
 FILES = ["config.json", "model.safetensors", "preprocess.json", "tokenizer.json"]
 BIAS = "visual.ln_pre.bias"
@@ -212,7 +212,7 @@ def test_an_exception_while_writing_leaves_the_old_and_no_litter(saved: Path) ->
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import tinyclip.checkpoint
+import tinyclip.zoo.checkpoint
 from tinyclip.checkpoint import load_checkpoint, save_checkpoint
 
 old, new, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -230,7 +230,7 @@ def counted(function):
         return function(*arguments, **options)
     return call
 
-tinyclip.checkpoint.save_file = counted(tinyclip.checkpoint.save_file)
+tinyclip.zoo.checkpoint.save_file = counted(tinyclip.zoo.checkpoint.save_file)
 for name in ("rename", "replace"):
     setattr(os, name, counted(getattr(os, name)))
 save_checkpoint(old, *parts)

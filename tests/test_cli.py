@@ -13,12 +13,12 @@ import yaml
 
 from conftest import small_config, tinyclip
 from test_data import good, picture, write_shard
-from tinyclip.cli import main
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline, load
-from tinyclip.terminal import plural
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.cli.main import main
+from tinyclip.cli.terminal import plural
+from tinyclip.inference.pipeline import Pipeline, load
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_help_and_version_load_no_torch() -> None:
-    code = "import sys; from tinyclip.cli import app; app(['--help'], standalone_mode=False); "
+    code = "import sys; from tinyclip.cli.main import app; app(['--help'], standalone_mode=False); "
     code += "assert 'torch' not in sys.modules"
     assert "distill" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert tinyclip("--version").strip().count(".") == 2
@@ -193,7 +193,7 @@ import sys, time
 from tinyclip.__main__ import main
 class Slow:
     def find_spec(self, name, path=None, target=None):
-        if name == "tinyclip.cli_train":
+        if name == "tinyclip.cli.train":
             time.sleep(20)
 sys.meta_path.insert(0, Slow())
 print("begins", flush=True)

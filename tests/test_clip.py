@@ -18,13 +18,14 @@ import tinyclip
 from conftest import golden, random_model, small_config, small_tokenizer
 from server import FileServer, serving
 from test_resnet import random_resnet, resnet_config
-from tinyclip import clip, download
-from tinyclip.config import CLIPConfig, vit_clip
-from tinyclip.interchange import convert
-from tinyclip.model import cast
-from tinyclip.pipeline import Pipeline
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip import clip
+from tinyclip.common import download
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, vit_clip
+from tinyclip.model.model import cast
+from tinyclip.zoo.convert import convert
 
 # The README of openai/CLIP, "Usage", but for the name of the package.
 README = """

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from conftest import random_model, small_config, small_tokenizer
 from test_evaluate import grey, shards
-from tinyclip import cli, compare, compare_report, stats
-from tinyclip import contenders as contenders_module
-from tinyclip.compare import affinity_divergence, check, differences, judge, thumbnails
-from tinyclip.contenders import Contender, costs, disk_size, labels
-from tinyclip.evaluate import evaluate, open_dataset
-from tinyclip.pipeline import Pipeline
-from tinyclip.transforms import Preprocess
+from tinyclip.cli import main
+from tinyclip.evaluate import compare, stats
+from tinyclip.evaluate import contenders as contenders_module
+from tinyclip.evaluate.compare import affinity_divergence, check, differences, judge, thumbnails
+from tinyclip.evaluate.contenders import Contender, costs, disk_size, labels
+from tinyclip.evaluate.metrics import evaluate, open_dataset
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.report import comparison
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 SUBSETS = ["new", "old"]
@@ -292,7 +294,7 @@ def test_the_table_has_a_dash_for_what_a_model_does_not_have(
         for key in ("pairs_per_s", "latency_ms"):
             assert 0 < cost[f"{key}_range"][0] <= cost[key] <= cost[f"{key}_range"][1]
     measured["wide"] |= {"dtype": "int8", "runtime": "openvino"}
-    columns, rows = compare_report.table([outcome], measured)
+    columns, rows = comparison.table([outcome], measured)
     table = {row[0]: row[1:] for row in rows}
     assert columns == ["", "teacher", "student", "wide"]
     assert table["computed in"] == ["float32 on cpu"] * 2 + ["int8 on cpu, openvino"]
@@ -311,7 +313,7 @@ def test_the_report_is_one_safe_file(outcome: compare.Outcome, contenders: list[
     outcome.answers = {hostile[name]: answers for name, answers in outcome.answers.items()}
     outcome.figures = {hostile[name]: figures for name, figures in outcome.figures.items()}
     renamed = [Contender(hostile[c.name], c.source, c.clip, c.size) for c in contenders]
-    compare_report.write(tmp_path / "out", [outcome], costs(renamed))
+    comparison.write(tmp_path / "out", [outcome], costs(renamed))
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page and "<i>" not in page and "<b>&lt;" not in page.replace("<b>ant", "")
     assert not re.search(r'(src|href)="(?!data:|#)', page)
@@ -332,8 +334,8 @@ def test_the_report_is_one_safe_file(outcome: compare.Outcome, contenders: list[
 
 
 def test_classes_of_few_pictures_are_shown_by_probability(outcome: compare.Outcome) -> None:
-    with compare_report.drawing():
-        figure = compare_report.class_figure(outcome, "student")
+    with comparison.drawing():
+        figure = comparison.class_figure(outcome, "student")
         assert figure is not None and figure.axes[0].get_xlabel() == "top-1, %"
         before, after = (line.get_xdata() for line in figure.axes[0].get_lines())
         expected = [_recall(outcome, "student", c) - _recall(outcome, "teacher", c) for c in range(len(CLASSES))]
@@ -345,9 +347,9 @@ def test_classes_of_few_pictures_are_shown_by_probability(outcome: compare.Outco
             name: compare.Answers(a.choice[keep], a.confidence[keep], a.truth[keep], a.right[keep])
             for name, a in accuracy.items()
         }
-        figure = compare_report.class_figure(outcome, "student")
+        figure = comparison.class_figure(outcome, "student")
         assert figure is not None and figure.axes[0].get_xlabel().startswith("probability")
-        assert compare_report.class_figure(outcome, "teacher") is None  # nothing changed
+        assert comparison.class_figure(outcome, "teacher") is None  # nothing changed
 
 
 def _recall(outcome: compare.Outcome, model: str, label: int) -> float:
@@ -384,7 +386,7 @@ def run(
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["tinyclip", "compare", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert (ended.value.code or 0) == code
     captured = capsys.readouterr()
     return captured.out if code == 0 else captured.err
@@ -445,7 +447,7 @@ def test_a_comparison_that_fails_leaves_nothing(
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_report, "_write_answers", stop)
+    monkeypatch.setattr(comparison, "_write_answers", stop)
     with pytest.raises(KeyboardInterrupt):
-        compare_report.write(tmp_path / "out", [outcome], measured)
+        comparison.write(tmp_path / "out", [outcome], measured)
     assert list(tmp_path.iterdir()) == []

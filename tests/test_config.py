@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conftest import small_config, uneven_config
-from tinyclip.config import AUTO_NAMES, NAMED, CLIPConfig, ResNetConfig, TextConfig, VisionConfig, vit_clip
+from tinyclip.model.config import AUTO_NAMES, NAMED, CLIPConfig, ResNetConfig, TextConfig, VisionConfig, vit_clip
 
 
 @pytest.mark.parametrize("name", NAMED)

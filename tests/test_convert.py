@@ -16,13 +16,13 @@ from torch import Tensor
 
 from conftest import TEXTS, random_inputs, random_model, small_tokenizer
 from conftest import tinyclip as command
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.config import CLIPConfig, ResNetConfig, vit_clip
-from tinyclip.interchange import convert, mlp_ratio, open_clip_config
-from tinyclip.model import CLIP
-from tinyclip.pipeline import load
-from tinyclip.tokenizer import CLIPTokenizer, clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.inference.pipeline import load
+from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, ResNetConfig, vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.zoo.convert import convert, mlp_ratio, open_clip_config
 
 Others = Callable[[str], ModuleType]
 LOOKS = Preprocess(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.25, 0.26, 0.27))

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyclip.augment import Augment, jitter, on_colour
-from tinyclip.data import close_loader, next_batch, training_loader
-from tinyclip.index import prepare
-from tinyclip.shards import captions_of, find_shards, read_shards
-from tinyclip.tokenizer import clip_tokenizer
+from tinyclip.data.loader import close_loader, next_batch, training_loader
+from tinyclip.data.shard_index import prepare
+from tinyclip.data.shards import captions_of, find_shards, read_shards
+from tinyclip.inputs.augment import Augment, jitter, on_colour
+from tinyclip.inputs.tokenizer import clip_tokenizer
 
 WORDS = [f"{a}{b}" for a in "abcdef" for b in "aeiou"]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from test_data import picture, write_shard
-from tinyclip.classnames import imagenet, imagenet_templates
-from tinyclip.datasets import Dataset, find_splits, open_dataset
+from tinyclip.data.classnames import imagenet, imagenet_templates
+from tinyclip.data.datasets import Dataset, find_splits, open_dataset
 
 
 def labels_of(dataset: Dataset) -> dict[str, str]:

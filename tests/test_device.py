@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from make_believe import GPU, make_believe
-from tinyclip.data import Batch
-from tinyclip.step import MOST_UNREAD, Trainee
-from tinyclip.teacher import CachedTeacher
+from tinyclip.data.loader import Batch
+from tinyclip.teachers.teacher import CachedTeacher
+from tinyclip.train.step import MOST_UNREAD, Trainee
 from trainees import CASES, batch_of, named, trainee_of
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_never_saved() -> None:
 
 
 def test_steps_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyclip.step.MOST_UNREAD", 2)
+    monkeypatch.setattr("tinyclip.train.step.MOST_UNREAD", 2)
     assert MOST_UNREAD > 2
     with make_believe() as gpu:
         trainee, batch = on("cuda", "affinity"), inputs("affinity")

@@ -29,14 +29,14 @@ from test_json import strict
 from test_resnet import random_resnet, resnet_config
 from test_train import SHAPE, recipe, run, stage, weights
 from test_train import place as place
-from tinyclip import train
-from tinyclip.augment import Augment
-from tinyclip.batch_norm import reestimate
-from tinyclip.calibrate import Calibration, Sample, calibrate
-from tinyclip.data import Batch
-from tinyclip.make_cache import make_cache
-from tinyclip.resume import Interrupted
-from tinyclip.step import Trainee, learning_rate
+from tinyclip.compress.batch_norm import reestimate
+from tinyclip.compress.calibrate import Calibration, Sample, calibrate
+from tinyclip.data.loader import Batch
+from tinyclip.inputs.augment import Augment
+from tinyclip.teachers.make_cache import make_cache
+from tinyclip.train import loop
+from tinyclip.train.resume import Interrupted
+from tinyclip.train.step import Trainee, learning_rate
 
 AUTO = {"inherit": "auto", "student": {}, "steps": 6}
 AUTO |= {"auto": {"target_sparsity": 0.4, "steps": 3, "ramp_steps": 2, "lr": 0.1}}
@@ -55,8 +55,8 @@ def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
         return kernel
 
-    for name in ("train", "students"):
-        monkeypatch.setattr(f"tinyclip.{name}.attention", same)
+    for name in ("loop", "stage_start"):
+        monkeypatch.setattr(f"tinyclip.train.{name}.attention", same)
 
 
 def on(device: str) -> AbstractContextManager[Any]:
@@ -65,7 +65,7 @@ def on(device: str) -> AbstractContextManager[Any]:
 
 def stopped(place: Path, out: Path, kind: str, device: str, at: int, **changes: Any) -> None:
     """A run that a signal stops after a step."""
-    started = train.start(recipe(place, out, stages=[stage(**RUNS[kind])], device=device, **changes))
+    started = loop.start(recipe(place, out, stages=[stage(**RUNS[kind])], device=device, **changes))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == at:
@@ -73,7 +73,7 @@ def stopped(place: Path, out: Path, kind: str, device: str, at: int, **changes: 
 
     started.listener = stop
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -107,14 +107,14 @@ def test_a_runs_loop_waits_once_a_logged_step(place: Path, tmp_path: Path, monke
         chosen = recipe(place, tmp_path / kind, stages=[stage(**RUNS[kind] | {"steps": 6})], device="cuda")
         chosen = chosen.model_copy(update={"log_every": 3, "save_every": 100})
         with make_believe() as gpu:
-            started, seen = train.start(chosen), dict[int, int]()
+            started, seen = loop.start(chosen), dict[int, int]()
 
             def count(event: dict[str, Any], gpu: MakeBelieve = gpu, seen: dict[int, int] = seen) -> None:
                 if event["event"] in ("tick", "step"):
                     seen[event["step"]] = len(gpu.waits)
 
             started.listener = count
-            train.run(started)
+            loop.run(started)
         assert seen[2] == seen[1] and seen[3] == seen[2] + 1, [*map(str, gpu.waits)]
         assert seen[5] == seen[4] and seen[6] == seen[5] + 1, [*map(str, gpu.waits)]
 
@@ -122,7 +122,7 @@ def test_a_runs_loop_waits_once_a_logged_step(place: Path, tmp_path: Path, monke
 def test_a_run_in_float16_leaves_out_what_overflows_and_says_so(place: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", {"precision": "float16"}
     chosen = recipe(place, out, stages=[stage(steps=8, student=SHAPE)], **settings)
-    started, events = train.start(chosen), list[dict[str, Any]]()
+    started, events = loop.start(chosen), list[dict[str, Any]]()
     broken = iter([False, True, True, False, False, True] + 20 * [False])
     real = Trainee.step
 
@@ -137,7 +137,7 @@ def test_a_run_in_float16_leaves_out_what_overflows_and_says_so(place: Path, tmp
     started.listener = events.append
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainee, "step", sometimes)
-        results = train.run(started)
+        results = loop.run(started)
     left_out = results[0]["skipped_steps"]
     assert left_out >= 3 and results[0]["steps"] == 8 and results[0]["samples"] == 8 * (8 + left_out)
     steps = [event for event in events if event["event"] == "step"]
@@ -163,7 +163,7 @@ def test_a_run_in_float16_resumes_to_the_bit(place: Path, tmp_path: Path) -> Non
 def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(place: Path, tmp_path: Path) -> None:
     """Nothing is logged between the last good save and the next one."""
     chosen = recipe(place, tmp_path / "run", stages=[stage(steps=20)], log_every=100, save_every=4)
-    started, real = train.start(chosen), Trainee.step
+    started, real = loop.start(chosen), Trainee.step
 
     def spoiled(self: Trainee, batch: Batch, step: int) -> dict[str, Tensor]:
         if step == 5:
@@ -175,7 +175,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(place: Path, tmp_pa
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Trainee, "step", spoiled)
         with pytest.raises(ValueError, match=r"the loss of stage 50 is nan at step 6; samples .*is kept"):
-            train.run(started)
+            loop.run(started)
     last = tmp_path / "run" / "stages" / "50" / "last"
     assert json.loads((last / "checksums.json").read_text())["step"] == 4
     assert all(value.isfinite().all() for value in weights(last).values())

@@ -16,9 +16,9 @@ import yaml
 
 from conftest import ROOT, tinyclip
 from test_data import picture
-from tinyclip.config import vit_clip
-from tinyclip.interchange import convert
-from tinyclip.model import CLIP
+from tinyclip.model.config import vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.convert import convert
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -16,7 +16,7 @@ import torch
 
 from conftest import ROOT
 from tinyclip import doctor
-from tinyclip.cli import main
+from tinyclip.cli.main import main
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_every_extra_says_what_it_is_for() -> None:
 
 def test_a_broken_torch_is_no_traceback(requirements: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "tinyclip.distributed", raising=False)
+    monkeypatch.delitem(sys.modules, "tinyclip.common.distributed", raising=False)
     facts = doctor.examine()
     assert ["torch cannot be imported" in problem for problem in facts["problems"]] == [True]
     assert doctor.rows(facts)[2][0] == "cache"
@@ -152,7 +152,7 @@ def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(
 
 def completed(*words: str) -> list[str]:
     """What bash would offer for the last word, and that no torch was loaded for it."""
-    code = "import sys; from tinyclip.cli import app; import atexit; "
+    code = "import sys; from tinyclip.cli.main import app; import atexit; "
     code += "atexit.register(lambda: 'torch' in sys.modules and print('torch was loaded')); app(prog_name='tinyclip')"
     line = " ".join(("tinyclip", *words))
     settings = {"_TINYCLIP_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words))}
@@ -171,6 +171,6 @@ def test_the_shell_completes_commands_and_models() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_script_for_each_shell(shell: str) -> None:
     settings = {"_TINYCLIP_COMPLETE": f"source_{shell}"}
-    code = "from tinyclip.cli import app; app(prog_name='tinyclip')"
+    code = "from tinyclip.cli.main import app; app(prog_name='tinyclip')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
     assert "tinyclip" in done.stdout and "_TINYCLIP_COMPLETE" in done.stdout

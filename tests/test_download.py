@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from server import FileServer, serving
-from tinyclip import download
-from tinyclip.download import CHUNK, check, fetch, partial_size, read_record
-from tinyclip.progress import listening
+from tinyclip.common import download
+from tinyclip.common.download import CHUNK, check, fetch, partial_size, read_record
+from tinyclip.common.progress import listening
 
 OLD, NEW = random.Random(0).randbytes(400_000), random.Random(1).randbytes(400_000)
 
@@ -193,7 +193,8 @@ def test_a_cache_that_cannot_be_written(server: FileServer, tmp_path: Path) -> N
 
 
 FETCH = (
-    "import sys; from pathlib import Path; from tinyclip.download import fetch; fetch(sys.argv[1], Path(sys.argv[2]))"
+    "import sys; from pathlib import Path; from tinyclip.common.download import fetch; "
+    "fetch(sys.argv[1], Path(sys.argv[2]))"
 )
 
 

@@ -20,13 +20,13 @@ from PIL import Image
 
 import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
-from tinyclip import faults
-from tinyclip.cli import main
-from tinyclip.embed import Plan, embed
-from tinyclip.ownership import MARKER
-from tinyclip.pipeline import Pipeline
-from tinyclip.sources import open_source
-from tinyclip.transforms import DRAFT, Preprocess, open_image
+from tinyclip.cli.main import main
+from tinyclip.common import faults
+from tinyclip.common.ownership import MARKER
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.transforms import DRAFT, Preprocess, open_image
+from tinyclip.search.embed import Plan, embed
+from tinyclip.search.sources import open_source
 
 CAPTIONS = [["a red apple", "an apple"], ["the sea"], []]
 
@@ -464,7 +464,7 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
 def test_a_second_run_into_a_folder_is_refused(
     clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinyclip.folder_lock.PATIENCE", 0.0)
+    monkeypatch.setattr("tinyclip.common.locks.PATIENCE", 0.0)
     out = tmp_path / "out"
     refused: list[str] = []
 

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from conftest import random_model
 from test_data import write_shard
-from tinyclip.checkpoint import save_checkpoint
-from tinyclip.config import CLIPConfig, vit_clip
-from tinyclip.evaluate import (
+from tinyclip.evaluate.metrics import (
     average_precision,
     class_features,
     encode_images,
@@ -27,10 +25,12 @@ from tinyclip.evaluate import (
     retrieval,
     zero_shot,
 )
-from tinyclip.interchange import convert
-from tinyclip.pipeline import load
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.inference.pipeline import load
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, vit_clip
+from tinyclip.zoo.checkpoint import save_checkpoint
+from tinyclip.zoo.convert import convert
 
 
 class Oracle:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, small_config
-from tinyclip.recipe import load_recipe
+from tinyclip.recipe.recipe import load_recipe
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

@@ -18,12 +18,12 @@ import yaml
 from conftest import small_config, tinyclip
 from test_data import good, picture, write_shard
 from test_killed import SERVER, end, until
-from tinyclip import cli
-from tinyclip.arguments import Command
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.cli import main
+from tinyclip.cli.arguments import Command
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +117,8 @@ BAD = {
 
 def names() -> set[str]:
     """All commands."""
-    found = {c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    for group in cli.app.registered_groups:
+    found = {c.callback.__name__ for c in main.app.registered_commands if c.callback}
+    for group in main.app.registered_groups:
         assert group.typer_instance
         commands = group.typer_instance.registered_commands
         found |= {f"{group.name} {c.callback.__name__}" for c in commands if c.callback}
@@ -127,7 +127,7 @@ def names() -> set[str]:
 
 def test_no_command_is_forgotten() -> None:
     assert names() == set(BAD)
-    every = [*cli.app.registered_commands, *cli.data_app.registered_commands, *cli.vocab_app.registered_commands]
+    every = [*main.app.registered_commands, *main.data_app.registered_commands, *main.vocab_app.registered_commands]
     assert all(command.cls is Command for command in every)
 
 
@@ -215,22 +215,22 @@ def held(words: list[str], folder: str, where: str, said: str) -> None:
 
     setattr(owner, name, stay)
     sys.argv = ["tinyclip", *words]
-    cli.main()
+    main.main()
 
 
 @pytest.mark.parametrize(
     ("words", "where", "number"),
     [
-        ("index model good -o made", "pipeline:Pipeline.encode_image", signal.SIGTERM),
-        ("embed model good_shards -o made", "pipeline:Pipeline.encode_text", signal.SIGINT),
-        ("evaluate model good_classes -o made", "pipeline:Pipeline.encode_image", signal.SIGTERM),
-        ("compare model model --data good_classes -o made", "pipeline:Pipeline.encode_text", signal.SIGINT),
-        ("data pack good made", "pack:_stored", signal.SIGTERM),
-        ("data prepare good_shards --check", "shards:image_of", signal.SIGINT),
-        ("inherit model made --calibrate good_shards --batch-size 4", "calibrate:fill_budget", signal.SIGTERM),
-        ("export model --to hf -o made", "export:answers", signal.SIGINT),
-        ("export model --to hf -o made", "export:compare", signal.SIGTERM),
-        ("distill good_shards.yaml --set output=made", "calibrate:fill_budget", signal.SIGTERM),
+        ("index model good -o made", "inference.pipeline:Pipeline.encode_image", signal.SIGTERM),
+        ("embed model good_shards -o made", "inference.pipeline:Pipeline.encode_text", signal.SIGINT),
+        ("evaluate model good_classes -o made", "inference.pipeline:Pipeline.encode_image", signal.SIGTERM),
+        ("compare model model --data good_classes -o made", "inference.pipeline:Pipeline.encode_text", signal.SIGINT),
+        ("data pack good made", "data.pack:_stored", signal.SIGTERM),
+        ("data prepare good_shards --check", "data.shards:image_of", signal.SIGINT),
+        ("inherit model made --calibrate good_shards --batch-size 4", "compress.calibrate:fill_budget", signal.SIGTERM),
+        ("export model --to hf -o made", "export.export:answers", signal.SIGINT),
+        ("export model --to hf -o made", "export.export:compare", signal.SIGTERM),
+        ("distill good_shards.yaml --set output=made", "compress.calibrate:fill_budget", signal.SIGTERM),
     ],
 )
 def test_a_signal_in_the_midst_of_work(

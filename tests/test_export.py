@@ -25,15 +25,16 @@ from conftest import random_model, small_tokenizer, uneven_config
 from conftest import tinyclip as command
 from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
-from tinyclip import agreement, engines, quantise
-from tinyclip.checkpoint import save_checkpoint
-from tinyclip.config import CLIPConfig, vit_clip
-from tinyclip.export import TOWERS, export, write_facts
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline
-from tinyclip.runtime import RuntimePipeline, load_export
-from tinyclip.tokenizer import CLIPTokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.export import agreement, quantise
+from tinyclip.export.export import TOWERS, export, write_facts
+from tinyclip.inference import engines
+from tinyclip.inference.exported import RuntimePipeline, load_export
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.tokenizer import CLIPTokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import save_checkpoint
 
 TEXTS = ["a cat", "", "the end", "an <end_of_text> in it", "the other thing in there " * 9, "日本語"]
 WAYS = [
@@ -309,7 +310,7 @@ def test_int8_keeps_more_in_float_and_then_gives_up(
             shutil.copy(arguments[0] / f"{tower}.onnx", arguments[1])
         return {}
 
-    monkeypatch.setattr("tinyclip.quantise.quantise", quantise)
+    monkeypatch.setattr("tinyclip.export.quantise.quantise", quantise)
     monkeypatch.setitem(agreement.LEAST, "int8", 1.1)
     with pytest.raises(ValueError, match=r"onnx export with .* disagrees with the model: image features have cosines"):
         export(place / "shortest", tmp_path / "out", "onnx", int8=True, calibration=place / "shards")
@@ -543,7 +544,7 @@ def test_evaluating_an_export(place: Path, tmp_path: Path, monkeypatch: pytest.M
     assert ours["runtime"] == "openvino"
     assert (ours["acc1"], ours["n"]) == (theirs["acc1"], theirs["n"])
     # Where there is a GPU, an export still runs on the CPU.
-    monkeypatch.setattr("tinyclip.distributed.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("tinyclip.common.distributed.best_device", lambda: torch.device("cuda"))
     export_of = place / "uneven-onnx"
     assert json.loads(command("evaluate", export_of, tmp_path / "eval", "--json"))["n"] == 2
     assert json.loads(command("embed", export_of, tmp_path / "eval", "-o", tmp_path / "out", "--json"))["images"] == 2
@@ -556,7 +557,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         export(place / "uneven", tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
     model = random_model(vit_clip(24, (2, 128), (2, 128), 16, image_size=32), dtype=torch.float32)
-    Pipeline(model, tinyclip.tokenizer.clip_tokenizer(), Preprocess(image_size=32)).save(tmp_path / "model")
+    Pipeline(model, tinyclip.inputs.tokenizer.clip_tokenizer(), Preprocess(image_size=32)).save(tmp_path / "model")
     facts = export(tmp_path / "model", tmp_path / "out", to)
     assert facts["check"]["torch float32"]["image_max_error"] < 1e-6
     assert tinyclip.load(tmp_path / "out").model.config == model.config

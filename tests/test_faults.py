@@ -20,18 +20,23 @@ import pytest
 import torch
 from PIL import Image
 
+import tinyclip
 from test_data import LOADERS, good, loader, picture, write_shard
 from test_train import place as place
 from test_train import recipe, stage, weights
-from tinyclip import cli_data, cli_evaluate, faults, index, train
-from tinyclip.data import close_loader, next_batch
-from tinyclip.evaluate import open_dataset
-from tinyclip.faults import CAUSES, Fault, Skipped
-from tinyclip.index import known_faults, prepare
-from tinyclip.report import report
-from tinyclip.resume import Interrupted
-from tinyclip.shards import captions_of, read_shards
-from tinyclip.transforms import open_image
+from tinyclip.cli import data as cli_data
+from tinyclip.cli import evaluate
+from tinyclip.common import faults
+from tinyclip.common.faults import CAUSES, Fault, Skipped
+from tinyclip.data import shard_index
+from tinyclip.data.loader import close_loader, next_batch
+from tinyclip.data.shard_index import known_faults, prepare
+from tinyclip.data.shards import captions_of, read_shards
+from tinyclip.evaluate.metrics import open_dataset
+from tinyclip.inputs.transforms import open_image
+from tinyclip.report.runs import report
+from tinyclip.train import loop
+from tinyclip.train.resume import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,7 @@ def close_loaders() -> Iterator[None]:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(shard_index, "PAUSES", (0.0, 0.0))
 
 
 def bomb(side: int = 50_000) -> bytes:
@@ -299,10 +304,10 @@ def test_a_shard_that_comes_back_within_the_pauses_loses_nothing(
         if len(pauses) == 3:
             (tmp_path / "b.tar").rename(folder / "b.tar")
 
-    monkeypatch.setattr(index.time, "sleep", sleep)
+    monkeypatch.setattr(shard_index.time, "sleep", sleep)
     found, skipped = drawn(folder, 24)
     assert found == {f"{i:05d}" for i in range(24)} and not skipped
-    assert tuple(pauses) == index.PAUSES[:3] and list(pauses) == sorted(pauses)
+    assert tuple(pauses) == shard_index.PAUSES[:3] and list(pauses) == sorted(pauses)
 
 
 def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,10 +316,10 @@ def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypat
     for shard in folder.glob("*.tar"):
         shard.unlink()
     pauses: list[float] = []
-    monkeypatch.setattr(index.time, "sleep", pauses.append)
+    monkeypatch.setattr(shard_index.time, "sleep", pauses.append)
     with pytest.raises(ValueError, match="1,000 samples in a row are bad"):
         next_batch(iter(made), folder)
-    assert tuple(pauses) == (*index.PAUSES, 0.0)
+    assert tuple(pauses) == (*shard_index.PAUSES, 0.0)
 
 
 def test_the_order_of_samples_does_not_depend_on_what_has_vanished(tmp_path: Path, no_pauses: None) -> None:
@@ -369,7 +374,7 @@ def test_bombs_take_no_memory() -> None:
 
 
 def test_a_member_that_claims_too_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyclip.shards.LARGEST_SAMPLE", 5000)
+    monkeypatch.setattr("tinyclip.data.shards.LARGEST_SAMPLE", 5000)
     large = good(1) | {"jpg": picture(1, size=100)}
     write_shard(tmp_path / "a.tar", [good(0), large, good(2)])
     assert prepare(tmp_path) == 2 and keys(tmp_path) == ["00000", "00002"]
@@ -379,7 +384,7 @@ def test_a_member_that_claims_too_much_is_not_read(tmp_path: Path, monkeypatch: 
 
 def test_a_long_thin_picture_is_resized_within_bounds() -> None:
     """Blown up whole it would have 4 G pixels. The middle of it is what counts."""
-    from tinyclip.transforms import Preprocess
+    from tinyclip.inputs.transforms import Preprocess
 
     thin = Image.new("RGB", (60_000, 1), (10, 20, 30))
     pixels = Preprocess(image_size=256).pixels(thin)
@@ -423,7 +428,7 @@ def test_a_long_path_leaves_room_for_the_reason() -> None:
 
 
 def test_every_cause_that_is_raised_is_in_the_list() -> None:
-    source = "".join(p.read_text() for p in Path(faults.__file__).parent.glob("*.py") if p.name != "faults.py")
+    source = "".join(p.read_text() for p in Path(tinyclip.__file__).parent.rglob("*.py") if p.name != "faults.py")
     assert [cause for cause in CAUSES if f'"{cause}"' not in source] == []
     with pytest.raises(AssertionError):
         Fault("no_cause", "?")
@@ -440,15 +445,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_run_on_broken_data_resumes_exactly_and_counts_the_same(place: Path, tmp_path: Path, workers: int) -> None:
     data = str(broken_folder(tmp_path / "data"))
     common = {"data": data, "workers": workers, "stages": [stage(steps=9)]}
-    whole = train.run(train.start(recipe(place, tmp_path / "whole", **common)))[0]
+    whole = loop.run(loop.start(recipe(place, tmp_path / "whole", **common)))[0]
     chosen = recipe(place, tmp_path / "run", **common)
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 5 else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     with (tmp_path / "run" / "skipped.jsonl").open("a") as file:  # of steps that were done but not saved
         file.write(json.dumps({"shard": "s", "key": "k", "cause": "no_image", "reason": "", "stage": "50", "step": 6}))
-    result = train.run(train.start(chosen, resume=True))[0]
+    result = loop.run(loop.start(chosen, resume=True))[0]
     one, two = (weights(tmp_path / name / "student") for name in ("whole", "run"))
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert result["skipped_by_cause"] == whole["skipped_by_cause"] and result["skipped"] == whole["skipped"] > 0
@@ -464,7 +469,7 @@ def test_a_run_on_broken_data_resumes_exactly_and_counts_the_same(place: Path, t
 
 def test_the_report_lists_what_was_left_out(place: Path, tmp_path: Path) -> None:
     data = str(broken_folder(tmp_path / "data"))
-    train.run(train.start(recipe(place, tmp_path / "run", data=data, stages=[stage(steps=9)])))
+    loop.run(loop.start(recipe(place, tmp_path / "run", data=data, stages=[stage(steps=9)])))
     report([tmp_path / "run"], tmp_path / "report.html", "title")
     text = (tmp_path / "report.html").read_text()
     logged = {line["cause"] for line in lines(tmp_path / "run" / "skipped.jsonl")}
@@ -478,7 +483,7 @@ def test_a_shard_deleted_during_a_run_is_reported_and_the_run_resumes(
     folder = two_shards(tmp_path / "data")
     (folder / "c.tar").write_bytes((folder / "b.tar").read_bytes())
     chosen = recipe(place, tmp_path / "run", data=str(folder), stages=[stage(steps=12)])
-    started = train.start(chosen)
+    started = loop.start(chosen)
     texts: list[str] = []
 
     def listen(event: dict[str, Any]) -> None:
@@ -493,11 +498,11 @@ def test_a_shard_deleted_during_a_run_is_reported_and_the_run_resumes(
 
     started.listener = listen
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     (folder / "b.tar").unlink()
-    resumed = train.start(chosen, resume=True)
+    resumed = loop.start(chosen, resume=True)
     resumed.listener = listen
-    result = train.run(resumed)[0]
+    result = loop.run(resumed)[0]
     assert result["skipped_by_cause"]["vanished_shard"] > 0
     assert any(text.startswith("b.tar") and "going on without it" in text for text in texts)
     assert texts == sorted(set(texts), key=texts.index)  # each once
@@ -522,7 +527,7 @@ def test_evaluation_counts_by_cause(place: Path, tmp_path: Path, capsys: pytest.
     expected = Counter(cause for cause, _ in BAD.values())
     del expected["no_caption"]  # pictures can be judged without
     assert counted == expected | {"truncated_shard": 1, "damaged_shard": 3, "empty_shard": 1, "duplicate_key": 2}
-    cli_evaluate.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
+    evaluate.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["skipped_by_cause"] == counted and result["skipped"] == sum(counted.values())
     lines = capsys.readouterr().err.splitlines()

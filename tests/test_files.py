@@ -17,9 +17,9 @@ from conftest import tinyclip
 from test_data import good, write_shard
 from test_ownership import call, tree
 from test_ownership import place as place
-from tinyclip import files
-from tinyclip.files import append_text, replacing, write_atomically
-from tinyclip.index import prepare
+from tinyclip.common import files
+from tinyclip.common.files import append_text, replacing, write_atomically
+from tinyclip.data.shard_index import prepare
 
 FULL = os.strerror(errno.ENOSPC)
 
@@ -99,7 +99,14 @@ def test_a_full_disk_leaves_nothing_of_the_unpacking(tmp_path: Path, monkeypatch
 def test_a_full_disk_ends_a_command_in_one_line(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("files", "folders", "vectors", "indexing", "make_cache", "embed"):
+    for module in (
+        "common.files",
+        "common.folders",
+        "search.vectors",
+        "search.build",
+        "teachers.make_cache",
+        "search.embed",
+    ):
         __import__(f"tinyclip.{module}")
         monkeypatch.setattr(sys.modules[f"tinyclip.{module}"], "flush", full)
     error = call(place, command, tmp_path / "out", code=2).splitlines()[-1]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyclip import cli
-from tinyclip.datasets import open_dataset
-from tinyclip.finding import ENDINGS, LeftOut, find_pictures
-from tinyclip.indexing import scan
-from tinyclip.pack import find_items, pack
-from tinyclip.shards import IMAGE_TYPES, image_of, read_shards
-from tinyclip.sources import open_source
+from tinyclip.cli import main
+from tinyclip.data.datasets import open_dataset
+from tinyclip.data.pack import find_items, pack
+from tinyclip.data.picture_files import ENDINGS, LeftOut, find_pictures
+from tinyclip.data.shards import IMAGE_TYPES, image_of, read_shards
+from tinyclip.search.build import scan
+from tinyclip.search.sources import open_source
 
 
 def put(*places: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_picture_that_only_some_can_read_is_packed_as_png(format: str, tmp_pat
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: Sequence[str]) -> tuple[int, str]:
     monkeypatch.setattr("sys.argv", ["tinyclip", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     said = capsys.readouterr()
     return int(end.value.code or 0), said.out + said.err
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 import tinyclip
 from conftest import golden, random_inputs, random_model
-from tinyclip.checkpoint import load_checkpoint
-from tinyclip.config import CLIPConfig, VisionConfig, vit_clip
-from tinyclip.foreign import Stated, config_from
-from tinyclip.model import CLIP
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, VisionConfig, vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import load_checkpoint
+from tinyclip.zoo.openai import Stated, config_from
 
 State = dict[str, Any]
 CONFIG = vit_clip(24, (2, 128), (3, 64), 16, image_size=32)

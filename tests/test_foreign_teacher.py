@@ -26,25 +26,25 @@ from test_cache import stopped_and_resumed, stored
 from test_data import WORDS, good, write_shard
 from test_killed import assert_same
 from test_train import run, stage
-from tinyclip import foreign_teacher
-from tinyclip.augment import View
-from tinyclip.cache import Cache
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.cli import main
-from tinyclip.foreign import from_open_clip
-from tinyclip.foreign_teacher import _open_clip_name, is_foreign, load_teacher, local_part, short_name
+from tinyclip.cli.main import main
+from tinyclip.compress.learned_masks import sparsity
+from tinyclip.data.shards import captions_of, image_of, read_shards
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.augment import View
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
 from tinyclip.loss import affinity_loss
-from tinyclip.masks import sparsity
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline
-from tinyclip.plan import plan
-from tinyclip.recipe import Recipe
-from tinyclip.shards import captions_of, image_of, read_shards
-from tinyclip.smoke import smoke
-from tinyclip.start import start
-from tinyclip.teacher import ForeignTeacher
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.teachers import foreign as foreign_teacher
+from tinyclip.teachers.cache import Cache
+from tinyclip.teachers.foreign import _open_clip_name, is_foreign, load_teacher, local_part, short_name
+from tinyclip.teachers.teacher import ForeignTeacher
+from tinyclip.train.plan import plan
+from tinyclip.train.setup import start
+from tinyclip.train.smoke import smoke
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.zoo.openai import from_open_clip
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXTS = ["caption Words", "a photo of a red apple", "dogs", ""]
@@ -390,7 +390,7 @@ def test_a_run_with_a_siglip_resumes_exactly(place: Path, siglip: Path, tmp_path
 
 def test_student_and_teacher_see_the_same_pairs_each_in_its_own_way(place: Path, siglip: Path, tmp_path: Path) -> None:
     """A step's affinity, by hand from the batch: one view and one caption, two tokenizers, sizes and norms."""
-    from tinyclip.run import loader_of
+    from tinyclip.train.run import loader_of
 
     begun = start(recipe(place, f"transformers:{siglip}", tmp_path / "run"))
     begun.lock.release()

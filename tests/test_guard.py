@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import tinyclip
-from tinyclip import guard, serving
+from tinyclip.app import guard, serving
 
 TOKEN = "a-token-of-our-own"
 

@@ -20,11 +20,11 @@ from conftest import (
     small_tokenizer,
     uneven_config,
 )
-from tinyclip.axes import axis_sizes
-from tinyclip.config import NAMED, CLIPConfig, TransformerConfig, vit_clip
-from tinyclip.inheritance import compact, describe, inherit, kept_blocks, prune_vocabulary
-from tinyclip.model import CLIP, cast
-from tinyclip.pipeline import tokenize
+from tinyclip.compress.inheritance import compact, describe, inherit, kept_blocks, prune_vocabulary
+from tinyclip.inference.pipeline import tokenize
+from tinyclip.model.axes import axis_sizes
+from tinyclip.model.config import NAMED, CLIPConfig, TransformerConfig, vit_clip
+from tinyclip.model.model import CLIP, cast
 
 SMALL = small_config(vocab_size=60)  # image 3 blocks of 4 heads and 128 neurons, text 2 of 3 and 96
 

@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from tinyclip import faults
-from tinyclip.faults import Skipped
-from tinyclip.files import json_text
-from tinyclip.report import _percent, curves
-from tinyclip.run import Run
-from tinyclip.terminal import print_json
+from tinyclip.cli.terminal import print_json
+from tinyclip.common import faults
+from tinyclip.common.faults import Skipped
+from tinyclip.common.files import json_text
+from tinyclip.report.runs import _percent, curves
+from tinyclip.train.run import Run
 
 ODD = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, None, True, "NaN")}], "d": np.float64("nan"), "e": 3}
 PLAIN = {"a": None, "b": [1.5, None, {"c": [None, None, True, "NaN"]}], "d": None, "e": 3}

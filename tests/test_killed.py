@@ -23,12 +23,13 @@ import test_train
 from test_auto import auto
 from test_train import _events as events_of
 from test_train import recipe, run, stage, weights
-from tinyclip import data, train
-from tinyclip.distributed import gather_objects, processes
-from tinyclip.recipe import Recipe
-from tinyclip.resume import MANIFEST, Interrupted, Progress, restore, save
-from tinyclip.run import loader_of
-from tinyclip.step import Trainee
+from tinyclip.common.distributed import gather_objects, processes
+from tinyclip.data import loader as data
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.train import loop
+from tinyclip.train.resume import MANIFEST, Interrupted, Progress, restore, save
+from tinyclip.train.run import loader_of
+from tinyclip.train.step import Trainee
 
 place = test_train.place
 resnet_place = test_batch_norm.place
@@ -52,7 +53,7 @@ def work(settings: dict[str, Any], index: int, count: int, port: int, prepare: C
         prepare(index)
     try:
         with processes():
-            train.run(train.start(chosen, resume=(folder / "recipe.yaml").exists()))
+            loop.run(loop.start(chosen, resume=(folder / "recipe.yaml").exists()))
     except ValueError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)
@@ -157,11 +158,11 @@ def test_evaluations_and_cuts_are_told_once(
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
 
     def started(chosen: Recipe, resume: bool = False) -> Any:
-        made = train.start(chosen, resume=resume)
+        made = loop.start(chosen, resume=resume)
         made.evaluator = lambda model, *_: {"acc1": sum(p.sum().item() for p in model.parameters())}
         return made
 
-    train.run(started(whole))
+    loop.run(started(whole))
     saves: list[int] = []
 
     def killed(*args: Any) -> None:
@@ -175,10 +176,10 @@ def test_evaluations_and_cuts_are_told_once(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if step == 16:
-            patch.setattr(train, "write_atomically", lambda *args: killed(None, None, None, Progress(step=16)))
-        patch.setattr(train, "save", killed)
-        train.run(started(parts))
-    train.run(started(parts, resume=True))
+            patch.setattr(loop, "write_atomically", lambda *args: killed(None, None, None, Progress(step=16)))
+        patch.setattr(loop, "save", killed)
+        loop.run(started(parts))
+    loop.run(started(parts, resume=True))
     assert_same(Path(whole.output), Path(parts.output))
 
 
@@ -206,7 +207,7 @@ def test_all_but_the_order_of_the_data_goes_on_exactly(place: Path, tmp_path: Pa
     last = started.folder / "stages" / "50" / "last"
 
     def restored(workers: int) -> tuple[Trainee, Progress, Any]:
-        student, progress = train.load_checkpoint(last)[0], Progress()
+        student, progress = loop.load_checkpoint(last)[0], Progress()
         trainee = Trainee(student, started.recipe.stages[0], started.teacher, started.tokenizer, started.preprocess,
                           "float32")  # fmt: skip
         return trainee, progress, restore(last, trainee, progress, workers)
@@ -240,10 +241,10 @@ def compared(settings: dict[str, Any], index: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with processes():
-        started = train.start(Recipe.model_validate(settings))
+        started = loop.start(Recipe.model_validate(settings))
         seen: list[list[str]] = []
         ends: list[dict[str, torch.Tensor]] = []
-        step, finish = Trainee.step, train._evaluate
+        step, finish = Trainee.step, loop._evaluate
 
         def watched(self: Trainee, batch: Any, number: int) -> Any:
             seen.append(batch.keys)
@@ -253,8 +254,8 @@ def compared(settings: dict[str, Any], index: int, port: int) -> None:
             ends.append(trainee.model.state_dict())
             finish(run, trainee, progress, folder)
 
-        Trainee.step, train._evaluate = watched, ended  # type: ignore[method-assign, assignment]
-        (result,) = train.run(started)
+        Trainee.step, loop._evaluate = watched, ended  # type: ignore[method-assign, assignment]
+        (result,) = loop.run(started)
         both, weights_of_both = gather_objects(seen), gather_objects(ends[0])
     assert [len(keys) for keys in seen] == [4] * 3 and result["samples"] == 24
     assert all(not set(one) & set(two) for one, two in zip(*both, strict=True))
@@ -279,7 +280,7 @@ def test_batch_statistics_of_the_first_process_are_everyones(resnet_place: Path,
     chosen = test_batch_norm.recipe(resnet_place, tmp_path / "run")
     assert end(begin(chosen, 2)) == [0, 0]
     alone = test_batch_norm.recipe(resnet_place, tmp_path / "alone", batch_size=4)
-    train.run(train.start(alone))
+    loop.run(loop.start(alone))
     one, two = (test_batch_norm.buffers(Path(r.output) / "student") for r in (chosen, alone))
     assert one and all(torch.equal(value, two[name]) for name, value in one.items())
 
@@ -297,17 +298,17 @@ def test_a_stop_at_the_end_of_a_stage_is_not_forgotten(
     run(whole)
     for i, last in enumerate((5, 12, 16)):
         with monkeypatch.context() as patch:
-            started = train.start(parts, resume=i > 0)
+            started = loop.start(parts, resume=i > 0)
             started.listener = interrupting(patch, moment, last)
             with pytest.raises(Interrupted, match=f"stopped at step {last}$"):
-                train.run(started)
+                loop.run(started)
     run(parts, resume=True)
     assert_same(Path(whole.output), Path(parts.output))
 
 
 def interrupting(patch: pytest.MonkeyPatch, moment: str, step: int) -> Callable[[dict[str, Any]], None]:
     """A listener that, at a step, lets a SIGTERM come in the middle of what follows."""
-    place = train if moment == "save" else data
+    place = loop if moment == "save" else data
     own, told = getattr(place, moment), [0]
 
     def interrupted(*args: Any) -> None:
@@ -343,10 +344,10 @@ def interrupted_late(settings: dict[str, Any], index: int, port: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with processes():
-        started = train.start(Recipe.model_validate(settings))
-        train.save = saved
+        started = loop.start(Recipe.model_validate(settings))
+        loop.save = saved
         with pytest.raises(Interrupted, match=r"stopped at step 3$"):
-            train.run(started)
+            loop.run(started)
     assert not (started.folder / "stages" / "b").exists()
 
 
@@ -354,10 +355,10 @@ def interrupted_late(settings: dict[str, Any], index: int, port: int) -> None:
 
 
 def stopped(chosen: Recipe, step: int) -> Any:
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == step else None
     with pytest.raises(Interrupted, match=f"stopped at step {step}"):
-        train.run(started)
+        loop.run(started)
     return started
 
 
@@ -458,12 +459,12 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
         saved.append(progress.step)
         save(place, trainee, loader, progress, keep)
 
-    monkeypatch.setattr(train, "save", noted)
+    monkeypatch.setattr(loop, "save", noted)
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    started = train.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.25))
+    started = loop.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.25))
     started.listener = lambda e: now.__setitem__(0, now[0] + 10) if e["event"] == "step" else None
-    train.run(started)
+    loop.run(started)
     assert saved == [3, 6, 7, 9]  # 15 seconds and more after the last; the steps of save_every; the end
 
 
@@ -472,7 +473,7 @@ def test_two_runs_do_not_share_a_folder(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
 ) -> None:
     """The second is refused before it has changed anything, and the first ends as if alone."""
-    monkeypatch.setattr("tinyclip.start.PATIENCE", 0.1)
+    monkeypatch.setattr("tinyclip.train.setup.PATIENCE", 0.1)
     chosen, alone = (recipe(place, tmp_path / name, stages=[stage()]) for name in ("run", "alone"))
     other: list[str] = []
 
@@ -480,15 +481,15 @@ def test_two_runs_do_not_share_a_folder(
         if event.get("step") == 3:
             before = {path: path.stat().st_ino for path in started.folder.rglob("*")}
             with pytest.raises(ValueError, match="another `tinyclip distill` is at work here") as error:
-                train.start(chosen, **options)
+                loop.start(chosen, **options)
             assert {path: path.stat().st_ino for path in started.folder.rglob("*")} == before
             other.append(str(error.value))
 
-    started = train.start(chosen)
+    started = loop.start(chosen)
     with pytest.raises(ValueError, match="another `tinyclip distill` is at work here"):
-        train.start(chosen, **options)  # it has not begun
+        loop.start(chosen, **options)  # it has not begun
     started.listener = intrude
-    train.run(started)
+    loop.run(started)
     assert len(other) == 1
     run(alone)
     assert_same(Path(alone.output), Path(chosen.output))

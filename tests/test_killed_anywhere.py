@@ -27,10 +27,11 @@ from test_auto import auto
 from test_calibrated_stage import calibrated
 from test_killed import SERVER, assert_same, begin, end
 from test_train import recipe, stage
-from tinyclip import start, train, watchdog
-from tinyclip.recipe import Recipe
-from tinyclip.resume import Interrupted
-from tinyclip.watchdog import Stalled, Watchdog
+from tinyclip.common import watchdog
+from tinyclip.common.watchdog import Stalled, Watchdog
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.train import loop, setup
+from tinyclip.train.resume import Interrupted
 
 place = test_train.place
 resnet_place = test_batch_norm.place
@@ -38,48 +39,48 @@ resnet_place = test_batch_norm.place
 # Where a process kills itself: a function, before or after which of its calls, and which process of two.
 Moment = tuple[str, str, int, int]
 STAGES: list[Moment] = [
-    ("start.write_atomically", "after", 0, 0),  # the recipe is written, and nothing else
-    ("students.calibrate", "after", 0, 0),
-    ("train.next_batch", "after", 0, 0),
-    ("resume.save_into", "after", 0, 0),
-    ("train.save", "after", 0, 0),  # step 2 is saved, and not evaluated
-    ("train.save_checkpoint", "before", 0, 0),  # best
-    ("train._judge", "after", 0, 0),
-    ("train.save", "after", 1, 0),  # step 4, the last
-    ("train.write_atomically", "after", 0, 0),  # result.json
-    ("card.write_card", "before", 0, 0),
+    ("train.setup.write_atomically", "after", 0, 0),  # the recipe is written, and nothing else
+    ("train.stage_start.calibrate", "after", 0, 0),
+    ("train.loop.next_batch", "after", 0, 0),
+    ("train.resume.save_into", "after", 0, 0),
+    ("train.loop.save", "after", 0, 0),  # step 2 is saved, and not evaluated
+    ("train.loop.save_checkpoint", "before", 0, 0),  # best
+    ("train.loop._judge", "after", 0, 0),
+    ("train.loop.save", "after", 1, 0),  # step 4, the last
+    ("train.loop.write_atomically", "after", 0, 0),  # result.json
+    ("zoo.card.write_card", "before", 0, 0),
     # the stage with masks: evaluated at 2, cut at 4, evaluated then and at 6
-    ("train.save", "after", 0, 0),
-    ("train.save", "after", 1, 0),
-    ("pruning.Pruner.cut", "after", 0, 0),
-    ("train.save", "after", 0, 0),  # the cut student
-    ("train._judge", "before", 0, 0),
-    ("train.save", "after", 0, 0),
-    ("train.save", "after", 0, 0),  # step 6 is saved, and not evaluated
-    ("train.save", "after", 1, 0),  # step 7, the last
-    ("train.finish", "before", 0, 0),
-    ("train.save_checkpoint", "before", 0, 0),  # student
+    ("train.loop.save", "after", 0, 0),
+    ("train.loop.save", "after", 1, 0),
+    ("train.pruner.Pruner.cut", "after", 0, 0),
+    ("train.loop.save", "after", 0, 0),  # the cut student
+    ("train.loop._judge", "before", 0, 0),
+    ("train.loop.save", "after", 0, 0),
+    ("train.loop.save", "after", 0, 0),  # step 6 is saved, and not evaluated
+    ("train.loop.save", "after", 1, 0),  # step 7, the last
+    ("train.loop.finish", "before", 0, 0),
+    ("train.loop.save_checkpoint", "before", 0, 0),  # student
 ]
 OF_TWO: list[Moment] = [  # where processes wait for each other
-    ("students.calibrate", "after", 0, 0),
-    ("train.next_batch", "after", 0, 1),
-    ("resume.save_into", "after", 0, 0),
-    ("train.save", "after", 0, 1),
-    ("train._judge", "after", 0, 0),
-    ("train.write_atomically", "before", 0, 0),
-    ("train.save", "after", 0, 0),
-    ("train.save", "after", 1, 1),
-    ("pruning.Pruner.cut", "after", 0, 1),
-    ("train.save", "after", 0, 0),
-    ("train._judge", "before", 0, 0),
-    ("train.save", "after", 0, 1),
-    ("train.finish", "before", 0, 0),
+    ("train.stage_start.calibrate", "after", 0, 0),
+    ("train.loop.next_batch", "after", 0, 1),
+    ("train.resume.save_into", "after", 0, 0),
+    ("train.loop.save", "after", 0, 1),
+    ("train.loop._judge", "after", 0, 0),
+    ("train.loop.write_atomically", "before", 0, 0),
+    ("train.loop.save", "after", 0, 0),
+    ("train.loop.save", "after", 1, 1),
+    ("train.pruner.Pruner.cut", "after", 0, 1),
+    ("train.loop.save", "after", 0, 0),
+    ("train.loop._judge", "before", 0, 0),
+    ("train.loop.save", "after", 0, 1),
+    ("train.loop.finish", "before", 0, 0),
 ]
 STATISTICS: list[Moment] = [
-    ("train._reestimate", "before", 0, 1),
-    ("train.reestimate", "after", 0, 0),
-    ("train._reestimate", "after", 0, 0),
-    ("train.next_batch", "after", 1, 1),
+    ("train.loop._reestimate", "before", 0, 1),
+    ("train.loop.reestimate", "after", 0, 0),
+    ("train.loop._reestimate", "after", 0, 0),
+    ("train.loop.next_batch", "after", 1, 1),
 ]
 
 
@@ -94,17 +95,17 @@ def evaluated(chosen: Recipe, **options: Any) -> Any:
     return started
 
 
-OWN_START = start.start
+OWN_START = setup.start
 
 
 def doomed(moment: Moment | None, rank: int) -> None:
     """In a process that begins: let it end itself at the moment."""
-    train.start = evaluated  # type: ignore[assignment]
+    loop.start = evaluated  # type: ignore[assignment]
     if moment is None or rank != moment[3]:
         return
     name, when, which, _ = moment
-    module, *attributes = name.split(".")
-    owner = reduce(getattr, attributes[:-1], import_module(f"tinyclip.{module}"))
+    room, module, *attributes = name.split(".")
+    owner = reduce(getattr, attributes[:-1], import_module(f"tinyclip.{room}.{module}"))
     own, calls = getattr(owner, attributes[-1]), itertools.count()
 
     def last(*args: Any, **options: Any) -> Any:
@@ -165,8 +166,8 @@ def test_a_stop_does_not_wait_for_an_evaluation(
     """The step before it is saved; the signal comes during the evaluation, or just before it."""
     changes = {"stages": [stage(steps=6)], "workers": 1, "evaluation": {"data": "unused", "every": 2}}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
-    train.run(evaluated(whole))
-    started, own = evaluated(parts), train.save
+    loop.run(evaluated(whole))
+    started, own = evaluated(parts), loop.save
 
     def stopped(*args: Any) -> dict[str, float]:
         os.kill(os.getpid(), number)
@@ -180,12 +181,12 @@ def test_a_stop_does_not_wait_for_an_evaluation(
     if late:
         started.evaluator = stopped
     else:
-        monkeypatch.setattr(train, "save", saved)
+        monkeypatch.setattr(loop, "save", saved)
     with pytest.raises(Interrupted, match="stopped at step 2") as raised:
-        train.run(started)
+        loop.run(started)
     assert raised.value.signal_number == number
     monkeypatch.undo()
-    train.run(evaluated(parts, resume=True))
+    loop.run(evaluated(parts, resume=True))
     assert_same(Path(whole.output), Path(parts.output))
 
 
@@ -195,8 +196,8 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data that does not come once the run is asked to stop; it goes on when the data is there."""
     whole, parts = (recipe(place, tmp_path / name, stages=[stage()], workers=1) for name in ("whole", "parts"))
-    train.run(start.start(whole))
-    started, own, told = start.start(parts), train.next_batch, list[dict[str, Any]]()
+    loop.run(setup.start(whole))
+    started, own, told = setup.start(parts), loop.next_batch, list[dict[str, Any]]()
     started.listener = told.append
 
     def waits(batches: Any, folder: Any) -> Any:
@@ -206,13 +207,13 @@ def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypat
             threading.Event().wait()
         return own(batches, folder)
 
-    monkeypatch.setattr(train, "next_batch", waits)
+    monkeypatch.setattr(loop, "next_batch", waits)
     where = r"waiting for the data of step 4 of stage 50 \(threading.py:\d+ wait, called by train.py:\d+ _loop\)"
     with pytest.raises(Stalled, match=rf"nothing has happened for \S+ minutes while {where}; go on .* --resume"):
-        train.run(started)
+        loop.run(started)
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
     monkeypatch.undo()
-    train.run(start.start(parts, resume=True))
+    loop.run(setup.start(parts, resume=True))
     assert_same(Path(whole.output), Path(parts.output))
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from test_ownership import call
 from test_ownership import place as place
-from tinyclip import folder_lock
-from tinyclip.folder_lock import LOCK, lock_of, take
+from tinyclip.common import locks
+from tinyclip.common.locks import LOCK, lock_of, take
 
 LEASE = f"{LOCK}.lease"
 REFUSED = "another `tinyclip embed` is at work here"
@@ -43,9 +43,9 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(folder_lock, "LEASE", 1.0)
-    monkeypatch.setattr(folder_lock, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(folder_lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(locks, "LEASE", 1.0)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
 
 
 def process(script: str, folder: Path) -> subprocess.Popen[str]:

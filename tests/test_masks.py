@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from conftest import TEXTS, filled, golden, images, random_inputs, random_model, small_config, uneven_config
-from tinyclip.axes import axis_sizes, axis_table
-from tinyclip.config import NAMED, CLIPConfig
-from tinyclip.inheritance import compact
-from tinyclip.masks import (
+from tinyclip.compress.inheritance import compact
+from tinyclip.compress.learned_masks import (
     LARGEST,
     Constraint,
     HardConcrete,
@@ -26,7 +24,9 @@ from tinyclip.masks import (
     stretched_sample,
     tower_size,
 )
-from tinyclip.pipeline import tokenize
+from tinyclip.inference.pipeline import tokenize
+from tinyclip.model.axes import axis_sizes, axis_table
+from tinyclip.model.config import NAMED, CLIPConfig
 
 AUTO = golden("auto-ViT-B-32.json")
 TEACHER = NAMED["ViT-B-32"]
@@ -220,7 +220,7 @@ def test_a_cut_students_sparsity_is_what_its_masks_said(unit: Any) -> None:
 
 
 def test_macs_are_those_that_are_measured() -> None:
-    from tinyclip.measurement import macs
+    from tinyclip.inference.speed import macs
 
     config = uneven_config()
     blocks = {tower: prunable_size(config, tower, "macs") for tower in ("visual", "text")}

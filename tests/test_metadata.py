@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from tinyclip.metadata import bare, orientation_in
-from tinyclip.opening import open_image
+from tinyclip.inputs.decoding import open_image
+from tinyclip.inputs.metadata import bare, orientation_in
 
 SCENE = fill.picture(60, 40, 0)
 TURNED = np.rot90(SCENE, -1)  # as orientation 6 wants it

@@ -23,11 +23,11 @@ from conftest import (
     small_config,
     uneven_config,
 )
-from tinyclip.axes import axis_sizes
-from tinyclip.config import NAMED, Activation, CLIPConfig, TransformerConfig, VisionConfig
-from tinyclip.inheritance import compact
-from tinyclip.model import CLIP, Transformer, VisionTransformer, cast, layer_norm
-from tinyclip.pipeline import tokenize
+from tinyclip.compress.inheritance import compact
+from tinyclip.inference.pipeline import tokenize
+from tinyclip.model.axes import axis_sizes
+from tinyclip.model.config import NAMED, Activation, CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.model.model import CLIP, Transformer, VisionTransformer, cast, layer_norm
 
 # --- the whole forward pass against other people's code
 

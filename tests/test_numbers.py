@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyclip import numbers
-from tinyclip.augment import Augment
-from tinyclip.opening import open_image
-from tinyclip.pack import Item, pack
-from tinyclip.page import thumbnail
-from tinyclip.sheet import small_copy
-from tinyclip.transforms import Preprocess, plain_mode
+from tinyclip.data.pack import Item, pack
+from tinyclip.inputs import bit_depth
+from tinyclip.inputs.augment import Augment
+from tinyclip.inputs.decoding import open_image
+from tinyclip.inputs.transforms import Preprocess, plain_mode
+from tinyclip.report.html import thumbnail
+from tinyclip.search.sheet import small_copy
 
 GREY = np.asarray(Image.fromarray(fill.picture(48, 48, 0)).convert("L"))
 OWN = "numbers from .* are scaled by their own lowest and highest number"
@@ -29,9 +29,9 @@ UNIT = (GREY.astype(np.float64) - GREY.min()) / (int(GREY.max()) - int(GREY.min(
 
 @pytest.fixture(autouse=True)
 def nothing_said() -> Iterator[None]:
-    numbers._told.cache_clear()
+    bit_depth._told.cache_clear()
     yield
-    numbers._told.cache_clear()
+    bit_depth._told.cache_clear()
 
 
 def as_tiff(values: np.ndarray) -> Image.Image:
@@ -151,6 +151,6 @@ def test_every_part_of_the_program_scales_them_alike(tmp_path: Path) -> None:
 
 
 def _picture(shards: Path) -> Image.Image:
-    from tinyclip.shards import image_of, read_shards
+    from tinyclip.data.shards import image_of, read_shards
 
     return image_of(next(iter(read_shards(shards))))

@@ -15,11 +15,11 @@ import pytest
 
 from conftest import tinyclip
 from test_data import close_loaders, good, loader, picture, write_shard
-from tinyclip import index
-from tinyclip.data import next_batch
-from tinyclip.faults import Skipped
-from tinyclip.index import known_faults, known_lacks, prepare
-from tinyclip.shards import captions_of, class_of, image_of, read_shards
+from tinyclip.common.faults import Skipped
+from tinyclip.data import shard_index
+from tinyclip.data.loader import next_batch
+from tinyclip.data.shard_index import known_faults, known_lacks, prepare
+from tinyclip.data.shards import captions_of, class_of, image_of, read_shards
 
 __all__ = ["close_loaders"]  # a fixture of every test here
 
@@ -60,7 +60,7 @@ def check_same(folder: Path, count: int) -> list[list[str]]:
         return image_of(sample)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyclip.data.image_of", image_of_training)
+        patch.setattr("tinyclip.data.loader.image_of", image_of_training)
         batches = iter(loader(folder, batch_size=1))
         for _ in range(6 * count):
             assert not next_batch(batches, folder).skipped
@@ -219,7 +219,7 @@ def test_a_negative_size_ends_the_shard(tmp_path: Path, kind: str, first: bool) 
 
 
 def test_what_a_gz_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "FREE_SIZE", 2**20)
+    monkeypatch.setattr(shard_index, "FREE_SIZE", 2**20)
     folder = tar(tmp_path / "data" / "0.tar.gz", [*pair("0", 0), ("1.jpg", bytes(2**23))], mode="w:gz")
     with pytest.raises(ValueError, match=r"0\.tar\.gz: over [\d,]+ bytes come out of .*; .*`gunzip --keep`"):
         prepare(folder)
@@ -231,11 +231,11 @@ def test_what_a_gz_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tar(tmp_path / "data" / "0.tar.gz", pair("0", 0), mode="w:gz")
-    usage = index.shutil.disk_usage(folder)
-    monkeypatch.setattr(index.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shard_index.shutil.disk_usage(folder)
+    monkeypatch.setattr(shard_index.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"cannot write .*data/0\.tar: 1,000 bytes are free"):
         prepare(folder)
-    monkeypatch.setattr(index.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shard_index.shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(Path, "replace", _full)
     with pytest.raises(ValueError, match=r"cannot write .*data/0\.tar: No space left"):
         prepare(folder)
@@ -269,9 +269,9 @@ def test_a_run_that_is_resumed_keeps_an_index_of_before(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", [good(i) for i in range(3)])
     prepare(tmp_path)
     ready = tmp_path / ".nv-meta" / "ready"
-    ready.write_text(ready.read_text().replace(f'"format": {index.FORMAT}', '"format": 2'))
+    ready.write_text(ready.read_text().replace(f'"format": {shard_index.FORMAT}', '"format": 2'))
     assert prepare(tmp_path, keep=True) == 3 and '"format": 2' in ready.read_text()
-    assert prepare(tmp_path) == 3 and f'"format": {index.FORMAT}' in ready.read_text()
+    assert prepare(tmp_path) == 3 and f'"format": {shard_index.FORMAT}' in ready.read_text()
 
 
 def test_links_to_nothing_and_pipes_are_damaged_shards(tmp_path: Path) -> None:

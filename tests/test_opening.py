@@ -18,15 +18,15 @@ from PIL import Image
 
 import tinyclip
 from conftest import random_model, small_config, small_tokenizer
-from tinyclip import faults
-from tinyclip.augment import Augment
-from tinyclip.cli import main
-from tinyclip.faults import Fault
-from tinyclip.opening import open_image, pixels_at_most
-from tinyclip.pipeline import Pipeline
-from tinyclip.shards import check, image_of
-from tinyclip.sheet import small_copy
-from tinyclip.transforms import Preprocess
+from tinyclip.cli.main import main
+from tinyclip.common import faults
+from tinyclip.common.faults import Fault
+from tinyclip.data.shards import check, image_of
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.augment import Augment
+from tinyclip.inputs.decoding import open_image, pixels_at_most
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.search.sheet import small_copy
 
 SCENE = Image.fromarray(fill.picture(96, 64, 0))
 Run = Callable[..., tuple[int, str]]

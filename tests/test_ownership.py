@@ -15,16 +15,17 @@ import yaml
 
 from conftest import small_config, tinyclip
 from test_data import good, picture, write_shard
-from tinyclip import ownership, train
-from tinyclip.checkpoint import FILES, save_checkpoint
-from tinyclip.folders import atomic_directory, remove_leftovers
-from tinyclip.model import CLIP
-from tinyclip.ownership import LOCKS, MARKER, check_replaceable
-from tinyclip.pipeline import Pipeline
-from tinyclip.recipe import load_recipe
-from tinyclip.resume import SAVED, Interrupted
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.common import ownership
+from tinyclip.common.folders import atomic_directory, remove_leftovers
+from tinyclip.common.ownership import LOCKS, MARKER, check_replaceable
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.train import loop
+from tinyclip.train.resume import SAVED, Interrupted
+from tinyclip.zoo.checkpoint import FILES, save_checkpoint
 
 # Each command that writes a folder, with names that nearly are those of its files.
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
@@ -268,10 +269,10 @@ def test_a_run_leaves_alone_what_others_put_into_it(place: Path, tmp_path: Path)
     """Saves, older checkpoints that go, and a resume: nothing of others is lost, and nothing hinders."""
     out = tmp_path / "run"
     more = ["stages.0.steps=6", "save_every=1", "keep=2"]
-    started = train.start(load_recipe(place / "recipe.yaml", [f"output={out}", *more]))
+    started = loop.start(load_recipe(place / "recipe.yaml", [f"output={out}", *more]))
     started.listener = lambda event: signal.raise_signal(signal.SIGINT) if event.get("step") == 3 else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     stage = out / "stages" / "a"
     planted = [
         "step-by-step.md",

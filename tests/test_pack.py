@@ -12,12 +12,13 @@ from PIL import Image
 
 from conftest import tinyclip
 from test_data import loader
-from tinyclip import classnames, terminal
-from tinyclip.faults import Skipped
-from tinyclip.files import read_json_object
-from tinyclip.pack import find_items, pack
-from tinyclip.shards import captions_of, image_of, info_of, read_shards
-from tinyclip.sources import open_source
+from tinyclip.cli import terminal
+from tinyclip.common.faults import Skipped
+from tinyclip.common.files import read_json_object
+from tinyclip.data import classnames
+from tinyclip.data.pack import find_items, pack
+from tinyclip.data.shards import captions_of, image_of, info_of, read_shards
+from tinyclip.search.sources import open_source
 
 
 def picture(path: Path, size: tuple[int, int] = (30, 20), mode: str = "RGB") -> Path:

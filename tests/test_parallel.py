@@ -11,9 +11,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tinyclip.data import Batch
-from tinyclip.distributed import processes, rank
-from tinyclip.step import Trainee
+from tinyclip.common.distributed import processes, rank
+from tinyclip.data.loader import Batch
+from tinyclip.train.step import Trainee
 from trainees import CASES, assert_near, batch_of, gradients, part_of, trainee_of
 
 PROCESSES = 2

@@ -17,11 +17,11 @@ from PIL import Image
 
 import tinyclip
 from conftest import ROOT, random_model, small_config, small_tokenizer
-from tinyclip import inputs
-from tinyclip.config import CLIPConfig
-from tinyclip.model import CLIP, cast
-from tinyclip.pipeline import Pipeline, Tensors
-from tinyclip.transforms import Preprocess
+from tinyclip.inference.pipeline import Pipeline, Tensors
+from tinyclip.inputs import batching
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP, cast
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,10 @@ def test_many_texts_come_back_in_order_and_no_batch_is_longer_than_its_longest(
 def test_pictures_are_decoded_only_a_little_ahead(
     folder: Path, clip: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "AHEAD", 5)
+    monkeypatch.setattr(batching, "AHEAD", 5)
     opened, behind = [], []
-    open_image, encode = inputs.open_image, clip.model.encode_image
-    monkeypatch.setattr(inputs, "open_image", lambda path: opened.append(path) or open_image(path))
+    open_image, encode = batching.open_image, clip.model.encode_image
+    monkeypatch.setattr(batching, "open_image", lambda path: opened.append(path) or open_image(path))
     taken = 0
 
     def counted(images: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def test_another_dtype_is_refused(given: Any, folder: Path) -> None:
 def test_auto_takes_what_the_processor_has(
     native: bool, expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinyclip.distributed._cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr("tinyclip.common.distributed._cpu_has_bfloat16", lambda: native)
     assert tinyclip.load(folder / "model", dtype="auto").computing["dtype"] == expected
 
 

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from test_evaluate import Oracle, grey
-from tinyclip import probe as module
-from tinyclip.checkpoint import save_checkpoint
-from tinyclip.cli import main
-from tinyclip.config import vit_clip
-from tinyclip.datasets import open_dataset
-from tinyclip.model import CLIP
-from tinyclip.probe import Problem, fit_sklearn, fit_torch, probe, search, split
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.cli.main import main
+from tinyclip.data.datasets import open_dataset
+from tinyclip.evaluate import probe as module
+from tinyclip.evaluate.probe import Problem, fit_sklearn, fit_torch, probe, search, split
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
 

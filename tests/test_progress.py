@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tinyclip import meter, progress
-from tinyclip.meter import Meter, duration
-from tinyclip.terminal import PlainConsole
+from tinyclip.cli import meter
+from tinyclip.cli.meter import Meter, duration
+from tinyclip.cli.terminal import PlainConsole
+from tinyclip.common import progress
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import torch
 from huggingface_hub import constants
 
 from conftest import random_model, small_config, small_tokenizer
-from tinyclip.cli import main
-from tinyclip.pipeline import Pipeline
-from tinyclip.transforms import Preprocess
+from tinyclip.cli.main import main
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.transforms import Preprocess
 
 # Inside huggingface_hub, of its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import tinyclip
 import typed_user
-from tinyclip.pipeline import Pipeline
+from tinyclip.inference.pipeline import Pipeline
 
 
 class Features(Dataset[Any]):

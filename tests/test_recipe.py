@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, small_config
-from tinyclip.recipe import Recipe, load_recipe, shape_from
-from tinyclip.shape import StudentShape
+from tinyclip.recipe.recipe import Recipe, load_recipe, shape_from
+from tinyclip.recipe.student_shape import StudentShape
 
 MINIMAL: dict[str, Any] = {"teacher": "t", "data": "d", "output": "o", "stages": [{"name": "50", "steps": 20}]}
 

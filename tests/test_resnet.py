@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TEXTS, filled, golden, images, random_inputs, random_model, small_config
-from tinyclip.axes import axis_kind, axis_sizes, axis_table, count_parameters
-from tinyclip.batch_norm import batch_norms
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.config import NAMED, CLIPConfig, ResNetConfig, resnet_tower
-from tinyclip.inheritance import compact, describe, inherit, manual_masks
-from tinyclip.measurement import macs, measure
-from tinyclip.model import CLIP, cast
-from tinyclip.pipeline import tokenize
-from tinyclip.recipe import shape_from
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.compress.batch_norm import batch_norms
+from tinyclip.compress.inheritance import compact, describe, inherit, manual_masks
+from tinyclip.inference.pipeline import tokenize
+from tinyclip.inference.speed import macs, measure
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.axes import axis_kind, axis_sizes, axis_table, count_parameters
+from tinyclip.model.config import NAMED, CLIPConfig, ResNetConfig, resnet_tower
+from tinyclip.model.model import CLIP, cast
+from tinyclip.recipe.recipe import shape_from
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 
 NAME = "TinyCLIP-ResNet-19M-Text-19M"
 

@@ -22,15 +22,19 @@ import test_embed
 import tinyclip
 from conftest import random_model
 from test_embed import drawing, encoded
-from tinyclip import app, faults, indexing, search, sheet, vectors
-from tinyclip.cli import main
-from tinyclip.export import export
-from tinyclip.indexing import SKIPPED, build
-from tinyclip.ownership import MARKER
-from tinyclip.pending import Pending, Row
-from tinyclip.pipeline import Pipeline
-from tinyclip.search import INFO, WORK, Index
-from tinyclip.vectors import Vectors
+from tinyclip.app import page
+from tinyclip.cli.main import main
+from tinyclip.common import faults
+from tinyclip.common.ownership import MARKER
+from tinyclip.export.export import export
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.search import build as indexing
+from tinyclip.search import index as search
+from tinyclip.search import sheet, vectors
+from tinyclip.search.build import SKIPPED, build
+from tinyclip.search.index import INFO, WORK, Index
+from tinyclip.search.pending import Pending, Row
+from tinyclip.search.vectors import Vectors
 
 model = test_embed.model
 SERVER = multiprocessing.get_context("forkserver")  # it imports all once; a process is then there in no time
@@ -439,7 +443,7 @@ def test_another_folder_is_refused_and_a_moved_one_is_known(
 
 
 def test_a_second_run_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyclip.folder_lock.PATIENCE", 0.0)
+    monkeypatch.setattr("tinyclip.common.locks.PATIENCE", 0.0)
     refused = []
 
     def second(what: str, done: int, total: int) -> None:
@@ -725,7 +729,7 @@ def test_small_copies_of_thin_and_odd_pictures(tmp_path: Path) -> None:
     assert deep.size == (40, 60) and deep.getpixel((5, 5)) == (100, 100, 100, 255)
     assert sheet.small_copy(tmp_path / "clear.png", 8).getpixel((5, 5))[3] == 0  # type: ignore[index]
     sheet.draw(tmp_path / "sheet.png", [("words", [sheet.Tile(tmp_path / "thin.png", ())])])
-    assert app.thumbnail(tmp_path / "thin.png", "x").startswith("<img")
+    assert page.thumbnail(tmp_path / "thin.png", "x").startswith("<img")
 
 
 def test_a_sheet_too_large_is_refused(tmp_path: Path) -> None:

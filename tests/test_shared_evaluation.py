@@ -13,13 +13,13 @@ import torch.multiprocessing as mp
 
 from conftest import small_config, small_tokenizer
 from test_data import picture, write_shard
-from tinyclip import evaluate as evaluation
-from tinyclip.distributed import gather_uneven, processes, rank
-from tinyclip.evaluate import evaluate, open_dataset
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline
-from tinyclip.probe import probe
-from tinyclip.transforms import Preprocess
+from tinyclip.common.distributed import gather_uneven, processes, rank
+from tinyclip.evaluate import metrics as evaluation
+from tinyclip.evaluate.metrics import evaluate, open_dataset
+from tinyclip.evaluate.probe import probe
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
 
 PROCESSES = 2
 

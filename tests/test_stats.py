@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from tinyclip.stats import bootstrap, calibration, mcnemar
+from tinyclip.evaluate.stats import bootstrap, calibration, mcnemar
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, 7, 40, 3000])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from test_resnet import resnet_config
-from tinyclip.recipe import Recipe
-from tinyclip.start import _fixed, plan
-from tinyclip.student import check_compiler
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.train.setup import _fixed, plan
+from tinyclip.train.student import check_compiler
 from trainees import CASES, assert_near, batch_of, gradients, named, plain_gradients, stage_of, trainee_of
 
 
@@ -151,7 +151,7 @@ def test_what_a_resnet_cannot_is_refused_before_the_first_step(monkeypatch: pyte
         with pytest.raises(ValueError, match=rf"stages.0 \(s\): {key}: this stage trains batch norm, which must see"):
             plan(resnet_from_scratch(**{key: value}), resnet_config(), device)
     plan(resnet_from_scratch(), resnet_config(), device)
-    monkeypatch.setattr("tinyclip.start.world_size", lambda: 2)
+    monkeypatch.setattr("tinyclip.train.setup.world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"batch_norm: processes without GPUs cannot share batch statistics"):
         plan(resnet_from_scratch(), resnet_config(), device)
 

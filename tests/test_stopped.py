@@ -19,8 +19,8 @@ import test_train
 from conftest import ROOT
 from test_killed import PATIENCE, SERVER, assert_same, begin, end, last_step, until
 from test_train import recipe, stage
-from tinyclip import cli_train
-from tinyclip.recipe import Recipe
+from tinyclip.cli import train
+from tinyclip.recipe.recipe import Recipe
 
 place = test_train.place
 
@@ -32,7 +32,7 @@ def command(words: list[str], said: str) -> None:
     with Path(said).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from tinyclip.cli import main
+    from tinyclip.cli.main import main
 
     sys.argv = ["tinyclip", *words]
     main()
@@ -146,12 +146,12 @@ def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
     file = tmp_path / "cmdline"
     if launcher != "gone":
         file.write_text("".join(f"{word}\0" for word in ["/usr/bin/python", *launcher.split(), *words]))
-    monkeypatch.setattr(cli_train, "Path", lambda path: file if path.startswith("/proc") else Path(path))
+    monkeypatch.setattr(train, "Path", lambda path: file if path.startswith("/proc") else Path(path))
     monkeypatch.setattr(sys, "argv", ["tinyclip", "distill", "a b.yaml", "--overwrite"])
-    assert cli_train._hint() == "tinyclip distill 'a b.yaml' --resume"
+    assert train._hint() == "tinyclip distill 'a b.yaml' --resume"
     monkeypatch.setenv("WORLD_SIZE", "2")
     known = "torchrun --nproc-per-node 2 -m tinyclip distill 'a b.yaml' --resume"
-    assert cli_train._hint() == (known if launcher == "torchrun" else "the same command with --resume")
+    assert train._hint() == (known if launcher == "torchrun" else "the same command with --resume")
 
 
 # --- scripts of the docs ----------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from pathlib import Path
 from matplotlib.image import imread
 
 from conftest import small_config, tinyclip, uneven_config
-from tinyclip.config import NAMED
-from tinyclip.display import kept_bars, kept_lines
-from tinyclip.structure import figure, rows
+from tinyclip.cli.live import kept_bars, kept_lines
+from tinyclip.model.config import NAMED
+from tinyclip.report.structure import figure, rows
 
 
 def test_rows_state_every_block() -> None:

@@ -13,11 +13,11 @@ import pytest
 
 from conftest import tinyclip
 from test_data import picture
-from tinyclip import tables
-from tinyclip.datasets import open_dataset
-from tinyclip.pack import Item, find_items, pack
-from tinyclip.shards import captions_of, read_shards
-from tinyclip.sources import open_source
+from tinyclip.data import tables
+from tinyclip.data.datasets import open_dataset
+from tinyclip.data.pack import Item, find_items, pack
+from tinyclip.data.shards import captions_of, read_shards
+from tinyclip.search.sources import open_source
 
 HEADER = "filepath,caption\n"
 

@@ -14,15 +14,15 @@ import torch
 
 from conftest import small_config, tinyclip
 from test_data import picture
-from tinyclip import terminal
-from tinyclip.compare_report import cell
-from tinyclip.faults import Skipped
-from tinyclip.files import printable
-from tinyclip.meter import Meter
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.cli import terminal
+from tinyclip.cli.meter import Meter
+from tinyclip.common.faults import Skipped
+from tinyclip.common.files import printable
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.report.comparison import cell
 
 # Colour, a title, DEL, C1, CR, BEL, BS, VT, a line separator, right-to-left override and isolates.
 NASTY = "\x1b[31m\x1b]0;pwned\x07\x7f\x9b2J\x85\r\b\v\u2028\u202egpj.exe\u2066\u2069"

@@ -15,9 +15,9 @@ import torch
 
 import tinyclip
 from conftest import golden, small_tokenizer
-from tinyclip.hugging_face import write_processor
-from tinyclip.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer, is_plain, openai_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer, is_plain, openai_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.zoo.hugging_face import write_processor
 
 WORDS = [
     "photo",

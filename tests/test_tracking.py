@@ -16,16 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from test_train import SHAPE, recipe, stage, weights
 from test_train import place as place
-from tinyclip import tracking, train
-from tinyclip.recipe import load_recipe
-from tinyclip.resume import Interrupted
-from tinyclip.tracking import flat
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.train import loop, tracking
+from tinyclip.train.resume import Interrupted
+from tinyclip.train.tracking import flat
 
 
 def run(chosen: Any, stop_at: int | None = None, **options: Any) -> list[dict[str, Any]]:
     """The events of a run, which may be stopped at a step."""
     events: list[dict[str, Any]] = []
-    started = train.start(chosen, **options)
+    started = loop.start(chosen, **options)
 
     def listen(event: dict[str, Any]) -> None:
         events.append(event)
@@ -34,10 +34,10 @@ def run(chosen: Any, stop_at: int | None = None, **options: Any) -> list[dict[st
 
     started.listener = listen
     if stop_at is None:
-        train.run(started)
+        loop.run(started)
     else:
         with pytest.raises(Interrupted):
-            train.run(started)
+            loop.run(started)
     return events
 
 
@@ -74,8 +74,8 @@ def test_metrics_have_what_a_run_is_judged_by(place: Path, tmp_path: Path) -> No
 
 def test_waiting_for_data_is_measured(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    real = train.next_batch
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    real = loop.next_batch
 
     def slow(*arguments: Any) -> Any:
         now[0] += 3.0
@@ -85,9 +85,9 @@ def test_waiting_for_data_is_measured(place: Path, tmp_path: Path, monkeypatch: 
         now[0] += 1.0
         return {"loss": torch.tensor(0.0)}
 
-    monkeypatch.setattr(train, "next_batch", slow)
-    monkeypatch.setattr(train.Trainee, "step", step)
-    monkeypatch.setattr(train.Trainee, "figures", lambda *_: {"loss": 0.0, "lr": 0.0})
+    monkeypatch.setattr(loop, "next_batch", slow)
+    monkeypatch.setattr(loop.Trainee, "step", step)
+    monkeypatch.setattr(loop.Trainee, "figures", lambda *_: {"loss": 0.0, "lr": 0.0})
     run(recipe(place, tmp_path / "run", stages=[stage(steps=4)]))
     last = [e for e in metrics(tmp_path / "run") if e["event"] == "step"][-1]
     assert (last["data_wait_s"], last["data_wait_share"], last["pairs_per_s"]) == (3.0, 0.75, 2.0)
@@ -98,9 +98,9 @@ def test_tensorboard_shows_the_whole_run_as_one_curve(place: Path, tmp_path: Pat
     evaluation = {"data": "unused", "every": 2}
     chosen = recipe(place, tmp_path / "run", tracking="tensorboard", stages=stages, evaluation=evaluation)
     assert chosen.tracking == ("tensorboard",)
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.evaluator = lambda *_: {"acc1": 0.5, "subsets": {"unseen": {"acc1": 0.25}}}
-    train.run(started)
+    loop.run(started)
     shown = scalars(tmp_path / "run")
     for name in ("loss", "affinity", "lr", "grad_norm", "pairs_per_s", "data_wait_s", "memory_gb", "skipped"):
         assert shown[f"train/{name}"] == logged(tmp_path / "run", {"75": 0, "50": 5}, name)
@@ -112,7 +112,7 @@ def test_tensorboard_shows_the_whole_run_as_one_curve(place: Path, tmp_path: Pat
 def test_a_resumed_run_goes_on_in_the_same_curve(place: Path, tmp_path: Path) -> None:
     """Also where steps after the checkpoint had been logged and are done again."""
     chosen = recipe(place, tmp_path / "run", tracking="tensorboard", save_every=2, stages=[stage(steps=8)])
-    started = train.start(chosen)
+    started = loop.start(chosen)
 
     def fail(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 5:
@@ -120,7 +120,7 @@ def test_a_resumed_run_goes_on_in_the_same_curve(place: Path, tmp_path: Path) ->
 
     started.listener = fail
     with pytest.raises(RuntimeError, match="killed"):
-        train.run(started)
+        loop.run(started)
     run(chosen, resume=True)
     shown = scalars(tmp_path / "run")["train/loss"]
     assert shown == logged(tmp_path / "run", {"50": 0}, "loss") and len(shown) == 8
@@ -267,7 +267,7 @@ def test_a_tracker_that_is_not_installed(place: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "trackio" else sys)
     chosen = recipe(place, tmp_path / "run", tracking=["tensorboard", "trackio"])
     with pytest.raises(ValueError, match=r"^tracking: trackio not installed; `pip install trackio`[^\n]*$"):
-        train.start(chosen)
+        loop.start(chosen)
     assert not (tmp_path / "run").exists()
 
 

@@ -18,19 +18,19 @@ import yaml
 
 from conftest import small_config
 from test_data import good, write_shard
-from tinyclip import train
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.data import Batch
-from tinyclip.files import checksum
-from tinyclip.folders import recover
+from tinyclip.common.files import checksum
+from tinyclip.common.folders import recover
+from tinyclip.data.loader import Batch
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
 from tinyclip.loss import affinity_loss, contrastive_loss
-from tinyclip.model import CLIP
-from tinyclip.recipe import Recipe, Stage
-from tinyclip.resume import MANIFEST, Interrupted
-from tinyclip.step import Trainee, learning_rate, make_optimizer
-from tinyclip.teacher import Teacher, image_input, shorten
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.teachers.teacher import Teacher, image_input, shorten
+from tinyclip.train import loop
+from tinyclip.train.resume import MANIFEST, Interrupted
+from tinyclip.train.step import Trainee, learning_rate, make_optimizer
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 
 SHAPE = {"vision": {"width": 16}, "text": {"layers": 1}}
 
@@ -71,9 +71,9 @@ def stage(name: str = "50", **changes: Any) -> dict[str, Any]:
 def run(chosen: Recipe, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Results of a run and its events."""
     events: list[dict[str, Any]] = []
-    started = train.start(chosen, **options)
+    started = loop.start(chosen, **options)
     started.listener = events.append
-    return train.run(started), events
+    return loop.run(started), events
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -127,10 +127,10 @@ def test_every_term_trains_through_its_projection_and_resumes(place: Path, tmp_p
     _, events = run(recipe(place, whole, stages=stages))
     for event in (e for e in events if e["event"] == "step"):
         assert event["loss"] == pytest.approx(sum(weight * event[name] for name, weight in terms.items()), rel=1e-5)
-    started = train.start(recipe(place, parts, stages=stages))
+    started = loop.start(recipe(place, parts, stages=stages))
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     run(recipe(place, parts, stages=stages), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -138,7 +138,7 @@ def test_every_term_trains_through_its_projection_and_resumes(place: Path, tmp_p
 
 def judged(chosen: Recipe, stop_at: int | None, scores: dict[int, float], **options: Any) -> list[dict[str, Any]]:
     """Run with made-up evaluations; returns every evaluation that the run has logged by then."""
-    started = train.start(chosen, **options)
+    started = loop.start(chosen, **options)
     step = 0
 
     def follow(event: dict[str, Any]) -> None:
@@ -150,10 +150,10 @@ def judged(chosen: Recipe, stop_at: int | None, scores: dict[int, float], **opti
     started.listener = follow
     started.evaluator = lambda *_: {"acc1": scores[step]}
     if stop_at is None:
-        train.run(started)
+        loop.run(started)
     else:
         with pytest.raises(Interrupted):
-            train.run(started)
+            loop.run(started)
     events = [json.loads(line) for line in (Path(chosen.output) / "metrics.jsonl").read_text().splitlines()]
     return [e for e in events if e["event"] == "evaluation"]
 
@@ -171,10 +171,10 @@ def test_evaluations_and_the_best_survive_a_stop(place: Path, tmp_path: Path, st
 
 def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage()])
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     state = tmp_path / "run" / "stages" / "50" / "last" / "state.pt"
     whole = torch.load(state, weights_only=True)
 
@@ -208,10 +208,10 @@ def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) 
 def test_a_run_with_a_decoding_process_resumes(place: Path, tmp_path: Path) -> None:
     """Its random state travels through torch's own pickling of tensors."""
     chosen = recipe(place, tmp_path / "run", stages=[stage()], workers=1)
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
     with pytest.raises(Interrupted):
-        train.run(started)
+        loop.run(started)
     assert run(chosen, resume=True)[0][0]["steps"] == 5
 
 
@@ -250,7 +250,7 @@ def test_results_do_not_depend_on_an_interruption(place: Path, tmp_path: Path) -
     """Ctrl-C in the middle, then --resume: the weights of a run that was never stopped, to the bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(recipe(place, whole))
-    started = train.start(recipe(place, parts))
+    started = loop.start(recipe(place, parts))
 
     def stop(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 3 and event["stage"] == "50":
@@ -258,7 +258,7 @@ def test_results_do_not_depend_on_an_interruption(place: Path, tmp_path: Path) -
 
     started.listener = stop
     with pytest.raises(Interrupted, match="stopped at step 3") as error:
-        train.run(started)
+        loop.run(started)
     assert error.value.signal_number == signal.SIGINT
     run(recipe(place, parts), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
@@ -272,12 +272,12 @@ def test_a_run_goes_on_in_the_precision_of_another_device(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage()], precision="auto")
-    monkeypatch.setattr("tinyclip.start.best_precision", lambda device: names[0])
-    started = train.start(chosen)
+    monkeypatch.setattr("tinyclip.train.setup.best_precision", lambda device: names[0])
+    started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
     with pytest.raises(Interrupted):
-        train.run(started)
-    monkeypatch.setattr("tinyclip.start.best_precision", lambda device: names[1])
+        loop.run(started)
+    monkeypatch.setattr("tinyclip.train.setup.best_precision", lambda device: names[1])
     (result,), events = run(chosen, resume=True)
     assert [e["step"] for e in events if e["event"] == "step"] == [4, 5]
     assert result["samples"] == 8 * (5 + result["skipped_steps"])  # what overflows in float16 is no step
@@ -313,9 +313,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(place: Path, tmp_path: Pa
 def test_evaluation_keeps_the_best_and_the_last(place: Path, tmp_path: Path) -> None:
     scores = iter([0.1, 0.5, 0.2])
     chosen = recipe(place, tmp_path / "run", stages=[stage(steps=6)], evaluation={"data": "x", "every": 2})
-    started = train.start(chosen)
+    started = loop.start(chosen)
     started.evaluator = lambda model, tokenizer, preprocess: {"acc1": next(scores)}
-    (result,) = train.run(started)
+    (result,) = loop.run(started)
     assert result["best_step"] == 4 and result["evaluation"] == {"acc1": 0.2}
     best, last = (weights(tmp_path / "run" / "stages" / "50" / kind) for kind in ("best", "last"))
     assert not torch.equal(best["visual.proj"], last["visual.proj"])
@@ -332,26 +332,26 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
     chosen = recipe(place, out, stages=[stage(steps=1)])
     run(chosen)
     with pytest.raises(ValueError, match="--resume or replace it with --overwrite"):
-        train.start(chosen)
+        loop.start(chosen)
     other = recipe(place, out, stages=[stage(steps=2)])
     with pytest.raises(ValueError, match="from another recipe, which differs in stages"):
-        train.start(other, resume=True)
+        loop.start(other, resume=True)
     with pytest.raises(ValueError, match="no run to resume"):
-        train.start(recipe(place, tmp_path / "new"), resume=True)
+        loop.start(recipe(place, tmp_path / "new"), resume=True)
     assert not (tmp_path / "new").exists()
     results, events = run(chosen, resume=True)
     assert len(results) == 1 and not [e for e in events if e["event"] == "step"]
     run(other, overwrite=True)
     with pytest.raises(ValueError, match="either --overwrite or --resume"):
-        train.start(other, overwrite=True, resume=True)
+        loop.start(other, overwrite=True, resume=True)
     with pytest.raises(ValueError, match="it is no run of tinyclip"):
-        train.start(recipe(place, place / "data"), overwrite=True)
+        loop.start(recipe(place, place / "data"), overwrite=True)
     inside = recipe(place, out, stages=[stage(start=str(out / "student"), student={})])
     with pytest.raises(ValueError, match=r"student lies in .*run, which --overwrite would delete"):
-        train.start(inside, overwrite=True)
+        loop.start(inside, overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot write"):
-        train.start(recipe(place, tmp_path / "file" / "run"))
+        loop.start(recipe(place, tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_misfits_are_found_before_anything_is_written(
     place: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ValueError, match=named):
-        train.start(recipe(place, tmp_path / "run", **changes))
+        loop.start(recipe(place, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -408,7 +408,7 @@ def test_skipped_samples_are_logged(place: Path, tmp_path: Path) -> None:
 def test_the_loss_is_the_weighted_sum_of_its_terms(place: Path, tmp_path: Path) -> None:
     loss = {"affinity": 0.5, "contrastive": 2.0, "student_scale": "learned", "teacher_scale": 20, "positives": "class"}
     chosen = recipe(place, tmp_path / "run", stages=[stage(loss=loss)])
-    started = train.start(chosen)
+    started = loop.start(chosen)
     assert started.teacher is not None
     student = CLIP(started.configs[0]).eval()
     tokens = torch.from_numpy(started.tokenizer(["caption a", "words", "caption b", "words"], 12))

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 import tinyclip
 from conftest import golden
-from tinyclip.transforms import OPENAI_STD, Preprocess, open_image
+from tinyclip.inputs.transforms import OPENAI_STD, Preprocess, open_image
 
 GOLDEN = golden("preprocess.npz")
 

@@ -19,12 +19,12 @@ import tinyclip
 from conftest import random_model
 from conftest import tinyclip as command
 from tinyclip.__main__ import main
-from tinyclip.checkpoint import load_checkpoint, read_config
-from tinyclip.config import vit_clip
-from tinyclip.interchange import save_hugging_face, save_open_clip
-from tinyclip.model import CLIP
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.transforms import Preprocess
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.checkpoint import load_checkpoint, read_config
+from tinyclip.zoo.convert import save_hugging_face, save_open_clip
 
 State = dict[str, Any]
 CONFIG = vit_clip(24, (2, 64), (2, 64), 16, image_size=32)

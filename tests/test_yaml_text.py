@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from conftest import tinyclip
-from tinyclip.card import read_card
-from tinyclip.recipe import load_recipe
-from tinyclip.yaml_text import DEEPEST, MOST_NODES, parse, read_yaml
+from tinyclip.common.yaml_text import DEEPEST, MOST_NODES, parse, read_yaml
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.zoo.card import read_card
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)

@@ -22,18 +22,19 @@ from torch import Tensor
 from conftest import ROOT, TEXTS, filled, golden, images, random_model
 from server import FileServer, serving
 from test_data import good, picture, write_shard
-from tinyclip import download, zoo
-from tinyclip.axes import axis_table
-from tinyclip.cli import main
-from tinyclip.config import CLIPConfig, ResNetConfig, TransformerConfig, vit_clip
-from tinyclip.interchange import convert
-from tinyclip.model import CLIP
-from tinyclip.pipeline import Pipeline, load
-from tinyclip.recipe import load_recipe
-from tinyclip.tokenizer import clip_tokenizer
-from tinyclip.train import start
-from tinyclip.transforms import Preprocess
-from tinyclip.zoo import ENTRIES, Entry, find, recount, resolve
+from tinyclip.cli.main import main
+from tinyclip.common import download
+from tinyclip.inference.pipeline import Pipeline, load
+from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.axes import axis_table
+from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, vit_clip
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.train.loop import start
+from tinyclip.zoo import resolve as zoo
+from tinyclip.zoo.convert import convert
+from tinyclip.zoo.resolve import ENTRIES, Entry, find, recount, resolve
 
 RELEASE = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints/"
 EARLIER = "https://github.com/zhouzhenghong-gt/tinyclip_ckpt/releases/download/pre/"
@@ -346,7 +347,10 @@ def test_a_tampered_file_is_refused_until_it_is_deleted(server: FileServer, tmp_
 # --- the Hugging Face hub ----------------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-RESOLVE = "import sys; from tinyclip.zoo import resolve; assert 'torch' not in sys.modules; print(resolve(sys.argv[1]))"
+RESOLVE = (
+    "import sys; from tinyclip.zoo.resolve import resolve; assert 'torch' not in sys.modules; "
+    "print(resolve(sys.argv[1]))"
+)
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from conftest import random_model, small_config, small_tokenizer, uneven_config
 from test_resnet import random_resnet, resnet_config
-from tinyclip.data import Batch
-from tinyclip.pruning import Pruner
-from tinyclip.recipe import Stage
-from tinyclip.step import Trainee
-from tinyclip.teacher import Teacher
-from tinyclip.transforms import Preprocess
+from tinyclip.data.loader import Batch
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.recipe.recipe import Stage
+from tinyclip.teachers.teacher import Teacher
+from tinyclip.train.pruner import Pruner
+from tinyclip.train.step import Trainee
 
 TERMS = ("affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
 ALL = {"affinity": 1, "contrastive": 0.5, "feature": 2, "interactive": 1, "image_affinity": 1, "text_affinity": 0.7}

@@ -6,7 +6,7 @@ import torch
 
 import test_killed  # noqa: F401
 from conftest import small_config
-from tinyclip.model import CLIP
+from tinyclip.model.model import CLIP
 
 with torch.device("meta"):  # torch imports much more at its first random number there
     CLIP(small_config())

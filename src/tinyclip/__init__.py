@@ -5,39 +5,39 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tinyclip.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from tinyclip import clip as clip
     from tinyclip import evaluate as evaluate
-    from tinyclip.config import CLIPConfig as CLIPConfig
-    from tinyclip.inheritance import compact as compact
-    from tinyclip.inheritance import inherit as inherit
+    from tinyclip.compress.inheritance import compact as compact
+    from tinyclip.compress.inheritance import inherit as inherit
+    from tinyclip.compress.learned_masks import HardConcrete as HardConcrete
+    from tinyclip.inference.exported import RuntimePipeline as RuntimePipeline
+    from tinyclip.inference.pipeline import Pipeline as Pipeline
+    from tinyclip.inference.pipeline import preprocess as preprocess
+    from tinyclip.inference.pipeline import tokenize as tokenize
+    from tinyclip.inference.speed import measure as measure
     from tinyclip.loading import load as load
     from tinyclip.loss import affinity_loss as affinity_loss
     from tinyclip.loss import contrastive_loss as contrastive_loss
-    from tinyclip.masks import HardConcrete as HardConcrete
-    from tinyclip.measurement import measure as measure
-    from tinyclip.model import CLIP as CLIP
-    from tinyclip.pipeline import Pipeline as Pipeline
-    from tinyclip.pipeline import preprocess as preprocess
-    from tinyclip.pipeline import tokenize as tokenize
-    from tinyclip.runtime import RuntimePipeline as RuntimePipeline
-
-__version__ = "0.1.0"
+    from tinyclip.model.config import CLIPConfig as CLIPConfig
+    from tinyclip.model.model import CLIP as CLIP
 
 _HOME = {
-    "CLIP": "model",
-    "CLIPConfig": "config",
-    "HardConcrete": "masks",
-    "Pipeline": "pipeline",
-    "RuntimePipeline": "runtime",
+    "CLIP": "model.model",
+    "CLIPConfig": "model.config",
+    "HardConcrete": "compress.learned_masks",
+    "Pipeline": "inference.pipeline",
+    "RuntimePipeline": "inference.exported",
     "affinity_loss": "loss",
-    "compact": "inheritance",
+    "compact": "compress.inheritance",
     "contrastive_loss": "loss",
-    "inherit": "inheritance",
+    "inherit": "compress.inheritance",
     "load": "loading",
-    "measure": "measurement",
-    "preprocess": "pipeline",
-    "tokenize": "pipeline",
+    "measure": "inference.speed",
+    "preprocess": "inference.pipeline",
+    "tokenize": "inference.pipeline",
 }
 _MODULES = ("clip", "evaluate")
 __all__ = [*_HOME, *_MODULES]

@@ -2,13 +2,13 @@
 
 import sys
 
-from tinyclip.stopping import stoppable
+from tinyclip.common.stopping import stoppable
 
 
 def main() -> None:
     try:
         with stoppable():
-            from tinyclip.cli import main as commands
+            from tinyclip.cli.main import main as commands
 
             speak_plainly()
             commands()
@@ -21,7 +21,7 @@ def speak_plainly() -> None:
     import warnings
     from io import TextIOWrapper
 
-    from tinyclip.terminal import warn
+    from tinyclip.cli.terminal import warn
 
     warnings.showwarning = lambda message, *_: warn(str(message))
     for stream in (sys.stdout, sys.stderr):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from tinyclip.engines import EXTRAS
-from tinyclip.runtime import RuntimePipeline, check_device, find_export, load_export
+from tinyclip.inference.engines import EXTRAS
+from tinyclip.inference.exported import RuntimePipeline, check_device, find_export, load_export
 
 if TYPE_CHECKING:
     import torch
 
-    from tinyclip.pipeline import Pipeline
+    from tinyclip.inference.pipeline import Pipeline
 
 
 @overload  # of an export too, which only its folder can tell: `RuntimePipeline` has the methods of `Pipeline`
@@ -95,7 +95,7 @@ def load(
         if mean is not None or std is not None:
             raise ValueError(f"{name_or_path} is an export, which says its mean and std")
         return load_export(name_or_path, runtime, dtype)
-    from tinyclip import pipeline
+    from tinyclip.inference import pipeline
 
     if runtime in EXTRAS:
         return _converted(
@@ -106,7 +106,7 @@ def load(
 
 def _converted(clip: Pipeline, runtime: str, dtype: Any) -> RuntimePipeline:
     """A checkpoint's model on another runtime, by way of a folder that is gone after."""
-    from tinyclip.export import check_request, write
+    from tinyclip.export.export import check_request, write
 
     to = "onnx" if runtime == "onnxruntime" else "openvino"
     check_request(to, False, None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinyclip.distributed import gather, rank
+from tinyclip.common.distributed import gather, rank
 
 TILE = 2**23  # elements of a tile: 32 MB in float32
 

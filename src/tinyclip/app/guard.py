@@ -1,0 +1,357 @@
+"""What stands before a page or an API of ours: who may ask, and how much may be sent. ASGI; knows no Gradio.
+
+Uploads are kept in memory under names that cannot be guessed, so nothing a client sends ever names a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import secrets
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import parse_qs, quote, urlencode
+
+from tinyclip.app.serving import host_of, is_loopback
+
+SHORTEST_TOKEN = 16  # characters
+RECEIVE_S = 120  # that a body has to arrive in
+FRAMING = FLOOR = 2**16  # bytes: of headers between the files of a request; that the smallest file counts for
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/?#@\[\]\s]+)(:\d{1,5})?", re.ASCII)
+TEXT = "text/plain; charset=utf-8"
+SAFETY = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "SAMEORIGIN",
+    "referrer-policy": "same-origin",
+}
+
+
+class Refused(Exception):
+    """A request that is answered with a status and a line."""
+
+    def __init__(self, status: int, line: str) -> None:
+        super().__init__(line)
+        self.status, self.line = status, line
+
+
+async def answer(send: Any, status: int, body: bytes = b"", kind: str = TEXT, **more: str) -> None:
+    """A whole response; `more` are headers, with _ for -."""
+    headers = {"content-type": kind, "content-length": str(len(body)), "cache-control": "no-store"}
+    headers |= {name.replace("_", "-"): value for name, value in more.items()}
+    raw = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def fields(scope: Any, name: str) -> list[str]:
+    """All values of a header."""
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name.encode("ascii")]
+
+
+# --- who may ask -------------------------------------------------------------------------------------------------
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(24)
+
+
+def check_token(token: str) -> None:
+    """Refuse one that could be guessed, or that no address can carry.
+
+    Raises:
+        ValueError: when it is too short or has other than plain characters.
+    """
+    if len(token) < SHORTEST_TOKEN or not re.fullmatch(r"[\w.~-]+", token, re.ASCII):
+        raise ValueError(f"--token: at least {SHORTEST_TOKEN} letters, digits and . _ ~ - are needed")
+
+
+def check_host(name: str) -> None:
+    """Refuse what no Host header can say.
+
+    Raises:
+        ValueError: for an address with a scheme or a port, or an empty name.
+    """
+    found = HOST.fullmatch(name.lower())
+    if not found or found[2]:
+        raise ValueError(f"--allow-host {name!r}: a name or address alone is needed, as in example.org")
+
+
+class Gate:
+    """Lets in requests to this server's own names, from its own pages, with the token where there is one.
+
+    Clients are told apart by a signed cookie, which the page brings; programs that keep none, by their address. What
+    comes behind finds the client in `scope["client_id"]`.
+
+    Args:
+        host: what `place` was asked for as, which may be a name.
+        proxies: names of proxies before it, whose pages are its own, on any port.
+        token: that each request must show, as a cookie which `?token=` brings, in the query, or as a bearer.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        place: socket.socket,
+        host: str = "localhost",
+        proxies: Sequence[str] = (),
+        token: str | None = None,
+    ) -> None:
+        self.app, self.token, self.proxies = app, token, {name.lower().strip("[]") for name in proxies}
+        self.names = {"localhost", "127.0.0.1", "::1", host_of(place).strip("[]"), host.lower()} | self.proxies
+        if not is_loopback(place):
+            machine = socket.gethostname().lower()
+            self.names |= {machine, f"{machine}.local"}
+        self.cookie = f"tinyclip-{place.getsockname()[1]}"  # browsers keep one jar for all ports
+        self.secret = secrets.token_bytes(32)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served")
+        fresh = ""  # a cookie for this client
+
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                more = SAFETY | ({"set-cookie": fresh} if fresh else {})
+                added = [(name.encode("ascii"), value.encode("ascii")) for name, value in more.items()]
+                message = message | {"headers": [*message.get("headers", ()), *added]}
+            await send(message)
+
+        try:
+            self._check_names(scope)
+            known = self._client(scope)
+            asked = self._without_token(scope)
+            if not (known or asked is not None or self._is_bearer(scope) or self.token is None):
+                line = "a token is needed: open the address that the server printed, with ?token= in it"
+                raise Refused(401, f"{line}, or send it as a bearer")
+            reads = scope["method"] in ("GET", "HEAD")
+            if not known and reads and (asked is not None or scope["path"] == "/"):
+                known, fresh = self._new_cookie(scope)
+            if asked is not None and reads:
+                place = "/" + quote(scope["path"].lstrip("/")) + (f"?{asked}" if asked else "")
+                await answer(guarded, 303, location=place)
+                return
+            query = scope["query_string"] if asked is None else asked.encode("ascii")
+            address = scope["client"][0] if scope.get("client") else ""
+            await self.app(scope | {"client_id": known or address, "query_string": query}, receive, guarded)
+        except Refused as refusal:
+            more = {"www_authenticate": "Bearer"} if refusal.status == 401 else {}
+            await answer(guarded, refusal.status, f"{refusal.line}\n".encode(), **more)
+
+    def _check_names(self, scope: Any) -> None:
+        hosts = fields(scope, "host")
+        if len(hosts) != 1 or not all(self._is_ours(host, scope) for host in (*hosts, *forwarded(scope))):
+            raise Refused(400, "this server does not go by that name (--allow-host states another)")
+        for origin in fields(scope, "origin"):
+            site = origin.lower().partition("://")[2]
+            if site != hosts[0].lower() and _name(site) not in self.proxies:
+                raise Refused(403, "requests of other sites' pages are refused")
+        embedded = any(mode != "navigate" for mode in fields(scope, "sec-fetch-mode"))
+        if embedded and any(site in ("cross-site", "same-site") for site in fields(scope, "sec-fetch-site")):
+            raise Refused(403, "requests of other sites' pages are refused")
+
+    def _is_ours(self, host: str, scope: Any) -> bool:
+        """Whether a Host is one of our names, or the very address that the client is connected to."""
+        name = _name(host)
+        try:
+            return name in self.names or ip_address(name) == ip_address(scope["server"][0].partition("%")[0])
+        except (ValueError, TypeError):
+            return False
+
+    def _is_bearer(self, scope: Any) -> bool:
+        shown = [value.partition(" ") for value in fields(scope, "authorization")]
+        return any(scheme.lower() == "bearer" and self._is_token(value.strip()) for scheme, _, value in shown)
+
+    def _is_token(self, shown: str) -> bool:
+        return self.token is not None and hmac.compare_digest(shown.encode(), self.token.encode())
+
+    def _without_token(self, scope: Any) -> str | None:
+        """The rest of a query that shows the token, or None."""
+        try:
+            query = parse_qs(scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=50)
+        except ValueError:
+            return None
+        shown = query.pop("token", [])
+        return urlencode(query, doseq=True) if len(shown) == 1 and self._is_token(shown[0]) else None
+
+    def _client(self, scope: Any) -> str | None:
+        """The id that a cookie of ours states, or None."""
+        crumbs = [crumb.strip().partition("=") for value in fields(scope, "cookie") for crumb in value.split(";")]
+        for name, _, value in crumbs:
+            identity, _, signature = value.partition(".")
+            if name == self.cookie and hmac.compare_digest(signature.encode(), self._sign(identity).encode()):
+                return identity
+        return None
+
+    def _new_cookie(self, scope: Any) -> tuple[str, str]:
+        identity = secrets.token_hex(16)
+        secure = "; Secure" if "https" in fields(scope, "x-forwarded-proto") else ""
+        # Lax: a link in a letter or a notebook opens the page. Posts of other sites are refused by their Origin.
+        return identity, f"{self.cookie}={identity}.{self._sign(identity)}; Path=/; HttpOnly; SameSite=Lax{secure}"
+
+    def _sign(self, identity: str) -> str:
+        return hmac.digest(self.secret, identity.encode(), "sha256").hex()
+
+
+def forwarded(scope: Any) -> list[str]:
+    """The hosts that a proxy says it was asked for."""
+    return [one.strip() for value in fields(scope, "x-forwarded-host") for one in value.split(",")]
+
+
+def _name(host: str) -> str:
+    found = HOST.fullmatch(host.lower())
+    return found[1].strip("[]").rstrip(".") if found else ""
+
+
+# --- how much may be sent ----------------------------------------------------------------------------------------
+
+
+async def chunks(scope: Any, receive: Any, most: int, framing: int = 0) -> AsyncIterator[bytes]:
+    """A request's body, piece by piece; `framing` bytes more are let pass, for what stands between its parts.
+
+    Raises:
+        Refused: when it is longer than `most` bytes, stated or sent; takes more than `RECEIVE_S`; or breaks off.
+    """
+    too_large = Refused(413, f"too large: {most:,} bytes at most")
+    stated = fields(scope, "content-length")
+    if any(not length.isdecimal() or len(length) > 15 or int(length) > most + framing for length in stated):
+        raise too_large
+    until, sum_, more = asyncio.get_running_loop().time() + RECEIVE_S, 0, True
+    while more:
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            raise Refused(408, "the body took too long") from None
+        if message["type"] != "http.request":
+            raise Refused(400, "the body breaks off")
+        sum_, more = sum_ + len(message.get("body", b"")), message.get("more_body", False)
+        if sum_ > most + framing:
+            raise too_large
+        yield message.get("body", b"")
+
+
+async def whole(scope: Any, receive: Any, most: int) -> bytes:
+    """A request's body; raises what `chunks` does."""
+    return b"".join([piece async for piece in chunks(scope, receive, most)])
+
+
+@dataclass(frozen=True)
+class Kept:
+    owner: str
+    data: bytes
+    since: float  # of the loop's clock
+
+    @property
+    def weight(self) -> int:
+        """What it counts for: also a file of one byte takes room."""
+        return max(len(self.data), FLOOR)
+
+
+class Uploads:
+    """What clients sent, in memory, by names that cannot be guessed; each can be had by its owner alone.
+
+    Args:
+        request: bytes that one request may bring, all its files together.
+        files: that one request may bring.
+        own: bytes kept for one client; more push out its oldest.
+        all: bytes kept and arriving for all clients together; more push out the oldest, or are refused.
+        seconds: that a file is kept.
+    """
+
+    def __init__(self, request: int, files: int, own: int, all: int, seconds: float) -> None:
+        self.request, self.files, self.own, self.all, self.seconds = request, files, own, all, seconds
+        self._kept: dict[str, Kept] = {}  # the oldest first
+        self._arriving = 0
+        self._watched = False  # whether `_forget` will come
+
+    def owned(self, name: str, client: str) -> bytes | None:
+        """What a client sent under a name that it was told, or None."""
+        kept = self._kept.get(name)
+        return kept.data if kept and hmac.compare_digest(kept.owner.encode(), client.encode()) else None
+
+    def read(self, name: str) -> bytes:
+        """For what runs behind a check by `owned`.
+
+        Raises:
+            ValueError: when it is no longer kept.
+        """
+        kept = self._kept.get(name)
+        if kept is None:
+            raise ValueError("The picture is no longer here: choose it again.")
+        return kept.data
+
+    async def take(self, scope: Any, receive: Any) -> list[str]:
+        """Keep the files of a multipart request; returns their names. All are kept, or none.
+
+        Raises:
+            Refused: when it is none, has too much in sum or too many files, or when the server has no room.
+        """
+        from starlette.datastructures import Headers, UploadFile
+        from starlette.formparsers import MultiPartException, MultiPartParser
+
+        class InMemory(MultiPartParser):
+            spool_max_size = 0  # a spooled file of no size never rolls over to the disk
+
+        headers = Headers(scope=scope)
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+            raise Refused(400, "multipart/form-data is needed")
+        arrived = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal arrived
+            async for piece in chunks(scope, receive, self.request, FRAMING):
+                arrived, self._arriving = arrived + len(piece), self._arriving + len(piece)
+                self._make_room()
+                yield piece
+
+        try:
+            most: dict[str, Any] = {"max_files": self.files, "max_fields": 0}
+            form = await InMemory(headers, counted(), **most).parse()
+            data = [await file.read() for file in form.getlist("files") if isinstance(file, UploadFile)]
+            await form.close()
+        except MultiPartException as error:
+            raise Refused(413 if "Too many" in error.message else 400, error.message) from None
+        except (ValueError, KeyError, AssertionError):
+            raise Refused(400, "a damaged multipart body") from None
+        finally:
+            self._arriving -= arrived
+        if sum(map(len, data)) > self.request:
+            raise Refused(413, f"too large: {self.request:,} bytes at most")
+        return [self._keep(Kept(scope["client_id"], one, asyncio.get_running_loop().time())) for one in data]
+
+    def _keep(self, new: Kept) -> str:
+        name = secrets.token_hex(16)
+        self._kept[name] = new
+        if not self._watched:
+            asyncio.get_running_loop().call_later(self.seconds, self._forget)
+            self._watched = True
+        own = [key for key, kept in self._kept.items() if kept.owner == new.owner]
+        while len(own) > 1 and sum(self._kept[key].weight for key in own) > self.own:
+            del self._kept[own.pop(0)]
+        self._make_room()
+        return name
+
+    def _forget(self) -> None:
+        """Drop what was kept long enough, and come again for the rest."""
+        loop = asyncio.get_running_loop()
+        while self._kept and self._oldest().since + self.seconds <= loop.time():
+            del self._kept[next(iter(self._kept))]
+        self._watched = bool(self._kept)
+        if self._watched:
+            loop.call_at(self._oldest().since + self.seconds, self._forget)
+
+    def _oldest(self) -> Kept:
+        return next(iter(self._kept.values()))
+
+    def _make_room(self) -> None:
+        while self._kept and sum(kept.weight for kept in self._kept.values()) + self._arriving > self.all:
+            del self._kept[next(iter(self._kept))]
+        if self._arriving > self.all:
+            raise Refused(503, "the server has no room just now: try again")

@@ -1,0 +1,80 @@
+"""The command that brings a model to other runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tinyclip.cli.terminal import (
+    AsJson,
+    Mean,
+    Overwrite,
+    Std,
+    Templates,
+    check_free,
+    print_json,
+    print_table,
+    say,
+    three,
+)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
+    to: Annotated[str, typer.Option(help="onnx, openvino, torch (torch.export), hf or open_clip.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the export.")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="In 8 bits: onnx and openvino, with --calibration-data.")
+    ] = False,
+    calibration_data: Annotated[
+        Path | None, typer.Option(help="Pictures with captions (folder or shards) to calibrate and compare on.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Evaluation data: the accuracy before and after.")] = None,
+    templates: Templates = None,
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where MODEL cannot say it.")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write MODEL for another runtime, load it back there, and compare: `tinyclip classify OUTPUT ...` then runs
+    without torch."""
+    from tinyclip.export.export import check_request
+    from tinyclip.export.export import export as exported
+
+    check_free(output, overwrite)
+    check_request(to, int8, calibration_data)
+    facts = exported(
+        model,
+        output,
+        to,
+        int8=int8,
+        calibration=calibration_data,
+        data=data,
+        templates=templates,
+        activation=activation,
+        mean=three(mean, "--mean"),
+        std=three(std, "--std"),
+    )
+    size = sum(file.stat().st_size for file in output.iterdir())
+    result = {"model": model, "output": str(output), "size_mb": size / 1e6}
+    result |= {key: facts[key] for key in ("export", "precision", "check")}
+    result |= {key: facts[key] for key in ("calibration", "in_float") if key in facts}
+    if as_json:
+        print_json(result)
+        return
+    print_table(("compared with the model", *facts["check"]), _rows(list(facts["check"].values())))
+    say(f"{facts['export']}, {facts['precision']}, {size / 1e6:,.1f} MB: {output}")
+
+
+def _rows(checks: list[dict[str, Any]]) -> list[list[str]]:
+    percent = {"top1_agreement", "acc1", "acc1_model"}
+
+    def shown(name: str, value: Any) -> str:
+        if isinstance(value, int):
+            return f"{value:,}"
+        return f"{100 * value:.2f} %" if name in percent else f"{value:.1e}" if "error" in name else f"{value:.6f}"
+
+    return [[name, *(shown(name, check[name]) for check in checks)] for name in checks[0]]

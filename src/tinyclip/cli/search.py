@@ -1,0 +1,186 @@
+"""The commands that index a folder of pictures and search it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinyclip.cli.terminal import (
+    AsJson,
+    Compile,
+    Device,
+    DType,
+    MaxPixels,
+    check_file,
+    complete_model,
+    console,
+    errors,
+    plural,
+    print_faults,
+    print_json,
+    read_lines,
+    say,
+    say_computing,
+)
+from tinyclip.common.faults import read
+from tinyclip.common.progress import busy, tell
+
+if TYPE_CHECKING:
+    from tinyclip.search.index import Index, Match
+
+
+def index(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.", autocompletion=complete_model)],
+    folder: Annotated[Path, typer.Argument(help="Pictures, with subfolders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
+    moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed one, at another place.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute everything anew.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Pictures at once; chosen by the device.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that decode; one a core, at most 8.")
+    ] = None,
+    max_pixels: MaxPixels = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    compile: Compile = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the pictures of FOLDER searchable; run again, it adds what is new and drops what is gone."""
+    from tinyclip.search.build import SKIPPED, build, check, scan
+    from tinyclip.search.index import open_model
+
+    with busy(f"looking into {folder}"):
+        found = scan(folder)
+    check(found, output, overwrite=overwrite, moved=moved)  # before a model is loaded
+    clip, fingerprint = open_model(model, device, dtype, compile)
+    if not as_json:
+        say_computing(clip.computing)
+    name = str(Path(model).absolute()) if Path(model).exists() else model
+    options: dict[str, Any] = {"overwrite": overwrite, "moved": moved, "batch_size": batch_size, "workers": workers}
+    result = build(clip, found, output, model=name, fingerprint=fingerprint, progress=_tell, **options)
+    if as_json:
+        print_json(result)
+        return
+    _summary(result, output)
+    if result["skipped"]:
+        say(f"skipped {result['skipped']:,}, see {output / SKIPPED}:")
+        print_faults(read(output / SKIPPED))
+
+
+def _summary(result: dict[str, Any], output: Path) -> None:
+    done = f"{plural(result['pictures'], 'picture')} in {output}"
+    changes = [f"{result[name]:,} {name}" for name in ("added", "changed", "removed") if result[name]]
+    if not changes:
+        say(f"{done}, nothing has changed")
+        return
+    rate = [f"{result['images_per_s']:,.1f} images/s"] if result["computed"] else []
+    say(f"{done} ({', '.join(changes + rate)})")
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    tell(what, done, total, "pictures")
+
+
+def search(
+    index: Annotated[Path, typer.Argument(help="What `tinyclip index` made.")],
+    query: Annotated[
+        list[str] | None, typer.Argument(help="What to look for, in words; several are one by one.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Look for what is like this picture; may be repeated.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="A text file with a query a line.")] = None,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Pictures to find, for each query.")] = 10,
+    sheet: Annotated[Path | None, typer.Option(help="Also draw them, to a .png, .jpg or .webp file.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare all pictures, also in a large index.")] = False,
+    model: Annotated[str | None, typer.Option(help="Where the index's model is now.")] = None,
+    max_pixels: MaxPixels = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Find the pictures of INDEX that fit a QUERY, or are like a picture, best first."""
+    from tinyclip.inputs.transforms import open_image
+    from tinyclip.search import sheet as drawing
+    from tinyclip.search.index import Index, check_model, open_model, pixels, plain, queries_from
+    from tinyclip.zoo.resolve import SHIPPED
+
+    check_file(sheet)
+    texts = queries_from([*(query or []), *(read_lines(queries) if queries else [])])
+    images = image or []
+    asked: list[str | Path] = [*texts, *images]
+    if not asked:
+        raise ValueError(f"{queries}: no queries in it" if queries else "nothing to look for: give words or --image")
+    for path in images:  # before the model, which takes longer to be wrong
+        open_image(path)
+    with Index.open(index) as opened:
+        if sheet:
+            drawing.check(sheet, len(asked) * min(top, len(opened)))
+        name = model or opened.facts["model"]
+        try:
+            clip, fingerprint = open_model(name, device, dtype)
+        except ValueError as error:
+            if Path(name).exists() or name in SHIPPED:
+                raise
+            raise ValueError(f"{error} (the model of {index}; --model says where it is now)") from None
+        check_model(opened.facts, index, name, fingerprint)
+        features = [*plain(clip.encode_text(texts))] if texts else []
+        if images:
+            features += [*plain(clip.encode_image([pixels(clip, path) for path in images]))]
+        found = opened.search(features, top, exact or None)
+        if top > len(opened):
+            errors.print(f"{index} has only {plural(len(opened), 'picture')}")
+        if not opened.root.is_dir():
+            errors.print(
+                f"{opened.root} is not there; if it has moved: tinyclip index {name} FOLDER -o {index} --moved"
+            )
+        if sheet:
+            drawing.draw(sheet, [(one, _tiles(opened, matches)) for one, matches in zip(asked, found, strict=True)])
+        rows = [_listed(opened, matches) for matches in found]
+    if as_json:
+        told = [_asked(one) | {"results": listed} for one, listed in zip(asked, rows, strict=True)]
+        print_json({"index": str(index), "pictures": len(opened), "queries": told} | clip.computing)
+        return
+    _print(asked, rows)
+    if sheet:
+        errors.print(f"drawn: {sheet}")
+
+
+def _asked(query: str | Path) -> dict[str, str]:
+    return {"image": str(query)} if isinstance(query, Path) else {"text": query}
+
+
+def _listed(index: Index, matches: Sequence[Match]) -> list[dict[str, Any]]:
+    files = [index.file(match.path) for match in matches]
+    return [
+        {"rank": rank, "cosine": match.cosine, "path": str(file), "missing": not file.is_file()}
+        for rank, (match, file) in enumerate(zip(matches, files, strict=True), 1)
+    ]
+
+
+def _tiles(index: Index, matches: Sequence[Match]) -> list[Any]:
+    from tinyclip.search.index import shown
+    from tinyclip.search.sheet import Tile
+
+    return [
+        Tile(index.file(match.path), (f"{rank}   {match.cosine:.3f}", shown(Path(match.path).name)))
+        for rank, match in enumerate(matches, 1)
+    ]
+
+
+def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Lines that are never broken, so that they can be taken apart by other programs."""
+    for i, (query, listed) in enumerate(zip(asked, rows, strict=True)):
+        if len(asked) > 1:
+            if i:
+                console.print()
+            say(str(query))
+        say(f"{'rank':>4}  {'cosine':>6}  path")
+        for row in listed:
+            mark = "  (missing)" if row["missing"] else ""
+            say(f"{row['rank']:>4}  {row['cosine']:>6.3f}  {row['path']}{mark}")

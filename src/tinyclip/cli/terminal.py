@@ -1,0 +1,206 @@
+"""What the commands share: their output, their errors, their common options."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Table
+
+from tinyclip.cli.meter import Meter
+from tinyclip.common.faults import COLUMNS, Skipped, rows
+from tinyclip.common.files import STEERING, json_text, lines_of, printable, read_text
+from tinyclip.common.ownership import check_replaceable
+
+
+class PlainConsole(Console):
+    """A console that shows what it is given and is never steered by it, since names in data and files are anyone's.
+
+    Text in one piece is one line; of what is drawn (tables, bars) the line ends are rich's own.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if any(isinstance(item, str | Table) for item in objects):  # not the codes that move the bars themselves
+            meter.close()
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else text.translate(DRAWN), style, control)
+
+
+DRAWN = {code: shown for code, shown in STEERING.items() if chr(code) != "\n"}
+# Piped output is wide enough for every table.
+console = PlainConsole(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+errors = PlainConsole(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+meter = Meter(errors)
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """For the shell: published and shipped models whose names begin so. Where there is none, and before anything is
+    typed, the shell completes files."""
+    from tinyclip.zoo.resolve import ENTRIES, SHIPPED
+
+    return _begun([*(entry.name for entry in ENTRIES), *SHIPPED], incomplete)
+
+
+def complete_shape(incomplete: str) -> list[str]:
+    """For the shell: also names that stand for a shape alone."""
+    from tinyclip.model.config import NAMED
+
+    return complete_model(incomplete) + _begun(NAMED, incomplete)
+
+
+def _begun(names: Iterable[str], incomplete: str) -> list[str]:
+    return [name for name in names if incomplete and name.startswith(incomplete)]
+
+
+Model = Annotated[
+    Path, typer.Argument(help="A checkpoint, a published model's name, or a hub id.", autocompletion=complete_model)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
+Runtime = Annotated[str, typer.Option(help="auto, openvino, onnxruntime or torch.")]
+
+
+def _allow(context: typer.Context, count: int | None) -> int | None:
+    """Until the command ends, as pictures are opened in many places and by many threads."""
+    if count is not None:
+        from tinyclip.inputs.decoding import pixels_at_most
+
+        context.with_resource(pixels_at_most(count))
+    return count
+
+
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, callback=_allow, help="Open larger pictures too, of up to that many pixels.")
+]
+Mean = Annotated[
+    str | None, typer.Option(metavar="R,G,B", help="Of the normalisation, where the weights' file cannot say it.")
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Goes with --mean.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
+Split = Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures in a table.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="Column of the captions in a table.")]
+Separator = Annotated[str | None, typer.Option(help="Of a .csv or .tsv: one character, or tab; else as it shows.")]
+Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
+
+
+def say(text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """On stderr, a line that nobody asked for."""
+    errors.print(f"warning: {' '.join(text.split())}")
+
+
+def three(text: str | None, option: str) -> tuple[float, ...] | None:
+    """The numbers of `--mean` and `--std`; `ValueError` when they are no three."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 3:
+        raise ValueError(f"{option} {text}: three numbers with commas between, as 0.5,0.5,0.5")
+    return numbers
+
+
+def plural(n: int, name: str) -> str:
+    """1 part, 2 parts."""
+    return f"{n:,} {name}" if n == 1 else f"{n:,} {name}s"
+
+
+def say_computing(computing: dict[str, str]) -> None:
+    """On stderr, what a model computes in and where."""
+    runtime = f" with {computing['runtime']}" if "runtime" in computing else ""
+    errors.print(f"computing in {computing['dtype']} on {computing['device']}{runtime}")
+
+
+def fail(text: str, code: int) -> None:
+    """End with a line on the standard error; of processes that torchrun started, the first with this text speaks."""
+    line = f"tinyclip: {' '.join(text.split())}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from tinyclip.common.distributed import claim
+
+        if not claim(line):
+            sys.exit(code)
+    errors.print(line)
+    sys.exit(code)
+
+
+def print_table(columns: Any, rows: Any, figures: bool = True) -> None:
+    """A table of text; `figures` after the first column are set to the right."""
+    justified = ["left" if i == 0 or not figures else "right" for i, _ in enumerate(columns)]
+    console.print(_table(columns, rows, justified))
+
+
+def _table(columns: Any, rows: Any, justified: Sequence[Any]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column, justify in zip(columns, justified, strict=True):
+        table.add_column(printable(column), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    return table
+
+
+def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
+    """What was left out of data: cause, count, examples."""
+    justified = ["right" if column == "left out" else "left" for column in COLUMNS]
+    where.print(_table(COLUMNS, rows(skipped), justified), highlight=False)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    meter.close()
+    print(json_text(result))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that are not blank; `ValueError` when it cannot be read."""
+    return [line for line in lines_of(read_text(path)) if line.strip()]
+
+
+def check_file(path: Path | None) -> None:
+    """Refuse a place for a file that cannot be one, before the work that it is to hold."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; choose a file")
+    if not path.exists() or path.is_file():  # not a device or a pipe
+        check_parent(path.resolve())
+
+
+def check_parent(path: Path) -> None:
+    """Refuse a place in a folder that cannot be written."""
+    parent = next(parent for parent in path.parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is a file, so there can be no {path.name} in it")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {parent}: {error.strerror}") from None
+
+
+def check_free(path: Path, overwrite: bool, kind: str = "model") -> None:
+    """Refuse a place that is taken, with `overwrite` by anything that is not ours (see `ownership`), or that cannot be
+    written."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
+    check_replaceable(path, kind)
+    check_parent(path.resolve())

@@ -1,0 +1,127 @@
+"""Ends a run that stands still, and says where. No torch here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+HURRIED = 120.0  # seconds that a step may take after a stop signal, unless steps have taken longer
+GRACE = 60.0  # seconds to end by itself, before the process is ended
+GO_ON = "go on from the last checkpoint with --resume"
+PACKAGE = Path(__file__).parent.parent
+
+
+class Stalled(ValueError):
+    """Nothing has happened for too long; the message says where."""
+
+
+@dataclass(eq=False)
+class Work:
+    """One thing that the main thread does; `seconds`: how long it may take where that is more than the usual."""
+
+    name: str
+    seconds: float = 0.0
+
+
+class Watchdog:
+    """A thread that watches the main thread.
+
+    Args:
+        minutes: how long one thing may take; None: for ever.
+        who: what to call this process in the message, where there are several.
+    """
+
+    def __init__(self, minutes: float | None = None, who: str = "") -> None:
+        self.minutes, self.who = minutes, who
+        self._work = Work("starting")
+        self._hurried = False
+        self._text = ""
+
+    def doing(self, name: str, seconds: float = 0.0) -> None:
+        """Note what the main thread turns to, which is the sign that it is alive."""
+        self._work = Work(name, seconds)
+
+    def hurry(self) -> None:
+        """The run is asked to stop, so what is at work may no longer take the usual time."""
+        self._hurried = True
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the body, from the main thread. In another thread, which no signal reaches, do nothing.
+
+        Raises:
+            Stalled: in the body, where it stood still. Where not even that reaches it, as in a call to a library that
+                does not come back, the process says so and ends with code 2.
+        """
+        if self.minutes is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            raise Stalled(self._text)
+
+        before = signal.signal(signal.SIGALRM, stop)
+        over = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(60 * self.minutes, over), name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            signal.signal(signal.SIGALRM, before)
+
+    def _watch(self, bound: float, over: threading.Event) -> None:
+        work, waited, longest = self._work, 0.0, 0.0
+        while waited < (patience := self._patience(work, bound, longest)):
+            passed = _wait(over, patience)
+            if over.is_set():
+                return
+            if work is not self._work:
+                longest = longest if work.seconds else max(longest, waited)
+                work, waited = self._work, 0.0
+            waited += passed
+        self._text = (
+            f"{self.who}nothing has happened for {waited / 60:.3g} minutes while {work.name} ({_place()}); {GO_ON}"
+        )
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        left = GRACE
+        while left > 0 and not over.is_set():
+            left -= _wait(over, GRACE)
+        if not over.is_set():
+            print(f"tinyclip: {self._text}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    def _patience(self, work: Work, bound: float, longest: float) -> float:
+        bound = max(bound, work.seconds)
+        return min(bound, max(HURRIED, 3 * longest)) if self._hurried else bound
+
+
+def _wait(over: threading.Event, patience: float) -> float:
+    """Wait a little; returns for how long. While the process itself was stopped, as by Ctrl-Z, nothing stood still."""
+    tick, began = min(1.0, patience / 10), time.monotonic()
+    over.wait(tick)
+    return min(time.monotonic() - began, 2 * tick)
+
+
+def _place() -> str:
+    """Where the main thread is: the innermost line, and the innermost of ours."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    places: list[str] = []
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        ours = file.is_relative_to(PACKAGE)
+        if ours or not places:
+            places.append(f"{file.name}:{frame.f_lineno} {frame.f_code.co_name}")
+        if ours:
+            break
+        frame = frame.f_back
+    return ", called by ".join(places)

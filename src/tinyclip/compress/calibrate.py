@@ -1,0 +1,300 @@
+"""Calibrated inheritance: masks of 0 and 1 from the importance of every element, measured on a few batches.
+
+Importance (see `importance`) is what the affinity loss gains when an element goes, so heads, neurons and channels
+of both towers are comparable. A greedy cut removes what matters least for the size that it saves, in a few rounds:
+what is left is measured again before more of it goes. There is no training; `inheritance.compact` cuts by the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyclip.common.progress import ended, tell
+from tinyclip.compress.importance import BOTH, Enough, Score, importance, never, prunable
+from tinyclip.compress.importance import Sample as Sample
+from tinyclip.compress.inheritance import compact
+from tinyclip.compress.learned_masks import Masks, Tower, Unit, prunable_size, sparsity, tower_size
+from tinyclip.inference.speed import fraction_for_latency, pair_latency_ms
+from tinyclip.model.axes import GATES, NEEDED, axis_kind
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Calibrated
+
+BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
+NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
+# Of what is still to go, the part that goes before costs are worked out anew.
+CHUNK = 1 / 16
+FIRST_TRIAL = 8  # batches of a round
+SETTLED = 0.05  # of what a cut loses
+WORK = "calibrating"
+GATE_OF = {"heads": "attn", "mlp": "ffn"}
+UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
+
+
+def fill_budget(
+    importance: Mapping[str, Tensor],
+    config: CLIPConfig,
+    target_sparsity: Mapping[str, float],
+    *,
+    original: CLIPConfig | None = None,
+    masks: Masks | None = None,
+    unit: Unit = "params",
+    align: int = 1,
+) -> dict[str, Tensor]:
+    """Remove what is least important for the size it saves until the target is met: masks of 0 and 1.
+
+    Args:
+        importance: by axis name; elements of axes that are absent stay.
+        target_sparsity: fraction of the original to remove (see `masks.sparsity`), of `visual`, `text` or `both`.
+        original: the teacher's config, which sparsity counts from; by default the model itself.
+        masks: of 0 for what is gone already.
+        unit: what sparsity counts.
+        align: neurons and channels go so that a multiple of this is left.
+
+    Raises:
+        ValueError: for a target that is out of reach, or already met.
+    """
+    original, kept = original or config, {name: torch.ones(len(value)) for name, value in importance.items()}
+    kept |= {name: mask.detach().cpu().float() for name, mask in (masks or {}).items()}
+    for budget, target in target_sparsity.items():
+        towers = BUDGETS[budget]
+        full = sum(prunable_size(original, tower, unit) for tower in towers)
+
+        def size(keep: Masks, towers: tuple[Tower, ...] = towers) -> Tensor:
+            return torch.stack([tower_size(config, original, keep, tower, unit) for tower in towers]).sum()
+
+        reached = 1 - size(kept).item() / full
+        what = f"target_sparsity {target} of {NAMES[budget]}"
+        if reached >= target:
+            raise ValueError(f"{what} is nothing to do: {reached:.3f} of the original teacher is already gone")
+        mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
+        if not _remove(kept, mine, size, (1 - target) * full, align):
+            reached = 1 - size(kept).item() / full
+            raise ValueError(f"{what} cannot be reached: at most {reached:.3f} can go")
+    return kept
+
+
+def _remove(
+    kept: dict[str, Tensor],
+    importance: Mapping[str, Tensor],
+    size: Callable[[Masks], Tensor],
+    allowed: float,
+    align: int,
+) -> bool:
+    """Close masks of `kept`, least importance per size first, until `size` is `allowed`; whether it could be.
+
+    Sizes are linear in the length of each axis, so what an element costs is the gradient in that length. Elements
+    go in units of `align`, and a chunk of units goes before the costs are worked out at the new shape.
+    """
+    names, orders, axis, score, count = list(importance), [], [], [], []
+    lasting = _lasting(importance, kept)
+    for i, name in enumerate(names):
+        value = importance[name].detach().double().cpu().masked_fill(kept[name] == 0, -torch.inf)
+        orders.append(value.argsort(stable=True))
+        lengths = _units(int(kept[name].sum()), 1 if axis_kind(name) in UNALIGNED else align)
+        units = value[orders[i]][len(value) - sum(lengths) :].split(lengths)
+        units = units[: len(units) - (axis_kind(name) in NEEDED or name in lasting)]  # the last unit stays
+        axis += [i] * len(units)
+        score += [unit.mean().item() for unit in units]
+        count += [len(unit) for unit in units]
+    axes, scores, counts = torch.tensor(axis), torch.tensor(score, dtype=torch.double), torch.tensor(count)
+    left = torch.stack([kept[name].double().sum() for name in names])
+    alive = torch.ones(len(axes), dtype=torch.bool)
+    while True:
+        lengths_now = left.clone().requires_grad_()
+        now = size(kept | dict(zip(names, lengths_now.unsqueeze(1), strict=True)))
+        excess = now.item() - allowed
+        if excess <= 0:
+            break
+        cost = torch.autograd.grad(now, lengths_now)[0][axes]
+        saves = alive & (cost > 0)  # nothing is saved in a branch whose gate is closed
+        if not saves.any():
+            break
+        ranked = torch.where(saves, scores / cost, torch.inf).argsort(stable=True)[: int(saves.sum())]
+        fits = (cost * counts)[ranked].cumsum(0) <= excess * CHUNK
+        chosen = ranked[: max(1, int(fits.sum()))]
+        alive[chosen] = False
+        left.index_add_(0, axes[chosen], -counts[chosen].double())
+    for name, order, length in zip(names, orders, left.int().tolist(), strict=True):
+        kept[name] = torch.zeros(len(order)).index_fill(0, order[len(order) - length :], 1.0)
+    return excess <= 0
+
+
+def _lasting(importance: Mapping[str, Tensor], kept: Masks) -> set[str]:
+    """Of each transformer, the heads or neurons with the most important of all, and their gate: they are not cut to
+    nothing, so that a tower always computes something."""
+    names: set[str] = set()
+    for tower in BOTH:
+        inner = [n for n in importance if n.startswith(f"{tower}.") and axis_kind(n) in GATE_OF and kept[n].any()]
+        if inner:
+            best = max(inner, key=lambda name: importance[name].cpu()[kept[name] != 0].max().item())
+            kind, block = best.split(".")[1:]
+            names |= {best, f"{tower}.{GATE_OF[kind]}.{block}"}
+    return names
+
+
+def _units(length: int, align: int) -> list[int]:
+    """Lengths of the units of an axis, least important first, so that multiples of `align` are left."""
+    rest = [length % align] if length % align else []
+    return rest + [align] * (length // align)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How importance is measured and what may go.
+
+    Args:
+        scale: exp(logit_scale) of the affinity.
+        original: the teacher's config, which sparsity counts from; by default the model's.
+        batches: measured in all, at most.
+        rounds: the size falls by one factor each, and each measures on its share of the batches.
+        seed: of the labels that the score `taylor` draws.
+        unit, gates, align: as in `fill_budget` and `prunable`.
+    """
+
+    scale: float
+    original: CLIPConfig | None = None
+    score: Score = "taylor"
+    unit: Unit = "params"
+    gates: bool = False
+    align: int = 1
+    batches: int = 200
+    rounds: int = 4
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: Calibrated, original: CLIPConfig, scale: float = 1.0, seed: int = 0) -> Calibration:
+        """As a recipe says; the scale matters only where something is measured."""
+        options = {name: getattr(settings, name) for name in ("score", "gates", "align", "batches")}
+        return cls(scale, original, unit=settings.counted, seed=seed, **options)
+
+    def measure(
+        self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int, enough: Enough = never
+    ) -> dict[str, Tensor]:
+        """Importance under masks, which may lie elsewhere than the model."""
+        placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
+        generator = torch.Generator().manual_seed(seed)
+        how: dict[str, Any] = {"score": self.score, "scale": self.scale, "generator": generator, "enough": enough}
+        return importance(model, samples, placed, **how)
+
+    def fill(
+        self, found: Mapping[str, Tensor], config: CLIPConfig, targets: Mapping[str, float], masks: Masks | None = None
+    ) -> dict[str, Tensor]:
+        settings: dict[str, Any] = {"original": self.original, "unit": self.unit, "align": self.align}
+        return fill_budget(found, config, targets, masks=masks, **settings)
+
+    def sparsity(self, config: CLIPConfig, masks: Masks, budget: str) -> float:
+        return sparsity(config, self.original or config, masks, BUDGETS[budget], self.unit).item()
+
+    def check(self, config: CLIPConfig, targets: Mapping[str, float]) -> None:
+        """`ValueError` for a target that no masks can meet, or that is already met; nothing is measured."""
+        for name, target in targets.items():
+            sizes = prunable(config, BUDGETS[name], self.gates)
+            self.fill({axis: torch.ones(size) for axis, size in sizes.items()}, config, {name: target})
+
+
+def calibrate(
+    model: CLIP, samples: Iterable[Sample], target_sparsity: Mapping[str, float], how: Calibration
+) -> dict[str, Tensor]:
+    """Masks of 0 and 1 for the model that meet the target; the model is left as it is.
+
+    A round ends before its share of the batches when more would not change what it keeps, see `settled`.
+
+    Args:
+        model: in evaluation mode.
+        samples: on the model's device; no more are taken than are measured.
+        target_sparsity: as in `fill_budget`.
+
+    Raises:
+        ValueError: for a target that is out of reach or already met, or too few samples.
+    """
+    config, source = model.config, iter(samples)
+    how.check(config, target_sparsity)
+    towers = tuple(tower for tower in BOTH if any(tower in BUDGETS[name] for name in target_sparsity))
+    masks = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
+    left = {name: 1 - how.sparsity(config, {}, name) for name in target_sparsity}
+    rounds = min(how.rounds, how.batches)
+    for r in range(1, rounds + 1):
+        start, end = (how.batches * n // rounds for n in (r - 1, r))
+        goals = {}
+        for name, target in target_sparsity.items():
+            goal = 1 - left[name] * ((1 - target) / left[name]) ** (r / rounds) if r < rounds else target
+            if how.sparsity(config, masks, name) < goal:  # else the round before removed more than it had to
+                goals[name] = goal
+        cut = partial(how.fill, config=config, targets=goals, masks=masks)
+        found = how.measure(
+            model, _told(source, start, end, how.batches), masks, how.seed * 1000 + r, settled(cut, masks)
+        )
+        masks = cut(found)
+    ended(WORK)
+    return masks
+
+
+def _told(samples: Iterator[Sample], start: int, end: int, batches: int) -> Iterator[Sample]:
+    """The samples of a round, from the batch `start` to before `end`."""
+    for number, sample in enumerate(islice(samples, end - start), start):
+        tell(WORK, number, batches, "batches")
+        yield sample
+
+
+def settled(cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], masks: Masks) -> Enough:
+    """Whether more batches would not change what a cut keeps.
+
+    A trial cut is made whenever the batches have doubled. Elements at the edge always change places, as they matter
+    equally little. So the cut has settled when that of half the batches, judged by all of them, loses hardly more than
+    the new one.
+
+    Args:
+        masks: what the round begins with.
+    """
+    due, before = FIRST_TRIAL, dict[str, Tensor]()
+
+    def enough(count: int, found: Callable[[], Mapping[str, Tensor]]) -> bool:
+        nonlocal due, before
+        if count < due:
+            return False
+        due *= 2
+        known = {name: value.detach().double().cpu() * masks[name].cpu() for name, value in found().items()}
+        with torch.enable_grad():  # sizes are differentiated, also where importance needs none
+            half, before = before, cut(known)
+        return bool(half) and _loss_of(half, known) <= (1 + SETTLED) * _loss_of(before, known)
+
+    return enough
+
+
+def _loss_of(masks: Masks, importance: Mapping[str, Tensor]) -> float:
+    """What goes with the elements that are closed."""
+    return sum(((1 - masks[name]) * value).sum().item() for name, value in importance.items())
+
+
+def targets_for_latency(
+    model: CLIP, samples: Iterable[Sample], latency_ms: float, towers: tuple[Tower, ...], how: Calibration
+) -> tuple[dict[str, float], float]:
+    """The target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
+    the model's MACs that this removes. Importance is measured once, on the batches of one round.
+
+    Raises:
+        ValueError: when it cannot be reached, or nothing needs to be removed.
+    """
+    how, config = replace(how, unit="macs"), model.config
+    budget = "both" if len(towers) == 2 else towers[0]
+    ones = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
+    count = max(1, how.batches // how.rounds)
+    found = how.measure(model, _told(iter(samples), 0, count, count), ones, how.seed * 1000)
+    ended(WORK)
+    start = how.sparsity(config, {}, budget)
+
+    def measured(removed: float) -> float:
+        if removed == 0:
+            return pair_latency_ms(model)
+        return pair_latency_ms(compact(model, how.fill(found, config, {budget: start + (1 - start) * removed})))
+
+    removed = fraction_for_latency(measured, latency_ms)
+    return {budget: start + (1 - start) * removed}, removed

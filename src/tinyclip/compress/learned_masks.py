@@ -1,0 +1,315 @@
+"""Masks: one multiplier for each element of a named axis, and one for each branch.
+
+`Masks` maps axis names (see `axes`) to 1-D tensors. A name that is absent is not masked; an element at 0 is
+removed, one between is graded. Gates (`visual.attn.3`, `text.ffn.3`) have one element. The masks of a ResNet
+image tower are 0 or 1 only, as batch norm and shared channels leave no one place to fold a grade into.
+
+`HardConcrete` are masks that are learned (TinyCLIP, ICCV 2023, section 3.2, after CoFi pruning), and `Constraint`
+is what drives them to a size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinyclip.compress.size import resnet_size
+from tinyclip.model.axes import axis_sizes
+from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+
+Masks = Mapping[str, Tensor]
+Tower = Literal["visual", "text"]
+Unit = Literal["params", "macs"]
+
+START, LARGEST = 10.0, math.log(100)  # log_alpha: its first value, and what it is clamped to either way
+TEMPERATURE, LOWER, UPPER = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, stretched to (LOWER, UPPER)
+NOISE_MARGIN = 1e-6  # the uniform noise stays this far from 0 and 1
+SHARPNESS = 0.8  # of the deterministic value, the reference code's `magical_number`
+
+
+def validate(masks: Masks, config: CLIPConfig) -> None:
+    """Check that every mask belongs to the model and has its length.
+
+    Raises:
+        ValueError: naming the mask, its shape, and what the model has; a graded mask for a ResNet tower.
+    """
+    sizes = axis_sizes(config)
+    for name, mask in masks.items():
+        if name not in sizes:
+            raise ValueError(f"mask {name!r}: the model has no such axis")
+        if tuple(mask.shape) != (sizes[name],):
+            raise ValueError(f"mask {name!r}: shape {tuple(mask.shape)}, expected ({sizes[name]},)")
+        if isinstance(config.vision, ResNetConfig) and name.startswith("visual."):
+            values = mask.detach()
+            if not ((values == 0) | (values == 1)).all():
+                raise ValueError(f"mask {name!r}: a ResNet tower takes masks of 0 and 1 only")
+
+
+# --- size under masks -------------------------------------------------------------------------------------------
+
+
+def tower_of(config: CLIPConfig, tower: Tower) -> TransformerConfig:
+    """The config of a tower that takes masks.
+
+    Raises:
+        ValueError: for a ResNet, whose channels are cut by rule or by importance only.
+    """
+    part = config.vision if tower == "visual" else config.text
+    if not isinstance(part, TransformerConfig):
+        raise ValueError(f"a {part.kind} image tower cannot learn masks; take `inherit: calibrated` or `towers: text`")
+    return part
+
+
+def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tower, unit: Unit) -> Tensor:
+    """Size of a tower's blocks under masks or probabilities of keeping; a scalar, differentiable.
+
+    In parameters: sum(hidden x heads) * 4 * head_dim * (1 + 1/d) + 2 * sum(hidden x mlp), over all blocks, with d
+    the original width (reference code, `l0_module`). In MACs: the products of one image, or of one text of full
+    context. Embeddings and norms are left out. For a ResNet: `sizes.resnet_size`.
+
+    Args:
+        keep: by axis name, as masks; what is absent is kept whole.
+    """
+    if tower == "visual" and isinstance(config.vision, ResNetConfig):
+        return resnet_size(config, keep, unit)
+    part, width = tower_of(config, tower), tower_of(original, tower).width
+    sizes = axis_sizes(config)
+
+    def kept(name: str) -> Tensor:
+        return keep[name].sum() if name in keep else torch.tensor(float(sizes[name]))
+
+    hidden, length, total = kept(f"{tower}.hidden"), _length(part), torch.zeros(())
+    for i, (heads, mlp) in enumerate(zip(part.heads, part.mlp_width, strict=True)):
+        if heads is not None:
+            inner = part.head_dim * kept(f"{tower}.heads.{i}") * kept(f"{tower}.attn.{i}")
+            weights = 4 * hidden * inner
+            total = total + (
+                weights * (1 + 1 / width) if unit == "params" else length * weights + 2 * length**2 * inner
+            )
+        if mlp is not None:
+            weights = 2 * hidden * kept(f"{tower}.mlp.{i}") * kept(f"{tower}.ffn.{i}")
+            total = total + (weights if unit == "params" else length * weights)
+    return total
+
+
+def prunable_size(original: CLIPConfig, tower: Tower, unit: Unit) -> int:
+    """What `tower_size` is compared with: all blocks of the original tower, in parameters biases included."""
+    if unit == "macs" or (tower == "visual" and isinstance(original.vision, ResNetConfig)):
+        return int(tower_size(original, original, {}, tower, unit).item())
+    part = tower_of(original, tower)
+    inner = [(heads or 0) * part.head_dim for heads in part.heads]
+    mlp = [m or 0 for m in part.mlp_width]
+    d = part.width
+    return sum(4 * d * n + 3 * n + d for n in inner) + sum(2 * d * m + d + m for m in mlp)
+
+
+def _length(part: TransformerConfig) -> int:
+    return part.grid**2 + 1 if isinstance(part, VisionConfig) else part.context_length  # type: ignore[attr-defined]
+
+
+def sparsity(config: CLIPConfig, original: CLIPConfig, keep: Masks, towers: tuple[Tower, ...], unit: Unit) -> Tensor:
+    """Fraction of the original's size that is gone, the towers' sizes added up; a scalar."""
+    # Added one by one: of a tower without masks the size is on the CPU, as a number that goes with any device.
+    remaining = sum((tower_size(config, original, keep, t, unit) for t in towers), torch.zeros(()))
+    return 1 - remaining / sum(prunable_size(original, t, unit) for t in towers)
+
+
+# --- learned masks ----------------------------------------------------------------------------------------------
+
+
+def probability_kept(log_alpha: Tensor) -> Tensor:
+    """Probability that the mask is not 0."""
+    return 1 - torch.sigmoid(math.log(-LOWER / UPPER) * TEMPERATURE - log_alpha)
+
+
+def stretched_sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """A hard concrete sample in [0, 1] for uniform noise in (0, 1) of the same shape (Louizos et al., 2018)."""
+    soft = torch.sigmoid((uniform.log() - (1 - uniform).log() + log_alpha) / TEMPERATURE)
+    return (soft * (UPPER - LOWER) + LOWER).clamp(0, 1)
+
+
+def deterministic_value(log_alpha: Tensor, align: int = 1) -> Tensor:
+    """The mask in evaluation: graded, the smallest `round(expected number of zeros)` set to 0.
+
+    Args:
+        align: round the number that is kept up to a multiple of this.
+    """
+    value = torch.sigmoid(log_alpha / TEMPERATURE * SHARPNESS)
+    kept = len(value) - int((len(value) - probability_kept(log_alpha).sum()).round())
+    kept = min(len(value), -(-kept // align) * align)
+    return value.index_fill(0, value.argsort()[: len(value) - kept], 0.0)
+
+
+class HardConcrete(nn.Module):
+    """Learnable masks of both towers, or of one.
+
+    `log_alpha` has, for each tower, `visual_hidden` (a parameter of the tower's width), `visual_heads` and
+    `visual_mlp` (lists of one parameter a block, empty where the branch is gone), and with gates `visual_attn` and
+    `visual_ffn` (the same, of one element).
+
+    Args:
+        config: the model that is masked.
+        original: what sparsity counts from; by default the model itself.
+        towers: those that are masked.
+        gates: whether whole branches can go too.
+        unit: what sparsity counts.
+
+    Raises:
+        ValueError: for a tower that takes no learned masks.
+
+    >>> import tinyclip
+    >>> model = tinyclip.load("emoji-student").model
+    >>> hard = tinyclip.HardConcrete(model.config)
+    >>> masks = hard.deterministic()  # nothing is removed yet; `sample` is for training
+    >>> tinyclip.compact(model, masks).config == model.config
+    True
+    """
+
+    def __init__(
+        self,
+        config: CLIPConfig,
+        original: CLIPConfig | None = None,
+        *,
+        towers: tuple[Tower, ...] = ("visual", "text"),
+        gates: bool = False,
+        unit: Unit = "params",
+    ) -> None:
+        super().__init__()
+        self.config, self.original = config, original or config
+        self.towers, self.gates, self.unit = towers, gates, unit
+        sizes = axis_sizes(config)
+        self.log_alpha = nn.ParameterDict()
+        for tower in towers:
+            layers = tower_of(config, tower).layers
+            self.log_alpha[f"{tower}_hidden"] = _fresh(sizes[f"{tower}.hidden"])
+            for kind in ("heads", "mlp", *(("attn", "ffn") if gates else ())):
+                blocks = (_fresh(sizes.get(f"{tower}.{kind}.{i}", 0)) for i in range(layers))
+                self.log_alpha[f"{tower}_{kind}"] = nn.ParameterList(blocks)
+
+    def named_log_alpha(self) -> Iterator[tuple[str, Tensor]]:
+        """Every log_alpha that is not empty, by its axis name."""
+        for key, entry in self.log_alpha.items():
+            tower, kind = key.split("_")
+            blocks = [(f"{tower}.{kind}", entry)]
+            if isinstance(entry, nn.ParameterList):
+                blocks = [(f"{tower}.{kind}.{i}", block) for i, block in enumerate(entry)]
+            yield from ((name, block) for name, block in blocks if len(block))
+
+    def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Masks of one draw of the noise, differentiable in `log_alpha`.
+
+        Args:
+            generator: on the CPU, so that every device and rank draws the same.
+        """
+        masks = {}
+        for name, log_alpha in self.named_log_alpha():
+            noise = torch.rand(log_alpha.shape, generator=generator).to(log_alpha, non_blocking=True)
+            masks[name] = stretched_sample(log_alpha, NOISE_MARGIN + (1 - 2 * NOISE_MARGIN) * noise)
+        return masks
+
+    @torch.no_grad()
+    def deterministic(self, align: int = 1) -> dict[str, Tensor]:
+        """Masks to evaluate with and to cut by.
+
+        Args:
+            align: channels and neurons that are kept are rounded up to a multiple of this; heads are not, since
+                each is `head_dim` wide.
+        """
+        return {
+            name: deterministic_value(value, align if name.split(".")[1] in ("hidden", "mlp") else 1)
+            for name, value in self.named_log_alpha()
+        }
+
+    def expected_sparsity(self, tower: Literal["visual", "text", "both"] = "both") -> Tensor:
+        """Expected fraction of the original's size that the masks remove (see `sparsity`); a scalar.
+
+        `both` adds up the sizes of the towers, so that a tower without masks counts as it is.
+        """
+        keep = {name: probability_kept(log_alpha) for name, log_alpha in self.named_log_alpha()}
+        towers: tuple[Tower, ...] = ("visual", "text") if tower == "both" else (tower,)
+        return sparsity(self.config, self.original, keep, towers, self.unit)
+
+    @torch.no_grad()
+    def filled(self, values: Tensor) -> HardConcrete:
+        """The same masks on the CPU with these values, which are there: of all parameters, one after the other."""
+        settings = {"towers": self.towers, "gates": self.gates, "unit": self.unit}
+        dtype = next(self.parameters()).dtype
+        copy = HardConcrete(self.config, self.original, **settings).to(dtype)  # type: ignore[arg-type]
+        nn.utils.vector_to_parameters(values.to(dtype), copy.parameters())
+        return copy
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep every log_alpha within its bounds; to be called after each step."""
+        for _, log_alpha in self.named_log_alpha():
+            log_alpha.clamp_(-LARGEST, LARGEST)
+
+
+def _fresh(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.full((size,), START), requires_grad=size > 0)
+
+
+def lagrangian(expected: Tensor, target: float, multipliers: Tensor) -> Tensor:
+    """One-sided: l1 * relu(target - expected) + l2 * relu(target - expected)^2; multipliers: (2,)."""
+    missing = torch.relu(target - expected)
+    return multipliers[0] * missing + multipliers[1] * missing**2
+
+
+class Constraint(nn.Module):
+    """Holds `hard` to target sparsities that rise linearly over `ramp_steps`.
+
+    Args:
+        targets: for `visual`, `text` or `both`; one budget each.
+    """
+
+    def __init__(self, hard: HardConcrete, targets: Mapping[str, float], ramp_steps: int) -> None:
+        super().__init__()
+        self.targets, self.ramp_steps = dict(targets), ramp_steps
+        self.multipliers = nn.ParameterDict({name: torch.full((2,), 10.0) for name in targets})
+        self.start = {name: budget_bounds(hard, name)[0] for name in targets}
+
+    def target(self, name: str, step: int) -> float:
+        """Target sparsity at a step, counted from 0."""
+        done = min(1.0, step / self.ramp_steps)
+        return self.start[name] + done * (self.targets[name] - self.start[name])
+
+    def forward(self, hard: HardConcrete, step: int) -> Tensor:
+        """The term that is added to the loss; the multipliers are to ascend on it."""
+        terms = [
+            lagrangian(hard.expected_sparsity(name), self.target(name, step), multipliers)  # type: ignore[arg-type]
+            for name, multipliers in self.multipliers.items()
+        ]
+        return torch.stack(terms).sum()
+
+
+@torch.no_grad()
+def budget_bounds(hard: HardConcrete, name: str) -> tuple[float, float]:
+    """Sparsity of a budget before anything is masked, and the largest that the clamp allows."""
+    towers: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
+
+    def at(keep: Masks) -> float:
+        return sparsity(hard.config, hard.original, keep, towers, hard.unit).item()
+
+    least = probability_kept(torch.tensor(-LARGEST))
+    return at({}), at({key: least.expand(len(value)) for key, value in hard.named_log_alpha()})
+
+
+def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
+    """Refuse what masks cannot do.
+
+    Raises:
+        ValueError: for a target that cannot be reached, or that the model has already passed.
+    """
+    for name, target in targets.items():
+        what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
+        start, largest = budget_bounds(hard, name)
+        if target > largest:
+            raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
+        if target <= start:
+            raise ValueError(
+                f"target_sparsity {target} of {what} is nothing to do: {start:.3f} of the teacher is gone already"
+            )

@@ -1,0 +1,144 @@
+"""Which files of a folder are pictures. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tinyclip.common.faults import Fault, Skipped
+from tinyclip.common.files import name_of
+
+JPEG = (".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp")
+COPIED = {**dict.fromkeys(JPEG, "jpg"), ".png": "png", ".webp": "webp"}  # stored in shards as they are
+CONVERTED = {".bmp", ".gif", ".tif", ".tiff"}  # stored as PNG
+OTHERS = {".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl"}  # stored as PNG where they can be read, else reported
+ENDINGS = {*COPIED, *CONVERTED, *OTHERS}
+
+# Folders that systems and file managers keep for themselves: thumbnails, copies, what was thrown away.
+THEIRS = {".thumbnails", "@eadir", ".@__thumb", "__macosx", ".appledouble", ".trash", ".trashes", "$recycle.bin"}
+THEIRS |= {"#recycle", "@recycle", "system volume information", ".git", ".fseventsd", ".spotlight-v100", ".dtrash"}
+APPLE_DOUBLE = b"\0\5\x16\7"  # begins the files `._photo.jpg`, which hold what macOS knows of `photo.jpg`
+
+
+LeftOut = tuple[Path, Fault]
+
+
+def is_picture(path: Path | str) -> bool:
+    """By its ending."""
+    return Path(path).suffix.lower() in ENDINGS
+
+
+def is_theirs(name: str) -> bool:
+    """Whether a folder of this name is a file manager's."""
+    return name.lower() in THEIRS or name.startswith(".Trash-")
+
+
+def is_apple_double(path: Path) -> bool:
+    if not path.name.startswith("._"):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == APPLE_DOUBLE
+    except OSError:
+        return False
+
+
+def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[Path]:
+    """The pictures below a folder, sorted. Links to folders are followed, each real folder once, and none that leads to
+    a folder that this one is in. Folders of file managers are left out, unless `folder` itself is one.
+
+    Args:
+        left_out: gets the places that were left out, and why.
+    """
+    found, theirs = list[Path](), dict[Path, int]()  # of file managers: places, and the pictures in them
+    unread = list[LeftOut]()
+    for place, names in _walk(folder, unread):
+        below, top = place.relative_to(folder).parts, None
+        for depth, name in enumerate(below, 1):
+            if is_theirs(name):
+                top = folder.joinpath(*below[:depth])
+                break
+        for path in (place / name for name in names if is_picture(name)):
+            if top is None and not is_apple_double(path):
+                found.append(path)
+            else:
+                key = top or place / "._*"
+                theirs[key] = theirs.get(key, 0) + 1
+    if left_out is not None:
+        for path, count in sorted(theirs.items()):
+            way = "" if path.name == "._*" else "; to use them, give that folder itself"
+            what = "picture" if count == 1 else "pictures"
+            left_out.append((path, Fault("file_manager", f"{count:,} {what} of a file manager{way}")))
+        left_out += sorted(unread, key=lambda place: place[0])
+    return sorted(found)
+
+
+def has_pictures(folder: Path) -> bool:
+    """Also where it cannot be opened, so that this is said and not passed over."""
+    unread = list[LeftOut]()
+    return first_picture(folder, unread) is not None or any(path == folder for path, _ in unread)
+
+
+def first_picture(folder: Path, unread: list[LeftOut] | None = None) -> Path | None:
+    """The first that is met below a folder, as `find_pictures` looks for them."""
+    for place, names in _walk(folder, [] if unread is None else unread, leave_theirs=True):
+        for path in (place / name for name in names if is_picture(name)):
+            if not is_apple_double(path):
+                return path
+    return None
+
+
+def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder with the names of the files in it: first all that are really there, then what links lead to."""
+    seen = {identity for place in (folder, *folder.resolve().parents) if (identity := _identity(place))}
+    starts = [folder]
+
+    def note(error: OSError) -> None:
+        unread.append((Path(error.filename), Fault("unreadable_folder", f"cannot be opened ({error.strerror})")))
+
+    while starts:
+        links = list[Path]()
+        for start in starts:
+            if start != folder and not _is_new(start, seen):
+                continue
+            for top, folders, names in os.walk(start, onerror=note):
+                place = Path(top)
+                yield place, names
+                # Of links that lead nowhere those whose names may be folders', on a disk that is away, say.
+                lost = [place / name for name in names if "." not in name and (place / name).is_symlink()]
+                unread += [
+                    (path, Fault("unreadable_folder", "a link that leads nowhere"))
+                    for path in lost
+                    if _identity(path) is None
+                ]
+                paths = [place / name for name in folders if not (leave_theirs and is_theirs(name))]
+                links += [path for path in paths if path.is_symlink()]
+                folders[:] = [path.name for path in paths if not path.is_symlink() and _is_new(path, seen)]
+        starts = sorted(links)
+
+
+def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    identity = _identity(folder)
+    if identity is None or identity in seen:
+        return False
+    seen.add(identity)
+    return True
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        state = folder.stat()
+    except OSError:  # gone meanwhile
+        return None
+    return state.st_dev, state.st_ino
+
+
+def skipped_of(left_out: Sequence[LeftOut], root: Path) -> list[Skipped]:
+    """The same for those who list what was skipped, with paths below `root`."""
+    return [Skipped("", name_of(path.relative_to(root)), fault.cause, fault.reason) for path, fault in left_out]
+
+
+def because(left_out: Sequence[LeftOut]) -> str:
+    """What may be why there are no pictures, for the end of a message."""
+    return f"; left out: {left_out[0][0]}: {left_out[0][1]}" if left_out else ""

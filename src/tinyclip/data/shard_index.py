@@ -1,0 +1,449 @@
+"""The index of a folder of shards, and reading by it; whatever state the shards are in.
+
+Energon's own files, beside each tar the offsets of its samples and in `.nv-meta` their numbers, with two of ours:
+`faults.jsonl`, what is left out, and `ready`, the shards that the index is of. Energon's own indexing takes no
+truncated tar and no key twice. Users' tars are never written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import json
+import os
+import shutil
+import struct
+import tarfile
+import time
+import zlib
+from bisect import bisect_right
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.energon import CrudeWebdataset, __version__
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.itar import ITarRawSamplePartPointer, TarIndexWriter
+from megatron.energon.source_info import SourceInfo
+
+import tinyclip
+from tinyclip.common.faults import Fault, Skipped, Unusable
+from tinyclip.common.files import in_words, remove_halves, replacing, write_atomically
+from tinyclip.common.locks import Lock
+from tinyclip.common.progress import ended, tell_bytes, track
+from tinyclip.data.shards import (
+    IMAGE_TYPES,
+    RENAME,
+    Entry,
+    check_is_file,
+    entries,
+    find_shards,
+    lack_of,
+    long_endings,
+    misnamed,
+    open_shard,
+    part_of,
+    unpacked,
+    words,
+)
+
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries of a shard that cannot be opened
+LENT_AFTER = 100  # samples in a row that a worker could not read
+FORMAT = 3  # of our files in .nv-meta
+KEPT_FORMATS = (2, FORMAT)  # in which a run that is resumed may go on
+MOST_TIMES, FREE_SIZE = 100, 2**28  # what may come out of a .tar.gz: so many times its size, or so many bytes
+READ_ERRORS = (OSError, tarfile.TarError, ValueError, EOFError, IndexError, struct.error)
+
+
+def prepare(folder: str | Path, keep: bool = False) -> int:
+    """Make a folder of shards ready for training: unpack `.tar.gz` beside themselves, write Energon's index.
+
+    Does nothing when the index is that of the shards as they are. Returns the number of usable samples; `known_faults`
+    then has what was left out.
+
+    Args:
+        keep: an index whose shards have not changed stays, though some may be gone and others have come, since the
+            position of a run counts in it.
+
+    Raises:
+        ValueError: for a folder without a usable sample, or of which most repeat a key, or that cannot be written.
+    """
+    folder = Path(folder)
+    meta = folder / ".nv-meta"
+    if not _is_current(meta, find_shards(folder), keep):  # before the lock, also where the folder cannot be written
+        try:
+            _check_ours(meta)
+            with Lock(folder / ".prepare.lock"):
+                damaged = [s for packed in folder.glob("*.tar.gz") if (s := _unpack(packed))]
+                if not _is_current(meta, find_shards(folder), keep):  # else another process was faster
+                    _index(folder, damaged)
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot write its index ({in_words(error)})") from None
+    return _usable(meta)
+
+
+def _unpack(packed: Path) -> Skipped | None:
+    """Put the plain `.tar` beside a `.tar.gz`, as far as it is whole; a fault when nothing of it is."""
+    plain = packed.with_suffix("")
+    remove_halves(plain)
+    if unpacked(packed):
+        return None
+    try:
+        check_is_file(packed)
+        with replacing(plain) as temporary:
+            size, problem = _gunzip(packed, temporary)
+            if not size:
+                raise Fault("damaged_shard", f"damaged shard ({problem})")
+            os.utime(temporary, ns=(packed.stat().st_mtime_ns,) * 2)
+    except Fault as fault:
+        return Skipped(packed.name, "", fault.cause, fault.reason)
+    return None
+
+
+def _gunzip(packed: Path, target: Path) -> tuple[int, str]:
+    """Unpack as far as it is whole: the bytes that came out, and why no more did.
+
+    Raises:
+        ValueError: when more comes out than of pictures, which hardly compress.
+        OSError: when it is more than the disk has room for.
+    """
+    whole, room = packed.stat().st_size, shutil.disk_usage(packed.parent).free
+    most, size, problem = max(MOST_TIMES * whole, FREE_SIZE), 0, "no data"
+    with packed.open("rb") as raw, gzip.open(raw) as source, target.open("wb") as file:
+        while True:
+            try:
+                block = source.read1(2**16)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                problem, block = misnamed(packed) or words(error), b""
+            if not block:
+                break
+            size += len(block)
+            if size > most:
+                text = f"over {most:,} bytes come out of {whole:,}, which no shard of pictures does"
+                raise ValueError(f"{packed}: {text}; if it is right, unpack it with `gunzip --keep`")
+            if size > room:
+                raise OSError(errno.ENOSPC, f"{room:,} bytes are free, and more come out")
+            file.write(block)
+            tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
+    ended(f"unpacking {packed.name}")
+    return size, problem
+
+
+@dataclass
+class _Indexed:
+    """What the headers of a shard say."""
+
+    count: int = 0
+    left_out: list[tuple[int | None, Skipped]] = field(default_factory=list)  # with their place in the shard, or None
+    lacking: list[Skipped] = field(default_factory=list)  # samples without a picture or a caption
+    beside: list[Skipped] = field(default_factory=list)  # samples with more pictures than the one that is used
+    linked: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # samples with links, see `Patient`
+    apart: list[str] = field(default_factory=list)  # keys whose picture and caption do not stand together
+
+
+def _index(folder: Path, damaged: list[Skipped]) -> None:
+    shards, state = sorted(folder.glob("*.tar")), _state(find_shards(folder))
+    faults = [asdict(s) for s in damaged]
+    counts: dict[str, int] = {}
+    linked: list[dict[str, Any]] = []
+    if len(shards) > 8:
+        try:
+            with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                found = list(track(pool.map(_index_shard, shards), f"indexing {folder}", len(shards), "shards"))
+        except BrokenProcessPool:
+            raise ValueError(f"{folder}: a process that indexed shards died, perhaps for lack of memory") from None
+    else:
+        found = [_index_shard(shard) for shard in track(shards, f"indexing {folder}", len(shards), "shards")]
+    for shard, one in zip(shards, found, strict=True):
+        start = sum(counts.values())
+        # Samples are known by their number in the whole index.
+        faults += [asdict(s) | ({"sample": start + i} if i is not None else {}) for i, s in one.left_out]
+        linked += [{"sample": start + i} | parts for i, parts in one.linked]
+        if one.count:
+            counts[shard.name] = one.count
+    _check_usable(folder, sum(counts.values()), faults, found)
+    meta = folder / ".nv-meta"
+    (meta / "ready").unlink(missing_ok=True)  # without it there is no index
+    _write(meta / "dataset.yaml", {"__module__": __name__, "__class__": Shards.__name__})  # JSON is YAML
+    _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
+    _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})
+    _write_lines(meta / "faults.jsonl", faults)
+    _write_lines(meta / "linked.jsonl", linked)
+    _write_lines(meta / "lacking.jsonl", [asdict(s) for one in found for s in one.lacking])
+    _write_lines(meta / "beside.jsonl", [asdict(s) for one in found for s in one.beside])
+    _write(meta / "ready", {"tinyclip": tinyclip.__version__, "format": FORMAT, "shards": state})
+
+
+def _check_ours(meta: Path) -> None:
+    """Refuse to write over an index that is not ours, which somebody may have made by hand."""
+    if not meta.is_dir() or not any(entry.suffix != ".tmp" for entry in meta.iterdir()):
+        return
+    try:
+        ours = "tinyclip" in json.loads((meta / "dataset.yaml").read_text(encoding="utf-8"))["__module__"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{meta} is not by tinyclip, which writes its own index there; move it away")
+
+
+def _check_usable(folder: Path, total: int, faults: list[dict[str, Any]], found: list[_Indexed]) -> None:
+    """`Unusable` when training would find no sample, or stop since more than half of them are bad."""
+    lacking, apart = [s for one in found for s in one.lacking], [key for one in found for key in one.apart]
+    bad = [f for f in faults if "sample" in f]
+    left = total - len(bad) - len(lacking)
+    if left > 0 and 2 * left >= total:
+        return
+    first = [f"{folder / f['shard']}: {f['reason']}" for f in faults[:3]]
+    first += [f"{folder / s.shard}: {s.key}: {s.reason}" for s in lacking[: 3 - len(first)]]
+    if apart:
+        text = f"picture and caption of {len(apart):,} keys ({apart[0]}) do not follow each other in the tar"
+        first = [f"{text}; pack it anew with `tar --sort=name`"]
+    what = f"{total - left:,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
+    raise Unusable(f"{folder}: {what}; {'; '.join(first)}")
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value))
+
+
+def _index_shard(shard: Path) -> _Indexed:
+    """Write Energon's index of a shard, the offsets of its samples."""
+    found = _Indexed()
+    offsets: list[int] = []
+    end = 0
+    alone: dict[str, str] = {}  # what samples lack that have a picture or a caption only
+    try:
+        with open_shard(shard) as tar:
+            for entry in entries(tar):
+                lack = lack_of(entry)
+                if lack and alone.setdefault(entry.key, lack.cause) != lack.cause:
+                    found.apart.append(entry.key)
+                if entry.fault:
+                    found.left_out.append((len(offsets), _skipped(shard, entry.key, entry.fault)))
+                elif lack:
+                    found.lacking.append(_skipped(shard, entry.key, lack))
+                elif several := _others(entry):
+                    reason = f"{len(several)} more pictures ({several[0]}) share its key; {RENAME}"
+                    found.beside.append(_skipped(shard, entry.key, Fault("shared_key", reason)))
+                if entry.linked and not entry.fault:
+                    found.linked.append((len(offsets), _places(entry)))
+                offsets.append(entry.offset)
+                tell_bytes(f"indexing {shard.name}", entry.offset, shard.stat().st_size)
+                end = entry.end
+        if not offsets:
+            raise Fault("empty_shard", "an empty shard")
+    except Fault as fault:
+        found.left_out.append((None, _skipped(shard, "", fault)))
+    ended(f"indexing {shard.name}")
+    if offsets:
+        with TarIndexWriter(EPath(shard)) as writer:
+            for offset in (*offsets, end):
+                writer.append(offset)
+    found.count = len(offsets)
+    return found
+
+
+def _others(entry: Entry) -> list[str]:
+    """Pictures of a sample that stand beside the one that is used since their names have more dots."""
+    used = part_of(entry.parts, IMAGE_TYPES)
+    return [ending for ending in long_endings(entry.parts, IMAGE_TYPES) if ending != used]
+
+
+def _places(entry: Entry) -> dict[str, Any]:
+    """Where the bytes of a sample's links are, which Energon passes over: first byte and size by ending."""
+    parts = {ending: [entry.parts[ending].offset_data, entry.parts[ending].size] for ending in sorted(entry.linked)}
+    return {"key": entry.key, "parts": parts, "alone": len(parts) == len(entry.parts)}
+
+
+def _skipped(shard: Path, key: str, fault: Fault) -> Skipped:
+    return Skipped(shard.name, key, fault.cause, fault.reason)
+
+
+def shard_counts(folder: str | Path, keep: bool = False) -> dict[str, int]:
+    """Samples of each shard that is read of a folder, bad ones included; it is indexed as `prepare` does."""
+    prepare(folder, keep)
+    return _counts(Path(folder) / ".nv-meta")
+
+
+def check_readers(folder: str | Path, workers: int, processes: int) -> None:
+    """Whether each process's workers, which share the samples of an indexed folder, get at least one; `ValueError` that
+    says what would do when not."""
+    samples, readers = sum(_counts(Path(folder) / ".nv-meta").values()), max(1, workers) * processes
+    if samples >= readers:
+        return
+    text = f"{folder}: {samples:,} samples are too few for {processes:,} processes of {max(1, workers):,} workers each"
+    most = samples // processes
+    mend = f"set `workers` to {most:,} at most" if most else f"start {samples:,} processes at most"
+    raise ValueError(f"{text}, as every worker reads samples of its own; {mend}, or add data")
+
+
+def known_samples(folder: str | Path) -> int | None:
+    """Usable samples of a folder that is indexed as it stands, else None; writes nothing."""
+    meta = Path(folder) / ".nv-meta"
+    return _usable(meta) if meta.exists() and _is_current(meta, find_shards(folder)) else None
+
+
+def known_faults(folder: str | Path) -> list[Skipped]:
+    """What the index of a folder leaves out."""
+    return [_of_row(row) for row in _faults(Path(folder) / ".nv-meta")]
+
+
+def known_lacks(folder: str | Path) -> tuple[list[Skipped], list[Skipped]]:
+    """Samples that lack a picture or a caption, which `prepare` counts, as their order is that of the tars; and those
+    that have more pictures than the one that is used."""
+    meta = Path(folder) / ".nv-meta"
+    lacking, beside = ([_of_row(row) for row in _rows(meta / f"{name}.jsonl")] for name in ("lacking", "beside"))
+    return lacking, beside
+
+
+def _of_row(row: dict[str, Any]) -> Skipped:
+    return Skipped(row["shard"], row["key"], row["cause"], row["reason"])
+
+
+def _faults(meta: Path) -> list[dict[str, Any]]:
+    return _rows(meta / "faults.jsonl")
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _usable(meta: Path) -> int:
+    return sum(_counts(meta).values()) - sum("sample" in f for f in _faults(meta))
+
+
+def _counts(meta: Path) -> dict[str, int]:
+    counts: dict[str, int] = json.loads((meta / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
+    return counts
+
+
+def _state(shards: list[Path]) -> dict[str, list[int]]:
+    """Size and time of every shard; of one that cannot be looked at, as a link to nothing, nothing."""
+    state: dict[str, list[int]] = {}
+    for shard in shards:
+        state[shard.name] = []
+        with contextlib.suppress(OSError):
+            now = shard.stat()
+            state[shard.name] = [now.st_size, now.st_mtime_ns]
+    return state
+
+
+def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:
+    """Whether the index is whole, of just these shards as they are now; with `keep`, of those of them that it has."""
+    try:
+        ready = json.loads((meta / "ready").read_text(encoding="utf-8"))
+        known = ready["shards"] if ready["format"] in (KEPT_FORMATS if keep else (FORMAT,)) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    state = _state(shards)
+    if keep:
+        both = known.keys() & state.keys()
+        return bool(both) and all(known[name] == state[name] for name in both)
+    return bool(known == state)
+
+
+# --- reading by the index ---------------------------------------------------------------------------------------
+
+
+class Shards(CrudeWebdataset):
+    """Energon's data set of raw samples, in which faults of shards are samples with `__fault__` (named by
+    `.nv-meta/dataset.yaml`). So the order of samples, and with it a saved position, does not depend on faults."""
+
+    def build(self, worker_rotation_offset: int = 0) -> Any:
+        dataset = super().build(worker_rotation_offset)
+        meta = (self.path / ".nv-meta").local_path()
+        known = {f["sample"]: f for f in _faults(meta) if "sample" in f}
+        linked = {row["sample"]: row for row in _rows(meta / "linked.jsonl")}
+        dataset.dataset.join_readers = [Patient(reader, known, linked) for reader in dataset.dataset.join_readers]
+        return dataset
+
+
+class Patient:
+    """A reader of samples that tries again, with growing pauses, when a shard cannot be opened.
+
+    A shard that stays away costs its pauses once; later samples of it are tried once each, so that it counts again
+    when it comes back. Where one after the other is away, as a whole file system may be, only the first is waited for.
+    A worker that has no other shard is lent samples of those that others read.
+    """
+
+    def __init__(self, reader: Any, known: dict[int, dict[str, Any]], linked: dict[int, dict[str, Any]]) -> None:
+        self.reader, self.known, self.linked = reader, known, linked
+        self.gone: set[str] = set()
+        self.missed = 0  # samples in a row
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.known:
+            fault = self.known[index]
+            return self._instead(index, fault["shard"], fault["key"], Fault(fault["cause"], fault["reason"]))
+        shard = self._shard_of(index)
+        for pause in (*PAUSES, 0.0):
+            try:
+                sample = self._read(index, shard)
+                self.gone.discard(shard)
+                self.missed = 0
+                return sample
+            except OSError as error:
+                gone = Fault("vanished_shard", f"cannot be read ({words(error)})")
+                self._close(shard)
+                if self.missed or shard in self.gone:
+                    break
+                time.sleep(pause)
+            except READ_ERRORS as error:
+                reason = f"is not as it was when it was indexed ({words(error)})"
+                return self._instead(index, shard, f"sample {index}", Fault("damaged_shard", reason))
+        self.gone.add(shard)
+        self.missed += 1
+        lent = self._lent(index) if self.missed > LENT_AFTER else None
+        return lent or self._instead(index, shard, f"sample {index}", gone)
+
+    def _lent(self, index: int) -> Any:
+        """A sample of the next shard that is there, or None."""
+        counts = self.reader.shard_count_cumsum
+        for step in range(len(counts) - 1):
+            number = (index + step) % (len(counts) - 1)
+            other = counts[number] + index % (counts[number + 1] - counts[number])
+            if other not in self.known and self._shard_of(other) not in self.gone:
+                with contextlib.suppress(*READ_ERRORS):
+                    return self._read(other, self._shard_of(other))
+        return None
+
+    def _read(self, index: int, shard: str) -> Any:
+        """A sample as Energon reads it, and the parts that are links, which it passes over."""
+        linked = self.linked.get(index)
+        if linked is None:
+            return self.reader[index]
+        sample = self._plain(index, shard, linked["key"]) if linked["alone"] else self.reader[index]
+        number = self.reader.tar_filenames.index(shard)
+        for ending, (offset, size) in linked["parts"].items():
+            pointer = ITarRawSamplePartPointer(tar_file_id=number, raw_byte_offset=offset, raw_byte_size=size)
+            data, _ = self.reader._get_part_by_raw_sample_pointer(pointer, ending)
+            if len(data) != size:
+                raise ValueError("unexpected end of data")
+            sample[ending] = data
+        return sample
+
+    def _plain(self, index: int, shard: str, key: str) -> dict[str, Any]:
+        source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
+        where = {"__restore_key__": ("Webdataset", index), "__sources__": (source,)}
+        return {"__key__": key, "__shard__": shard, **where}
+
+    def _shard_of(self, index: int) -> str:
+        number = bisect_right(self.reader.shard_count_cumsum, index) - 1
+        return str(self.reader.tar_filenames[self.reader.shard_tar_file_idxs[number]])
+
+    def _close(self, shard: str) -> None:
+        """A handle of a file that cannot be read is of no use."""
+        file = self.reader.itar_files_cache.pop(self.reader.tar_filenames.index(shard), None)
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.fileobj.close()
+
+    def _instead(self, index: int, shard: str, key: str, fault: Fault) -> dict[str, Any]:
+        return self._plain(index, shard, key) | {"__fault__": fault}

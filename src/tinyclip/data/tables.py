@@ -1,0 +1,432 @@
+"""Tables of pictures and captions as people have them: .csv, .tsv, .jsonl, .parquet. No torch here.
+
+A row is given whole or as a fault that names it: it is never cut, and never swallows the next.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+from typing import Any, TextIO
+
+from tinyclip.common.faults import Fault, Skipped
+from tinyclip.common.files import as_text
+from tinyclip.inputs.batching import is_unicode
+
+TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first is the usual one
+LOOKED_AT = 1000  # rows of a .jsonl that are looked at for its columns
+BATCH = 64  # rows of a .parquet at once: pictures may be inside
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: its number as an editor or a reader of the format counts it, and its fields or why it has none."""
+
+    number: int  # the line, from 1, or the row of a .parquet
+    fields: dict[str, Any] = field(default_factory=dict)
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows can be read, again and again, as a stream."""
+
+    path: Path
+    columns: list[str]
+    rows: Callable[[Sequence[str]], Iterator[Row]]  # those columns of every row that is not blank
+    count: int = 0  # rows of a .parquet
+
+    def place(self, row: Row) -> str:
+        """Where a row is, for people."""
+        return f"{self.path.name}, {'row' if self.path.suffix.lower() == '.parquet' else 'line'} {row.number}"
+
+    def column(self, given: str | None, known: Sequence[str], option: str) -> str:
+        """The column that was given, or the first known one, whatever its capitals; `ValueError` naming `option`
+        without it, or when it is there twice."""
+        wanted = [given] if given else known
+        lower = {name.lower(): name for name in reversed(self.columns)}
+        found = next((name for name in wanted if name in self.columns), None)
+        found = found or next((lower[name.lower()] for name in wanted if name.lower() in lower), None)
+        if found is None:
+            asked = repr(given) if given else "one of " + ", ".join(known)
+            has = ", ".join(as_text(name)[:60] for name in self.columns[:20])
+            raise ValueError(f"{self.path}: no column {asked}; it has {has}; name it with {option}, or rename it")
+        if self.columns.count(found) > 1:
+            raise ValueError(f"{self.path}: {self.columns.count(found)} columns are named {found!r}; rename the others")
+        return found
+
+
+def open_table(path: Path, separator: str | None = None, known: Sequence[str] = ()) -> Table:
+    """A table by its header.
+
+    Args:
+        separator: of a .csv or .tsv; by default the one of `,`, `;`, tab and `|` that makes most known columns of
+            the header.
+        known: names of columns beside the usual ones.
+
+    Raises:
+        ValueError: when it cannot be read, or has no header.
+    """
+    suffix = path.suffix.lower()
+    if separator is not None and suffix not in SEPARATORS:
+        raise ValueError(f"{path}: only .csv and .tsv tables have a separator")
+    try:
+        if suffix == ".parquet":
+            return _parquet(path)
+        if suffix == ".jsonl":
+            return _jsonl(path)
+        return _separated(path, _one_letter(separator), [*IMAGE_COLUMNS, *CAPTION_COLUMNS, *known])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def check_bad_rows(table: Table, bad: Sequence[Skipped], total: int) -> None:
+    """`ValueError` when more than half of the rows are bad."""
+    if 2 * len(bad) > total:
+        raise ValueError(f"{table.path}: {len(bad):,} of its {total:,} rows cannot be read, the first: {bad[0]}")
+
+
+def open_text(path: Path) -> TextIO:
+    """A file of UTF-8, whose lines end at `\\n`, `\\r\\n` and `\\r` alone. Bytes that are none come as halves of
+    surrogate pairs (see `inputs.is_unicode`), so that a bad line costs no other.
+
+    Raises:
+        ValueError: for UTF-16.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start.count(0) > len(start) // 4:
+        raise ValueError(f"{path}: UTF-16; save it as UTF-8")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+# --- .jsonl -----------------------------------------------------------------------------------------------------
+
+
+def _jsonl(path: Path) -> Table:
+    def rows(columns: Sequence[str]) -> Iterator[Row]:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip("\ufeff \t\n"):
+                    yield _of_json(number, line)
+
+    columns: dict[str, None] = {}
+    looked = 0
+    for row in rows(()):
+        looked += 1
+        columns |= dict.fromkeys(row.fields)
+        if looked >= LOOKED_AT and columns:
+            break
+    if not columns:
+        found = f"none of its {looked:,} lines is a JSON object with a field" if looked else "nothing in it"
+        raise ValueError(f"{path}: {found}")
+    return Table(path, list(columns), rows)
+
+
+def _of_json(number: int, line: str) -> Row:
+    try:
+        value = json.loads(line.strip("\ufeff \t\n"))
+    except RecursionError:
+        return Row(number, fault=Fault("bad_row", "JSON that is nested too deep"))
+    except ValueError as error:
+        return Row(number, fault=Fault("bad_row", f"no whole JSON ({error})"))
+    if not isinstance(value, dict):
+        return Row(number, fault=Fault("bad_row", f"JSON {type(value).__name__}, not an object"))
+    return Row(number, value)
+
+
+# --- .parquet ---------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return Table(path, file.schema_arrow.names, partial(parquet_rows, path), file.metadata.num_rows)
+
+
+def parquet_rows(path: Path, columns: Sequence[str], first: int = 1) -> Iterator[Row]:
+    """The rows of a .parquet from a number on; row groups before it are not read."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups, number = list(range(file.num_row_groups)), 1
+            while groups and number + (size := file.metadata.row_group(groups[0]).num_rows) <= first:
+                number += size
+                del groups[0]
+            for batch in file.iter_batches(BATCH, groups, columns=list(columns)) if groups else ():
+                skipped = min(len(batch), max(0, first - number))
+                for i, fields in enumerate(batch.slice(skipped).to_pylist(), number + skipped):
+                    yield Row(i, fields)
+                number += len(batch)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def captions_in(value: Any) -> list[str]:
+    """The captions that a row's field has; a `Fault` for other than text."""
+    texts = value if isinstance(value, list) else [value]
+    if other := next((text for text in texts if text is not None and not isinstance(text, str)), None):
+        raise Fault("no_caption", f"caption is {type(other).__name__}, not text")
+    captions = [text.strip() for text in texts if text and text.strip()]
+    if not all(map(is_unicode, captions)):
+        raise Fault("bad_encoding", "caption is no UTF-8")
+    return captions
+
+
+def picture_in(value: Any) -> bytes | None:
+    """The bytes of a picture that is inside a table: as they are, or as Hugging Face's data sets have it."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else None
+
+
+class Pictures:
+    """The pictures inside a table, read when they are asked for, which threads do in about the order of the rows."""
+
+    def __init__(self, table: Table, column: str) -> None:
+        self.table, self.column = table, column
+        self.lock = Lock()
+        self.rows: Iterator[Row] = iter(())
+        self.kept: dict[int, bytes | None] = {}  # the last few, by the number of their row
+        self.last = 0
+
+    def read(self, number: int) -> bytes:
+        """Raises `Fault` when the row has none, or the table has changed."""
+        with self.lock:
+            if number not in self.kept and (number <= self.last or not self.last):
+                self.rows, self.kept, self.last = self.table.rows([self.column]), {}, 0
+            while number not in self.kept:
+                row = next(self.rows, None)
+                if row is None:
+                    raise Fault("no_image", "is no longer in the table")
+                self.last = row.number
+                if row.number > number - BATCH:
+                    self.kept[row.number] = picture_in(row.fields.get(self.column))
+                if len(self.kept) > BATCH:
+                    del self.kept[next(iter(self.kept))]
+            data = self.kept[number]
+        if data is None:
+            raise Fault("no_image", "no picture in the row")
+        return data
+
+
+def pictures_column(table: Table) -> str | None:
+    """The column that has pictures inside, by its first row that has any."""
+    for column in (name for name in table.columns if name.lower() in IMAGE_COLUMNS):
+        values = (row.fields.get(column) for row in table.rows([column]))
+        if picture_in(next((value for value in values if value is not None), None)) is not None:
+            return column
+    return None
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A picture inside a table."""
+
+    pictures: Pictures
+    number: int  # of its row
+
+    def read(self) -> bytes:
+        """Raises `Fault` when it is not there."""
+        return self.pictures.read(self.number)
+
+
+# --- .csv and .tsv ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the fields of a file stand in its lines."""
+
+    separator: str
+    quoted: bool  # whether quotes around a field are no part of it
+
+
+def _one_letter(separator: str | None) -> str | None:
+    found = {"tab": "\t", "\\t": "\t"}.get(separator or "", separator)
+    if found is not None and (len(found) != 1 or found in '"\n\r'):
+        raise ValueError(f"separator {separator!r}: give one character, or tab")
+    return found
+
+
+def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table:
+    with open_text(path) as file:
+        lines = ((number, line.rstrip("\n")) for number, line in enumerate(file, 1))
+        first, header = next(((n, line) for n, line in lines if line.strip()), (0, ""))
+        if (stated := re.fullmatch(r"sep=(.)", header)) is not None:  # Excel's
+            separator = separator or stated[1]
+            first, header = next(((n, line) for n, line in lines if line.strip()), (0, ""))
+    if not first:
+        raise ValueError(f"{path}: nothing in it")
+    suffix = path.suffix.lower()
+    separator = separator or _separator_of(header, SEPARATORS[suffix], known)
+    quoted = Dialect(separator, True)
+    names = [name.strip().strip("\ufeff") for name in fields_of(header, quoted) or ()]
+    if not names:
+        raise ValueError(f"{path}: line {first}: a quote in its header is not closed")
+
+    def records(dialect: Dialect) -> Iterator[tuple[int, str, list[str] | None]]:
+        with open_text(path) as file:
+            lines = ((n, line.removesuffix("\n")) for n, line in enumerate(file, 1) if n > first)
+            yield from _records(lines, dialect, len(names))
+
+    dialect = quoted if suffix == ".csv" or _is_quoted(records(quoted), separator) else Dialect(separator, False)
+
+    def rows(columns: Sequence[str]) -> Iterator[Row]:
+        last = names.index(columns[-1]) if columns and columns[-1] in names else None
+        for number, record, fields in records(dialect):
+            yield _row(number, record, fields, names, dialect, joined=last == len(names) - 1)
+
+    return Table(path, names, rows)
+
+
+def _separator_of(header: str, separators: str, known: Sequence[str]) -> str:
+    """The one that makes most known columns of the header; the usual one where they are equal."""
+    wanted = {name.lower() for name in known}
+
+    def known_in(separator: str) -> int:
+        fields = fields_of(header, Dialect(separator, True)) or ()
+        return len({name.strip().strip("\ufeff").lower() for name in fields} & wanted)
+
+    return max(separators, key=lambda one: (known_in(one), -separators.index(one)))
+
+
+def _row(number: int, record: str, fields: list[str] | None, names: list[str], dialect: Dialect, joined: bool) -> Row:
+    if fields is None:
+        return Row(number, fault=Fault("bad_row", "a quote is not closed"))
+    if "\0" in record:
+        return Row(number, fault=Fault("bad_row", "NUL bytes in it"))
+    while len(fields) > len(names) and not fields[-1].strip():
+        fields = fields[:-1]
+    if len(fields) > len(names) == 2 and joined:
+        # A caption with separators and no quotes; as it stands, since quotes in it may be its own.
+        fields = [fields[0], record[record.index(dialect.separator, _end_of_first(record, dialect)) + 1 :]]
+    if len(fields) != len(names):
+        shown = {"\t": "tabs", " ": "spaces"}.get(dialect.separator, repr(dialect.separator))
+        text = f"{len(fields)} fields between {shown}, the header has {len(names)}"
+        return Row(number, fault=Fault("bad_row", text))
+    return Row(number, dict(zip(names, (value.strip() for value in fields), strict=True)))
+
+
+def _end_of_first(record: str, dialect: Dialect) -> int:
+    found = _quoted_field(dialect.separator).match(record) if dialect.quoted else None
+    return found.end() if found else 0
+
+
+def fields_of(record: str, dialect: Dialect) -> list[str] | None:
+    """The fields of a record; None when a quote is open at its end. A field that begins with a quote and is no whole
+    quoted field stands as it is."""
+    if not dialect.quoted or '"' not in record:
+        return record.split(dialect.separator)
+    found = _split(record, dialect.separator)
+    return None if found is None else [value for value, _ in found]
+
+
+def _split(record: str, separator: str) -> list[tuple[str, bool]] | None:
+    """Every field, and whether it was quoted."""
+    pattern, fields, start = _quoted_field(separator), list[tuple[str, bool]](), 0
+    while True:
+        if found := pattern.match(record, start):
+            fields.append((found[1].replace('""', '"'), True))
+            end = found.end()
+        elif _OPEN.match(record, start):
+            return None
+        else:
+            end = record.find(separator, start)
+            end = len(record) if end < 0 else end
+            fields.append((record[start:end], False))
+        if end >= len(record):
+            return fields
+        start = end + 1
+
+
+_OPEN = re.compile(r' *"(?:[^"]|"")*\Z')
+
+
+@cache
+def _quoted_field(separator: str) -> re.Pattern[str]:
+    return re.compile(rf' *"((?:[^"]|"")*)" *(?={re.escape(separator)}|\Z)')
+
+
+def _records(
+    lines: Iterable[tuple[int, str]], dialect: Dialect, columns: int
+) -> Iterator[tuple[int, str, list[str] | None]]:
+    """Number of the first line, text, and fields of every record that is not blank; None for a quote that nothing
+    closes, or closes only after what looks like other rows: these come as records of their own."""
+    waiting: list[tuple[int, str]] = []
+    source = iter(lines)
+    while True:
+        number, line = waiting.pop(0) if waiting else next(source, (0, ""))
+        if not number:
+            return
+        if not line.strip():
+            continue
+        fields = fields_of(line, dialect)
+        if fields is None:
+            text, taken = line, list[tuple[int, str]]()
+            for more in chain(waiting, source):
+                taken.append(more)
+                text += "\n" + more[1]
+                # Only a line with a quote can close one.
+                if len(taken) > LONGEST_FIELD or _looks_like_a_row(line, more[1], dialect, columns):
+                    break
+                if '"' in more[1] and (fields := fields_of(text, dialect)) is not None:
+                    break
+            rest = waiting[len(taken) :]
+            if fields is not None and len(fields) >= columns:
+                waiting, line = rest, text
+            else:
+                waiting, fields = [*taken, *rest], None
+        yield number, line, fields
+
+
+LONGEST_FIELD = 1000  # lines in one quoted field
+
+
+def _looks_like_a_row(first: str, line: str, dialect: Dialect, columns: int) -> bool:
+    """Whether a line is a row of its own rather than more of a field of the row before: as many fields, and those
+    beside the one with the open quote made alike (`images/1.jpg` and `images/2.jpg`)."""
+    plain = Dialect(dialect.separator, False)
+    one, two = fields_of(first, plain), fields_of(line, dialect) or fields_of(line, plain)
+    if columns < 2 or not one or not two or len(two) < columns or len(one) < columns:
+        return False
+    place = next((i for i, value in enumerate(one) if value.lstrip().startswith('"')), 0)
+    beside = range(place) if place else [columns - 1]
+    return all(_form(one[i]) == _form(two[i]) for i in beside)
+
+
+def _form(value: str) -> str:
+    """What stays of a field when letters and digits are alike: `a/9.a`."""
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", value.strip().strip('"')))
+
+
+def _is_quoted(records: Iterable[tuple[int, str, list[str] | None]], separator: str) -> bool:
+    """Whether the quotes of a .tsv are those of its format, which most (CC3M, LAION) do not have: each field with a
+    quote is a whole quoted one, and quotes or tabs inside, or quotes in every row, show that they were put there."""
+    shown, quotes, rows = False, 0, 0
+    for _, record, fields in records:
+        rows += 1
+        if '"' not in record:
+            continue
+        found = _split(record, separator) if fields is not None else None
+        if found is None or any('"' in value for value, quoted in found if not quoted):
+            return False
+        quotes += 1
+        shown = shown or any(quoted and re.search(f'["\n{separator}]', value) for value, quoted in found)
+    return shown or (quotes > 0 and quotes == rows)

@@ -1,0 +1,253 @@
+"""Models for other runtimes: written, loaded back in their runtime, compared with the model in float32, and refused
+when they disagree."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tinyclip import __version__
+from tinyclip.common.files import checksum, json_text
+from tinyclip.common.folders import atomic_directory
+from tinyclip.common.ownership import MARKER
+from tinyclip.common.progress import busy
+from tinyclip.evaluate.metrics import Dataset, open_dataset
+from tinyclip.export.agreement import Samples, answers, compare, refuse, samples_of, synthetic
+from tinyclip.inference.engines import RUNS, compute_dtype, needed, save_openvino
+from tinyclip.inference.exported import ENDINGS, FACTS, FORMAT, TOKENIZER, RuntimePipeline, load_export, read_facts
+from tinyclip.inference.pipeline import Pipeline, load
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.convert import WRITERS
+
+FORMATS = ("onnx", "openvino", "torch", "hf", "open_clip")
+OPSET = 18  # what ONNX Runtime reads since 1.14, and OpenVINO since 2023
+LARGEST_FILE = 2**31 - 2**24  # bytes of an ONNX file; of larger models the weights go beside it
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    int8: bool = False,
+    calibration: str | Path | None = None,
+    data: str | Path | None = None,
+    templates: str | Path | None = None,
+    activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Write a model for another runtime to the folder `target`; returns what is written to `tinyclip.json` there.
+
+    Args:
+        source: a checkpoint, or a name of the zoo or the hub.
+        to: one of `FORMATS`.
+        int8: quantise to 8 bits, calibrated on `calibration`.
+        calibration: pictures with captions, in a folder or in shards; also what is compared on.
+        data: evaluation data with classes; both models are judged on it.
+        activation, mean, std: as `load_checkpoint`.
+
+    Raises:
+        ValueError: when something is missing, the format cannot say the model's shape, or the export disagrees with
+            the model. Then nothing is written.
+    """
+    check_request(to, int8, calibration)
+    dataset = open_dataset(data, templates) if data else None
+    clip = load(source, activation=activation, mean=mean, std=std)
+    samples = samples_of(calibration, clip) if calibration else synthetic(clip)
+    check = Check(clip, samples.part(held_out=True) if int8 else samples, dataset)
+    facts: dict[str, Any] = {"export": to, "precision": "int8" if int8 else "float32", "model": str(source)}
+    with atomic_directory(target, "model") as folder:
+        if to in WRITERS:
+            WRITERS[to](folder, clip.model, clip.tokenizer, clip.preprocessing)
+            return facts | {"check": {"torch float32": check.of(load(folder), "float32", f"{to} export")}}
+        if int8:
+            return _write_int8(folder, clip, facts, samples.part(held_out=False), check)
+        facts = write(folder, clip, facts)
+        facts["check"] = check.everywhere(folder)
+        write_facts(folder, facts)
+        return facts
+
+
+def check_request(to: str, int8: bool, calibration: str | Path | None) -> None:
+    """What can be refused before a model is loaded; `ValueError` as `export`."""
+    if to not in FORMATS:
+        raise ValueError(f"no format {to!r} to export to; choose {', '.join(FORMATS)}")
+    if int8 and to not in ("onnx", "openvino"):
+        raise ValueError(f"int8 goes with onnx and openvino, not with {to}")
+    if int8 and calibration is None:
+        raise ValueError("int8 needs pictures with captions to calibrate on: --calibration-data FOLDER")
+    for package in PACKAGES.get(to, ()):
+        needed(package, to)
+    if int8 and to == "openvino":
+        needed("nncf", to)
+
+
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+
+
+class Check:
+    """Compares exports with the model that they came from, which answers once."""
+
+    def __init__(self, clip: Pipeline, samples: Samples, dataset: Dataset | None) -> None:
+        self.samples, self.dataset = samples, dataset
+        self.expected = answers(clip, samples, dataset)
+
+    def of(self, clip: Pipeline | RuntimePipeline, precision: str, what: str) -> dict[str, Any]:
+        """Figures of `compare`; `ValueError` when they are beyond the bounds of the precision."""
+        figures = compare(self.expected, answers(clip, self.samples, self.dataset), self.samples.real)
+        refuse(figures, precision, what)
+        return figures
+
+    def everywhere(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """An export in every runtime and dtype that it can be computed with here."""
+        result = {}
+        facts = read_facts(folder)
+        for runtime in (name for name in RUNS[facts["export"]] if find_spec(name)):
+            for dtype in dict.fromkeys(("float32", compute_dtype(runtime, "auto"))):
+                precision = "int8" if facts["precision"] == "int8" else dtype
+                what = f"{facts['export']} export with {runtime} in {dtype}"
+                with busy(f"comparing {runtime} {dtype}"):
+                    result[f"{runtime} {dtype}"] = self.of(load_export(folder, runtime, dtype), precision, what)
+        return result
+
+
+def _write_int8(folder: Path, clip: Pipeline, facts: dict[str, Any], samples: Samples, check: Check) -> dict[str, Any]:
+    """Quantise, and keep more and more in float as long as the check fails."""
+    from tinyclip.export.quantise import KEPT, quantise
+
+    with tempfile.TemporaryDirectory(dir=folder) as float32:
+        write(Path(float32), clip, facts | {"precision": "float32"})
+        facts = write(folder, clip, facts, towers=False)
+        facts["calibration"] = {"images": len(samples.pixels), "texts": len(samples.texts)}
+        for attempt, kept in enumerate(KEPT, 1):
+            facts["in_float"] = quantise(Path(float32), folder, facts["export"], clip, samples, kept)
+            write_facts(folder, facts)
+            try:
+                facts["check"] = check.everywhere(folder)
+                break
+            except ValueError:
+                if attempt == len(KEPT):
+                    raise
+    write_facts(folder, facts)
+    return facts
+
+
+# --- the towers as graphs ---------------------------------------------------------------------------------------
+
+
+class ImageTower(nn.Module):
+    def __init__(self, clip: CLIP) -> None:
+        super().__init__()
+        self.visual = clip.visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float32 (n, 3, image_size, image_size) -> (n, embed_dim), not normalised."""
+        return self.visual(images)
+
+
+class TextTower(nn.Module):
+    def __init__(self, clip: CLIP) -> None:
+        super().__init__()
+        self.clip = copy.copy(clip)  # the same weights, but for those of the other tower
+        self.clip._modules = {name: module for name, module in clip._modules.items() if name != "visual"}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 (n, length) -> (n, embed_dim), not normalised."""
+        return self.clip.encode_text(tokens)
+
+
+def programs(model: CLIP) -> dict[str, ExportedProgram]:
+    """Both towers through `torch.export`: any batch, and texts of 2 tokens (start and end) to the whole context."""
+    size, context = model.config.vision.image_size, model.config.text.context_length
+    tokens = torch.full((3, min(5, context)), model.config.text.vocab_size - 1)
+    length = {1: Dim("length", min=2, max=context)} if context > 2 else {}
+    towers: dict[str, tuple[nn.Module, Tensor, dict[int, Any]]] = {
+        "image": (ImageTower(model), torch.zeros(3, 3, size, size), {0: Dim("images", min=1)}),
+        "text": (TextTower(model), tokens, {0: Dim("texts", min=1)} | length),
+    }
+    with torch.no_grad(), quietly():
+        return {
+            name: torch.export.export(tower.eval(), (example,), dynamic_shapes=(shapes,))
+            for name, (tower, example, shapes) in towers.items()
+        }
+
+
+def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = True) -> dict[str, Any]:
+    """Write a folder that `load_export` reads, in float32; returns all its facts.
+
+    Args:
+        towers: not when they come from elsewhere.
+    """
+    with busy("tracing both towers"):
+        traced = programs(clip.model) if towers else {}
+    for name, program in traced.items():
+        with quietly(), busy(f"writing the {name} tower"):
+            TOWERS[facts["export"]](program, folder / f"{name}{ENDINGS[facts['export']]}")
+    clip.tokenizer.save(folder / TOKENIZER)
+    versions = {"tinyclip": __version__, "torch": str(torch.__version__)}
+    versions |= {name: needed(name).__version__ for name in PACKAGES.get(facts["export"], ())}
+    facts = {"format": FORMAT} | facts
+    facts |= {"config": clip.model.config.model_dump(mode="json"), "logit_scale": clip.model.logit_scale.item()}
+    facts |= {"fingerprint": clip.fingerprint()}
+    facts |= {"preprocess": clip.preprocessing.model_dump(mode="json"), "versions": versions}
+    facts |= {"opset": OPSET} if facts["export"] == "onnx" else {}
+    write_facts(folder, facts)
+    return facts
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """`tinyclip.json`, with the size and CRC-32 of every other file."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (FACTS, MARKER))
+    facts["files"] = {file.name: [file.stat().st_size, checksum(file)] for file in files}
+    (folder / FACTS).write_text(json_text(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _onnx(program: ExportedProgram, file: Path) -> None:
+    names: dict[str, Any] = {"input_names": ["input"], "output_names": ["features"]}
+    graph = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False, **names)
+    assert graph is not None
+    # By default weights are left to be cut and transposed at every start, and quantisation would not know them.
+    limits = {"input_size_limit": sys.maxsize, "output_size_limit": sys.maxsize}
+    needed("onnxscript.optimizer", "onnx").optimize_ir(graph.model, **limits)
+    size = sum(p.numel() * p.element_size() for p in program.state_dict.values())
+    graph.save(file, external_data=size > LARGEST_FILE)
+
+
+def _openvino(program: ExportedProgram, file: Path) -> None:
+    save_openvino(needed("openvino.tools.ovc", "openvino").convert_model(program), file)
+
+
+def _torch(program: ExportedProgram, file: Path) -> None:
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getbuffer())
+
+
+TOWERS: dict[str, Callable[[ExportedProgram, Path], None]] = {"onnx": _onnx, "openvino": _openvino, "torch": _torch}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Converters talk and warn much; what goes wrong is raised."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,306 @@
+"""Exported models, ready to use without torch: what `load` returns for a folder that `tinyclip export` wrote.
+
+`tinyclip.json` in the folder says everything but the weights; `image.*` and `text.*` are the two towers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tinyclip.common.files import checksum, read_json_object
+from tinyclip.inference.engines import RUNS, Tower, choose, compute_dtype, start
+from tinyclip.inputs.batching import (
+    BATCH,
+    at_once,
+    batches,
+    by_length,
+    check_labels,
+    is_tensor,
+    picture_of,
+    pictures,
+    same_shape,
+)
+from tinyclip.inputs.tokenizer import CLIPTokenizer, pad
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+
+FACTS, TOKENIZER = "tinyclip.json", "tokenizer.json"
+FORMAT = 1  # of `FACTS`
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of a tower's file
+NEEDED = {
+    "export": str,
+    "precision": str,
+    "fingerprint": str,
+    "config": dict,
+    "preprocess": dict,
+    "logit_scale": float,
+    "files": dict,
+}
+
+
+@dataclass(repr=False)
+class RuntimePipeline:
+    """An exported CLIP with its tokenizer and preprocessing: `Pipeline` on another runtime, its features NumPy arrays.
+
+    A tower is loaded when it is first used. Pickled, it is the place of the folder, and loads anew.
+    """
+
+    folder: Path
+    facts: dict[str, Any]  # what `tinyclip.json` says
+    runtime: str  # openvino, onnxruntime or torch
+    dtype: str  # of what is not int8
+    config: CLIPConfig
+    tokenizer: CLIPTokenizer
+    preprocessing: Preprocess
+
+    def __repr__(self) -> str:
+        side, kind = self.preprocessing.image_size, self.facts["export"]
+        how = f"{self.computing['dtype']} with {self.runtime} on cpu"
+        return f"RuntimePipeline({kind} at {side} px, {self._context} tokens, {how})"
+
+    @property
+    def computing(self) -> dict[str, str]:
+        """What it computes in, where and with what, as commands report it."""
+        int8 = self.facts["precision"] == "int8"
+        return {"dtype": "int8" if int8 else self.dtype, "device": "cpu", "runtime": self.runtime}
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def logit_scale(self) -> float:
+        """Its exponential is the factor of the similarities in `classify`."""
+        return float(self.facts["logit_scale"])
+
+    @cached_property
+    def _image_tower(self) -> Tower:
+        return start(self.runtime, self._file("image"), self.dtype)
+
+    @cached_property
+    def _text_tower(self) -> Tower:
+        return start(self.runtime, self._file("text"), self.dtype)
+
+    def _file(self, tower: str) -> Path:
+        return self.folder / f"{tower}{ENDINGS[self.facts['export']]}"
+
+    def load_towers(self) -> None:
+        """Both now and at once, instead of when they are used; `ValueError` when the runtime cannot load one."""
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(partial(getattr, self), ("_image_tower", "_text_tower")))
+
+    def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> np.ndarray:
+        """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
+        return self.tokenizer(texts, self._context if context_length is None else context_length)
+
+    @property
+    def _context(self) -> int:
+        return self.config.text.context_length
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """A picture -> float32 (3, image_size, image_size), normalised as this model wants it."""
+        return self.preprocessing(image)
+
+    def encode_image(self, images: Any, *, batch_size: int | None = None, normalize: bool = True) -> np.ndarray:
+        """image_features float32 (n, embed_dim) of paths, PIL pictures, uint8 arrays (h, w[, 3]), or preprocessed
+        pictures: a float array or tensor (n, 3, s, s). Any number of them, as `Pipeline.encode_image`.
+
+        Args:
+            batch_size: at most so many at once, 32 by default; fewer where that keeps more cores busy.
+
+        Raises:
+            ValueError: for an unreadable picture or a wrong shape.
+        """
+        tower, most = self._image_tower, self.batch_size(batch_size)
+        if _is_prepared(images):
+            whole = _array(images)
+            whole = whole if whole.ndim == 4 else whole[None]
+            size = tower.batch(len(whole), most)
+            ready: Iterator[np.ndarray] = (whole[i : i + size] for i in range(0, len(whole), size))
+        else:
+            items = images if isinstance(images, (list, tuple)) else [images]
+            ready = map(_stacked, batches(pictures(items, self._image), tower.batch(len(items), most)))
+        features = [self._empty(), *tower.run(map(self._checked, ready))]
+        return _finished(np.concatenate(features), normalize)
+
+    def encode_text(
+        self, texts: str | Sequence[str], *, batch_size: int | None = None, normalize: bool = True
+    ) -> np.ndarray:
+        """text_features float32 (n, embed_dim) of any number of texts, in batches of like length.
+
+        Args:
+            batch_size: at most so many at once, 64 by default; fewer where that keeps more cores busy.
+
+        Raises:
+            ValueError: for something that is no text.
+        """
+        rows, most = self.tokenizer.rows(texts, self._context), self.batch_size(batch_size) * (1 if batch_size else 2)
+        tower = self._text_tower
+        places = list(by_length(rows, tower.batch(len(rows), most)))
+        tokens = (pad([rows[i] for i in some], len(rows[some[0]])) for some in places)
+        features = self._empty(len(rows))
+        for some, found in zip(places, tower.run(tokens), strict=True):
+            features[some] = found
+        return _finished(features, normalize)
+
+    def similarity(self, images: Any, texts: str | Sequence[str]) -> np.ndarray:
+        """Cosine similarity of every image with every text, (images, texts)."""
+        self.load_towers()
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    def classify(self, images: Any, labels: str | Sequence[str]) -> np.ndarray:
+        """Probability of each label for each image, (images, labels): softmax of scaled similarities.
+
+        Raises:
+            ValueError: without labels, or for an empty one.
+        """
+        check_labels(labels)
+        logits = self.similarity(images, labels) * np.float32(math.exp(self.logit_scale))
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
+
+    def fingerprint(self) -> str:
+        """Of the model that was exported, so that what it made, an index say, serves here too."""
+        return str(self.facts["fingerprint"])
+
+    def size(self) -> int:
+        """Bytes of its files on disk; of a model that was converted in memory, what they were."""
+        return sum(size for size, _ in self.facts["files"].values())
+
+    def batch_size(self, given: int | None = None) -> int:
+        """Pictures at once: what is given, else 32; twice as many texts."""
+        return at_once(given, BATCH)
+
+    def _image(self, item: Any) -> np.ndarray:
+        return _array(item) if _is_prepared(item) else self.preprocess(picture_of(item))
+
+    def _checked(self, batch: np.ndarray) -> np.ndarray:
+        side = self.preprocessing.image_size
+        if batch.shape[1:] != (3, side, side):
+            raise ValueError(f"images have shape {batch.shape}, expected (n, 3, {side}, {side})")
+        return np.ascontiguousarray(batch, np.float32)
+
+    def _empty(self, count: int = 0) -> np.ndarray:
+        return np.empty((count, self.embed_dim), np.float32)
+
+    def __reduce__(self) -> Any:
+        if not self.folder.is_dir():  # it was converted in memory
+            raise ValueError("only exports can be pickled: `tinyclip export` the model and load what that writes")
+        return load_export, (self.folder, self.runtime, self.dtype)
+
+
+def _is_prepared(item: Any) -> bool:
+    """Whether it went through `preprocess`: pictures are uint8."""
+    return is_tensor(item) or (isinstance(item, np.ndarray) and item.dtype.kind == "f" and item.ndim in (3, 4))
+
+
+def _array(item: Any) -> np.ndarray:
+    return item.detach().cpu().float().numpy() if is_tensor(item) else item
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    same_shape(array.shape for array in arrays)
+    return np.stack(arrays)
+
+
+def _finished(features: np.ndarray, normalize: bool) -> np.ndarray:
+    if not normalize:
+        return features
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+# --- reading a folder -------------------------------------------------------------------------------------------
+
+
+def find_export(path: str | Path) -> Path | None:
+    """The folder of an export that a path leads to, itself or a file in it; None for anything else.
+
+    Raises:
+        ValueError: for an ONNX, OpenVINO or `.pt2` model that is not in such a folder.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    is_facts = path.name == FACTS
+    if (folder / FACTS).is_file() and (
+        path.is_dir() or is_facts or (path.is_file() and path.stem in ("image", "text"))
+    ):
+        return folder
+    alone = path.suffix in ENDINGS.values() and path.exists()
+    if path.is_dir() and not any(path.glob("*config*.json")):  # of a checkpoint
+        alone = alone or any(file.suffix in ENDINGS.values() for file in path.iterdir())
+    if alone:
+        raise ValueError(
+            f"{path} is no export of tinyclip: {folder if path.is_file() else path} has no {FACTS}, which says how "
+            "pictures and texts go in; make one with `tinyclip export`"
+        )
+    return None
+
+
+def check_device(where: str, device: Any) -> None:
+    """`ValueError` for any but the CPU."""
+    if str(device) not in ("cpu", "auto"):
+        raise ValueError(f"{where} is an export, which runs on the CPU, not on {device}")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `tinyclip.json` says, checked.
+
+    Raises:
+        ValueError: when it is damaged or of a newer format, or a file is not as it says.
+    """
+    facts = read_json_object(folder / FACTS)
+    again = "export the model again"
+    if facts.get("format") != FORMAT:
+        newer = isinstance(facts.get("format"), int) and facts["format"] > FORMAT
+        what = (
+            f"format {facts['format']} of a newer tinyclip, this one reads {FORMAT}" if newer else "no export's facts"
+        )
+        raise ValueError(f"{folder / FACTS}: {what}; {'update tinyclip or ' if newer else ''}{again}")
+    for key, kind in NEEDED.items():
+        if not isinstance(facts.get(key), kind):
+            raise ValueError(f"{folder / FACTS}: {key} is missing or no {kind.__name__}; {again}")
+    if facts["export"] not in RUNS:
+        raise ValueError(f"{folder / FACTS}: export is {facts['export']!r}, not {', '.join(RUNS)}; {again}")
+    for name in (*(f"{tower}{ENDINGS[facts['export']]}" for tower in ("image", "text")), TOKENIZER):
+        if name not in facts["files"]:
+            raise ValueError(f"{folder / FACTS}: {name} is not among its files; {again}")
+    for name, state in facts["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file, though {FACTS} lists it; {again}")
+        if [file.stat().st_size, checksum(file)] != state:
+            raise ValueError(f"{file}: damaged, it is not what was exported; {again}")
+    return facts
+
+
+def load_export(path: str | Path, runtime: str = "auto", dtype: Any = None) -> RuntimePipeline:
+    """An exported model, ready to use.
+
+    Args:
+        runtime: openvino, onnxruntime or torch; "auto" is the fastest that is installed and can run the format.
+        dtype: of what is not int8: float32 by default, "auto" is bfloat16 where the runtime has it here.
+
+    Raises:
+        ValueError: when the folder is damaged, or the runtime is not installed or cannot run it.
+    """
+    folder = find_export(path)
+    if folder is None:
+        raise ValueError(f"{path}: no exported model")
+    facts = read_facts(folder)
+    chosen = choose(facts["export"], runtime, str(folder))
+    tokenizer = CLIPTokenizer.from_file(folder / TOKENIZER)
+    try:
+        preprocessing = Preprocess(**facts["preprocess"])
+        config = CLIPConfig.from_dict(facts["config"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / FACTS}: {' '.join(str(error).split())}; export the model again") from None
+    return RuntimePipeline(folder, facts, chosen, compute_dtype(chosen, dtype), config, tokenizer, preprocessing)

@@ -1,0 +1,332 @@
+"""What `load` returns: a model with its own tokenizer and preprocessing, ready for pictures and words."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from tinyclip.common.distributed import resolve_device, resolve_dtype
+from tinyclip.common.progress import busy
+from tinyclip.inference.exported import RuntimePipeline
+from tinyclip.inputs.batching import (
+    BATCH,
+    at_once,
+    batches,
+    by_length,
+    check_labels,
+    is_tensor,
+    picture_of,
+    pictures,
+    same_shape,
+)
+from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer, pad
+from tinyclip.inputs.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
+from tinyclip.loading import load as load_any
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP, cast, weights_hash
+from tinyclip.zoo.card import Card
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.zoo.resolve import resolve
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+
+@dataclass(repr=False)
+class Pipeline:
+    """A CLIP with its tokenizer and preprocessing.
+
+    `clip.model` is the plain `CLIP`; the methods here take what people have: paths, pictures, words. It may be used by
+    several threads at once, pickled, and sent to other processes.
+
+    >>> import tinyclip
+    >>> clip = tinyclip.load("emoji-student")
+    >>> clip.encode_image(["photo.jpg", "photo.jpg"]).shape
+    torch.Size([2, 192])
+    """
+
+    model: CLIP
+    tokenizer: CLIPTokenizer
+    preprocessing: Preprocess
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; features come back as float32."""
+        return self.model.dtype
+
+    @property
+    def config(self) -> CLIPConfig:
+        return self.model.config
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def computing(self) -> dict[str, str]:
+        """Names of `dtype` and `device`, as commands report them."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+
+    @property
+    def logit_scale(self) -> float:
+        """Its exponential is the factor of the similarities in `classify`."""
+        return float(self.model.logit_scale.detach())
+
+    def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
+        length = self.model.config.text.context_length if context_length is None else context_length
+        return torch.from_numpy(self.tokenizer(texts, length))
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A picture -> float32 (3, image_size, image_size), normalised as this model wants it."""
+        return torch.from_numpy(self.preprocessing(image))
+
+    def __repr__(self) -> str:
+        config, parameters = self.model.config, sum(p.numel() for p in self.model.parameters())
+        towers = f"{config.vision.kind} at {config.vision.image_size} px, {config.text.context_length} tokens"
+        return f"Pipeline({towers}, {parameters / 1e6:.1f} M parameters, {str(self.dtype)[6:]} on {self.device})"
+
+    def encode_image(
+        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int | None = None, normalize: bool = True
+    ) -> Tensor:
+        """image_features float32 (n, embed_dim) of paths, PIL pictures, uint8 arrays (h, w[, 3]), or a preprocessed
+        float tensor (n, 3, s, s). Any number of them: they are decoded by threads while the model computes, and no
+        more than a few batches are in memory.
+
+        Args:
+            batch_size: by default 32 on a CPU, 256 elsewhere.
+
+        Raises:
+            ValueError: for an unreadable picture or a wrong shape.
+        """
+        items, size = _as_list(images), self.batch_size(batch_size)
+        if isinstance(items, Tensor):
+            ready: Iterable[Tensor] = items.split(size) if len(items) else ()
+        else:
+            ready = map(_stacked, batches(pictures(items, self._image), size))
+        features = [self._empty()]
+        with torch.inference_mode():
+            for batch in ready:
+                batch = batch.to(self.device, self.model.text_projection.dtype)
+                features.append(_finished(self.model.encode_image(batch), normalize))
+        return torch.cat(features)  # outside, where autograd takes the result: for a probe that is trained on it
+
+    def encode_text(
+        self, texts: str | Sequence[str], *, batch_size: int | None = None, normalize: bool = True
+    ) -> Tensor:
+        """text_features float32 (n, embed_dim) of any number of texts.
+
+        They are computed in order of length, each batch only as long as its longest text: under causal attention
+        nothing after a text's end token matters.
+
+        Args:
+            batch_size: by default 64 on a CPU, 512 elsewhere.
+
+        Raises:
+            ValueError: for something that is no text.
+        """
+        rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
+        features = self._empty(len(rows))
+        with torch.inference_mode():
+            for places in by_length(rows, self.batch_size(batch_size) * (1 if batch_size else 2)):
+                tokens = torch.from_numpy(pad([rows[i] for i in places], len(rows[places[0]])))
+                features[places] = _finished(self.model.encode_text(tokens.to(self.device)), normalize)
+        return features
+
+    def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
+        """Cosine similarity of every image with every text, float32 (images, texts).
+
+        >>> clip.similarity("photo.jpg", ["a red apple", "a dog"]).shape
+        torch.Size([1, 2])
+        """
+        return self.encode_image(images) @ self.encode_text(texts).T
+
+    def classify(self, images: ImageLike | Sequence[ImageLike], labels: str | Sequence[str]) -> Tensor:
+        """Probability of each label for each image, float32 (images, labels): softmax of scaled similarities.
+
+        >>> probabilities = clip.classify("photo.jpg", ["a red apple", "a dog", "a bicycle"])
+        >>> probabilities.shape, round(probabilities.sum().item(), 3)
+        (torch.Size([1, 3]), 1.0)
+
+        Raises:
+            ValueError: without labels, or for an empty one.
+        """
+        check_labels(labels)
+        logits = self.similarity(images, labels) * self.model.logit_scale.detach().float().exp()
+        return logits.softmax(1)
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
+        """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`); one of tinyclip's that is
+        there is replaced.
+
+        Raises:
+            ValueError: when the place cannot be written, or holds anything else than a checkpoint that tinyclip wrote.
+        """
+        save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype, card)
+
+    def fingerprint(self) -> str:
+        """Of everything that features depend on: weights in their present dtype, shape, vocabulary, preprocessing."""
+        rest = (self.model.config.model_dump_json(), self.preprocessing.model_dump_json(), self.tokenizer.merges)
+        return hashlib.blake2b(repr((weights_hash(self.model), *rest)).encode(), digest_size=16).hexdigest()
+
+    def _image(self, item: ImageLike) -> Tensor:
+        return item if is_tensor(item) else self.preprocess(picture_of(item))
+
+    def batch_size(self, given: int | None = None) -> int:
+        """Pictures at once: what is given, else what suits the device; twice as many texts."""
+        return at_once(given, BATCH if self.device.type == "cpu" else 8 * BATCH)
+
+    def _empty(self, count: int = 0) -> Tensor:
+        return torch.empty(count, self.model.config.embed_dim, device=self.device)
+
+
+def _finished(features: Tensor, normalize: bool) -> Tensor:
+    features = features.float()
+    return F.normalize(features, dim=-1) if normalize else features
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    same_shape(tuple(t.shape) for t in tensors)
+    return torch.stack(tensors)
+
+
+def _as_list(images: Any) -> Any:
+    if is_tensor(images):
+        return images if images.ndim == 4 else images[None]
+    return images if isinstance(images, (list, tuple)) else [images]
+
+
+@dataclass
+class Tensors:
+    """An exported model for what computes with torch: as a `Pipeline` it gives tensors."""
+
+    clip: RuntimePipeline
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "clip" or name.startswith("__"):  # asked for by copy and pickle before there is a `clip`
+            raise AttributeError(name)
+        return getattr(self.clip, name)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.clip.preprocess(image))
+
+    def encode_image(self, images: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
+        return torch.from_numpy(self.clip.encode_image(images, batch_size=batch_size, normalize=normalize))
+
+    def encode_text(self, texts: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
+        return torch.from_numpy(self.clip.encode_text(texts, batch_size=batch_size, normalize=normalize))
+
+
+def load_encoder(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    compile: bool = False,
+    runtime: str = "auto",
+) -> Pipeline | Tensors:
+    """`tinyclip.load` for what computes with torch: exports give tensors too.
+
+    Raises:
+        ValueError: as `tinyclip.load`.
+    """
+    clip = load_any(name_or_path, device, dtype, compile=compile, runtime=runtime)
+    return Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
+
+
+def load(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    activation: str | None = None,
+    cache: str | Path | None = None,
+    compile: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Pipeline:
+    """`tinyclip.load` of a checkpoint, for what needs its weights.
+
+    Raises:
+        ValueError: as there, and for an export.
+    """
+    device = resolve_device(device)
+    precision = resolve_dtype(dtype, device)
+    path = resolve(name_or_path, cache)
+    with busy(f"loading {name_or_path}"):
+        model, tokenizer, preprocessing = load_checkpoint(path, activation, mean, std)
+        cast(model.to(device), precision)
+    if compile:
+        with busy("compiling"):
+            compile_towers(model)
+    return Pipeline(model, tokenizer, preprocessing)
+
+
+def compile_towers(model: CLIP) -> None:
+    """Compile the blocks of both towers, in place and at once, for any batch and any length; weights become
+    constants. What is before and after runs as it is, and so do the convolutions of a ResNet.
+
+    Raises:
+        ValueError: when this machine has no compiler.
+    """
+    weight, text, size = model.text_projection, model.config.text, model.config.vision.image_size
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if weight.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(f"compile needs a C++ compiler, and there is no {compiler}; install one or do without")
+    for tower in (getattr(model.visual, "transformer", None), model.transformer):
+        if tower is not None:
+            tower.compile(dynamic=True, options={"freezing": True})
+    try:
+        with torch.inference_mode():  # as later; code is compiled for the kind of tensors that are made in here
+            model.encode_image(torch.zeros(2, 3, size, size, dtype=weight.dtype, device=weight.device))
+            model.encode_text(torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device))
+    except RuntimeError as error:  # what torch's compilers raise
+        raise ValueError(f"compile failed ({str(error).splitlines()[0]}); do without") from None
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
+    """CLIP's own vocabulary: int64 (n, context_length), zero-padded; texts too long keep their end token.
+
+    >>> import tinyclip
+    >>> tinyclip.tokenize("a photo of a cat", context_length=8).tolist()
+    [[49406, 320, 1125, 539, 320, 2368, 49407, 0]]
+    """
+    return torch.from_numpy(clip_tokenizer()(texts, context_length))
+
+
+@dataclass(frozen=True)
+class TensorPreprocess:
+    """Callable from a PIL picture to a float32 tensor (3, image_size, image_size)."""
+
+    transform: Preprocess
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(self.transform(image))
+
+
+def preprocess(
+    image_size: int,
+    mean: tuple[float, float, float] = OPENAI_MEAN,
+    std: tuple[float, float, float] = OPENAI_STD,
+) -> TensorPreprocess:
+    """The evaluation transform for one image size; OpenAI's mean and std unless given.
+
+    >>> import tinyclip
+    >>> from PIL import Image
+    >>> tinyclip.preprocess(224)(Image.open("photo.jpg")).shape
+    torch.Size([3, 224, 224])
+    """
+    return TensorPreprocess(Preprocess(image_size=image_size, mean=mean, std=std))

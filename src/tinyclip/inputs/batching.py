@@ -1,0 +1,138 @@
+"""What people give to a model, made ready for it: pictures and texts in any form, one or many. No torch here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from tinyclip.inputs.transforms import open_image
+
+if TYPE_CHECKING:
+    import torch
+
+S = TypeVar("S")
+T = TypeVar("T")
+BATCH = 32  # pictures at once on a CPU: more no longer fit its caches and are slower
+AHEAD = 64  # pictures decoded before they are needed
+
+
+def picture_of(item: Any) -> Image.Image:
+    """A path, a PIL picture, or an array uint8 (h, w[, 3 or 4]) as a PIL picture.
+
+    Raises:
+        ValueError: for anything else, or a file that cannot be read.
+    """
+    if isinstance(item, (str, Path)):
+        return open_image(item)
+    if isinstance(item, np.ndarray):
+        good = item.dtype == np.uint8 and 0 not in item.shape
+        if not good or not (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
+            raise ValueError(f"image array is {item.dtype} {item.shape}, expected uint8 (h, w) or (h, w, 3 or 4)")
+        return Image.fromarray(item)
+    if not isinstance(item, Image.Image):
+        raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
+    return item
+
+
+def pictures(items: Sequence[Any], prepare: Callable[[Any], T]) -> Iterator[T]:
+    """`prepare` of each item, in order; threads work a little ahead of what is taken."""
+    loaded = map(_loaded, items)
+    yield from ahead(prepare, loaded) if len(items) > 1 else map(prepare, loaded)
+
+
+def _loaded(item: Any) -> Any:
+    """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
+    if isinstance(item, Image.Image):
+        try:
+            item.load()
+        except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+            raise ValueError(f"damaged picture ({error or type(error).__name__})") from None
+    return item
+
+
+def ahead(call: Callable[[S], T], items: Iterable[S], workers: int | None = None) -> Iterator[T]:
+    """`call` of each item, in order, by threads that work a little ahead of what is taken.
+
+    Args:
+        workers: threads; by default one a core of this process's share, 8 at most.
+    """
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: processes here
+    with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one what is left."""
+    source = iter(items)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Places of rows of tokens, `size` at once, longest first: what needs most memory is met at once, and a batch
+    is no longer than it must be."""
+    return batches(sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True), size)
+
+
+def at_once(given: int | None, default: int) -> int:
+    """Items in a batch; `ValueError` when less than 1 is given."""
+    if given is not None and given < 1:
+        raise ValueError(f"batch_size {given}: at least 1 is needed")
+    return given or default
+
+
+def same_shape(shapes: Iterable[tuple[int, ...]]) -> None:
+    """Whether preprocessed pictures can be one batch; `ValueError` when not."""
+    if len(distinct := set(shapes)) > 1:
+        raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(distinct)))}")
+
+
+def check_labels(labels: str | Sequence[str]) -> None:
+    """`ValueError` without labels, or for an empty one."""
+    if not labels:
+        raise ValueError("no labels to choose from")
+    if not all(label.strip() for label in ([labels] if isinstance(labels, str) else labels)):
+        raise ValueError("a label is empty")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair; bytes that are no UTF-8 are read as such."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def check_finite(features: np.ndarray) -> None:
+    """`ValueError` for features that can be compared with nothing."""
+    if not np.isfinite(features).all():
+        raise ValueError("the model's features are no finite numbers; try another dtype or another checkpoint")
+
+
+def is_tensor(item: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it is torch's, which is not loaded for the question.
+
+    Raises:
+        ValueError: for a tensor of whole numbers, as pictures are before they are prepared.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(item, torch.Tensor):
+        return False
+    if not item.is_floating_point():
+        raise ValueError(f"image tensor is {item.dtype}: a tensor is what `preprocess` gave, float (n, 3, s, s)")
+    return True

@@ -1,0 +1,52 @@
+"""Pictures whose pixels are 16- or 32-bit numbers, as scanners, microscopes and programs write them. No torch here."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from tinyclip.inputs.decoding import WARNINGS
+
+TOPS = (1, 255, 65_535)  # of the ranges that such numbers usually have
+FILLED = 16  # a range is one that they fill to a sixteenth at least: 12-bit numbers would be black among 16-bit ones
+SLACK = 1e-3  # of a range, by which resampled floats may leave it
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """A picture of mode I, I;16 or F in grey levels: 16-bit numbers from 0 to 65,535, 32-bit ones by their range.
+    What is no number becomes black."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = (0.0, 65_535.0) if image.mode.startswith("I;16") else _range(values)
+    scaled = np.nan_to_num((values - low) * (255 / ((high - low) or 1)), nan=0, posinf=255, neginf=0)
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """What is black and what is white: 0 and 1, 255 or 65,535 where that fits, else the lowest and highest number."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    for top in TOPS:
+        if low >= -SLACK * top and high <= (1 + SLACK) * top and (top == 1 or high >= top / FILLED):
+            return 0.0, float(top)
+    _say(f"{low:g} to {high:g}")
+    return low, high
+
+
+@cache
+def _told() -> list[str]:
+    return []
+
+
+def _say(found: str) -> None:
+    """Once in a process."""
+    with WARNINGS:
+        if not _told():
+            _told().append(found)
+            warnings.warn(
+                f"a picture has numbers from {found}; such pictures are scaled by their own lowest and highest number, "
+                "which are black and white then",
+                stacklevel=2,
+            )

@@ -1,0 +1,115 @@
+"""Pieces of HTML reports: one file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from tinyclip.inputs.transforms import plain_mode
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#4c566a", "#2a7de1", "#12a37f", "#d9822b", "#c23b5a", "#7a4fd0", "#8a8a00")
+THUMBNAIL = 144  # pixels: twice what is shown, for fine screens
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;margin:0}
+main{max-width:1100px;margin:auto;padding:1.5rem}
+h1{font-size:1.6rem} h2{font-size:1.15rem;margin-top:2rem} h3{font-size:1rem;margin:1.4rem 0 .4rem}
+.scroll{overflow-x:auto} table{border-collapse:collapse;background:#fff}
+th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #e4e4e4;white-space:nowrap}
+th:first-child,td:first-child,.words td,.words th{text-align:left} .words td{white-space:normal} th{font-weight:600}
+.note{color:#555;font-size:.9rem} .figure svg{max-width:100%;height:auto;background:#fff}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(320px,100%),1fr));gap:.8rem}
+.card{background:#fff;border:1px solid #e4e4e4;border-radius:8px;padding:.8rem;display:flex;gap:.8rem;font-size:.82rem}
+.card img{width:72px;height:72px;flex:none;object-fit:contain} .card b{display:block;margin-bottom:.3rem}
+.card dl{margin:0} .card dt{color:#555;margin-top:.25rem} .card dd{margin:0} .card div{overflow-wrap:anywhere}
+.right{color:#0a7d4f;font-weight:600}
+"""
+
+
+def page(title: str, body: str) -> str:
+    """The whole file around a body of HTML."""
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
+<main><h1>{html.escape(title)}</h1>
+{body}</main></html>
+"""
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Cells are plain text; a row of one cell is a heading across the table.
+
+    Args:
+        kind: `words` for columns of text instead of numbers.
+    """
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{_cells(row, len(columns))}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _cells(row: Sequence[str], width: int) -> str:
+    if len(row) == 1:
+        return f'<th colspan="{width}">{html.escape(row[0])}</th>'
+    return "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+
+
+def escaped(text: str) -> str:
+    """Text as it can stand in HTML."""
+    return html.escape(text)
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an `<svg>` element, which may stand in a page or be a file of its own."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    text = file.getvalue().decode()
+    return text[text.index("<svg") :]
+
+
+def framed(drawing: str) -> str:
+    """An `<svg>` element as wide as the page allows."""
+    return f'<div class="figure">{drawing}</div>'
+
+
+def card(image: Image.Image, truth: str, answers: Mapping[str, Sequence[tuple[str, bool]]]) -> str:
+    """A small picture with what is right and what each model says of it.
+
+    Args:
+        answers: model -> (words, whether they are right).
+    """
+    lines = []
+    for model, said in answers.items():
+        words = ", ".join(
+            f'<span class="{"right" if right else ""}">{html.escape(text)}</span>' for text, right in said
+        )
+        lines.append(f"<dt>{html.escape(model)}</dt><dd>{words}</dd>")
+    name = html.escape(truth)
+    shown = f'<img alt="{name}" src="data:image/png;base64,{_png(image)}">'
+    return f'<div class="card">{shown}<div><b>{name}</b><dl>{"".join(lines)}</dl></div></div>'
+
+
+def _png(image: Image.Image) -> str:
+    small = thumbnail(image)
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A small copy in RGB, as a model sees it."""
+    small = plain_mode(image).copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small.convert("RGB")

@@ -1,0 +1,370 @@
+"""What a recipe would take, without running it: shapes, sizes, operations, memory and hours.
+
+Sizes come from the axis table and operations from `measurement.macs`. The shape of a stage whose masks are learned or
+measured is not known before: it is planned as if every width of its start shrank alike until the target is met.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tinyclip.compress.inheritance import manual_masks
+from tinyclip.compress.learned_masks import Tower, sparsity
+from tinyclip.data.shard_index import known_samples
+from tinyclip.inference.speed import macs
+from tinyclip.loss import TILE
+from tinyclip.model.axes import axis_table, count_parameters
+from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.model.resnet import Bottleneck, ModifiedResNet
+from tinyclip.recipe.recipe import Recipe, Stage, Target
+from tinyclip.teachers.cache import read_info
+from tinyclip.teachers.foreign import is_foreign
+from tinyclip.train.pruner import budgets, thinner
+from tinyclip.zoo.checkpoint import read_config
+from tinyclip.zoo.resolve import cache_folder, find
+
+# Tiles alive at once in a distillation loss: similarities, the student's logits and their softmax, the targets.
+LOSS_TILES = 4
+
+Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s a device of a stage's student of that shape
+
+
+@dataclass(frozen=True)
+class StageShapes:
+    """What a stage starts from and what it ends with; `learned`: the end is an estimate."""
+
+    start: CLIPConfig
+    student: CLIPConfig
+    learned: bool
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------
+
+
+def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
+    """Shape of what the stages begin with, and what people should know of it.
+
+    Raises:
+        ValueError: when the teacher is neither here nor described by `teacher_shape`.
+    """
+    if recipe.teacher is None:
+        assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
+        return recipe.model, []
+    name = recipe.caches[0] if recipe.caches else str(recipe.teacher)
+    if _is_foreign(recipe):
+        return _beside_foreign(recipe, name)
+    if (shape := known_shape(name)) is not None:
+        return shape, []
+    if recipe.teacher_shape is None:
+        raise ValueError(f"{name}: no such checkpoint; put it there, or set `teacher_shape` to a model name")
+    return recipe.teacher_shape, [f"{name} is not here: its shape is taken from teacher_shape"]
+
+
+def _is_foreign(recipe: Recipe) -> bool:
+    """Whether the teacher is of another library, and so perhaps of no shape of ours."""
+    if recipe.caches:
+        folder = Path(recipe.caches[0])
+        return (folder / "cache.json").is_file() and read_info(folder).foreign is not None
+    return isinstance(recipe.teacher, str) and is_foreign(recipe.teacher)
+
+
+def _beside_foreign(recipe: Recipe, name: str) -> tuple[CLIPConfig, list[str]]:
+    """`teacher_config` of a teacher of another library, which is not loaded for it."""
+    stage, given = recipe.stages[0], recipe.teacher_shape
+    if stage.start in ("previous", "teacher") and stage.inherit != "none":
+        if given is None:
+            raise ValueError(f"{name}: its shape is known once it is loaded; set `teacher_shape` to a model name")
+        return given, [f"{name}: its shape is taken from teacher_shape"]
+    note = f"{name}: what it costs itself is not counted; set `teacher_shape` to a model of about its size"
+    return first_start(recipe), [note] if given is None and not recipe.caches else []
+
+
+def first_start(recipe: Recipe) -> CLIPConfig:
+    """Shape of what the first stage starts from where that is not the teacher; `ValueError` when nothing says it."""
+    stage = recipe.stages[0]
+    named = stage.start not in ("previous", "teacher")
+    shape = known_shape(stage.start) if named else stage.student.like
+    if shape is None:
+        absent = f"start: {stage.start} is not here" if named else "student: give the whole shape with `like: NAME`"
+        raise ValueError(f"stages.0.{absent}")
+    return shape
+
+
+def known_shape(name_or_path: str) -> CLIPConfig | None:
+    """Shape of a checkpoint or a name of the zoo, without a download; None when only the absent file says it.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be read, or a name of several models.
+    """
+    if Path(name_or_path).exists():
+        return read_config(name_or_path)
+    entry = find(name_or_path)
+    if entry is None:
+        return None
+    file = cache_folder() / entry.file
+    if file.exists():
+        return read_config(file)
+    return CLIPConfig.named(entry.shape) if entry.shape else None
+
+
+def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes], list[str]]:
+    """The shapes of every stage, and what people should know of them.
+
+    Raises:
+        ValueError: naming the stage whose student does not fit its start.
+    """
+    shapes: list[StageShapes] = []
+    notes: list[str] = []
+    for i, stage in enumerate(recipe.stages):
+        start = shapes[-1].student if stage.start == "previous" and shapes else teacher
+        if stage.start not in ("previous", "teacher"):
+            known = known_shape(stage.start)
+            start = known or teacher
+            if known is None:
+                notes.append(f"{stage.start}, where stage {stage.name} starts, is not here: planned from the teacher")
+        try:
+            student = stage.student.apply(start)
+            if stage.inherit == "manual":
+                manual_masks(start, student)
+            elif stage.inherit != "none":
+                target = stage.target
+                assert target is not None, "the recipe's validation asks for the section"
+                start, student = student, expected_shape(student, teacher, target, stage.towers)
+                if target.latency_ms is not None:
+                    notes.append(f"stage {stage.name} aims at a latency, which only its run can measure: full size")
+        except ValueError as error:
+            raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
+        shapes.append(StageShapes(start, student, stage.inherit in ("auto", "calibrated")))
+    return shapes, notes
+
+
+def expected_shape(
+    start: CLIPConfig, original: CLIPConfig, target: Target, towers: Literal["both", "image", "text"] = "both"
+) -> CLIPConfig:
+    """`start` with all widths shrunk alike until the target is met; never larger than `start`.
+
+    The budget counts from `original`, as in training: a shared one over both towers, or one for each.
+    """
+    shape = start
+    for name, goal in (budgets(target, towers) or {}).items():
+        group: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
+
+        def reached(thousandths: int, group: tuple[Tower, ...] = group, goal: float = goal) -> bool:
+            smaller = thinner(start, thousandths / 1000, group)
+            return sparsity(smaller, original, {}, group, target.counted).item() >= goal
+
+        shape = thinner(shape, bisect_left(range(1000), True, key=reached) / 1000, group)
+    return shape
+
+
+def shape_text(config: CLIPConfig) -> str:
+    """`12 x 512, text 6 x 512`: layers and width of both towers."""
+    vision, text = config.vision, config.text
+    image = f"{vision.layers} x {vision.width}" if isinstance(vision, VisionConfig) else _resnet_text(vision)
+    return f"{image}, text {text.layers} x {text.width}"
+
+
+def _resnet_text(vision: ResNetConfig) -> str:
+    """`[3, 4, 6, 3] x 56`; the first stage's inner channels stand for all."""
+    return f"{list(vision.layers)} x {vision.conv2[0][0]}"
+
+
+# --- operations, memory, hours ----------------------------------------------------------------------------------
+
+
+def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pairs: int | None = None) -> int:
+    """MACs a pair in training: forward and backward of the student's trained towers (3x their forward), once more
+    forward for the replay of micro-batches and for checkpointing each, forward of the teacher; texts at full context,
+    which training cuts to the longest of the batch.
+
+    Args:
+        pairs: of the batch on a device; default: all.
+    """
+    replays = stage.micro_batch is not None and stage.micro_batch < (pairs or stage.batch_size)
+    passes = 3 + replays + stage.grad_checkpointing
+    total = sum(passes * count for tower, count in macs(student).items() if stage.towers in ("both", tower))
+    return total + (sum(macs(teacher).values()) if teacher is not None and needs_teacher(stage) else 0)
+
+
+def needs_teacher(stage: Stage) -> bool:
+    """Whether the teacher sees every batch: for its terms of the loss, or for a tower that stays its own."""
+    return bool(stage.loss.distils) or stage.towers != "both"
+
+
+def memory(
+    student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pairs: int, dtype_bytes: int
+) -> dict[str, float]:
+    """Bytes a device needs with `pairs` of the batch on it.
+
+    Student: float32 weights, gradients and AdamW's two moments of what is trained (4 + 4 + 8 bytes), and a copy in the
+    autocast dtype. Teacher: float32 weights. Activations: what the backward pass needs, see `activation_bytes`.
+    With `micro_batch` activations are those of one; the features of all pairs stay. Loss: `LOSS_TILES` tiles, and the
+    features of the whole batch with their gradients. Fragmentation, workspaces and the decoding processes come on top.
+    """
+    counts = count_parameters(axis_table(student))
+    trained = sum(n for part, n in counts.items() if stage.towers in ("both", "image" if part == "image" else "text"))
+    weights = sum(counts.values())
+    copy = dtype_bytes if dtype_bytes < 4 else 0
+    # A pair's features in float32: the student's with their gradients, the teacher's.
+    features = 2 * 4 * (2 * student.embed_dim + (teacher.embed_dim if teacher else 0))
+    result: dict[str, float] = {
+        "weights": (4 + copy) * weights,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "teacher": 4 * sum(count_parameters(axis_table(teacher)).values()) if teacher and needs_teacher(stage) else 0,
+        "activations": min(pairs, stage.micro_batch or pairs)
+        * activation_bytes(student, stage.towers, dtype_bytes, stage.grad_checkpointing),
+        "features": pairs * features,
+        "loss": LOSS_TILES * 4 * min(TILE, pairs * stage.batch_size) + stage.batch_size * features,
+    }
+    result["total"] = sum(result.values())
+    return result
+
+
+def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int, checkpointed: bool = False) -> int:
+    """Bytes kept for the backward pass, a pair. A token of a block keeps the residual stream before both norms in
+    float32, and in the autocast dtype both norms' outputs, q, k, v and the attention's output, and the neurons before
+    and after the activation; attention is fused. A ResNet keeps each convolution's output and what its batch norm and
+    activation make of it. With checkpointing what goes into each block stays, and one block is whole at a time."""
+    vision, text = config.vision, config.text
+    always, blocks = 0, []  # of each block: bytes that go into it, bytes inside
+    if towers != "text" and isinstance(vision, VisionConfig):
+        blocks += _transformer_blocks(vision, vision.grid**2 + 1, dtype_bytes)
+    elif towers != "text":
+        always, resnet = _resnet_blocks(config, dtype_bytes)
+        blocks += resnet
+    if towers != "image":
+        blocks += _transformer_blocks(text, text.context_length, dtype_bytes)
+    inputs, inside = [block[0] for block in blocks], [block[1] for block in blocks]
+    return always + (sum(inputs) + max(inside, default=0) if checkpointed else sum(inside))
+
+
+def _transformer_blocks(config: TransformerConfig, length: int, dtype_bytes: int) -> list[tuple[int, int]]:
+    """Past the last attention only the position that is read is computed."""
+    last = max((i for i, heads in enumerate(config.heads) if heads), default=-1)
+    stream = config.width * (4 + dtype_bytes)  # before a norm and after it, a token
+    blocks = []
+    for i, (heads, mlp) in enumerate(zip(config.heads, config.mlp_width, strict=True)):
+        before, after = (length if i <= last else 1), (length if i < last else 1)
+        channels = dtype_bytes * (heads or 0) * config.head_dim
+        inside = before * ((heads is not None) * stream + 2 * channels)  # keys and values
+        inside += after * (2 * channels + (mlp is not None) * stream + 2 * dtype_bytes * (mlp or 0))
+        blocks.append((before * config.width * 4, inside))
+    return blocks
+
+
+def _resnet_blocks(config: CLIPConfig, dtype_bytes: int) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of the stem for one image, and of the blocks."""
+    assert isinstance(config.vision, ResNetConfig)
+    inputs: dict[str, int] = {}
+    inside: dict[str, int] = {}
+
+    def count(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, Bottleneck):
+            inputs[name] = dtype_bytes * arguments[0].numel()
+        else:
+            block = ".".join(name.split(".")[:2]) if name.startswith("layer") else "stem"
+            inside[block] = inside.get(block, 0) + 2 * dtype_bytes * output.numel()
+
+    with torch.device("meta"):
+        tower = ModifiedResNet(config.vision, config.embed_dim).eval()
+        for name, module in tower.named_modules():
+            if isinstance(module, nn.Conv2d | Bottleneck):
+                module.register_forward_hook(partial(count, name))
+        tower(torch.empty(1, 3, config.vision.image_size, config.vision.image_size))
+    return inside["stem"], [(inputs[name], inside[name]) for name in inputs]
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    devices: int = 1,
+    samples: int | None = None,
+    tflops: float | None = None,
+    speed: Speed | None = None,
+) -> dict[str, Any]:
+    """Everything that `tinyclip plan` prints: `teacher`, `stages`, `total`, `notes`.
+
+    Args:
+        devices: the batch is divided among them.
+        samples: pairs of the data; by default what its index says, if there is one.
+        tflops: sustained TFLOP/s a device, for `hours`.
+        speed: instead of tflops, pairs/s a device.
+
+    Raises:
+        ValueError: for a teacher of unknown shape, or a student that does not fit its start.
+    """
+    first, notes = teacher_config(recipe)
+    shapes, more = stage_shapes(recipe, first)
+    teacher = first if recipe.teacher is not None else None
+    if _is_foreign(recipe):
+        teacher = recipe.teacher_shape
+    live = None if recipe.caches else teacher  # stored features cost nothing here
+    samples = samples or known_samples(recipe.data)
+    if tflops is not None:
+        speed = _speed_of(tflops, live, devices)
+    stages = [
+        _stage_plan(recipe, stage, shape, live, devices, samples, speed)
+        for stage, shape in zip(recipe.stages, shapes, strict=True)
+    ]
+    total: dict[str, Any] = {name: sum(s[name] for s in stages) for name in ("steps", "samples", "flops")}
+    total["epochs"] = sum(s["epochs"] for s in stages) if samples else None
+    total["memory_bytes"] = max(s["memory_bytes"]["total"] for s in stages)
+    total["hours"] = sum(s["hours"] for s in stages) if speed else None
+    start = {"shape": shape_text(teacher)} | _sizes(teacher) if teacher else None
+    return {"teacher": start, "devices": devices, "stages": stages, "total": total, "notes": notes + more}
+
+
+def _speed_of(tflops: float, teacher: CLIPConfig | None, devices: int) -> Speed:
+    def speed(stage: Stage, student: CLIPConfig) -> float:
+        return tflops * 1e12 / (2 * step_macs(student, stage, teacher, -(-stage.batch_size // devices)))
+
+    return speed
+
+
+def _sizes(config: CLIPConfig) -> dict[str, int]:
+    counts, operations = count_parameters(axis_table(config)), macs(config)
+    return {f"params_{k}": n for k, n in counts.items()} | {f"macs_{k}": n for k, n in operations.items()}
+
+
+def _stage_plan(
+    recipe: Recipe,
+    stage: Stage,
+    shapes: StageShapes,
+    teacher: CLIPConfig | None,
+    devices: int,
+    samples: int | None,
+    speed: Speed | None,
+) -> dict[str, Any]:
+    seen = stage.steps * stage.batch_size
+    # Masked steps work at the size of the start, those after the cut at the size of the student.
+    masked = stage.batch_size * (stage.auto.steps if stage.auto else 0)
+    phases = [(shapes.start, masked), (shapes.student, seen - masked)]
+    if stage.calibrated:
+        phases.append((shapes.start, stage.calibrated.batches * stage.batch_size))
+    largest = shapes.start if shapes.learned else shapes.student
+    dtype_bytes = 4 if recipe.precision == "float32" else 2
+    pairs = -(-stage.batch_size // devices)
+    hours = sum(n / speed(stage, config) for config, n in phases if n) / devices / 3600 if speed else None
+    return {
+        "stage": stage.name,
+        "inherit": stage.inherit,
+        "shape": shape_text(shapes.student),
+        "estimated": shapes.learned,
+        **_sizes(shapes.student),
+        "steps": stage.steps,
+        "batch_size": stage.batch_size,
+        "samples": seen,
+        "epochs": seen / samples if samples else None,
+        "flops": sum(2 * n * step_macs(config, stage, teacher, pairs) for config, n in phases),
+        "memory_bytes": memory(largest, stage, teacher, pairs, dtype_bytes),
+        "hours": hours,
+    }

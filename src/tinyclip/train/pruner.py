@@ -1,0 +1,156 @@
+"""Automatic inheritance while it learns: masks, their constraint and their optimiser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tinyclip.compress.inheritance import compact
+from tinyclip.compress.learned_masks import Constraint, HardConcrete, Tower
+from tinyclip.model.config import CLIPConfig, TransformerConfig
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Stage, Target, TowerSparsity
+from tinyclip.zoo.checkpoint import write_weights
+
+DEFAULT_RAMP = 1000  # steps, the released recipes'
+MASKS = "masks.safetensors"  # in a checkpoint: the student beside it is not cut yet
+TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("visual",), "text": ("text",)}
+
+
+class Pruner:
+    """Masks that are learned beside the weights.
+
+    AdamW without weight decay for both; the multipliers ascend (reference code, after CoFi pruning).
+
+    Args:
+        config, original: shape of the student before the cut, and of the teacher that sparsity counts from.
+        targets: sparsity by budget: `visual`, `text` or `both`.
+        seed: of the noise, which depends on it and on the step alone, so that a resumed run draws the same.
+
+    Raises:
+        ValueError: for a tower that takes no learned masks, or a target out of reach.
+    """
+
+    def __init__(
+        self,
+        config: CLIPConfig,
+        original: CLIPConfig,
+        stage: Stage,
+        targets: dict[str, float],
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert stage.auto is not None, "only stages with `inherit: auto` learn masks"
+        auto = stage.auto
+        towers = TOWERS[stage.towers]
+        self.auto, self.seed = auto, seed
+        self.hard = HardConcrete(config, original, towers=towers, gates=auto.gates, unit=auto.counted)
+        self.constraint = Constraint(self.hard, targets, auto.ramp_steps or min(DEFAULT_RAMP, auto.steps))
+        self.hard.to(device)
+        self.constraint.to(device)
+        settings: dict[str, Any] = {"lr": auto.lr, "weight_decay": 0.0}
+        groups = [
+            {"params": list(self.hard.parameters())} | settings,
+            {"params": list(self.constraint.parameters())} | settings | {"maximize": True},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.hard.parameters(), *self.constraint.parameters()]
+
+    def sample(self, step: int) -> dict[str, Tensor]:
+        """Masks of one step, the same on every rank."""
+        return self.hard.sample(torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+
+    def cut(self, model: CLIP) -> CLIP:
+        """The student that the masks leave."""
+        return compact(model, self.hard.deterministic(self.auto.align))
+
+    def values(self) -> Tensor:
+        """What the masks are made of, as one tensor on their device."""
+        return nn.utils.parameters_to_vector(self.hard.parameters()).detach()
+
+    @torch.no_grad()
+    def figures(self, step: int, values: Tensor | None = None) -> dict[str, Any]:
+        """Sparsity beside its target for each budget, and what is kept of each block.
+
+        Args:
+            values: what `values` gave, on the CPU, when it is at hand.
+        """
+        names = self.constraint.targets
+        hard = self.hard.filled(self.values().cpu() if values is None else values)
+        masks = hard.deterministic(self.auto.align)
+        return {
+            "sparsity": {name: hard.expected_sparsity(name).item() for name in names},  # type: ignore[arg-type]
+            "target_sparsity": {name: self.constraint.target(name, step) for name in names},
+            "mask_lr": self.optimizer.param_groups[0]["lr"],
+            "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
+        }
+
+    def save(self, folder: Path) -> None:
+        """Masks and multipliers as an open file; the optimiser travels with the stage's state."""
+        write_weights(folder / MASKS, self._named(), {"targets": json.dumps(self.constraint.targets)})
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote; `ValueError` when it does not fit."""
+        tensors, named = load_file(folder / MASKS), self._named()
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in named.items()}:
+            raise ValueError(f"{folder / MASKS}: masks of another model; remove {folder} to start the stage anew")
+        with torch.no_grad():
+            for key, value in named.items():
+                value.copy_(tensors[key])
+
+    def _named(self) -> dict[str, Tensor]:
+        multipliers = {f"multipliers.{name}": value for name, value in self.constraint.multipliers.items()}
+        return dict(self.hard.named_log_alpha()) | multipliers
+
+
+def budgets(target: Target, towers: str) -> dict[str, float] | None:
+    """Target sparsity by budget; None when a latency is the target."""
+    goal = target.target_sparsity
+    if goal is None:
+        return None
+    if isinstance(goal, TowerSparsity):
+        return {"visual": goal.image, "text": goal.text}
+    return {"both": goal} if towers == "both" else {TOWERS[towers][0]: goal}
+
+
+def already_gone(gone: float, target: float) -> str:
+    """What to say of a budget that a stage before has met by overshooting."""
+    return f"{gone:.3f} of the teacher is gone already, target_sparsity {target:.3f} adds none"
+
+
+def saved_targets(folder: Path) -> dict[str, float]:
+    """The targets in a checkpoint that has masks; `ValueError` when the file is damaged."""
+    try:
+        with safe_open(folder / MASKS, "pt") as file:
+            return dict(json.loads(file.metadata()["targets"]))
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MASKS}: damaged ({error}); remove {folder} to start the stage anew") from None
+
+
+def thinner(config: CLIPConfig, removed: float, towers: tuple[Tower, ...]) -> CLIPConfig:
+    """A shape of about `1 - removed` of the MACs of these towers: widths, heads and neurons by one factor. It
+    stands for a shape that is yet to be learned, to time it."""
+    factor = (1 - removed) ** 0.5
+
+    def scaled(part: TransformerConfig) -> TransformerConfig:
+        def thin(count: int | None) -> int | None:
+            return count and max(1, round(count * factor))
+
+        update = {"width": thin(part.width), "heads": tuple(map(thin, part.heads))}
+        return part.model_copy(update=update | {"mlp_width": tuple(map(thin, part.mlp_width))})
+
+    parts: dict[str, Any] = {}
+    if "visual" in towers:
+        assert isinstance(config.vision, TransformerConfig), "HardConcrete refuses other towers"
+        parts["vision"] = scaled(config.vision)
+    if "text" in towers:
+        parts["text"] = scaled(config.text)
+    return config.model_copy(update=parts)

@@ -1,0 +1,417 @@
+"""What a stage needs to be stopped at any step and to go on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.energon.flavors.webdataset.sample_loader import SliceState
+from megatron.energon.rng import SystemRngState
+from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatasetCheckpoint, SavableDatasetState
+from megatron.energon.state import FlexState
+
+from tinyclip.common.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
+from tinyclip.common.faults import Skipped, append, summary
+from tinyclip.common.files import checksum, json_text, read_json_object, write_atomically
+from tinyclip.common.folders import atomic_directory, recover
+from tinyclip.common.ownership import MARKER, adopt, carry, discard
+from tinyclip.train.pruner import MASKS
+from tinyclip.train.step import Trainee
+from tinyclip.zoo.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
+
+STATE = "state.pt"
+ENOUGH = 500  # bad samples, before they are judged
+PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
+MANIFEST = "checksums.json"  # of the files beside it; written last, so that a whole checkpoint has it
+SAVED = (*FILES, STATE, MANIFEST, MASKS)  # what a stage in progress is made of
+STEP = re.compile(r"step-(\d{6,})")  # the folder of a checkpoint before the last
+# What reading a torn or hostile state raises.
+DAMAGE = (
+    *(OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, LookupError, pickle.UnpicklingError),
+)
+# What Energon's part of it is made of; nothing else is unpickled.
+LOADER_PARTS: tuple[Any, ...] = (
+    *(SavableDatasetCheckpoint, SavableDataLoaderState, SavableDatasetState, SliceState, SystemRngState, FlexState),
+    *(np.ndarray, np.dtype, np.empty(0).__reduce__()[0]),
+)
+LOADER_STATE: dict[tuple[str, str], Any] = {(part.__module__, part.__qualname__): part for part in LOADER_PARTS}
+# The random state of a decoding worker is a tensor, whose storage torch itself would unpickle with anything in it.
+LOADER_STATE |= {
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch.storage", "_load_from_bytes"): lambda data: torch.load(BytesIO(data), weights_only=True),
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself; `signal_number` says by what."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.signal_number, self.step = signal_number, step
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; saved with it."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
+    skipped_steps: int = 0  # batches that overflowed in float16; no steps
+    seconds: float = 0.0
+    order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
+    evaluated_step: int = 0
+    precision: str = ""  # of the steps so far
+    best_step: int | None = None
+    best_score: float = -1.0
+    evaluation: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+        self._recent: list[tuple[float, int]] = []
+        self._vanished: set[str] = set()
+        self._waits: list[float] = []
+
+    def advance(self, count: int, stepped: bool = True) -> None:
+        """After a step on `count` samples of all processes, or one that was left out: its batch is used up, but the
+        stage still has as many steps to do, and the schedule stands still."""
+        now = time.perf_counter()
+        self._recent = [*self._recent[-49:], (now - self._since, count)]
+        self.seconds += now - self._since
+        self._since = now
+        self.step += stepped
+        self.skipped_steps += not stepped
+        self.samples += count
+
+    def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
+        """What all processes left out at this step; the first one writes it to the log. Returns the first sample of
+        each shard that has just vanished.
+
+        Raises:
+            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
+        """
+        for s in skipped:
+            self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
+        if is_main():
+            append(log, skipped, stage=stage, step=self.step)
+        vanished = {s.shard: s for s in skipped if s.cause == "vanished_shard" and s.shard not in self._vanished}
+        self._vanished |= vanished.keys()
+        bad = {cause: n for cause, n in self.skipped.items() if cause != "vanished_shard"}
+        if sum(bad.values()) > max(self.samples, ENOUGH):
+            raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
+        return list(vanished.values())
+
+    def waited(self, seconds: float) -> None:
+        """Note how long the step that begins has waited for its data; the first also for the workers to start."""
+        self._waits = [*self._waits[-49:], seconds] if self._recent else []
+
+    def pause(self) -> None:
+        """Leave out of pairs/s what is not training (evaluation, saving)."""
+        self._since = time.perf_counter()
+
+    def figures(self) -> dict[str, Any]:
+        """Speed and waiting of the last 50 steps, and what was left out so far."""
+        seconds = [s for s, _ in self._recent]
+        speed = {"pairs_per_s": sum(n for _, n in self._recent) / max(sum(seconds), 1e-9)}
+        waits = self._waits or [0.0]
+        speed["data_wait_s"] = sum(waits) / len(waits)
+        speed["data_wait_share"] = sum(waits) / max(sum(seconds[-len(waits) :]), 1e-9)
+        return speed | self.left_out()
+
+    def left_out(self) -> dict[str, Any]:
+        """Samples that were skipped, in all and by cause, and steps."""
+        samples = {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
+        return samples | {"skipped_steps": self.skipped_steps}
+
+
+def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: int) -> None:
+    """Write the student and all that `restore` needs, in one piece. All processes call it; the first one writes.
+
+    Args:
+        place: the stage's `last`; what it held before goes to `step-000100` beside it.
+        keep: how many checkpoints there are then at most.
+
+    Raises:
+        ValueError: when it cannot be written, or what was trained is not finite.
+    """
+    trainee.check()
+    position = pickle.dumps(loader.save_state_rank(), protocol=4)
+    mine = {"loader": torch.frombuffer(bytearray(position), dtype=torch.uint8), "random": torch.get_rng_state()}
+    ranks, layout = gather_objects(mine), [world_size(), loader.num_workers]
+    from_main(lambda: _write(place, trainee, progress, keep, {"layout": layout, "ranks": ranks}))
+    progress.pause()
+
+
+def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: dict[str, Any]) -> None:
+    state |= {
+        "projections": trainee.projections.state_dict(),
+        "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
+        "optimizer": trainee.optimizer.state_dict(),
+        "scaler": trainee.scaler.state_dict(),
+        "progress": asdict(progress),
+    }
+    before = _manifest(place)["step"] if place.exists() else progress.step
+    aside = place.with_name(f"step-{before:06d}") if keep > 1 and before < progress.step else None
+    with atomic_directory(place, "model", aside, known=SAVED) as temporary:
+        save_into(temporary, trainee.model, trainee.tokenizer, trainee.preprocess)
+        if trainee.pruner is not None:
+            trainee.pruner.save(temporary)
+        try:
+            torch.save(state, temporary / STATE)
+        except RuntimeError as error:  # torch's own word for a full disk
+            raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
+        sums = {file.name: checksum(file) for file in sorted(temporary.iterdir()) if file.name != MARKER}
+        manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
+        (temporary / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
+    for old in older(place)[keep - 1 :]:
+        _drop(old)
+
+
+def older(last: Path) -> list[Path]:
+    """The checkpoints kept beside `last`, the newest first."""
+    found = {}
+    for path in last.parent.iterdir() if last.parent.is_dir() else ():
+        step = STEP.fullmatch(path.name)
+        if step and not path.is_symlink() and any((path / name).exists() for name in (MARKER, MANIFEST, WEIGHTS)):
+            found[path] = int(step[1])
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint of a stage; what others put into it stays."""
+    adopt(checkpoint, SAVED)
+    discard(checkpoint)
+
+
+def settle(last: Path) -> tuple[int, list[str]]:
+    """Make `last` the newest whole checkpoint of a stage that is not done, before anything reads it.
+
+    Returns:
+        Its step, 0 when there is none yet; and a line for each damaged one, which is removed.
+
+    Raises:
+        ValueError: when all of them are damaged; they are left as they are.
+    """
+    faults: dict[Path, str] = {}
+    recover(last)
+    for place in [last, *older(last)]:
+        if not place.exists():
+            continue
+        try:
+            step = int(_check(place)["step"])
+        except ValueError as error:
+            faults[place] = str(error)
+            continue
+        if last in faults:
+            adopt(last, SAVED)
+            carry(last, place)
+        for damaged in faults:
+            _drop(damaged)
+        if place != last:
+            place.rename(last)
+        return step, [f"{fault}; going on from step {step}" for fault in faults.values()]
+    if faults:
+        first = next(iter(faults.values()))
+        raise ValueError(f"{first}, and no older one is whole; remove {last.parent} to start the stage anew")
+    return 0, []
+
+
+def saved_step(last: Path) -> int:
+    """The step of the newest whole checkpoint of a stage, 0 when there is none; changes nothing."""
+    for place in [last, *older(last)]:
+        with suppress(ValueError):
+            if place.exists():
+                return int(_check(place)["step"])
+    return 0
+
+
+def finish(last: Path) -> None:
+    """Remove what only a stage in progress needs."""
+    for old in older(last):
+        _drop(old)
+    for name in (MANIFEST, STATE):
+        (last / name).unlink(missing_ok=True)
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    manifest = read_json_object(place / MANIFEST)
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("crc32"), dict):
+        raise ValueError(f"{place / MANIFEST}: damaged")
+    return manifest
+
+
+def _check(place: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole; `ValueError` naming the file that is missing or damaged."""
+    manifest = _manifest(place)
+    for name in sorted({STATE, *manifest["crc32"]}):
+        try:
+            found = checksum(place / name)
+        except OSError as error:
+            raise ValueError(f"{place / name}: {error.strerror}") from None
+        if found != manifest["crc32"].get(name):
+            raise ValueError(f"{place / name}: damaged")
+    return manifest
+
+
+def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> Any:
+    """Load what `save` wrote into the given objects.
+
+    Returns:
+        The loader's state, to be restored into one that is made with `progress.order`. None when there is no
+        checkpoint, or when it comes from another number of processes or workers: then the data's order begins anew,
+        and `progress.order` is the step it did so.
+
+    Raises:
+        ValueError: when the checkpoint is damaged.
+    """
+    if not from_main((place / STATE).exists):
+        return None
+    trainee.model.load_state_dict(load_checkpoint(place)[0].state_dict())
+    data = _read_state(place)
+    trainee.optimizer.load_state_dict(data["optimizer"])
+    trainee.projections.load_state_dict(data["projections"])
+    if trainee.pruner is not None:
+        trainee.pruner.load(place)
+        trainee.pruner.optimizer.load_state_dict(data["masks"])
+    if data["scaler"]:  # empty, but from float16
+        trainee.scaler.load_state_dict(data["scaler"])
+    for name, value in data["progress"].items():
+        setattr(progress, name, value)
+    if data["layout"] != [world_size(), workers]:
+        progress.order = progress.step
+        return None
+    mine = data["ranks"][rank()]
+    torch.set_rng_state(mine["random"])
+    return mine["loader"]
+
+
+def _read_state(place: Path) -> dict[str, Any]:
+    try:
+        # On the CPU, since the workers take their random states from it; the optimiser moves its own tensors.
+        data = dict(torch.load(place / STATE, weights_only=True, map_location="cpu"))
+        if not (missing := PARTS - data.keys()) and rank() < len(data["ranks"]):
+            mine = data["ranks"][rank()]
+            mine["loader"] = _LoaderState(BytesIO(mine["loader"].numpy().tobytes())).load()
+    except DAMAGE as error:
+        text = " ".join(str(error).split())[:120]
+        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
+    if missing:
+        parts = ", ".join(sorted(missing))
+        raise ValueError(f"{place / STATE}: damaged (no {parts}); remove {place} to start the stage anew")
+    return data
+
+
+class _LoaderState(pickle.Unpickler):
+    """Reads what Energon's state is made of, and refuses every other name before anything is called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in LOADER_STATE:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return LOADER_STATE[module, name]
+
+
+def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
+    """Drop what a stage logged after the `step` of its checkpoint `last`, which is about to be done again, and a line
+    torn by a kill. An evaluation and a cut are logged before the checkpoint that has them."""
+    if not path.exists():
+        return
+    until = {}
+    if step:
+        until["evaluation"] = _manifest(last).get("evaluated_step", step)
+    if (last / MASKS).exists():
+        until["cut"] = 0
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("stage") != stage or (step > 0 and event.get("step", 0) <= until.get(event.get("event"), step)):
+            kept.append(line)
+    write_atomically(path, "".join(kept))
+
+
+class Clock:
+    """Says when the minutes between two checkpoints have passed; None: never. The first process's is the one."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def is_late(self) -> bool:
+        return self.minutes is not None and is_main() and time.monotonic() - self._since >= 60 * self.minutes
+
+
+@dataclass
+class Stops:
+    """What asks this process to stop: SIGINT or SIGTERM, or the death of the torchrun that started it."""
+
+    received: list[int] = field(default_factory=list)
+    parent: int = field(default_factory=os.getppid)
+    saved: int | None = None  # the step that is saved, while nothing would be lost by stopping at once
+
+    def alone(self) -> int:
+        """The signal that a run of one process has received, or 0; several agree once a step."""
+        return self.received[0] if self.received and world_size() == 1 else 0
+
+    def agreed(self, *flags: bool, device: torch.device) -> tuple[int, ...]:
+        """The signal that any process has received, or 0, and each flag that any process raised; one small exchange a
+        step, none where there is one process."""
+        orphaned = world_size() > 1 and os.getppid() != self.parent
+        terminate = signal.SIGTERM in self.received or orphaned
+        interrupt, terminate, *others = any_of(signal.SIGINT in self.received, terminate, *flags, device=device)
+        return (signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0), *others
+
+    @contextmanager
+    def at_once(self, step: int) -> Iterator[None]:
+        """For work after a save, which can be long: a signal, also one that has come, raises `Interrupted` there."""
+        self.saved = step
+        try:
+            if stop := self.alone():
+                raise Interrupted(stop, step)
+            yield
+        finally:
+            self.saved = None
+
+
+@contextmanager
+def stop_signals(noted: Callable[[], None] = lambda: None) -> Iterator[Stops]:
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save, and calls `noted`. A second SIGINT
+    raises. Decoding workers ignore both (see `data`)."""
+    stops = Stops()
+    if threading.current_thread() is not threading.main_thread():
+        yield stops
+        return
+
+    def handle(number: int, frame: object) -> None:
+        if stops.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stops.received.append(number)
+        noted()
+        if stops.saved is not None:
+            raise Interrupted(number, stops.saved)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

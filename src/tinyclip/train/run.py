@@ -1,0 +1,107 @@
+"""What a run has at hand, and what its parts share: batches, attention kernel, preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tinyclip.common.distributed import is_main, rank, world_size
+from tinyclip.common.files import append_text, json_text
+from tinyclip.common.locks import Lock
+from tinyclip.common.watchdog import GO_ON, Watchdog
+from tinyclip.data import loader as data
+from tinyclip.data.loader import training_loader
+from tinyclip.inputs.tokenizer import CLIPTokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.teachers.cache import Cache, draw_stored
+from tinyclip.teachers.teacher import AnyTeacher, ForeignTeacher, Teacher
+
+Evaluator = Callable[[CLIP, CLIPTokenizer, Preprocess], dict[str, Any]]
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Run:
+    """What a run needs at hand; made by `start`, used up by `run`."""
+
+    recipe: Recipe
+    folder: Path
+    teacher: AnyTeacher | None
+    original: CLIPConfig  # what sparsity counts from: the teacher's shape, else that of the first stage's start
+    configs: list[CLIPConfig]
+    tokenizer: CLIPTokenizer
+    preprocess: Preprocess
+    device: torch.device
+    precision: str
+    lock: Lock  # of the folder, held by the first process until the run ends
+    evaluator: Evaluator | None = None
+    listener: Listener = field(default=lambda event: None)
+    caches: list[Cache] = field(default_factory=list)  # of a cached teacher
+    watchdog: Watchdog = field(default_factory=Watchdog)
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """To metrics.jsonl and to the listener, by the first process."""
+        if not is_main():
+            return
+        append_text(self.folder / "metrics.jsonl", json_text(event) + "\n")
+        self.listener(event)
+
+    def warn(self, stage: Stage, text: str) -> None:
+        self.emit({"event": "warning", "stage": stage.name, "text": text})
+
+
+def preprocess_for(run: Run, model: CLIP) -> Preprocess:
+    return run.preprocess.model_copy(update={"image_size": model.config.vision.image_size})
+
+
+def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | None = None) -> Any:
+    """This process's share of a stage's batches.
+
+    Args:
+        cut: for the part of an auto stage after its cut.
+        order: the step at which the order of the data began anew, see `resume.restore`.
+        pairs: of a batch; by default this process's share of the stage's.
+    """
+    stage, config = run.recipe.stages[i], run.configs[i]
+    size, context, teacher = config.vision.image_size, config.text.context_length, run.teacher
+    if isinstance(teacher, Teacher | ForeignTeacher):
+        size = max(size, teacher.preprocess.image_size)
+    if isinstance(teacher, Teacher):  # it reads the same tokens
+        context = max(context, teacher.config.text.context_length)
+    return training_loader(
+        run.recipe.data,
+        tokenizer=run.tokenizer,
+        context_length=context,
+        image_size=run.caches[0].info.image_size if run.caches else size,
+        augment=stage.augment,
+        batch_size=pairs or stage.batch_size // world_size(),
+        workers=run.recipe.workers,
+        # Stages, and their parts, see the data in different orders.
+        seed=run.recipe.seed + i + 1000 * cut + 1_000_003 * order,
+        rank=rank(),
+        world_size=world_size(),
+        stored=partial(draw_stored, run.caches) if run.caches else None,
+        teacher_tokenize=teacher.tokenize if isinstance(teacher, ForeignTeacher) else None,
+    )
+
+
+def closing(loader: Any) -> AbstractContextManager[None]:
+    """`data.closing` in a run, which can go on when a worker has died."""
+    return data.closing(loader, GO_ON)
+
+
+def attention(device: torch.device) -> AbstractContextManager[None]:
+    """The attention kernel to train with. On CPUs the fused kernel's backward pass is the slower one
+    (`benchmarks/attention.py`)."""
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    return context

@@ -1,0 +1,302 @@
+"""Before the first step: everything that can be checked, and the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from tinyclip.common import ownership
+from tinyclip.common.distributed import best_precision, from_main, rank, resolve_device, world_size
+from tinyclip.common.faults import append
+from tinyclip.common.files import write_atomically
+from tinyclip.common.locks import LOCK, Lock, lock_of, take
+from tinyclip.common.watchdog import Watchdog
+from tinyclip.compress.calibrate import Calibration
+from tinyclip.compress.inheritance import manual_masks
+from tinyclip.compress.learned_masks import HardConcrete, check_targets
+from tinyclip.data.shard_index import check_readers, known_faults, prepare
+from tinyclip.data.shards import all_captions
+from tinyclip.inference.pipeline import Pipeline
+from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, ResNetConfig, VisionConfig
+from tinyclip.recipe.recipe import Recipe, Stage, recipe_of
+from tinyclip.teachers.cache import Cache, open_caches
+from tinyclip.teachers.foreign import load_teacher, local_part
+from tinyclip.teachers.teacher import AnyTeacher, CachedTeacher, Teacher
+from tinyclip.train.pruner import TOWERS, budgets
+from tinyclip.train.run import Run
+from tinyclip.train.student import check_compiler
+from tinyclip.train.tracking import check_trackers
+from tinyclip.zoo.checkpoint import load_checkpoint, read_config, read_tokenizer
+from tinyclip.zoo.openai import own_tokenizer
+from tinyclip.zoo.resolve import resolve
+
+# A resumed run may differ in these from the one that was started.
+FREE_TO_CHANGE = (
+    *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "stall_minutes"),
+    *("tracking", "workers"),
+)
+FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
+PATIENCE = 30.0  # seconds for the processes of a run that was killed to end; each may be at a long step
+
+
+def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
+    """Check everything that can be checked before the first step, and make the run's folder.
+
+    Under torchrun all processes call it.
+
+    Raises:
+        ValueError: for a folder that exists or in which another run is at work, data that is missing, a student that
+            does not fit its start, or a batch that cannot be divided among the processes.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size % world_size():
+            raise ValueError(
+                f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
+            )
+    check_trackers(recipe)
+    samples = from_main(lambda: prepare(recipe.data, keep=resume))
+    for i, stage in enumerate(recipe.stages):
+        if stage.batch_size > samples:
+            raise ValueError(
+                f"stages.{i}.batch_size: {stage.batch_size} exceeds the {samples} samples of {recipe.data}"
+            )
+    from_main(lambda: check_readers(recipe.data, recipe.workers, world_size()))
+    device = resolve_device(recipe.device)
+    precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
+    teacher: AnyTeacher | None = None
+    foreign: str | None = None  # what a teacher is that no student can inherit from
+    caches = open_caches(recipe.caches, recipe.data)
+    if caches:
+        first = caches[0]
+        teacher = CachedTeacher(first.embed_dim, [torch.tensor(cache.info.scale, device=device) for cache in caches])
+        if first.info.foreign is not None:
+            foreign = first.info.foreign.kind
+        else:
+            config, tokenizer, preprocess = first.own
+    elif recipe.teacher is not None:
+        assert isinstance(recipe.teacher, str), "a teacher is a checkpoint or a cache"
+        loaded = load_teacher(recipe.teacher, device)
+        if isinstance(loaded, Pipeline):
+            teacher = Teacher(loaded.model, loaded.preprocessing)
+            config, tokenizer, preprocess = loaded.model.config, loaded.tokenizer, loaded.preprocessing
+        else:
+            teacher, foreign = loaded, loaded.kind
+    else:
+        assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
+        tokenizer = _vocabulary(recipe, recipe.model.text.context_length)
+        text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        config = recipe.model.model_copy(update={"text": text})
+        preprocess = Preprocess(image_size=config.vision.image_size)
+    if foreign is not None:
+        config, tokenizer, preprocess = _first_start(recipe, foreign)
+    if any(stage.compile for stage in recipe.stages):
+        check_compiler(device)
+    configs = plan(recipe, config, device)
+    _check_vocabularies(recipe, tokenizer)
+    if caches:
+        _check_views(recipe, configs, caches[0])
+    folder = Path(recipe.output)
+    lock = lock_of(folder, PATIENCE)
+    from_main(lambda: _open_folder(lock, folder, recipe, overwrite, resume))
+    if not (folder / "recipe.yaml").exists():
+        raise ValueError(f"{folder}: process {rank()} does not see it; it must be on a disk that all nodes share")
+    who = f"process {rank()} of {world_size()}: " if world_size() > 1 else ""
+    watchdog = Watchdog(recipe.stall_minutes, who)
+    shapes = config, configs, tokenizer, preprocess
+    return Run(recipe, folder, teacher, *shapes, device, precision, lock, caches=caches, watchdog=watchdog)
+
+
+def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
+    """What a run begins with whose teacher gives it no weights: the checkpoint that the first stage names, else the
+    shape that it states, with CLIP's tokenizer.
+
+    Raises:
+        ValueError: for a stage that would need the teacher's weights.
+    """
+    for i, stage in enumerate(recipe.stages):
+        if stage.towers != "both":
+            raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, and that is {kind}")
+        if stage.start != "teacher" and (stage.start != "previous" or i > 0):
+            continue
+        if stage.inherit != "none":
+            raise ValueError(
+                f"stages.{i}.inherit: {stage.inherit} needs a CLIP to inherit from, and the teacher is {kind}; name a "
+                "checkpoint with `start`, or take `inherit: none` with `student: {like: NAME}`"
+            )
+        if stage.student.like is None:
+            raise ValueError(
+                f"stages.{i}.student: give the whole shape with `like: NAME`, since the teacher, {kind}, has none "
+                "that it could be relative to"
+            )
+    start, like = recipe.stages[0].start, recipe.stages[0].student.like
+    if start not in ("previous", "teacher"):
+        model, tokenizer, preprocess = load_checkpoint(resolve(start))
+        return model.config, tokenizer, preprocess
+    assert like is not None, "checked above"
+    return like, own_tokenizer(like, "stages.0.student.like"), Preprocess(image_size=like.vision.image_size)
+
+
+def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPConfig]:
+    """The config of every stage's student, checked against what it inherits from.
+
+    Raises:
+        ValueError: naming the stage that does not fit.
+    """
+    configs: list[CLIPConfig] = []
+    for i, stage in enumerate(recipe.stages):
+        try:
+            if stage.start not in ("previous", "teacher"):
+                base = read_config(resolve(stage.start))
+            else:
+                base = configs[-1] if stage.start == "previous" and configs else first
+            config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
+            if stage.inherit == "manual":
+                manual_masks(base, config)
+            _check_towers(stage, base, config, first)
+            if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
+                raise ValueError("batch_norm: a ViT has none; leave the key out")
+            if isinstance(config.vision, ResNetConfig) and not stage.freezes_batch_norm:
+                _check_batch_norm(stage, device)
+            if config.text.vocab_size != first.text.vocab_size:
+                sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
+                raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
+        except ValueError as error:
+            raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
+        configs.append(config)
+    return configs
+
+
+def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
+    """Whether all stages begin with the run's tokens."""
+    for i, stage in enumerate(recipe.stages):
+        named = stage.start not in ("previous", "teacher")
+        if named and read_tokenizer(resolve(stage.start)).merges != tokenizer.merges:
+            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+
+
+def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
+    """Early errors for a tower that is to stay the teacher's, and for masks that cannot do what is asked."""
+    kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
+    for name in kept:
+        if getattr(student, name) != getattr(base, name) or student.embed_dim != base.embed_dim:
+            raise ValueError(f"towers: {stage.towers} leaves the {name} tower as it is, the student's differs")
+        if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
+            raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
+        if len({student.activation, base.activation, teacher.activation}) > 1:
+            raise ValueError(f"towers: {stage.towers} keeps the teacher's activation, {teacher.activation}")
+    if stage.auto is not None:
+        auto = stage.auto
+        hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
+        check_targets(hard, budgets(auto, stage.towers) or {})
+    if stage.calibrated is not None:
+        Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
+
+
+def _check_batch_norm(stage: Stage, device: torch.device) -> None:
+    """Early errors for batch norm that is to learn from what it does not see."""
+    for key in ("micro_batch", "grad_checkpointing"):
+        if getattr(stage, key):
+            raise ValueError(f"{key}: this stage trains batch norm, which must see the whole batch once; leave it out")
+    if world_size() > 1 and device.type != "cuda":
+        raise ValueError("batch_norm: processes without GPUs cannot share batch statistics; train in one process")
+
+
+def _check_views(recipe: Recipe, configs: list[CLIPConfig], cache: Cache) -> None:
+    """Whether the stored views are those that the stages ask for."""
+    for i, (stage, config) in enumerate(zip(recipe.stages, configs, strict=True)):
+        for name, stored in cache.info.augment:
+            if getattr(stage.augment, name) != stored:
+                raise ValueError(
+                    f"stages.{i}.augment.{name}: {getattr(stage.augment, name)}, but the views of {cache.folder} have "
+                    f"{stored}; take that, or make a cache with `tinyclip cache --recipe`"
+                )
+        if config.vision.image_size > cache.info.image_size:
+            raise ValueError(
+                f"stages.{i} ({stage.name}): the student sees {config.vision.image_size} px, but the views of "
+                f"{cache.folder} have {cache.info.image_size}; make a cache with `tinyclip cache --recipe`"
+            )
+
+
+def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
+    tokenizer = clip_tokenizer()
+    merges = tokenizer.merges
+    if recipe.vocabulary == "data":
+        merges = from_main(lambda: tokenizer.pruned(tokenizer.kept_ids(all_captions(recipe.data))).merges)
+    return CLIPTokenizer(merges, context_length)
+
+
+def _open_folder(lock: Lock, folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    """Write the recipe into the run's folder, whose lock is held from before the first change."""
+    if overwrite and resume:
+        raise ValueError("give either --overwrite or --resume")
+    try:
+        _check_folder(folder, recipe, overwrite, resume)  # what is refused leaves no trace
+        take(lock, "tinyclip distill")
+        _check_folder(folder, recipe, overwrite, resume)  # another run may have been at work until now
+        if overwrite:
+            ownership.remove(folder, "run", keep=ownership.LOCKS)
+        ownership.claim(folder, "run", _written(recipe))
+        write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        if not resume:  # samples are listed when they come up
+            append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
+    except OSError as error:
+        lock.release()
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    except ValueError:
+        lock.release()
+        raise
+
+
+def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    """Whether the run may have the folder as it is."""
+    settings, known = recipe.model_dump(mode="json"), folder / "recipe.yaml"
+    if resume:
+        if not known.exists() or not _is_run(folder):
+            raise ValueError(f"{folder}: no run to resume")
+        before = recipe_of(folder).model_dump(mode="json")
+        changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
+        if changed:
+            raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
+    elif not ownership.is_free(folder):
+        if not overwrite:
+            raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
+        _check_replaceable(folder, recipe)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder with a `recipe.yaml` is a run, also one that an older tinyclip began."""
+    marker = ownership.read_marker(folder)
+    if marker is not None:
+        return marker.kind == "run"
+    return any((folder / name).exists() for name in (LOCK, "metrics.jsonl", "stages"))
+
+
+def _written(recipe: Recipe) -> list[str]:
+    """What a run writes into its folder; what has a marker of its own ends in `/`."""
+    files = ["recipe.yaml", "metrics.jsonl", "skipped.jsonl", "tracking.json", "report.html", "student/"]
+    for stage in recipe.stages:
+        files += [f"stages/{stage.name}/{name}" for name in ("result.json", "last/", "best/")]
+    return files
+
+
+def _fixed(settings: dict[str, Any], key: str) -> Any:
+    """What a resumed run must share."""
+    value = settings.get(key)
+    if key == "stages" and isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
+        return [{k: v for k, v in stage.items() if k not in FREE_IN_STAGES} for stage in value]
+    return value
+
+
+def _check_replaceable(folder: Path, recipe: Recipe) -> None:
+    """Refuse to delete what is no run, or what this run reads."""
+    ownership.check_replaceable(folder, "run")
+    evaluation = (recipe.evaluation.data, recipe.evaluation.templates) if recipe.evaluation else ()
+    teacher = recipe.caches or ((local_part(str(recipe.teacher)),) if recipe.teacher is not None else ())
+    for source in (*teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
+        if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")

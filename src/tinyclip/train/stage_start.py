@@ -1,0 +1,125 @@
+"""What a stage starts from: a slice by rule, by importance, or random weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from tinyclip.common.distributed import from_main, world_size
+from tinyclip.common.progress import Counted
+from tinyclip.compress.calibrate import Calibration, calibrate, targets_for_latency
+from tinyclip.compress.inheritance import compact, inherit
+from tinyclip.compress.learned_masks import sparsity
+from tinyclip.inference.speed import fraction_for_latency, pair_latency_ms
+from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import Stage
+from tinyclip.teachers.teacher import Teacher
+from tinyclip.train.calibration import samples
+from tinyclip.train.pruner import TOWERS, already_gone, budgets, thinner
+from tinyclip.train.resume import STATE
+from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for
+from tinyclip.zoo.checkpoint import load_checkpoint
+from tinyclip.zoo.resolve import resolve
+
+
+def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    stage, recipe = run.recipe.stages[i], run.recipe
+    torch.manual_seed(recipe.seed + i)
+    from_teacher = stage.start == "teacher" or (stage.start == "previous" and previous is None)
+    own = isinstance(run.teacher, Teacher)
+    if (recipe.teacher is None and i == 0) or (from_teacher and not own):  # random weights, nothing to slice
+        return CLIP(run.configs[i])
+    base, state = _base(run, i, previous), run.folder / "stages" / stage.name / "last" / STATE
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if stage.inherit == "none":
+            student = CLIP(stage.student.apply(base.config)).to(run.device)
+        elif stage.inherit == "manual":
+            student = inherit(base, stage.student.apply(base.config))
+        elif stage.inherit == "calibrated" and not from_main(state.exists):
+            student = calibrated_student(run, i, base)
+        else:  # auto cuts it later; a calibrated one that is resumed is already cut in its checkpoint
+            student = compact(base, {})
+    for warning in caught:
+        run.warn(stage, str(warning.message))
+    if stage.towers != "both":
+        assert isinstance(run.teacher, Teacher), "the recipe's validation asks for a live teacher here"
+        _keep_tower(student, run.teacher.model, stage.towers)
+    return student
+
+
+def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
+    """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
+    pairs = run.recipe.stages[i].batch_size // world_size()  # as many as fit, where training does
+    masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
+    kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+    run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
+    return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
+
+
+def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str, Tensor], int]:
+    """On the CPU, as they may travel to other processes; and the batches that were measured for them."""
+    stage = run.recipe.stages[i]
+    settings, preprocess = stage.calibrated, preprocess_for(run, base)
+    assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
+    model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
+    loader = loader_of(run, i, pairs=pairs)
+    source = Counted(samples(loader, run.recipe.data, model, run.tokenizer, preprocess))
+    how = Calibration.of(settings, run.original, float(scale), run.recipe.seed + i)
+    with attention(run.device), closing(loader):
+        if targets is None:
+            assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
+            towers = TOWERS[stage.towers]
+            targets, removed = targets_for_latency(model, source, settings.latency_ms, towers, how)
+            figures = {"latency_ms": settings.latency_ms, "macs_removed": removed}
+            run.emit({"event": "latency", "stage": stage.name} | figures)
+        left = {}
+        for name, target in targets.items():
+            gone = how.sparsity(model.config, {}, name)
+            if gone < target:
+                left[name] = target
+            else:
+                run.warn(stage, already_gone(gone, target))
+        masks = calibrate(model, source, left, how) if left else {}
+    return {name: mask.cpu() for name, mask in masks.items()}, source.count
+
+
+def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
+    """The model that a stage starts from; the caller must not change it."""
+    stage = run.recipe.stages[i]
+    if stage.start == "previous" and previous is not None:
+        return previous
+    if stage.start in ("previous", "teacher"):
+        assert isinstance(run.teacher, Teacher), "the recipe's validation asks for a live teacher here"
+        return run.teacher.model
+    return load_checkpoint(resolve(stage.start))[0].to(run.device)
+
+
+@torch.no_grad()
+def _keep_tower(student: CLIP, teacher: CLIP, towers: str) -> None:
+    """Give the student the teacher's own weights in the tower that is left alone."""
+    own = student.state_dict()
+    for key, value in teacher.state_dict().items():
+        if key != "logit_scale" and key.startswith("visual.") != (towers == "image"):
+            own[key].copy_(value)
+
+
+def mask_targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
+    assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
+    targets = budgets(stage.auto, stage.towers)
+    if targets is not None:
+        return targets
+    assert stage.auto.latency_ms is not None, "the recipe's validation asks for one of the two"
+    config, towers = student.config, TOWERS[stage.towers]
+
+    def latency_ms(removed: float) -> float:
+        return pair_latency_ms(CLIP(thinner(config, removed, towers)).eval().to(run.device))
+
+    goal = stage.auto.latency_ms
+    removed = from_main(lambda: fraction_for_latency(latency_ms, goal))
+    run.emit({"event": "latency", "stage": stage.name, "latency_ms": goal, "macs_removed": removed})
+    start = sparsity(config, run.original, {}, towers, "macs").item()
+    return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}

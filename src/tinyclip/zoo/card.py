@@ -1,0 +1,299 @@
+"""Model cards: the README.md of a checkpoint, in the Hugging Face hub's format. What is not known is said to be so.
+
+The front matter has what the hub reads, and under `tinyclip` the facts themselves, from which the card of the next
+model, made out of this one, goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tinyclip.common.files import write_atomically
+from tinyclip.common.yaml_text import parse
+from tinyclip.model.axes import axis_table, count_parameters
+from tinyclip.model.config import CLIPConfig, VisionConfig
+from tinyclip.zoo.resolve import HUB_ID, SHIPPED, find, shipped
+
+if TYPE_CHECKING:
+    from tinyclip.recipe.recipe import Recipe, Stage
+
+FILE = "README.md"
+FIGURES = {  # of `evaluate`: in words, and the hub's name of the metric
+    "acc1": ("top-1", "accuracy"),
+    "acc5": ("top-5", "accuracy"),
+    "mean_per_class_recall": ("mean recall of the classes", "recall"),
+} | {
+    f"{query}_retrieval_recall@{k}": (f"{words}, recall@{k}", "recall")
+    for query, words in (("image", "text to image"), ("text", "image to text"))
+    for k in (1, 5, 10)
+}
+COUNTS = {"n": "labelled pictures", "classes": "classes", "templates": "prompt templates", "n_texts": "captions"}
+HOW = {
+    "manual": "cut by rule",
+    "auto": "cut by learned masks",
+    "calibrated": "cut by measured importance",
+    "none": "random weights",
+}
+USE = {  # by what loads it
+    "tinyclip": """\
+import tinyclip
+
+clip = tinyclip.load("this-folder")  # or its name on the hub
+print(clip.classify("photo.jpg", ["a dog", "a cat"]))
+""",
+    "open_clip": """\
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:this-folder")
+tokenizer = open_clip.get_tokenizer("local-dir:this-folder")
+""",
+    "transformers": """\
+from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("this-folder"), CLIPProcessor.from_pretrained("this-folder")
+""",
+}
+
+
+class Card(BaseModel):
+    """What is known of a model beside its shape; what is empty is unknown."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    how: str = ""  # sentences: how its weights came about
+    source: str = ""  # the model that its weights come from: hub id, name of the zoo, or path
+    teacher: str = ""
+    data: str = ""  # what it was trained on
+    licence: str = ""  # as the hub spells it
+    figures: dict[str, Any] = {}  # what `evaluate` gave
+    figures_of: str = ""  # the data they were measured on
+    stages: list[dict[str, Any]] = []
+    recipe: str = ""  # YAML
+
+
+def write_card(folder: Path, config: CLIPConfig, card: Card, library: str = "tinyclip") -> None:
+    """Write a checkpoint's README.md; `library` is what loads it.
+
+    Raises:
+        ValueError: when it cannot be written.
+    """
+    write_atomically(folder / FILE, card_text(config, card, library))
+
+
+def card_text(config: CLIPConfig, card: Card, library: str = "tinyclip") -> str:
+    """The README.md: front matter for the hub, then the same for people."""
+    front = yaml.safe_dump(_front_matter(card, library), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{front}---", f"# {card.name or 'A CLIP'}", _shape(config)]
+    parts += ["## How it came about", card.how or "Unknown: whoever saved it did not say."]
+    if card.source and card.source == card.teacher:
+        parts.append(f"Its weights come from its teacher, {_link(card.teacher)}.")
+    else:
+        labels = {"Its weights come from": card.source, "Its teacher was": card.teacher}
+        parts += [f"{label} {_link(model)}." for label, model in labels.items() if model]
+    if card.stages:
+        columns = list(card.stages[0])
+        parts.append(_table(columns, [[str(stage.get(name, "")) for name in columns] for stage in card.stages]))
+    if card.recipe:
+        parts.append(f"<details><summary>The recipe</summary>\n\n```yaml\n{card.recipe.strip()}\n```\n\n</details>")
+    parts += ["## Training data", f"{card.data}." if card.data else "Unknown."]
+    parts += ["## Figures", _figures(card) or "None: it was not evaluated when this was written."]
+    unknown = "Unknown: that of the model it comes from and of its training data decide."
+    parts += ["## Licence", f"{card.licence}." if card.licence else unknown]
+    parts += ["## Use", f"```python\n{USE[library]}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def read_card(folder: Path) -> Card:
+    """What a checkpoint's README.md says, of ours or of others; an empty card when there is none to be read."""
+    try:
+        _, front, _ = (folder / FILE).read_text(encoding="utf-8").split("---\n", 2)
+        facts = parse(front)
+        card = Card.model_validate(facts.get("tinyclip") or {})
+    except (OSError, ValueError, AttributeError, ValidationError):
+        return Card()  # it is people's to edit
+    licence, data = facts.get("license"), facts.get("datasets")
+    if isinstance(licence, str):
+        card.licence = licence
+    if not card.data and isinstance(data, list):
+        card.data = ", ".join(map(str, data))
+    return card
+
+
+def known(model: str | Path) -> Card:
+    """What is known of a model, by its path, its name in the zoo, or its Hugging Face id; nothing is downloaded."""
+    name, path = str(model), Path(model)
+    if not path.exists() and name in SHIPPED:
+        path = shipped(name)
+    if path.exists():
+        card = read_card(path if path.is_dir() else path.parent)
+    elif entry := _entry(name):
+        how, figures = f"Published by the authors of TinyCLIP; {HOW[entry.how]}.", {"acc1": entry.top1 / 100}
+        licence, measured = entry.licence.lower(), "ImageNet-1K, as published"
+        card = Card(how=how, data=entry.data, licence=licence, figures=figures, figures_of=measured)
+    elif hub := _hub_id(name):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(hub, FILE)
+        card = read_card(Path(cached).parent) if isinstance(cached, str) else Card()
+    else:
+        card = Card()
+    return card.model_copy(update={"name": card.name or path.stem})
+
+
+def made_from(model: str | Path, how: str) -> Card:
+    """The card of a model whose weights come from another one, changed: figures are no longer its own."""
+    before = known(model)
+    return Card(how=how, source=shown(model), data=before.data, licence=before.licence)
+
+
+def converted(model: str | Path, name: str) -> Card:
+    """The card of the same model in another format, to be called `name` where it has no name of its own."""
+    before = known(model)
+    return before.model_copy(update={"name": before.name or name, "source": before.source or shown(model)})
+
+
+def of_run(recipe: Recipe, i: int, evaluation: dict[str, Any] | None, step: int | None = None) -> Card:
+    """The card of what stage `i` of a run has made, at a step or at its end."""
+    stages, first = recipe.stages[: i + 1], recipe.stages[0]
+    live = recipe.teacher if isinstance(recipe.teacher, str) else None
+    teacher = live or ", ".join(f"the stored features in {shown(folder)}" for folder in recipe.caches)
+    source = ""
+    for stage in stages:  # the last that does not go on from the one before
+        if stage.inherit == "none":
+            source = ""
+        elif stage.start == "teacher" or (stage is first and stage.start == "previous"):
+            source = live or ""
+        elif stage.start != "previous":
+            source = stage.start
+    how = "Distilled from its teacher" if recipe.teacher else "Trained without a teacher"
+    how += f" with tinyclip in {len(stages)} stage{'s' if len(stages) > 1 else ''}"
+    how += f", as it was after step {step:,} of the last." if step and step < stages[-1].steps else "."
+    settings = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"description"})
+    return Card(
+        name=f"{Path(recipe.output).name}/{stages[-1].name}",
+        how=f"{how} {recipe.description.strip()}".strip(),
+        source=shown(source) if source else "",
+        teacher=shown(live) if live else teacher,
+        data=f"The pairs in {shown(recipe.data)}",
+        licence=known(source).licence if source else "",
+        figures=_kept(evaluation or {}),
+        figures_of=shown(recipe.evaluation.data) if recipe.evaluation and evaluation else "",
+        stages=[_stage(stage) for stage in stages],
+        recipe=yaml.safe_dump(_public(settings), sort_keys=False),
+    )
+
+
+def shown(model: str | Path) -> str:
+    """A path or name as others may see it: of an absolute path only the end, and no path looks like a hub id."""
+    path = Path(model)
+    if path.is_absolute():
+        return "/".join(["...", *path.parts[-2:]])
+    return f"./{model}" if HUB_ID.fullmatch(str(model)) and path.exists() else str(model)
+
+
+def _kept(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Its figures and counts, also of the subsets; no paths."""
+    kept = {key: value for key, value in evaluation.items() if key in FIGURES or key in COUNTS}
+    subsets = {name: _kept(figures) for name, figures in evaluation.get("subsets", {}).items()}
+    return kept | ({"subsets": subsets} if subsets else {})
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return shown(value) if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    terms = {name: weight for name, weight in stage.loss.model_dump().items() if name in TERMS and weight}
+    loss = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items())
+    facts = {"stage": stage.name, "start": HOW[stage.inherit], "steps": stage.steps, "pairs a step": stage.batch_size}
+    return facts | {"learning rate": f"{stage.optimizer.lr:g}", "loss": loss}
+
+
+TERMS = ("affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
+
+
+def _front_matter(card: Card, library: str) -> dict[str, Any]:
+    front: dict[str, Any] = {"license": card.licence} if card.licence else {}
+    front |= {"library_name": library, "pipeline_tag": "zero-shot-image-classification"}
+    front["tags"] = ["clip", "tinyclip", *(["distillation"] if card.teacher else [])]
+    if hub := _hub_id(card.source):
+        front["base_model"] = hub
+    if card.teacher:
+        front["teacher"] = card.teacher
+    if results := [(FIGURES[key], value) for key, value in card.figures.items() if key in FIGURES]:
+        front["metrics"] = sorted({metric for (_, metric), _ in results})
+        metrics = [{"type": metric, "name": name, "value": round(value, 5)} for (name, metric), value in results]
+        data = {"type": "custom", "name": card.figures_of or "unknown"}
+        task = {"type": "zero-shot-image-classification"}
+        front["model-index"] = [
+            {"name": card.name or "CLIP", "results": [{"task": task, "dataset": data, "metrics": metrics}]}
+        ]
+    return front | {"tinyclip": card.model_dump(exclude_defaults=True, exclude={"recipe"})}
+
+
+def _shape(config: CLIPConfig) -> str:
+    from tinyclip.inference.speed import macs
+
+    parts, operations, vision = count_parameters(axis_table(config)), macs(config), config.vision
+    if isinstance(vision, VisionConfig):
+        image = [f"ViT, {vision.image_size} px, patch {vision.patch_size}", f"{vision.layers} x {vision.width}"]
+    else:
+        image = [f"ResNet, {vision.image_size} px", f"{list(vision.layers)} x {vision.width}"]
+    text = config.text
+    rows = [
+        ["kind", image[0], f"transformer, {text.context_length} tokens of {text.vocab_size:,}"],
+        ["blocks x width", image[1], f"{text.layers} x {text.width}"],
+        ["parameters", f"{parts['image']:,}", f"{parts['text']:,} + {parts['embedding']:,} token embedding"],
+        ["GMACs", f"{operations['image'] / 1e9:.3g}", f"{operations['text'] / 1e9:.3g}"],
+    ]
+    table = _table(["", "image tower", "text tower"], rows)
+    return f"A CLIP with an embedding of {config.embed_dim} and the activation {config.activation}.\n\n{table}"
+
+
+def _figures(card: Card) -> str:
+    columns = {"all": card.figures} | card.figures.get("subsets", {})
+    names = [name for name in FIGURES if name in card.figures]
+    if not names:
+        return ""
+    rows = [[FIGURES[name][0], *(_percent(found.get(name)) for found in columns.values())] for name in names]
+    counts = [f"{card.figures[key]:,} {word}" for key, word in COUNTS.items() if key in card.figures]
+    of = f"On {card.figures_of or 'unknown data'}{': ' + ', '.join(counts) if counts else ''}."
+    return f"{of}\n\n{_table(['figure', *columns], rows)}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _link(model: str) -> str:
+    hub = _hub_id(model)
+    return f"[{model}](https://huggingface.co/{hub})" if hub else f"`{model}`"
+
+
+def _entry(name: str) -> Any:
+    try:
+        return find(name) if name else None
+    except ValueError:  # the beginning of several
+        return None
+
+
+def _hub_id(name: str) -> str | None:
+    """The id on the hub of a model that `shown` has named, if it has one."""
+    if entry := _entry(name):
+        return entry.hub_id
+    plain = name.removeprefix("hf:")
+    return plain.partition("@")[0] if HUB_ID.fullmatch(plain) else None

@@ -1,0 +1,297 @@
+"""Checkpoints: a directory with `config.json`, `model.safetensors`, `tokenizer.json`, `preprocess.json`, and the model
+card `README.md`.
+
+A directory is written beside its place and renamed into it, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tinyclip.common.files import read_json_object
+from tinyclip.common.folders import atomic_directory
+from tinyclip.inference.exported import find_export
+from tinyclip.inputs.tokenizer import CLIPTokenizer
+from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig, explain
+from tinyclip.model.model import CLIP
+from tinyclip.zoo.card import Card, write_card
+from tinyclip.zoo.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
+from tinyclip.zoo.hugging_face import read_hugging_face
+from tinyclip.zoo.openai import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    Foreign,
+    agree,
+    check_activation,
+    read_file,
+    read_open_clip,
+)
+
+WEIGHTS = "model.safetensors"
+FILES = ("config.json", WEIGHTS, "tokenizer.json", "preprocess.json", "README.md")  # of a checkpoint of ours
+MODULES = "modules.json"  # of sentence-transformers
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: CLIP,
+    tokenizer: CLIPTokenizer,
+    preprocess: Preprocess,
+    dtype: torch.dtype | None = None,
+    card: Card | None = None,
+    known: Collection[str] = (),
+) -> None:
+    """Write a model with all it needs, atomically; `dtype` converts floating-point weights.
+
+    Args:
+        card: what is known of the model, for its README.md; by default its shape alone.
+        known: as `atomic_directory`.
+
+    Raises:
+        ValueError: when the place cannot be written, or holds anything else than a checkpoint of ours.
+    """
+    card = card or Card()
+    with atomic_directory(path, "model", known=known) as folder:
+        save_into(folder, model, tokenizer, preprocess, dtype)
+        write_card(folder, model.config, card.model_copy(update={"name": card.name or Path(path).name}))
+
+
+def save_into(
+    folder: Path,
+    model: CLIP,
+    tokenizer: CLIPTokenizer,
+    preprocess: Preprocess,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint's files, but for its card, into a folder that exists (see `save_checkpoint`)."""
+    state = model.state_dict()
+    if dtype is not None:  # of weights; batch-norm statistics keep theirs, as variances may leave float16's range
+        weights = {key for key, _ in model.named_parameters()}
+        state = {key: value.to(dtype) if key in weights else value for key, value in state.items()}
+    (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "preprocess.json").write_text(preprocess.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(folder / "tokenizer.json")
+    write_weights(folder / WEIGHTS, state)
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file into the new folder of a checkpoint; `OSError` when it cannot be written."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
+        path.chmod(0o644)  # safetensors makes it private
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from None
+
+
+def load_checkpoint(
+    path: str | Path,
+    activation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
+    """Read and validate what `save_checkpoint` wrote, or a checkpoint of others; weights come back in float32. Warns
+    of what a file of others does not say and neither does the user.
+
+    Args:
+        activation: that of a file which cannot say it (see `foreign.read_file`).
+        mean, std: of the normalisation of pictures, both or none, where the checkpoint does not say it.
+
+    Raises:
+        ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
+    """
+    path = _whole(Path(path))
+    check_activation(activation, str(path))
+    if find_export(path) is not None:
+        raise ValueError(f"{path} is an export, which cannot be used for this; give the checkpoint that it was made of")
+    try:
+        if (foreign := read_foreign(path, activation)) is not None:
+            model = filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
+            preprocess = _looks(foreign.preprocess, mean, std, "normalisation" in foreign.says, str(path))
+            _say_assumed(path, foreign, activation, mean)
+            return model, foreign.tokenizer, preprocess
+    except ValueError as error:
+        if path.is_file() and _record(path).exists():
+            raise ValueError(f"{error}; delete {path} to download it again") from None
+        raise
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint")
+    config = CLIPConfig.from_json(path / "config.json")
+    agree(activation, config.activation, str(path / "config.json"))
+    tokenizer = CLIPTokenizer.from_file(path / "tokenizer.json")
+    preprocess = _looks(read_preprocess(path / "preprocess.json"), mean, std, True, str(path / "preprocess.json"))
+    if tokenizer.vocab_size != config.text.vocab_size:
+        raise ValueError(
+            f"{path}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json says {config.text.vocab_size}"
+        )
+    if preprocess.image_size != config.vision.image_size:
+        raise ValueError(
+            f"{path}: preprocess.json makes {preprocess.image_size} px images, "
+            f"config.json says {config.vision.image_size}"
+        )
+    model = filled(config, read_weights(path / WEIGHTS), f"{path / WEIGHTS} does not fit its config")
+    return model, tokenizer, preprocess
+
+
+def _looks(
+    preprocess: Preprocess, mean: Sequence[float] | None, std: Sequence[float] | None, said: bool, where: str
+) -> Preprocess:
+    """The transform with the user's mean and std.
+
+    Raises:
+        ValueError: when they are no such numbers, one is missing, or the checkpoint says others.
+    """
+    if mean is None and std is None:
+        return preprocess
+    if mean is None or std is None:
+        raise ValueError(f"{where}: give mean and std together")
+    try:
+        given = Preprocess.model_validate({"image_size": preprocess.image_size, "mean": mean, "std": std})
+    except ValidationError:
+        raise ValueError(f"{where}: mean {mean} and std {std} should be three numbers each, std above 0") from None
+    if said and given != preprocess:
+        raise ValueError(f"{where} says mean {preprocess.mean} and std {preprocess.std}, so they cannot be others")
+    return given
+
+
+def _say_assumed(path: Path, foreign: Foreign, activation: str | None, mean: Sequence[float] | None) -> None:
+    """Warn of what a bare file does not say; of the published models (those with the record of a download) it is
+    known."""
+    if foreign.says or _record(path).exists():
+        return
+    assumed = [] if activation else [f"the activation is {foreign.config.activation} (activation)"]
+    assumed += [] if mean is not None else ["pictures are normalised by OpenAI's mean and std (mean, std)"]
+    if assumed:
+        warnings.warn(
+            f"{path} does not say it, so it is assumed that {' and that '.join(assumed)}; "
+            "say otherwise by these options of load, convert and export",
+            stacklevel=2,
+        )
+
+
+def _record(path: Path) -> Path:
+    """What `download` notes of a file."""
+    return path.with_name(f"{path.name}.json")
+
+
+def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
+    """A model with these weights; `ValueError` as `check_state`, before anything of its size is allocated."""
+    with torch.device("meta"):
+        shapes = CLIP(config)
+    check_state(shapes, state, trouble)
+    model = CLIP(config)
+    model.load_state_dict(dict(state))
+    return model.eval()
+
+
+def read_config(path: str | Path) -> CLIPConfig:
+    """The shape of a checkpoint. Of our own the config alone is read; of others the weights say it.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    path = _whole(Path(path))
+    ours = (path / "preprocess.json").exists()
+    return CLIPConfig.from_json(path / "config.json") if ours else load_checkpoint(path)[0].config
+
+
+def read_tokenizer(path: str | Path) -> CLIPTokenizer:
+    """The tokenizer of a checkpoint, without its weights where it is our own; `ValueError` as `load_checkpoint`."""
+    path = _whole(Path(path))
+    foreign = read_foreign(path)
+    return foreign.tokenizer if foreign is not None else CLIPTokenizer.from_file(path / "tokenizer.json")
+
+
+def _whole(path: Path) -> Path:
+    """The folder of a weights file whose config lies beside it: that knows more than the tensors. Of a folder of
+    sentence-transformers, that of its CLIP."""
+    if (path / MODULES).is_file() and not (path / "config.json").is_file():
+        return path / _clip_of_modules(path / MODULES)
+    configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)
+    return path.parent if path.name in configs and (path.parent / configs[path.name]).is_file() else path
+
+
+def _clip_of_modules(path: Path) -> str:
+    """The folder of the CLIP that sentence-transformers' list of modules names; `ValueError` when it names none."""
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    for module in modules if isinstance(modules, list) else ():
+        name = module.get("path") if isinstance(module, dict) else None
+        if isinstance(name, str) and Path(name).name == name and (path.parent / name / "config.json").is_file():
+            return name
+    raise ValueError(f"{path}: names no folder with a CLIP in it")
+
+
+def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
+    """A checkpoint of others, file or folder; None for a folder of ours, or nothing."""
+    check_activation(activation, str(path))
+    if path.is_file():
+        beside = (path.parent / OPEN_CLIP_CONFIG).is_file()  # that knows more than the tensors
+        return read_open_clip(path.parent, activation, path) if beside else read_file(path, activation)
+    if not path.is_dir():
+        return None
+    config, open_clip = path / "config.json", path / OPEN_CLIP_CONFIG
+    kind = ""
+    if config.is_file():
+        with suppress(ValueError):  # damaged: taken for ours, whose reader says what is wrong
+            kind = str(read_json_object(config).get("model_type", ""))
+    if open_clip.is_file() and kind != "clip":  # hub folders may have both
+        return read_open_clip(path, activation)
+    return read_hugging_face(path, activation) if kind else None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; `ValueError` when it is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
+
+
+def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: str) -> None:
+    """Whether weights are exactly what the model has.
+
+    Raises:
+        ValueError: `trouble`, naming the first few keys that are missing, left over, of another shape, or not finite.
+    """
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    for key, value in state.items():
+        if key not in expected:
+            continue
+        if value.shape != expected[key].shape:
+            problems.append(f"{key} is {tuple(value.shape)}, not {tuple(expected[key].shape)}")
+        # By way of float, as the 8-bit types cannot do it.
+        elif not torch.isfinite(value.float()).all():
+            problems.append(f"{key} has non-finite values")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError(f"{trouble}: {'; '.join(problems[:5])}{more}")
+
+
+def read_preprocess(path: Path) -> Preprocess:
+    """`ValueError` when the file is missing or damaged."""
+    try:
+        return Preprocess.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except ValidationError as error:
+        raise ValueError(f"{path}: {explain(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
