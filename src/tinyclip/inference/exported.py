@@ -33,7 +33,8 @@ from tinyclip.inputs.tokenizer import CLIPTokenizer, pad
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 
-FACTS, TOKENIZER = "tinyclip.json", "tokenizer.json"
+FACTS = "tinyclip.json"
+TOKENIZER = "tokenizer.json"
 FORMAT = 1  # of `FACTS`
 ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of a tower's file
 NEEDED = {

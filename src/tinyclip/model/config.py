@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # Far beyond every CLIP that there is: a size from a damaged or hostile file is refused before anything of it is
 # allocated.
-LARGEST, MOST_BLOCKS, MOST_WEIGHTS = 2**20, 1024, 20_000_000_000
+LARGEST = 2**20
+MOST_BLOCKS, MOST_WEIGHTS = 1024, 20_000_000_000
 LARGEST_IMAGE = 4096  # pixels; also of `transforms.Preprocess`
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
