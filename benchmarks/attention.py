@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinyclip.common.distributed import best_precision
+from tinyclip.common.devices import best_precision
 from tinyclip.inference.pipeline import load
 from tinyclip.loss import contrastive_loss
 from tinyclip.recipe.recipe import load_recipe

@@ -13,9 +13,9 @@ from statistics import median
 
 import torch
 
-from tinyclip.common.distributed import best_precision, resolve_device
+from tinyclip.common.devices import best_precision, resolve_device
 from tinyclip.compress.inheritance import inherit
-from tinyclip.data.loader import Batch
+from tinyclip.data.batch import Batch
 from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig

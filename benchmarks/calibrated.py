@@ -22,9 +22,9 @@ from tinyclip.compress.inheritance import compact, inherit
 from tinyclip.data.loader import close_loader, training_loader
 from tinyclip.evaluate.metrics import open_dataset, zero_shot
 from tinyclip.inference.pipeline import Pipeline, load
-from tinyclip.inference.speed import macs
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig
+from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Recipe, load_recipe, shape_from
 from tinyclip.train import loop, run

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from tinyclip.common.distributed import best_device, best_precision
-from tinyclip.data.loader import Batch
+from tinyclip.common.devices import best_device, best_precision
+from tinyclip.data.batch import Batch
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig

@@ -23,9 +23,10 @@ from side_by_side import Timing, ratio, side_by_side, table
 
 from tinyclip.evaluate import metrics
 from tinyclip.export.export import export
-from tinyclip.inference.pipeline import Pipeline, Tensors, load_encoder
+from tinyclip.inference.pipeline import Pipeline, Tensors
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
+from tinyclip.loading import load_encoder
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 

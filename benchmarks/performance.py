@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from performance_sections import SECTIONS, Setting
 
-from tinyclip.common.distributed import best_precision
+from tinyclip.common.devices import best_precision
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from side_by_side import Timing, peak_flops, ratio, side_by_side, table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tinyclip.data.loader import Batch
-from tinyclip.inference.speed import macs
+from tinyclip.data.batch import Batch, image_input
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
+from tinyclip.model.costs import macs
 from tinyclip.recipe.recipe import Stage
-from tinyclip.teachers.teacher import CachedTeacher, Teacher, image_input
+from tinyclip.teachers.teacher import CachedTeacher, Teacher
 from tinyclip.train.run import attention
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import load_checkpoint

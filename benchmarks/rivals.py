@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyclip.inference.pipeline import load, load_encoder
+from tinyclip.inference.pipeline import load
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
+from tinyclip.loading import load_encoder
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.checkpoint import save_checkpoint

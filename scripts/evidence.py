@@ -76,8 +76,8 @@ def run_one(name: str, seed: int) -> None:
     """Run one recipe with one seed in this process, or go on with it."""
     import torch
 
-    from tinyclip.report.runs import evaluator
     from tinyclip.train import loop
+    from tinyclip.train.setup import evaluator
 
     torch.set_num_threads(1)
     recipe = recipe_of(name, seed)

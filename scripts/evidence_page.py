@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from tinyclip.inference.speed import macs
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig
+from tinyclip.model.costs import macs
 from tinyclip.report.html import COLOURS
 
 Curve = Sequence[tuple[float, float]]  # (pairs seen, top-1 in percent), pairs rising

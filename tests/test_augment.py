@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyclip.inputs.augment import Augment, View, on_colour
-from tinyclip.inputs.transforms import Preprocess, plain_mode
-from tinyclip.report.html import thumbnail
+from tinyclip.inputs.augment import Augment, View
+from tinyclip.inputs.transforms import Preprocess, on_colour, plain_mode, thumbnail
 
 EMOJI = Augment(scale=(0.6, 1), rotate=20, shear=10, shrink=0.35, colour=0.4, background=True)
 SETTINGS = [

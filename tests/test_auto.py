@@ -13,10 +13,10 @@ import torch
 
 import test_train
 from test_train import recipe, run, stage, vouch, weights
-from tinyclip.compress.learned_masks import sparsity
+from tinyclip.compress.size import sparsity
+from tinyclip.data.batch import shorten
 from tinyclip.inference.speed import fraction_for_latency
 from tinyclip.recipe.recipe import Recipe
-from tinyclip.teachers.teacher import shorten
 from tinyclip.train import loop, stage_start
 from tinyclip.train.pruner import MASKS, Pruner
 from tinyclip.train.resume import Interrupted

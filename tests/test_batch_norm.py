@@ -16,11 +16,11 @@ from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
 from tinyclip.compress.batch_norm import batch_norms, freeze, reestimate, synchronise
 from tinyclip.compress.inheritance import inherit
+from tinyclip.data.batch import image_input
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Recipe, Stage
-from tinyclip.teachers.teacher import image_input
 from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted
 from tinyclip.train.run import loader_of

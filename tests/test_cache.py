@@ -28,7 +28,8 @@ from test_train import run, stage
 from tinyclip.cli.main import main
 from tinyclip.common.distributed import gather_objects, is_main, processes
 from tinyclip.compress.inheritance import inherit
-from tinyclip.data.loader import Batch, close_loader, training_loader
+from tinyclip.data.batch import Batch
+from tinyclip.data.loader import close_loader, training_loader
 from tinyclip.data.shards import captions_of, image_of, read_shards
 from tinyclip.inference.pipeline import load
 from tinyclip.inputs.augment import Augment, View

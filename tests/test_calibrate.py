@@ -9,16 +9,16 @@ import torch
 
 from conftest import random_model, small_config, uneven_config
 from tinyclip.common.progress import Counted, listening
-from tinyclip.compress.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled, targets_for_latency
+from tinyclip.compress.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled
 from tinyclip.compress.importance import Sample, Score, importance, prunable, taylor
 from tinyclip.compress.inheritance import compact
-from tinyclip.compress.learned_masks import sparsity
-from tinyclip.compress.size import resnet_size
-from tinyclip.inference.speed import macs
+from tinyclip.compress.size import resnet_size, sparsity
 from tinyclip.loss import affinity_loss
 from tinyclip.model.axes import GATES, axis_kind, axis_sizes, axis_table
 from tinyclip.model.config import CLIPConfig
+from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
+from tinyclip.train.stage_start import targets_for_latency
 
 SCALE = 20.0
 

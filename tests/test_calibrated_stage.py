@@ -14,7 +14,7 @@ import torch
 import test_train
 from test_train import recipe, run, weights
 from tinyclip.cli import main
-from tinyclip.compress.learned_masks import sparsity
+from tinyclip.compress.size import sparsity
 from tinyclip.train import loop, setup, stage_start
 from tinyclip.train.resume import Interrupted
 from tinyclip.zoo.checkpoint import load_checkpoint

@@ -19,10 +19,11 @@ from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import vit_clip
 from tinyclip.recipe.recipe import Recipe
-from tinyclip.report.runs import evaluator
 from tinyclip.train import loop
+from tinyclip.train.run_card import of_run
+from tinyclip.train.setup import evaluator
 from tinyclip.zoo import card
-from tinyclip.zoo.card import Card, card_text, known, made_from, of_run, read_card, shown
+from tinyclip.zoo.card import Card, card_text, known, made_from, read_card, shown
 from tinyclip.zoo.convert import convert
 
 FIGURES = {"acc1": 0.25, "acc5": 0.5, "n": 40, "data": "/home/her/eval", "image_retrieval_recall@1": 0.125}

@@ -17,8 +17,9 @@ from PIL import Image
 from tinyclip.data.loader import close_loader, next_batch, training_loader
 from tinyclip.data.shard_index import prepare
 from tinyclip.data.shards import captions_of, find_shards, read_shards
-from tinyclip.inputs.augment import Augment, jitter, on_colour
+from tinyclip.inputs.augment import Augment, jitter
 from tinyclip.inputs.tokenizer import clip_tokenizer
+from tinyclip.inputs.transforms import on_colour
 
 WORDS = [f"{a}{b}" for a in "abcdef" for b in "aeiou"]
 

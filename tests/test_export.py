@@ -544,7 +544,7 @@ def test_evaluating_an_export(place: Path, tmp_path: Path, monkeypatch: pytest.M
     assert ours["runtime"] == "openvino"
     assert (ours["acc1"], ours["n"]) == (theirs["acc1"], theirs["n"])
     # Where there is a GPU, an export still runs on the CPU.
-    monkeypatch.setattr("tinyclip.common.distributed.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("tinyclip.common.devices.best_device", lambda: torch.device("cuda"))
     export_of = place / "uneven-onnx"
     assert json.loads(command("evaluate", export_of, tmp_path / "eval", "--json"))["n"] == 2
     assert json.loads(command("embed", export_of, tmp_path / "eval", "-o", tmp_path / "out", "--json"))["images"] == 2

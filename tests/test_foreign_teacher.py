@@ -27,7 +27,7 @@ from test_data import WORDS, good, write_shard
 from test_killed import assert_same
 from test_train import run, stage
 from tinyclip.cli.main import main
-from tinyclip.compress.learned_masks import sparsity
+from tinyclip.compress.size import sparsity
 from tinyclip.data.shards import captions_of, image_of, read_shards
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.augment import View

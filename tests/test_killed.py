@@ -27,9 +27,10 @@ from tinyclip.common.distributed import gather_objects, processes
 from tinyclip.data import loader as data
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop
-from tinyclip.train.resume import MANIFEST, Interrupted, Progress, restore, save
+from tinyclip.train.resume import Interrupted, Progress, restore, save
 from tinyclip.train.run import loader_of
 from tinyclip.train.step import Trainee
+from tinyclip.zoo.file_names import MANIFEST
 
 place = test_train.place
 resnet_place = test_batch_norm.place

@@ -19,11 +19,9 @@ from tinyclip.compress.learned_masks import (
     deterministic_value,
     lagrangian,
     probability_kept,
-    prunable_size,
-    sparsity,
     stretched_sample,
-    tower_size,
 )
+from tinyclip.compress.size import prunable_size, sparsity, tower_size
 from tinyclip.inference.pipeline import tokenize
 from tinyclip.model.axes import axis_sizes, axis_table
 from tinyclip.model.config import NAMED, CLIPConfig
@@ -220,7 +218,7 @@ def test_a_cut_students_sparsity_is_what_its_masks_said(unit: Any) -> None:
 
 
 def test_macs_are_those_that_are_measured() -> None:
-    from tinyclip.inference.speed import macs
+    from tinyclip.model.costs import macs
 
     config = uneven_config()
     blocks = {tower: prunable_size(config, tower, "macs") for tower in ("visual", "text")}

@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import small_config
-from tinyclip.inference.speed import macs, measure
+from tinyclip.inference.speed import measure
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, TextConfig, VisionConfig
+from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
 
 # METHOD of TinyCLIP, table of models: recounted parameters (image, text) in millions, published GMACs.

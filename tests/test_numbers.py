@@ -18,8 +18,7 @@ from tinyclip.data.pack import Item, pack
 from tinyclip.inputs import bit_depth
 from tinyclip.inputs.augment import Augment
 from tinyclip.inputs.decoding import open_image
-from tinyclip.inputs.transforms import Preprocess, plain_mode
-from tinyclip.report.html import thumbnail
+from tinyclip.inputs.transforms import Preprocess, plain_mode, thumbnail
 from tinyclip.search.sheet import small_copy
 
 GREY = np.asarray(Image.fromarray(fill.picture(48, 48, 0)).convert("L"))

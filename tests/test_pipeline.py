@@ -171,7 +171,7 @@ def test_another_dtype_is_refused(given: Any, folder: Path) -> None:
 def test_auto_takes_what_the_processor_has(
     native: bool, expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinyclip.common.distributed._cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr("tinyclip.common.devices._cpu_has_bfloat16", lambda: native)
     assert tinyclip.load(folder / "model", dtype="auto").computing["dtype"] == expected
 
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from conftest import ROOT, small_config
 from tinyclip.cli.live import _prefixed, plan_table
 from tinyclip.cli.main import app
-from tinyclip.inference.speed import macs
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, ResNetConfig, vit_clip
+from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Recipe, Target, load_recipe
-from tinyclip.report.runs import evaluator
 from tinyclip.train.plan import activation_bytes, expected_shape, memory, plan, step_macs
+from tinyclip.train.setup import evaluator
 from tinyclip.train.smoke import measured_speed, shortened, smoke
-from tinyclip.zoo import resolve
+from tinyclip.zoo import catalogue
 
 SMALL = vit_clip(32, (2, 64), (1, 64), 32)
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -271,8 +271,8 @@ def test_a_teacher_that_is_here_gives_its_shape(tmp_path: Path) -> None:
 
 
 def test_a_name_of_the_zoo_gives_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(resolve.CACHE_VARIABLE, str(tmp_path))
-    manual, auto = resolve.get("ViT-40M-32"), resolve.get("ViT-22M-32")
+    monkeypatch.setenv(catalogue.CACHE_VARIABLE, str(tmp_path))
+    manual, auto = catalogue.get("ViT-40M-32"), catalogue.get("ViT-22M-32")
     chosen = recipe([{"name": "a", "steps": 5, "start": "ViT-8M-16"}], teacher=manual.name, teacher_shape=None)
     result = plan(chosen)
     assert result["teacher"]["shape"] == "12 x 512, text 6 x 512" and not result["notes"]

@@ -32,9 +32,10 @@ from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, v
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import load_recipe
 from tinyclip.train.loop import start
-from tinyclip.zoo import resolve as zoo
+from tinyclip.zoo import catalogue
+from tinyclip.zoo.catalogue import ENTRIES, Entry, find, recount
 from tinyclip.zoo.convert import convert
-from tinyclip.zoo.resolve import ENTRIES, Entry, find, recount, resolve
+from tinyclip.zoo.resolve import resolve
 
 RELEASE = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints/"
 EARLIER = "https://github.com/zhouzhenghong-gt/tinyclip_ckpt/releases/download/pre/"
@@ -117,7 +118,7 @@ def manual_reference(entry: Entry, open_clip: ModuleType) -> Any:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """GitHub, as far as the zoo knows; the cache is `tmp_path / "cache"`."""
-    monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(catalogue.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(download, "FIRST_WAIT_S", 0.001)
     original = requests.adapters.HTTPAdapter.send
 
@@ -181,7 +182,7 @@ def test_every_published_row_is_there() -> None:
     ],
 )
 def test_the_recount_of_a_shape(name: str, params: tuple[float, ...], gmacs: tuple[float, ...]) -> None:
-    entry = zoo.get(name)
+    entry = catalogue.get(name)
     counts = recount(entry)
     assert counts is not None and entry.shape is not None
     assert (counts["params_image"] / 1e6, counts["params_text"] / 1e6) == pytest.approx(params, abs=0.05)
@@ -210,7 +211,7 @@ def test_the_recount_of_a_shape(name: str, params: tuple[float, ...], gmacs: tup
     ],
 )
 def test_names_as_people_write_them(name: str, full: str) -> None:
-    assert zoo.get(name).name == full
+    assert catalogue.get(name).name == full
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-4", "TinyCLIP", "", "TinyCLIP-ViT-40M-32-Text-19M-LAION", "nowhere"])
@@ -256,12 +257,12 @@ def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_place_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path))
-    assert zoo.cache_folder() == tmp_path
-    assert zoo.cache_folder(tmp_path / "given") == tmp_path / "given"
-    monkeypatch.delenv(zoo.CACHE_VARIABLE)
+    monkeypatch.setenv(catalogue.CACHE_VARIABLE, str(tmp_path))
+    assert catalogue.cache_folder() == tmp_path
+    assert catalogue.cache_folder(tmp_path / "given") == tmp_path / "given"
+    monkeypatch.delenv(catalogue.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert zoo.cache_folder().name == "tinyclip"
+    assert catalogue.cache_folder().name == "tinyclip"
 
 
 # --- loading by name ---------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def test_an_auto_model_by_name(entry: Entry, server: FileServer, tmp_path: Path)
 
 def test_a_model_at_full_size(server: FileServer, tmp_path: Path) -> None:
     reference = golden("forward-TinyCLIP-ViT-8M-16-Text-3M.npz")
-    entry, salt = zoo.get("ViT-8M-16"), int(reference["salt"])
+    entry, salt = catalogue.get("ViT-8M-16"), int(reference["salt"])
     assert entry.shape is not None
     model = filled(CLIPConfig.named(entry.shape), salt)
     publish(server, entry, model.state_dict(), "ddp", tmp_path)
@@ -327,12 +328,12 @@ def test_a_damaged_download_is_one_line(server: FileServer, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=rf"cache/{AUTO}\.pt.*; delete {path} to download it again$") as caught:
         load(AUTO)
     assert "\n" not in str(caught.value)
-    facts = zoo.describe(zoo.get(AUTO))
+    facts = catalogue.describe(catalogue.get(AUTO))
     assert facts["state"] == "damaged" and AUTO in facts["recount"]
 
 
 def test_a_tampered_file_is_refused_until_it_is_deleted(server: FileServer, tmp_path: Path) -> None:
-    publish(server, zoo.get(AUTO), cut_model().state_dict(), "auto", tmp_path)
+    publish(server, catalogue.get(AUTO), cut_model().state_dict(), "auto", tmp_path)
     load(AUTO)
     path = tmp_path / "cache" / f"{AUTO}.pt"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -340,7 +341,7 @@ def test_a_tampered_file_is_refused_until_it_is_deleted(server: FileServer, tmp_
         load(AUTO)
     path.unlink()
     with pytest.raises(ValueError, match="is not the file that was downloaded"):  # another file on the server
-        publish(server, zoo.get(AUTO), cut_model(1).state_dict(), "auto", tmp_path)
+        publish(server, catalogue.get(AUTO), cut_model(1).state_dict(), "auto", tmp_path)
         load(AUTO)
 
 
@@ -438,7 +439,7 @@ def test_a_hub_model_without_weights(hub: FileServer, tmp_path: Path) -> None:
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(catalogue.CACHE_VARIABLE, str(tmp_path))
     run("zoo")
     lines = capsys.readouterr().out.splitlines()
     forty = next(line.split() for line in lines if FORTY in line)
@@ -456,14 +457,14 @@ def test_the_page_has_the_table(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
     for entry in ENTRIES:
         cells = [cell.strip() for cell in re.findall(rf"\| {entry.name} .*", page)[0].strip("|").split("|")]
-        row = zoo.row(zoo.describe(entry, tmp_path))[:-1]
+        row = catalogue.row(catalogue.describe(entry, tmp_path))[:-1]
         assert cells == row
 
 
 def test_download_verify_and_use_by_name(
     server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish(server, zoo.get(AUTO), cut_model().state_dict(), "auto", tmp_path)
+    publish(server, catalogue.get(AUTO), cut_model().state_dict(), "auto", tmp_path)
     run("zoo", AUTO, "--download", "--verify", "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["state"] == "cached" and len(facts["sha256"]) == 64
@@ -487,7 +488,7 @@ def test_download_verify_and_use_by_name(
 def test_a_file_that_was_put_there_has_nothing_to_compare_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(zoo.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(catalogue.CACHE_VARIABLE, str(tmp_path))
     (tmp_path / f"{FORTY}.pt").write_bytes(b"junk")
     digest = sha256(b"junk").hexdigest()
     run("zoo", FORTY, "--download", "--verify", "--json")
@@ -499,7 +500,7 @@ def test_a_file_that_was_put_there_has_nothing_to_compare_with(
 
 
 def test_a_teacher_by_name(server: FileServer, tmp_path: Path) -> None:
-    publish(server, zoo.get(AUTO), cut_model().state_dict(), "auto", tmp_path)
+    publish(server, catalogue.get(AUTO), cut_model().state_dict(), "auto", tmp_path)
     resolve(AUTO)
     (tmp_path / "data").mkdir()
     write_shard(tmp_path / "data" / "0.tar", [good(i) for i in range(20)])

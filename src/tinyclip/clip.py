@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyclip.common.distributed import resolve_device
+from tinyclip.common.devices import resolve_device
 from tinyclip.common.download import check, fetch
-from tinyclip.compress.learned_masks import Masks
 from tinyclip.inference.pipeline import TensorPreprocess
 from tinyclip.inference.pipeline import load as load_pipeline
 from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer, openai_tokenizer, pad
 from tinyclip.model.config import CLIPConfig
+from tinyclip.model.masks import Masks
 from tinyclip.model.model import CLIP, cast
-from tinyclip.zoo import resolve
+from tinyclip.zoo import catalogue
 
 __all__ = ["available_models", "load", "tokenize"]
 
@@ -91,7 +91,7 @@ class Model(CLIP):
 
 def available_models() -> list[str]:
     """Names that `load` knows: OpenAI's, those of the zoo, and what ships with the package."""
-    return [*OPENAI_FILES, *(entry.name for entry in resolve.ENTRIES), *resolve.SHIPPED]
+    return [*OPENAI_FILES, *(entry.name for entry in catalogue.ENTRIES), *catalogue.SHIPPED]
 
 
 def load(
@@ -156,7 +156,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
 def _openai_file(name: str, cache: str | None) -> Path:
     """One of OpenAI's files, downloaded once, its SHA-256 that of its link."""
     digest, _, file = OPENAI_FILES[name].partition("/")
-    path = resolve.cache_folder(cache) / file
+    path = catalogue.cache_folder(cache) / file
     if not path.exists():
         fetch(OPENAI + OPENAI_FILES[name], path)
     if (found := check(path)["sha256"]) != digest:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tinyclip
-from tinyclip.zoo.resolve import SHIPPED, cache_folder
+from tinyclip.zoo.catalogue import SHIPPED, cache_folder
 
 # What each extra of pyproject.toml is for; its packages are read from there. The others are for the project itself.
 EXTRAS = {
@@ -94,7 +94,7 @@ def _torch(problems: list[str]) -> dict[str, Any]:
     try:
         import torch
 
-        from tinyclip.common.distributed import best_device, best_precision
+        from tinyclip.common.devices import best_device, best_precision
     except Exception as error:  # a broken installation raises almost anything
         text = str(error).splitlines()
         reason = text[0] if text else type(error).__name__

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tinyclip.inference.engines import EXTRAS
-from tinyclip.inference.exported import RuntimePipeline, check_device, find_export, load_export
+from tinyclip.inference.exported import RuntimePipeline, check_device, load_export
+from tinyclip.zoo.file_names import find_export
 
 if TYPE_CHECKING:
     import torch
 
     from tinyclip.inference.pipeline import Pipeline
+import torch
+
+from tinyclip.inference.pipeline import Pipeline, Tensors
+from tinyclip.loading import load as load_any
 
 
 @overload  # of an export too, which only its folder can tell: `RuntimePipeline` has the methods of `Pipeline`
@@ -115,3 +120,19 @@ def _converted(clip: Pipeline, runtime: str, dtype: Any) -> RuntimePipeline:
         converted = load_export(folder, runtime, dtype)
         converted.load_towers()
     return converted
+
+
+def load_encoder(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    compile: bool = False,
+    runtime: str = "auto",
+) -> Pipeline | Tensors:
+    """`tinyclip.load` for what computes with torch: exports give tensors too.
+
+    Raises:
+        ValueError: as `tinyclip.load`.
+    """
+    clip = load_any(name_or_path, device, dtype, compile=compile, runtime=runtime)
+    return Tensors(clip) if isinstance(clip, RuntimePipeline) else clip

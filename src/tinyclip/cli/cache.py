@@ -50,7 +50,8 @@ def cache(
     """Store a TEACHER's features of all pictures and captions of SHARDS, for recipes with `teacher: {cache: ..}`.
 
     Run it again after a stop: shards that are done are kept."""
-    from tinyclip.common.distributed import best_precision, from_main, is_main, processes, resolve_device
+    from tinyclip.common.devices import best_precision, resolve_device
+    from tinyclip.common.distributed import from_main, is_main, processes
     from tinyclip.recipe.recipe import augment_from
     from tinyclip.teachers.foreign import load_teacher, short_name
     from tinyclip.teachers.make_cache import check_place, make_cache

@@ -52,8 +52,9 @@ def embed(
     as_json: AsJson = False,
 ) -> None:
     """Write the features of SOURCE, in parts with their keys; run again, it goes on where it was stopped."""
-    from tinyclip.common.distributed import is_main, processes, resolve_device
-    from tinyclip.inference.pipeline import load_encoder
+    from tinyclip.common.devices import resolve_device
+    from tinyclip.common.distributed import is_main, processes
+    from tinyclip.loading import load_encoder
     from tinyclip.search.embed import Plan, check
     from tinyclip.search.embed import embed as embedded
     from tinyclip.search.sources import open_source

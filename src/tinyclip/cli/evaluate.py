@@ -57,9 +57,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Zero-shot accuracy and retrieval recall of MODEL on DATA; under torchrun the processes share the work."""
-    from tinyclip.common.distributed import is_main, processes, resolve_device
+    from tinyclip.common.devices import resolve_device
+    from tinyclip.common.distributed import is_main, processes
     from tinyclip.evaluate import metrics as evaluation
-    from tinyclip.inference.pipeline import load_encoder
+    from tinyclip.loading import load_encoder
 
     check_file(output)
     columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
@@ -100,12 +101,13 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
-    from tinyclip.common.distributed import is_main, processes, resolve_device
+    from tinyclip.common.devices import resolve_device
+    from tinyclip.common.distributed import is_main, processes
     from tinyclip.data.datasets import find_splits, open_dataset
     from tinyclip.data.tables import TABLES
     from tinyclip.evaluate.probe import check_solver
     from tinyclip.evaluate.probe import probe as probed
-    from tinyclip.inference.pipeline import load_encoder
+    from tinyclip.loading import load_encoder
 
     check_file(output)
     check_solver(solver)

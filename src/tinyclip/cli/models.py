@@ -91,12 +91,13 @@ def _calibrate(
     from tinyclip.cli.live import measured_on
     from tinyclip.compress.calibrate import Calibration, calibrate
     from tinyclip.compress.inheritance import compact, describe
+    from tinyclip.compress.size import TOWERS
     from tinyclip.data.loader import AGAIN, closing
     from tinyclip.inference.pipeline import Pipeline, load
     from tinyclip.model.axes import axis_table, count_parameters
     from tinyclip.recipe.recipe import calibrated_from
     from tinyclip.train.calibration import plain_loader, samples
-    from tinyclip.train.pruner import TOWERS, budgets
+    from tinyclip.train.pruner import budgets
     from tinyclip.train.run import attention
     from tinyclip.zoo.card import HOW, made_from, shown
 
@@ -185,10 +186,11 @@ def measure(
     as_json: AsJson = False,
 ) -> None:
     """Parameters, MACs and pairs/s of MODEL here; of an export also its size."""
-    from tinyclip.common.distributed import resolve_device, resolve_dtype
-    from tinyclip.inference.pipeline import Tensors, load_encoder
+    from tinyclip.common.devices import resolve_device, resolve_dtype
+    from tinyclip.inference.pipeline import Tensors
     from tinyclip.inference.speed import measure as measured
     from tinyclip.inference.speed import measure_export
+    from tinyclip.loading import load_encoder
     from tinyclip.model.config import NAMED, CLIPConfig
     from tinyclip.model.model import CLIP, cast
 
@@ -248,32 +250,33 @@ def zoo(
     as_json: AsJson = False,
 ) -> None:
     """The published models, with their figures; or all that is known of NAME."""
+    from tinyclip.zoo import catalogue
     from tinyclip.zoo import resolve as models
 
     if name is None:
         if download or verify:
             raise ValueError("--download and --verify need the name of a model")
-        listed = [models.describe(entry, cache) for entry in models.ENTRIES]
+        listed = [catalogue.describe(entry, cache) for entry in catalogue.ENTRIES]
         if as_json:
-            print_json({"models": listed, "shipped": list(models.SHIPPED)})
+            print_json({"models": listed, "shipped": list(catalogue.SHIPPED)})
         else:
-            print_table(models.COLUMNS, [models.row(facts) for facts in listed])
-            say(f"shipped with tinyclip, of emoji drawings: {', '.join(models.SHIPPED)}")
+            print_table(catalogue.COLUMNS, [catalogue.row(facts) for facts in listed])
+            say(f"shipped with tinyclip, of emoji drawings: {', '.join(catalogue.SHIPPED)}")
         return
-    if name in models.SHIPPED:
-        _say_zoo(models.describe_shipped(name), as_json)
+    if name in catalogue.SHIPPED:
+        _say_zoo(catalogue.describe_shipped(name), as_json)
         return
-    entry = models.get(name)
-    first = verify and models.unrecorded(entry, cache)  # before anything records it
+    entry = catalogue.get(name)
+    first = verify and catalogue.unrecorded(entry, cache)  # before anything records it
     if download:
         models.local_file(entry, cache)
     if verify:
-        digest = models.verify(entry, cache)
+        digest = catalogue.verify(entry, cache)
         if first:
-            path = models.cache_folder(cache) / entry.file
+            path = catalogue.cache_folder(cache) / entry.file
             errors.print(f"{path}: no checksum was recorded, so there was nothing to compare; recorded now: {digest}")
-    facts = models.describe(entry, cache)
-    _say_zoo(facts if as_json else dict(models.details(facts)), as_json)
+    facts = catalogue.describe(entry, cache)
+    _say_zoo(facts if as_json else dict(catalogue.details(facts)), as_json)
 
 
 def _say_zoo(facts: dict[str, Any], as_json: bool) -> None:

@@ -108,7 +108,7 @@ def search(
     from tinyclip.inputs.transforms import open_image
     from tinyclip.search import sheet as drawing
     from tinyclip.search.index import Index, check_model, open_model, pixels, plain, queries_from
-    from tinyclip.zoo.resolve import SHIPPED
+    from tinyclip.zoo.catalogue import SHIPPED
 
     check_file(sheet)
     texts = queries_from([*(query or []), *(read_lines(queries) if queries else [])])

@@ -46,7 +46,7 @@ meter = Meter(errors)
 def complete_model(incomplete: str) -> list[str]:
     """For the shell: published and shipped models whose names begin so. Where there is none, and before anything is
     typed, the shell completes files."""
-    from tinyclip.zoo.resolve import ENTRIES, SHIPPED
+    from tinyclip.zoo.catalogue import ENTRIES, SHIPPED
 
     return _begun([*(entry.name for entry in ENTRIES), *SHIPPED], incomplete)
 

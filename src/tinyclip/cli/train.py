@@ -69,7 +69,8 @@ def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -
     if smoke or small:
         _smoke(recipe, smoke, small)
         return
-    from tinyclip.common.distributed import from_main, processes, resolve_device
+    from tinyclip.common.devices import resolve_device
+    from tinyclip.common.distributed import from_main, processes
 
     with processes(resolve_device(recipe.device)):
         folder = run_recipe(recipe, overwrite=overwrite, resume=resume, hint=_hint())
@@ -90,8 +91,8 @@ def _hint() -> str:
 
 
 def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
-    from tinyclip.report.runs import evaluator
     from tinyclip.train.resume import Interrupted
+    from tinyclip.train.setup import evaluator
     from tinyclip.train.smoke import smoke as tried
 
     if not smoke:
@@ -110,9 +111,9 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
     """Run a recipe with a live display; returns the run's folder. Exits with 130 or 143 when interrupted."""
     from tinyclip.cli.live import Display
     from tinyclip.common.distributed import from_main, is_main
-    from tinyclip.report.runs import evaluator
     from tinyclip.train import loop as training
     from tinyclip.train.resume import Interrupted
+    from tinyclip.train.setup import evaluator
 
     evaluation, checks = recipe.evaluation, []
     if evaluation:  # the first process evaluates

@@ -8,7 +8,7 @@ what is left is measured again before more of it goes. There is no training; `in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,11 +19,10 @@ from torch import Tensor
 from tinyclip.common.progress import ended, tell
 from tinyclip.compress.importance import BOTH, Enough, Score, importance, never, prunable
 from tinyclip.compress.importance import Sample as Sample
-from tinyclip.compress.inheritance import compact
-from tinyclip.compress.learned_masks import Masks, Tower, Unit, prunable_size, sparsity, tower_size
-from tinyclip.inference.speed import fraction_for_latency, pair_latency_ms
+from tinyclip.compress.size import prunable_size, sparsity, tower_size
 from tinyclip.model.axes import GATES, NEEDED, axis_kind
 from tinyclip.model.config import CLIPConfig
+from tinyclip.model.masks import Masks, Tower, Unit
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Calibrated
 
@@ -272,29 +271,3 @@ def settled(cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], masks: Mas
 def _loss_of(masks: Masks, importance: Mapping[str, Tensor]) -> float:
     """What goes with the elements that are closed."""
     return sum(((1 - masks[name]) * value).sum().item() for name, value in importance.items())
-
-
-def targets_for_latency(
-    model: CLIP, samples: Iterable[Sample], latency_ms: float, towers: tuple[Tower, ...], how: Calibration
-) -> tuple[dict[str, float], float]:
-    """The target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
-    the model's MACs that this removes. Importance is measured once, on the batches of one round.
-
-    Raises:
-        ValueError: when it cannot be reached, or nothing needs to be removed.
-    """
-    how, config = replace(how, unit="macs"), model.config
-    budget = "both" if len(towers) == 2 else towers[0]
-    ones = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
-    count = max(1, how.batches // how.rounds)
-    found = how.measure(model, _told(iter(samples), 0, count, count), ones, how.seed * 1000)
-    ended(WORK)
-    start = how.sparsity(config, {}, budget)
-
-    def measured(removed: float) -> float:
-        if removed == 0:
-            return pair_latency_ms(model)
-        return pair_latency_ms(compact(model, how.fill(found, config, {budget: start + (1 - start) * removed})))
-
-    removed = fraction_for_latency(measured, latency_ms)
-    return {budget: start + (1 - start) * removed}, removed

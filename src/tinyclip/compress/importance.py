@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyclip.compress.learned_masks import Masks, Tower
 from tinyclip.loss import affinity_loss
 from tinyclip.model.axes import GATES, TOWERS, axis_kind, axis_sizes, axis_table
 from tinyclip.model.config import CLIPConfig, TransformerConfig
+from tinyclip.model.masks import Masks, Tower
 from tinyclip.model.model import CLIP
 
 Score = Literal["taylor", "activation", "magnitude"]

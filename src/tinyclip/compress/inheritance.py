@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinyclip.compress.learned_masks import Masks, validate
 from tinyclip.model.axes import GATES, NEEDED, Axis, Entry, axis_kind, axis_sizes, axis_table, resnet_sizes
 from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.model.masks import Masks, validate
 from tinyclip.model.model import CLIP
 
 

@@ -17,13 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tinyclip.compress.size import resnet_size
+from tinyclip.compress.size import sparsity, tower_of
 from tinyclip.model.axes import axis_sizes
-from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
-
-Masks = Mapping[str, Tensor]
-Tower = Literal["visual", "text"]
-Unit = Literal["params", "macs"]
+from tinyclip.model.config import CLIPConfig
+from tinyclip.model.masks import Masks, Tower, Unit
 
 START, LARGEST = 10.0, math.log(100)  # log_alpha: its first value, and what it is clamped to either way
 TEMPERATURE, LOWER, UPPER = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, stretched to (LOWER, UPPER)
@@ -31,91 +28,7 @@ NOISE_MARGIN = 1e-6  # the uniform noise stays this far from 0 and 1
 SHARPNESS = 0.8  # of the deterministic value, the reference code's `magical_number`
 
 
-def validate(masks: Masks, config: CLIPConfig) -> None:
-    """Check that every mask belongs to the model and has its length.
-
-    Raises:
-        ValueError: naming the mask, its shape, and what the model has; a graded mask for a ResNet tower.
-    """
-    sizes = axis_sizes(config)
-    for name, mask in masks.items():
-        if name not in sizes:
-            raise ValueError(f"mask {name!r}: the model has no such axis")
-        if tuple(mask.shape) != (sizes[name],):
-            raise ValueError(f"mask {name!r}: shape {tuple(mask.shape)}, expected ({sizes[name]},)")
-        if isinstance(config.vision, ResNetConfig) and name.startswith("visual."):
-            values = mask.detach()
-            if not ((values == 0) | (values == 1)).all():
-                raise ValueError(f"mask {name!r}: a ResNet tower takes masks of 0 and 1 only")
-
-
 # --- size under masks -------------------------------------------------------------------------------------------
-
-
-def tower_of(config: CLIPConfig, tower: Tower) -> TransformerConfig:
-    """The config of a tower that takes masks.
-
-    Raises:
-        ValueError: for a ResNet, whose channels are cut by rule or by importance only.
-    """
-    part = config.vision if tower == "visual" else config.text
-    if not isinstance(part, TransformerConfig):
-        raise ValueError(f"a {part.kind} image tower cannot learn masks; take `inherit: calibrated` or `towers: text`")
-    return part
-
-
-def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tower, unit: Unit) -> Tensor:
-    """Size of a tower's blocks under masks or probabilities of keeping; a scalar, differentiable.
-
-    In parameters: sum(hidden x heads) * 4 * head_dim * (1 + 1/d) + 2 * sum(hidden x mlp), over all blocks, with d
-    the original width (reference code, `l0_module`). In MACs: the products of one image, or of one text of full
-    context. Embeddings and norms are left out. For a ResNet: `sizes.resnet_size`.
-
-    Args:
-        keep: by axis name, as masks; what is absent is kept whole.
-    """
-    if tower == "visual" and isinstance(config.vision, ResNetConfig):
-        return resnet_size(config, keep, unit)
-    part, width = tower_of(config, tower), tower_of(original, tower).width
-    sizes = axis_sizes(config)
-
-    def kept(name: str) -> Tensor:
-        return keep[name].sum() if name in keep else torch.tensor(float(sizes[name]))
-
-    hidden, length, total = kept(f"{tower}.hidden"), _length(part), torch.zeros(())
-    for i, (heads, mlp) in enumerate(zip(part.heads, part.mlp_width, strict=True)):
-        if heads is not None:
-            inner = part.head_dim * kept(f"{tower}.heads.{i}") * kept(f"{tower}.attn.{i}")
-            weights = 4 * hidden * inner
-            total = total + (
-                weights * (1 + 1 / width) if unit == "params" else length * weights + 2 * length**2 * inner
-            )
-        if mlp is not None:
-            weights = 2 * hidden * kept(f"{tower}.mlp.{i}") * kept(f"{tower}.ffn.{i}")
-            total = total + (weights if unit == "params" else length * weights)
-    return total
-
-
-def prunable_size(original: CLIPConfig, tower: Tower, unit: Unit) -> int:
-    """What `tower_size` is compared with: all blocks of the original tower, in parameters biases included."""
-    if unit == "macs" or (tower == "visual" and isinstance(original.vision, ResNetConfig)):
-        return int(tower_size(original, original, {}, tower, unit).item())
-    part = tower_of(original, tower)
-    inner = [(heads or 0) * part.head_dim for heads in part.heads]
-    mlp = [m or 0 for m in part.mlp_width]
-    d = part.width
-    return sum(4 * d * n + 3 * n + d for n in inner) + sum(2 * d * m + d + m for m in mlp)
-
-
-def _length(part: TransformerConfig) -> int:
-    return part.grid**2 + 1 if isinstance(part, VisionConfig) else part.context_length  # type: ignore[attr-defined]
-
-
-def sparsity(config: CLIPConfig, original: CLIPConfig, keep: Masks, towers: tuple[Tower, ...], unit: Unit) -> Tensor:
-    """Fraction of the original's size that is gone, the towers' sizes added up; a scalar."""
-    # Added one by one: of a tower without masks the size is on the CPU, as a number that goes with any device.
-    remaining = sum((tower_size(config, original, keep, t, unit) for t in towers), torch.zeros(()))
-    return 1 - remaining / sum(prunable_size(original, t, unit) for t in towers)
 
 
 # --- learned masks ----------------------------------------------------------------------------------------------

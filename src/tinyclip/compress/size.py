@@ -1,15 +1,17 @@
-"""Size of a ResNet image tower under masks, differentiable in how many channels are kept."""
+"""Size of a model under masks, differentiable in how many elements are kept; and the sparsity that follows."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinyclip.model.axes import axis_table, resnet_sizes
-from tinyclip.model.config import CLIPConfig, ResNetConfig
+from tinyclip.model.axes import axis_sizes, axis_table, resnet_sizes
+from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.model.masks import Masks, Tower, Unit
 
 
 def resnet_size(config: CLIPConfig, keep: Mapping[str, Tensor], unit: str) -> Tensor:
@@ -50,3 +52,93 @@ def _places(key: str, vision: ResNetConfig) -> int:
     for _ in range(halvings):
         side //= 2
     return side**2
+
+
+def tower_of(config: CLIPConfig, tower: Tower) -> TransformerConfig:
+    """The config of a tower that takes masks.
+
+    Raises:
+        ValueError: for a ResNet, whose channels are cut by rule or by importance only.
+    """
+    part = config.vision if tower == "visual" else config.text
+    if not isinstance(part, TransformerConfig):
+        raise ValueError(f"a {part.kind} image tower cannot learn masks; take `inherit: calibrated` or `towers: text`")
+    return part
+
+
+def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tower, unit: Unit) -> Tensor:
+    """Size of a tower's blocks under masks or probabilities of keeping; a scalar, differentiable.
+
+    In parameters: sum(hidden x heads) * 4 * head_dim * (1 + 1/d) + 2 * sum(hidden x mlp), over all blocks, with d
+    the original width (reference code, `l0_module`). In MACs: the products of one image, or of one text of full
+    context. Embeddings and norms are left out. For a ResNet: `sizes.resnet_size`.
+
+    Args:
+        keep: by axis name, as masks; what is absent is kept whole.
+    """
+    if tower == "visual" and isinstance(config.vision, ResNetConfig):
+        return resnet_size(config, keep, unit)
+    part, width = tower_of(config, tower), tower_of(original, tower).width
+    sizes = axis_sizes(config)
+
+    def kept(name: str) -> Tensor:
+        return keep[name].sum() if name in keep else torch.tensor(float(sizes[name]))
+
+    hidden, length, total = kept(f"{tower}.hidden"), kept_length(part), torch.zeros(())
+    for i, (heads, mlp) in enumerate(zip(part.heads, part.mlp_width, strict=True)):
+        if heads is not None:
+            inner = part.head_dim * kept(f"{tower}.heads.{i}") * kept(f"{tower}.attn.{i}")
+            weights = 4 * hidden * inner
+            total = total + (
+                weights * (1 + 1 / width) if unit == "params" else length * weights + 2 * length**2 * inner
+            )
+        if mlp is not None:
+            weights = 2 * hidden * kept(f"{tower}.mlp.{i}") * kept(f"{tower}.ffn.{i}")
+            total = total + (weights if unit == "params" else length * weights)
+    return total
+
+
+def prunable_size(original: CLIPConfig, tower: Tower, unit: Unit) -> int:
+    """What `tower_size` is compared with: all blocks of the original tower, in parameters biases included."""
+    if unit == "macs" or (tower == "visual" and isinstance(original.vision, ResNetConfig)):
+        return int(tower_size(original, original, {}, tower, unit).item())
+    part = tower_of(original, tower)
+    inner = [(heads or 0) * part.head_dim for heads in part.heads]
+    mlp = [m or 0 for m in part.mlp_width]
+    d = part.width
+    return sum(4 * d * n + 3 * n + d for n in inner) + sum(2 * d * m + d + m for m in mlp)
+
+
+def kept_length(part: TransformerConfig) -> int:
+    return part.grid**2 + 1 if isinstance(part, VisionConfig) else part.context_length  # type: ignore[attr-defined]
+
+
+def sparsity(config: CLIPConfig, original: CLIPConfig, keep: Masks, towers: tuple[Tower, ...], unit: Unit) -> Tensor:
+    """Fraction of the original's size that is gone, the towers' sizes added up; a scalar."""
+    # Added one by one: of a tower without masks the size is on the CPU, as a number that goes with any device.
+    remaining = sum((tower_size(config, original, keep, t, unit) for t in towers), torch.zeros(()))
+    return 1 - remaining / sum(prunable_size(original, t, unit) for t in towers)
+
+
+TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("visual",), "text": ("text",)}
+
+
+def thinner(config: CLIPConfig, removed: float, towers: tuple[Tower, ...]) -> CLIPConfig:
+    """A shape of about `1 - removed` of the MACs of these towers: widths, heads and neurons by one factor. It
+    stands for a shape that is yet to be learned, to time it."""
+    factor = (1 - removed) ** 0.5
+
+    def scaled(part: TransformerConfig) -> TransformerConfig:
+        def thin(count: int | None) -> int | None:
+            return count and max(1, round(count * factor))
+
+        update = {"width": thin(part.width), "heads": tuple(map(thin, part.heads))}
+        return part.model_copy(update=update | {"mlp_width": tuple(map(thin, part.mlp_width))})
+
+    parts: dict[str, Any] = {}
+    if "visual" in towers:
+        assert isinstance(config.vision, TransformerConfig), "HardConcrete refuses other towers"
+        parts["vision"] = scaled(config.vision)
+    if "text" in towers:
+        parts["text"] = scaled(config.text)
+    return config.model_copy(update=parts)

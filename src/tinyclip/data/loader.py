@@ -7,9 +7,8 @@ import hashlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -33,6 +32,7 @@ from megatron.energon.errors import FatalSampleError
 from torch import Tensor
 
 from tinyclip.common.faults import Fault, Skipped
+from tinyclip.data.batch import Batch, Tokenize
 from tinyclip.data.shard_index import check_readers, prepare
 from tinyclip.data.shards import captions_of, class_of, image_of
 from tinyclip.inputs.augment import Augment, View
@@ -44,25 +44,6 @@ ALL_BAD = f"{TOO_MANY:,} samples in a row are bad"
 
 
 # --- batches for training ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """What the training loop gets. Images travel as uint8 and are normalised on the device."""
-
-    images: Tensor  # uint8 (n, 3, s, s)
-    tokens: Tensor  # int64 (n, context_length)
-    groups: Tensor  # int64 (n,): equal for samples of one class (JSON field `class`), else one a sample
-    keys: list[str]
-    skipped: list[Skipped] = field(default_factory=list)  # since the worker's last batch
-    teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # stored (n, embed_dim) image and text features
-    teacher_tokens: Tensor | None = None  # int64 (n, length), of a teacher that has another tokenizer
-
-    def pin_memory(self) -> Batch:
-        images, tokens, groups = (t.pin_memory() for t in (self.images, self.tokens, self.groups))
-        teacher = [(image.pin_memory(), text.pin_memory()) for image, text in self.teacher]
-        theirs = None if self.teacher_tokens is None else self.teacher_tokens.pin_memory()
-        return Batch(images, tokens, groups, self.keys, self.skipped, teacher, theirs)
 
 
 @edataclass
@@ -83,7 +64,6 @@ class Pair(Sample):
     teacher_tokens: np.ndarray | None
 
 
-Tokenize = Callable[[Sequence[str]], np.ndarray]  # texts -> int64 (n, length)
 # (shard, key, number of captions, generator) -> a stored view, the index of a caption, features of each teacher
 StoredDraw = Callable[[str, str, int, Random], tuple[View, int, list[tuple[np.ndarray, np.ndarray]]]]
 

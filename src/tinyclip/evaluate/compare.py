@@ -19,8 +19,8 @@ from tinyclip.evaluate.contenders import Contender
 from tinyclip.evaluate.metrics import Dataset, Example, as_tensor, class_features, encode_images
 from tinyclip.evaluate.stats import Bootstrapped, bootstrap, calibration, mcnemar
 from tinyclip.inputs.batching import batches
+from tinyclip.inputs.transforms import thumbnail
 from tinyclip.loss import affinity_loss
-from tinyclip.report.html import thumbnail
 
 AT_ONCE = 64  # pictures decoded and held
 TILE = 2**22  # similarities at once

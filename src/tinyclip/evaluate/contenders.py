@@ -15,10 +15,9 @@ from PIL import Image
 
 from tinyclip.common.progress import track
 from tinyclip.evaluate.metrics import as_tensor
-from tinyclip.inference.exported import find_export
-from tinyclip.inference.pipeline import load_encoder
-from tinyclip.inference.speed import counted
-from tinyclip.train.resume import STATE
+from tinyclip.loading import load_encoder
+from tinyclip.model.costs import counted
+from tinyclip.zoo.file_names import STATE, find_export
 from tinyclip.zoo.resolve import resolve
 
 ROUNDS, SECONDS = 10, 0.1  # of timing: turns of the models, and seconds for each tower in a turn

@@ -27,10 +27,11 @@ from tinyclip.common.progress import busy
 from tinyclip.evaluate.metrics import Dataset, open_dataset
 from tinyclip.export.agreement import Samples, answers, compare, refuse, samples_of, synthetic
 from tinyclip.inference.engines import RUNS, compute_dtype, needed, save_openvino
-from tinyclip.inference.exported import ENDINGS, FACTS, FORMAT, TOKENIZER, RuntimePipeline, load_export, read_facts
+from tinyclip.inference.exported import FORMAT, RuntimePipeline, load_export, read_facts
 from tinyclip.inference.pipeline import Pipeline, load
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.convert import WRITERS
+from tinyclip.zoo.file_names import ENDINGS, FACTS, TOKENIZER
 
 FORMATS = ("onnx", "openvino", "torch", "hf", "open_clip")
 OPSET = 18  # what ONNX Runtime reads since 1.14, and OpenVINO since 2023

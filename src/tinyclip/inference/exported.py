@@ -32,11 +32,9 @@ from tinyclip.inputs.batching import (
 from tinyclip.inputs.tokenizer import CLIPTokenizer, pad
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
+from tinyclip.zoo.file_names import ENDINGS, FACTS, TOKENIZER, find_export
 
-FACTS = "tinyclip.json"
-TOKENIZER = "tokenizer.json"
 FORMAT = 1  # of `FACTS`
-ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of a tower's file
 NEEDED = {
     "export": str,
     "precision": str,
@@ -220,30 +218,6 @@ def _finished(features: np.ndarray, normalize: bool) -> np.ndarray:
 
 
 # --- reading a folder -------------------------------------------------------------------------------------------
-
-
-def find_export(path: str | Path) -> Path | None:
-    """The folder of an export that a path leads to, itself or a file in it; None for anything else.
-
-    Raises:
-        ValueError: for an ONNX, OpenVINO or `.pt2` model that is not in such a folder.
-    """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    is_facts = path.name == FACTS
-    if (folder / FACTS).is_file() and (
-        path.is_dir() or is_facts or (path.is_file() and path.stem in ("image", "text"))
-    ):
-        return folder
-    alone = path.suffix in ENDINGS.values() and path.exists()
-    if path.is_dir() and not any(path.glob("*config*.json")):  # of a checkpoint
-        alone = alone or any(file.suffix in ENDINGS.values() for file in path.iterdir())
-    if alone:
-        raise ValueError(
-            f"{path} is no export of tinyclip: {folder if path.is_file() else path} has no {FACTS}, which says how "
-            "pictures and texts go in; make one with `tinyclip export`"
-        )
-    return None
 
 
 def check_device(where: str, device: Any) -> None:

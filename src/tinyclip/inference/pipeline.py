@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tinyclip.common.distributed import resolve_device, resolve_dtype
+from tinyclip.common.devices import resolve_device, resolve_dtype
 from tinyclip.common.progress import busy
 from tinyclip.inference.exported import RuntimePipeline
 from tinyclip.inputs.batching import (
@@ -33,7 +33,6 @@ from tinyclip.inputs.batching import (
 )
 from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer, pad
 from tinyclip.inputs.transforms import OPENAI_MEAN, OPENAI_STD, Preprocess
-from tinyclip.loading import load as load_any
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP, cast, weights_hash
 from tinyclip.zoo.card import Card
@@ -230,22 +229,6 @@ class Tensors:
 
     def encode_text(self, texts: Any, *, batch_size: int | None = None, normalize: bool = True) -> Tensor:
         return torch.from_numpy(self.clip.encode_text(texts, batch_size=batch_size, normalize=normalize))
-
-
-def load_encoder(
-    name_or_path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
-    compile: bool = False,
-    runtime: str = "auto",
-) -> Pipeline | Tensors:
-    """`tinyclip.load` for what computes with torch: exports give tensors too.
-
-    Raises:
-        ValueError: as `tinyclip.load`.
-    """
-    clip = load_any(name_or_path, device, dtype, compile=compile, runtime=runtime)
-    return Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
 
 
 def load(

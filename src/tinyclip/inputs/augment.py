@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from tinyclip.inputs.transforms import plain_mode
-from tinyclip.model.config import Strict
+from tinyclip.common.schema import Strict
+from tinyclip.inputs.transforms import on_colour, plain_mode
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
@@ -109,15 +109,6 @@ class View(NamedTuple):
         coefficients = (a, b, x - a * x - b * y, d, e, y - d * x - e * y)
         method = Image.Transform.AFFINE
         return image.transform(image.size, method, coefficients, Image.Resampling.BILINEAR, fillcolor=fill)
-
-
-def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """A picture with transparency, be it of a palette or of one colour, laid on a plain colour; others as they are."""
-    if not image.has_transparency_data or image.mode.startswith("I"):
-        return image
-    image = image.convert(image.mode.upper()).convert("RGBA")  # La and RGBa by way of LA and RGBA
-    backdrop = Image.new("RGBA", image.size, (*colour, 255))
-    return Image.alpha_composite(backdrop, image).convert("RGB")
 
 
 def jitter(pixels: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:

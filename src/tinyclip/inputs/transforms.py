@@ -106,3 +106,22 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The central (size, size) of a picture at least that large (torchvision's rounding)."""
     left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
+
+
+def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """A picture with transparency, be it of a palette or of one colour, laid on a plain colour; others as they are."""
+    if not image.has_transparency_data or image.mode.startswith("I"):
+        return image
+    image = image.convert(image.mode.upper()).convert("RGBA")  # La and RGBa by way of LA and RGBA
+    backdrop = Image.new("RGBA", image.size, (*colour, 255))
+    return Image.alpha_composite(backdrop, image).convert("RGB")
+
+
+THUMBNAIL = 144  # pixels: twice what is shown, for fine screens
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A small copy in RGB, as a model sees it."""
+    small = plain_mode(image).copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small.convert("RGB")

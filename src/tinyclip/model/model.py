@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tinyclip.common.progress import track
-from tinyclip.compress.learned_masks import Masks, validate
 from tinyclip.model.config import CLIPConfig, TransformerConfig, VisionConfig
+from tinyclip.model.masks import Masks, validate
 from tinyclip.model.resnet import ModifiedResNet
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tinyclip.compress.learned_masks import Masks
 from tinyclip.model.config import ResNetConfig
+from tinyclip.model.masks import Masks
 
 
 class Bottleneck(nn.Module):

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from tinyclip.common.schema import Strict, explain
 from tinyclip.common.yaml_text import parse
-from tinyclip.model.config import Strict, explain
 
 M = TypeVar("M", bound=Strict)
 

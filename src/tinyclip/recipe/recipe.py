@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from tinyclip.common.distributed import Precision
+from tinyclip.common.devices import Precision
+from tinyclip.common.schema import Count, Positive, Strict, explain
 from tinyclip.common.yaml_text import read_yaml
 from tinyclip.inputs.augment import Augment
-from tinyclip.model.config import Count, Positive, Strict, explain
 from tinyclip.recipe.overrides import model_from, override
 from tinyclip.recipe.student_shape import Shape, StudentShape
 

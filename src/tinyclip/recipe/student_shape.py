@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tinyclip.model.config import Activation, CLIPConfig, ImageSize, Positive, ResNetConfig, Strict
+from tinyclip.common.schema import Positive, Strict
+from tinyclip.model.config import Activation, CLIPConfig, ImageSize, ResNetConfig
 
 
 def _named(value: Any) -> Any:

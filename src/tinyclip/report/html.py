@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tinyclip.inputs.transforms import plain_mode
+from tinyclip.inputs.transforms import thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#4c566a", "#2a7de1", "#12a37f", "#d9822b", "#c23b5a", "#7a4fd0", "#8a8a00")
-THUMBNAIL = 144  # pixels: twice what is shown, for fine screens
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fafafa;margin:0}
@@ -106,10 +105,3 @@ def _png(image: Image.Image) -> str:
     file = io.BytesIO()
     small.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def thumbnail(image: Image.Image) -> Image.Image:
-    """A small copy in RGB, as a model sees it."""
-    small = plain_mode(image).copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return small.convert("RGB")

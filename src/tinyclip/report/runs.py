@@ -18,7 +18,7 @@ from tinyclip.common.faults import Skipped
 from tinyclip.common.files import read_json_object
 from tinyclip.common.progress import track
 from tinyclip.evaluate import metrics
-from tinyclip.inference.pipeline import Pipeline, load
+from tinyclip.inference.pipeline import load
 from tinyclip.inference.speed import measure
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
@@ -279,9 +279,3 @@ def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Ent
     left_out = [skipped for run in runs for skipped in faults.read(Path(run) / "skipped.jsonl")]
     write_report(path, title, entries, curves(runs), grid, left_out)
     return entries
-
-
-def evaluator(data: str, templates: str | None) -> Any:
-    """What the training loop calls to evaluate a student."""
-    dataset = metrics.open_dataset(data, templates)
-    return lambda model, tokenizer, preprocess: metrics.evaluate(Pipeline(model, tokenizer, preprocess), dataset)

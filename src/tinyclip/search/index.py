@@ -20,9 +20,9 @@ import numpy as np
 
 import tinyclip
 from tinyclip.common.files import printable, read_json_object
-from tinyclip.inference.exported import find_export
 from tinyclip.inputs.transforms import DRAFT, open_image
 from tinyclip.search.vectors import EXACT, Vectors
+from tinyclip.zoo.file_names import find_export
 
 INFO, WORK, FORMAT = "index.json", "work.sqlite", 1
 COLUMNS = "id INTEGER PRIMARY KEY, path BLOB NOT NULL, size INTEGER, mtime_ns INTEGER, cause TEXT, reason TEXT"
@@ -148,7 +148,7 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
     clip = tinyclip.load(name)  # in float32, whatever it will compute in
     found = clip.fingerprint()
 
-    from tinyclip.common.distributed import resolve_device, resolve_dtype
+    from tinyclip.common.devices import resolve_device, resolve_dtype
     from tinyclip.inference.pipeline import compile_towers
     from tinyclip.model.model import cast
 

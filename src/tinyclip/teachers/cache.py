@@ -34,16 +34,18 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from tinyclip.common.distributed import Precision, from_main
+from tinyclip.common.devices import Precision
+from tinyclip.common.distributed import from_main
 from tinyclip.common.faults import Fault
 from tinyclip.common.files import read_json_object, sha256
+from tinyclip.common.schema import Count, Positive, Strict, explain
 from tinyclip.data.loader import stable_hash
 from tinyclip.data.shard_index import shard_counts
 from tinyclip.data.shards import find_shards
 from tinyclip.inputs.augment import Augment, View
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
-from tinyclip.model.config import CLIPConfig, Count, Positive, Strict, explain
+from tinyclip.model.config import CLIPConfig
 from tinyclip.zoo.checkpoint import read_preprocess
 
 OPEN_FILES = 64  # samples of about 40 shards are mixed in a worker's shuffle buffer; opening one takes 0.03 ms

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyclip.data.loader import Batch, Tokenize
+from tinyclip.data.batch import Batch, Tokenize, image_input, shorten
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
@@ -155,26 +155,3 @@ def _placed(stored: Tensor, images: Tensor) -> Tensor:
 
 def _at_least_float32(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(features.dtype, torch.float32))
-
-
-def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 (n, 3, s, s) -> normalised float32 (n, 3, image_size, image_size) on the same device."""
-    x = images.float() / 255
-    if x.shape[-1] != preprocess.image_size:
-        size = (preprocess.image_size, preprocess.image_size)
-        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    # Made there, each would wait for the device.
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True) for v in (preprocess.mean, preprocess.std)
-    )
-    return (x - mean) / std
-
-
-def shorten(tokens: Tensor, end_id: int, context_length: int) -> Tensor:
-    """Cut token rows to the longest text of the batch, exact under causal attention, and to the context; a text
-    that is too long for it keeps its end token. (n, length) -> (n, shorter)."""
-    ends = (tokens == end_id).int().argmax(1)
-    length = min(int(ends.max()) + 1, context_length)
-    cut = tokens[:, :length].clone()
-    cut[ends >= length, -1] = end_id
-    return cut

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyclip.compress.importance import Sample
+from tinyclip.data.batch import image_input, shorten
 from tinyclip.data.loader import next_batch, training_loader
 from tinyclip.data.shard_index import prepare
 from tinyclip.inference.pipeline import Pipeline
@@ -14,7 +15,6 @@ from tinyclip.inputs.augment import Augment
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
-from tinyclip.teachers.teacher import image_input, shorten
 
 
 def samples(

@@ -28,13 +28,13 @@ from tinyclip.common.folders import remove_leftovers
 from tinyclip.common.ownership import LOCKS, MARKER, claim, discard
 from tinyclip.common.progress import track
 from tinyclip.compress.batch_norm import batch_norms, reestimate, synchronise
+from tinyclip.data.batch import image_input
 from tinyclip.data.loader import close_loader, next_batch
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Stage
-from tinyclip.teachers.teacher import image_input
+from tinyclip.train import run_card
 from tinyclip.train.pruner import MASKS, Pruner, already_gone, saved_targets
 from tinyclip.train.resume import (
-    STATE,
     Clock,
     Interrupted,
     Progress,
@@ -53,6 +53,7 @@ from tinyclip.train.tracking import FOLDERS as TRACKED
 from tinyclip.train.tracking import peak_memory_gb, tracked
 from tinyclip.zoo import card
 from tinyclip.zoo.checkpoint import FILES, load_checkpoint, read_config, save_checkpoint
+from tinyclip.zoo.file_names import STATE
 
 UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
@@ -97,7 +98,7 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
         from_main(lambda i=i, result=result: _describe(run, i, result))  # type: ignore[misc]
     assert student is not None
     dtype = getattr(torch, run.recipe.save_dtype)
-    facts = card.of_run(run.recipe, len(results) - 1, results[-1]["evaluation"])
+    facts = run_card.of_run(run.recipe, len(results) - 1, results[-1]["evaluation"])
     arguments = student, run.tokenizer, preprocess_for(run, student), dtype, facts
     from_main(lambda: save_checkpoint(run.folder / "student", *arguments, known=FILES))
     return results
@@ -116,7 +117,7 @@ def _describe(run: Run, i: int, result: dict[str, Any]) -> None:
     place = run.folder / "stages" / run.recipe.stages[i].name / "last"
     if not (place / card.FILE).exists():
         claim(place, "model", [card.FILE])
-        card.write_card(place, read_config(place), card.of_run(run.recipe, i, result["evaluation"]))
+        card.write_card(place, read_config(place), run_card.of_run(run.recipe, i, result["evaluation"]))
 
 
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
@@ -334,5 +335,5 @@ def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None
     if score > progress.best_score and trainee.pruner is None:  # masks that still move make no student
         progress.best_score, progress.best_step = score, progress.step
         stage = run.recipe.stages.index(trainee.stage)
-        facts = card.of_run(run.recipe, stage, progress.evaluation, progress.step)
+        facts = run_card.of_run(run.recipe, stage, progress.evaluation, progress.step)
         save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess, card=facts, known=FILES)

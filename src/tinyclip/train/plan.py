@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.compress.inheritance import manual_masks
-from tinyclip.compress.learned_masks import Tower, sparsity
+from tinyclip.compress.size import sparsity, thinner
 from tinyclip.data.shard_index import known_samples
-from tinyclip.inference.speed import macs
 from tinyclip.loss import TILE
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
+from tinyclip.model.costs import macs
+from tinyclip.model.masks import Tower
 from tinyclip.model.resnet import Bottleneck, ModifiedResNet
 from tinyclip.recipe.recipe import Recipe, Stage, Target
 from tinyclip.teachers.cache import read_info
 from tinyclip.teachers.foreign import is_foreign
-from tinyclip.train.pruner import budgets, thinner
+from tinyclip.train.pruner import budgets
+from tinyclip.zoo.catalogue import cache_folder, find
 from tinyclip.zoo.checkpoint import read_config
-from tinyclip.zoo.resolve import cache_folder, find
 
 # Tiles alive at once in a distillation loss: similarities, the student's logits and their softmax, the targets.
 LOSS_TILES = 4

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyclip.compress.inheritance import compact
-from tinyclip.compress.learned_masks import Constraint, HardConcrete, Tower
-from tinyclip.model.config import CLIPConfig, TransformerConfig
+from tinyclip.compress.learned_masks import Constraint, HardConcrete
+from tinyclip.compress.size import TOWERS
+from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Stage, Target, TowerSparsity
 from tinyclip.zoo.checkpoint import write_weights
 
 DEFAULT_RAMP = 1000  # steps, the released recipes'
 MASKS = "masks.safetensors"  # in a checkpoint: the student beside it is not cut yet
-TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("visual",), "text": ("text",)}
 
 
 class Pruner:
@@ -133,24 +133,3 @@ def saved_targets(folder: Path) -> dict[str, float]:
             return dict(json.loads(file.metadata()["targets"]))
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / MASKS}: damaged ({error}); remove {folder} to start the stage anew") from None
-
-
-def thinner(config: CLIPConfig, removed: float, towers: tuple[Tower, ...]) -> CLIPConfig:
-    """A shape of about `1 - removed` of the MACs of these towers: widths, heads and neurons by one factor. It
-    stands for a shape that is yet to be learned, to time it."""
-    factor = (1 - removed) ** 0.5
-
-    def scaled(part: TransformerConfig) -> TransformerConfig:
-        def thin(count: int | None) -> int | None:
-            return count and max(1, round(count * factor))
-
-        update = {"width": thin(part.width), "heads": tuple(map(thin, part.heads))}
-        return part.model_copy(update=update | {"mlp_width": tuple(map(thin, part.mlp_width))})
-
-    parts: dict[str, Any] = {}
-    if "visual" in towers:
-        assert isinstance(config.vision, TransformerConfig), "HardConcrete refuses other towers"
-        parts["vision"] = scaled(config.vision)
-    if "text" in towers:
-        parts["text"] = scaled(config.text)
-    return config.model_copy(update=parts)

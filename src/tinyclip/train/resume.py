@@ -32,11 +32,10 @@ from tinyclip.common.ownership import MARKER, adopt, carry, discard
 from tinyclip.train.pruner import MASKS
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
+from tinyclip.zoo.file_names import MANIFEST, STATE
 
-STATE = "state.pt"
 ENOUGH = 500  # bad samples, before they are judged
 PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
-MANIFEST = "checksums.json"  # of the files beside it; written last, so that a whole checkpoint has it
 SAVED = (*FILES, STATE, MANIFEST, MASKS)  # what a stage in progress is made of
 STEP = re.compile(r"step-(\d{6,})")  # the folder of a checkpoint before the last
 # What reading a torn or hostile state raises.

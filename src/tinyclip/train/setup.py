@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from tinyclip.common import ownership
-from tinyclip.common.distributed import best_precision, from_main, rank, resolve_device, world_size
+from tinyclip.common.devices import best_precision, resolve_device
+from tinyclip.common.distributed import from_main, rank, world_size
 from tinyclip.common.faults import append
 from tinyclip.common.files import write_atomically
 from tinyclip.common.locks import LOCK, Lock, lock_of, take
@@ -17,8 +18,10 @@ from tinyclip.common.watchdog import Watchdog
 from tinyclip.compress.calibrate import Calibration
 from tinyclip.compress.inheritance import manual_masks
 from tinyclip.compress.learned_masks import HardConcrete, check_targets
+from tinyclip.compress.size import TOWERS
 from tinyclip.data.shard_index import check_readers, known_faults, prepare
 from tinyclip.data.shards import all_captions
+from tinyclip.evaluate import metrics
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
@@ -27,7 +30,7 @@ from tinyclip.recipe.recipe import Recipe, Stage, recipe_of
 from tinyclip.teachers.cache import Cache, open_caches
 from tinyclip.teachers.foreign import load_teacher, local_part
 from tinyclip.teachers.teacher import AnyTeacher, CachedTeacher, Teacher
-from tinyclip.train.pruner import TOWERS, budgets
+from tinyclip.train.pruner import budgets
 from tinyclip.train.run import Run
 from tinyclip.train.student import check_compiler
 from tinyclip.train.tracking import check_trackers
@@ -300,3 +303,9 @@ def _check_replaceable(folder: Path, recipe: Recipe) -> None:
     for source in (*teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")
+
+
+def evaluator(data: str, templates: str | None) -> Any:
+    """What the training loop calls to evaluate a student."""
+    dataset = metrics.open_dataset(data, templates)
+    return lambda model, tokenizer, preprocess: metrics.evaluate(Pipeline(model, tokenizer, preprocess), dataset)

@@ -7,7 +7,7 @@ model, made out of this one, goes on.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,10 +16,8 @@ from tinyclip.common.files import write_atomically
 from tinyclip.common.yaml_text import parse
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, VisionConfig
-from tinyclip.zoo.resolve import HUB_ID, SHIPPED, find, shipped
-
-if TYPE_CHECKING:
-    from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.zoo.catalogue import SHIPPED, find, shipped
+from tinyclip.zoo.resolve import HUB_ID
 
 FILE = "README.md"
 FIGURES = {  # of `evaluate`: in words, and the hub's name of the metric
@@ -157,68 +155,12 @@ def converted(model: str | Path, name: str) -> Card:
     return before.model_copy(update={"name": before.name or name, "source": before.source or shown(model)})
 
 
-def of_run(recipe: Recipe, i: int, evaluation: dict[str, Any] | None, step: int | None = None) -> Card:
-    """The card of what stage `i` of a run has made, at a step or at its end."""
-    stages, first = recipe.stages[: i + 1], recipe.stages[0]
-    live = recipe.teacher if isinstance(recipe.teacher, str) else None
-    teacher = live or ", ".join(f"the stored features in {shown(folder)}" for folder in recipe.caches)
-    source = ""
-    for stage in stages:  # the last that does not go on from the one before
-        if stage.inherit == "none":
-            source = ""
-        elif stage.start == "teacher" or (stage is first and stage.start == "previous"):
-            source = live or ""
-        elif stage.start != "previous":
-            source = stage.start
-    how = "Distilled from its teacher" if recipe.teacher else "Trained without a teacher"
-    how += f" with tinyclip in {len(stages)} stage{'s' if len(stages) > 1 else ''}"
-    how += f", as it was after step {step:,} of the last." if step and step < stages[-1].steps else "."
-    settings = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"description"})
-    return Card(
-        name=f"{Path(recipe.output).name}/{stages[-1].name}",
-        how=f"{how} {recipe.description.strip()}".strip(),
-        source=shown(source) if source else "",
-        teacher=shown(live) if live else teacher,
-        data=f"The pairs in {shown(recipe.data)}",
-        licence=known(source).licence if source else "",
-        figures=_kept(evaluation or {}),
-        figures_of=shown(recipe.evaluation.data) if recipe.evaluation and evaluation else "",
-        stages=[_stage(stage) for stage in stages],
-        recipe=yaml.safe_dump(_public(settings), sort_keys=False),
-    )
-
-
 def shown(model: str | Path) -> str:
     """A path or name as others may see it: of an absolute path only the end, and no path looks like a hub id."""
     path = Path(model)
     if path.is_absolute():
         return "/".join(["...", *path.parts[-2:]])
     return f"./{model}" if HUB_ID.fullmatch(str(model)) and path.exists() else str(model)
-
-
-def _kept(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Its figures and counts, also of the subsets; no paths."""
-    kept = {key: value for key, value in evaluation.items() if key in FIGURES or key in COUNTS}
-    subsets = {name: _kept(figures) for name, figures in evaluation.get("subsets", {}).items()}
-    return kept | ({"subsets": subsets} if subsets else {})
-
-
-def _public(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    return shown(value) if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    terms = {name: weight for name, weight in stage.loss.model_dump().items() if name in TERMS and weight}
-    loss = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items())
-    facts = {"stage": stage.name, "start": HOW[stage.inherit], "steps": stage.steps, "pairs a step": stage.batch_size}
-    return facts | {"learning rate": f"{stage.optimizer.lr:g}", "loss": loss}
-
-
-TERMS = ("affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
 
 
 def _front_matter(card: Card, library: str) -> dict[str, Any]:
@@ -241,7 +183,7 @@ def _front_matter(card: Card, library: str) -> dict[str, Any]:
 
 
 def _shape(config: CLIPConfig) -> str:
-    from tinyclip.inference.speed import macs
+    from tinyclip.model.costs import macs
 
     parts, operations, vision = count_parameters(axis_table(config)), macs(config), config.vision
     if isinstance(vision, VisionConfig):

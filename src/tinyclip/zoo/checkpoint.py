@@ -20,12 +20,13 @@ from torch import Tensor
 
 from tinyclip.common.files import read_json_object
 from tinyclip.common.folders import atomic_directory
-from tinyclip.inference.exported import find_export
+from tinyclip.common.schema import explain
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
-from tinyclip.model.config import CLIPConfig, explain
+from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.card import Card, write_card
+from tinyclip.zoo.file_names import find_export
 from tinyclip.zoo.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
 from tinyclip.zoo.hugging_face import read_hugging_face
 from tinyclip.zoo.openai import (
