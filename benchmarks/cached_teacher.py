@@ -20,7 +20,8 @@ from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Stage, load_recipe
+from tinyclip.recipe.recipe import load_recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import CachedTeacher, Teacher
 from tinyclip.train.run import attention
 from tinyclip.train.step import Trainee

@@ -19,7 +19,7 @@ from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Loss, Stage
+from tinyclip.recipe.stage import Loss, Stage
 from tinyclip.train.run import attention
 from tinyclip.train.step import Trainee
 

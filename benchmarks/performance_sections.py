@@ -24,7 +24,7 @@ from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.costs import macs
-from tinyclip.recipe.recipe import Stage
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import CachedTeacher, Teacher
 from tinyclip.train.run import attention
 from tinyclip.train.step import Trainee

@@ -10,21 +10,21 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from tinyclip.inputs import augment
-from tinyclip.recipe import recipe, student_shape
+from tinyclip.recipe import recipe, stage, student_shape
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
 START, END = "<!-- tables: scripts/document_recipes.py -->", "<!-- end of tables -->"
 SECTIONS: dict[str, type[BaseModel]] = {
     "The recipe": recipe.Recipe,
-    "A stage": recipe.Stage,
+    "A stage": stage.Stage,
     "`teacher`, stored": recipe.StoredTeachers,
     "`student`": student_shape.StudentShape,
     "`student.vision`": student_shape.VisionShape,
     "`student.text`": student_shape.TextShape,
-    "`auto`": recipe.Auto,
-    "`calibrated`": recipe.Calibrated,
-    "`loss`": recipe.Loss,
-    "`optimizer`": recipe.Optimizer,
+    "`auto`": stage.Auto,
+    "`calibrated`": stage.Calibrated,
+    "`loss`": stage.Loss,
+    "`optimizer`": stage.Optimizer,
     "`augment`": augment.Augment,
     "`evaluation`": recipe.Evaluation,
 }

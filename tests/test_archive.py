@@ -22,7 +22,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyclip.zoo.tensors import Refused, Stored, read_entries, tensor_of
+from tinyclip.zoo.storages import Refused, Stored
+from tinyclip.zoo.tensors import read_entries, tensor_of
 from tinyclip.zoo.unpickle import Damaged, Inert, unpickle
 
 OLD = {"_use_new_zipfile_serialization": False}

@@ -20,7 +20,8 @@ from tinyclip.data.batch import image_input
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted
 from tinyclip.train.run import loader_of

@@ -30,13 +30,15 @@ from tinyclip.common.distributed import gather_objects, is_main, processes
 from tinyclip.compress.inheritance import inherit
 from tinyclip.data.batch import Batch
 from tinyclip.data.loader import close_loader, training_loader
-from tinyclip.data.shards import captions_of, image_of, read_shards
+from tinyclip.data.samples import captions_of, image_of
+from tinyclip.data.shards import read_shards
 from tinyclip.inference.pipeline import load
 from tinyclip.inputs.augment import Augment, View
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers import make_cache as making
 from tinyclip.teachers.cache import Cache, FeatureFile, draw_stored, open_caches
 from tinyclip.teachers.make_cache import make_cache

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from tinyclip.data.loader import close_loader, next_batch, training_loader
+from tinyclip.data.samples import captions_of
 from tinyclip.data.shard_index import prepare
-from tinyclip.data.shards import captions_of, find_shards, read_shards
+from tinyclip.data.shards import find_shards, read_shards
 from tinyclip.inputs.augment import Augment, jitter
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import on_colour
@@ -247,3 +248,13 @@ def test_impossible_augmentations_are_refused(field: str) -> None:
 
     with pytest.raises(ValueError, match=field.partition(":")[0]):
         Augment.model_validate(yaml.safe_load(field))
+
+
+def test_the_index_of_an_older_version_stays_and_names_todays_reader(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", [good(i) for i in range(8)])
+    prepare(tmp_path)
+    named, counts = tmp_path / ".nv-meta" / "dataset.yaml", tmp_path / ".nv-meta" / ".info.json"
+    named.write_text('{"__module__": "tinyclip.index", "__class__": "Shards"}')
+    before = counts.stat()
+    assert len(next(iter(loader(tmp_path))).keys) == 4
+    assert counts.stat().st_mtime_ns == before.st_mtime_ns and "shard_reader" in named.read_text()

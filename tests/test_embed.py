@@ -25,7 +25,8 @@ from tinyclip.common import faults
 from tinyclip.common.ownership import MARKER
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import DRAFT, Preprocess, open_image
-from tinyclip.search.embed import Plan, embed
+from tinyclip.search.embed import embed
+from tinyclip.search.feature_files import Plan
 from tinyclip.search.sources import open_source
 
 CAPTIONS = [["a red apple", "an apple"], ["the sea"], []]

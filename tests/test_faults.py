@@ -28,10 +28,11 @@ from tinyclip.cli import data as cli_data
 from tinyclip.cli import evaluate
 from tinyclip.common import faults
 from tinyclip.common.faults import CAUSES, Fault, Skipped
-from tinyclip.data import shard_index
+from tinyclip.data import shard_index, shard_reader
 from tinyclip.data.loader import close_loader, next_batch
+from tinyclip.data.samples import captions_of
 from tinyclip.data.shard_index import known_faults, prepare
-from tinyclip.data.shards import captions_of, read_shards
+from tinyclip.data.shards import read_shards
 from tinyclip.evaluate.metrics import open_dataset
 from tinyclip.inputs.transforms import open_image
 from tinyclip.report.runs import report
@@ -48,7 +49,7 @@ def close_loaders() -> Iterator[None]:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_index, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(shard_reader, "PAUSES", (0.0, 0.0))
 
 
 def bomb(side: int = 50_000) -> bytes:
@@ -304,10 +305,10 @@ def test_a_shard_that_comes_back_within_the_pauses_loses_nothing(
         if len(pauses) == 3:
             (tmp_path / "b.tar").rename(folder / "b.tar")
 
-    monkeypatch.setattr(shard_index.time, "sleep", sleep)
+    monkeypatch.setattr(shard_reader.time, "sleep", sleep)
     found, skipped = drawn(folder, 24)
     assert found == {f"{i:05d}" for i in range(24)} and not skipped
-    assert tuple(pauses) == shard_index.PAUSES[:3] and list(pauses) == sorted(pauses)
+    assert tuple(pauses) == shard_reader.PAUSES[:3] and list(pauses) == sorted(pauses)
 
 
 def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,10 +317,10 @@ def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypat
     for shard in folder.glob("*.tar"):
         shard.unlink()
     pauses: list[float] = []
-    monkeypatch.setattr(shard_index.time, "sleep", pauses.append)
+    monkeypatch.setattr(shard_reader.time, "sleep", pauses.append)
     with pytest.raises(ValueError, match="1,000 samples in a row are bad"):
         next_batch(iter(made), folder)
-    assert tuple(pauses) == (*shard_index.PAUSES, 0.0)
+    assert tuple(pauses) == (*shard_reader.PAUSES, 0.0)
 
 
 def test_the_order_of_samples_does_not_depend_on_what_has_vanished(tmp_path: Path, no_pauses: None) -> None:

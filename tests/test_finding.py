@@ -16,7 +16,8 @@ from tinyclip.cli import main
 from tinyclip.data.datasets import open_dataset
 from tinyclip.data.pack import find_items, pack
 from tinyclip.data.picture_files import ENDINGS, LeftOut, find_pictures
-from tinyclip.data.shards import IMAGE_TYPES, image_of, read_shards
+from tinyclip.data.samples import IMAGE_TYPES, image_of
+from tinyclip.data.shards import read_shards
 from tinyclip.search.build import scan
 from tinyclip.search.sources import open_source
 

@@ -28,7 +28,8 @@ from test_killed import assert_same
 from test_train import run, stage
 from tinyclip.cli.main import main
 from tinyclip.compress.size import sparsity
-from tinyclip.data.shards import captions_of, image_of, read_shards
+from tinyclip.data.samples import captions_of, image_of
+from tinyclip.data.shards import read_shards
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.augment import View
 from tinyclip.inputs.tokenizer import clip_tokenizer

@@ -27,8 +27,8 @@ from tinyclip.common.distributed import gather_objects, processes
 from tinyclip.data import loader as data
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop
-from tinyclip.train.resume import Interrupted, Progress, restore, save
-from tinyclip.train.run import loader_of
+from tinyclip.train.resume import Interrupted, restore, save
+from tinyclip.train.run import Progress, loader_of
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.file_names import MANIFEST
 

@@ -150,6 +150,7 @@ def test_every_part_of_the_program_scales_them_alike(tmp_path: Path) -> None:
 
 
 def _picture(shards: Path) -> Image.Image:
-    from tinyclip.data.shards import image_of, read_shards
+    from tinyclip.data.samples import image_of
+    from tinyclip.data.shards import read_shards
 
     return image_of(next(iter(read_shards(shards))))

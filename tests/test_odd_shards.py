@@ -18,8 +18,9 @@ from test_data import close_loaders, good, loader, picture, write_shard
 from tinyclip.common.faults import Skipped
 from tinyclip.data import shard_index
 from tinyclip.data.loader import next_batch
+from tinyclip.data.samples import captions_of, class_of, image_of
 from tinyclip.data.shard_index import known_faults, known_lacks, prepare
-from tinyclip.data.shards import captions_of, class_of, image_of, read_shards
+from tinyclip.data.shards import read_shards
 
 __all__ = ["close_loaders"]  # a fixture of every test here
 

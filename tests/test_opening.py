@@ -21,7 +21,8 @@ from conftest import random_model, small_config, small_tokenizer
 from tinyclip.cli.main import main
 from tinyclip.common import faults
 from tinyclip.common.faults import Fault
-from tinyclip.data.shards import check, image_of
+from tinyclip.data.samples import image_of
+from tinyclip.data.shards import check
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.augment import Augment
 from tinyclip.inputs.decoding import open_image, pixels_at_most

@@ -17,7 +17,8 @@ from tinyclip.common.faults import Skipped
 from tinyclip.common.files import read_json_object
 from tinyclip.data import classnames
 from tinyclip.data.pack import find_items, pack
-from tinyclip.data.shards import captions_of, image_of, info_of, read_shards
+from tinyclip.data.samples import captions_of, image_of, info_of
+from tinyclip.data.shards import read_shards
 from tinyclip.search.sources import open_source
 
 

@@ -19,7 +19,8 @@ from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, ResNetConfig, vit_clip
 from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe, Target, load_recipe
+from tinyclip.recipe.recipe import Recipe, load_recipe
+from tinyclip.recipe.stage import Target
 from tinyclip.train.plan import activation_bytes, expected_shape, memory, plan, step_macs
 from tinyclip.train.setup import evaluator
 from tinyclip.train.smoke import measured_speed, shortened, smoke

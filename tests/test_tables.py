@@ -16,7 +16,8 @@ from test_data import picture
 from tinyclip.data import tables
 from tinyclip.data.datasets import open_dataset
 from tinyclip.data.pack import Item, find_items, pack
-from tinyclip.data.shards import captions_of, read_shards
+from tinyclip.data.samples import captions_of
+from tinyclip.data.shards import read_shards
 from tinyclip.search.sources import open_source
 
 HEADER = "filepath,caption\n"

@@ -25,7 +25,8 @@ from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.loss import affinity_loss, contrastive_loss
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
 from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted

@@ -11,7 +11,7 @@ from conftest import random_model, small_config, small_tokenizer, uneven_config
 from test_resnet import random_resnet, resnet_config
 from tinyclip.data.batch import Batch
 from tinyclip.inputs.transforms import Preprocess
-from tinyclip.recipe.recipe import Stage
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
 from tinyclip.train.pruner import Pruner
 from tinyclip.train.step import Trainee

@@ -55,8 +55,9 @@ def embed(
     from tinyclip.common.devices import resolve_device
     from tinyclip.common.distributed import is_main, processes
     from tinyclip.loading import load_encoder
-    from tinyclip.search.embed import Plan, check
+    from tinyclip.search.embed import check
     from tinyclip.search.embed import embed as embedded
+    from tinyclip.search.feature_files import Plan
     from tinyclip.search.sources import open_source
 
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)

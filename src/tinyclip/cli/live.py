@@ -19,7 +19,7 @@ from tinyclip.common.progress import listening
 from tinyclip.model.axes import axis_sizes
 
 if TYPE_CHECKING:
-    from tinyclip.recipe.recipe import Stage
+    from tinyclip.recipe.stage import Stage
     from tinyclip.train.run import Run
 
 TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")

@@ -59,7 +59,8 @@ def inherit(
     from tinyclip.compress.inheritance import inherit as cut
     from tinyclip.inference.pipeline import Pipeline, load
     from tinyclip.model.config import CLIPConfig
-    from tinyclip.recipe.recipe import Calibrated, shape_from
+    from tinyclip.recipe.recipe import shape_from
+    from tinyclip.recipe.stage import Calibrated
     from tinyclip.zoo.card import HOW, made_from
 
     check_free(output, overwrite)

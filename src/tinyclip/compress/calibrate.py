@@ -24,7 +24,7 @@ from tinyclip.model.axes import GATES, NEEDED, axis_kind
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.masks import Masks, Tower, Unit
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Calibrated
+from tinyclip.recipe.stage import Calibrated
 
 BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}

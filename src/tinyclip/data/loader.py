@@ -33,8 +33,8 @@ from torch import Tensor
 
 from tinyclip.common.faults import Fault, Skipped
 from tinyclip.data.batch import Batch, Tokenize
+from tinyclip.data.samples import captions_of, class_of, image_of
 from tinyclip.data.shard_index import check_readers, prepare
-from tinyclip.data.shards import captions_of, class_of, image_of
 from tinyclip.inputs.augment import Augment, View
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 

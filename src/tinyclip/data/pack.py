@@ -221,7 +221,7 @@ def sidecars(path: Path) -> list[Path]:
 
 def with_sidecar(path: Path) -> Item:
     """A picture with the captions in the file beside it, or what is wrong with that."""
-    from tinyclip.data.shards import captions_of
+    from tinyclip.data.samples import captions_of
 
     try:
         found = captions_of({file.suffix[1:].lower(): file.read_bytes() for file in sidecars(path)})

@@ -29,17 +29,8 @@ from tinyclip.data.picture_files import (
     is_theirs,
     skipped_of,
 )
-from tinyclip.data.shards import (
-    TAR_ERRORS,
-    Header,
-    captions_of,
-    entries,
-    image_of,
-    info_of,
-    open_shard,
-    read_shard,
-    words,
-)
+from tinyclip.data.samples import captions_of, image_of, info_of
+from tinyclip.data.shards import TAR_ERRORS, Header, entries, open_shard, read_shard, words
 from tinyclip.data.tables import Inside
 from tinyclip.inputs.transforms import open_image
 

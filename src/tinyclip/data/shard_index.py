@@ -13,49 +13,40 @@ import gzip
 import json
 import os
 import shutil
-import struct
-import tarfile
-import time
 import zlib
-from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.energon import CrudeWebdataset, __version__
+from megatron.energon import __version__
 from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset.itar import ITarRawSamplePartPointer, TarIndexWriter
-from megatron.energon.source_info import SourceInfo
+from megatron.energon.flavors.webdataset.itar import TarIndexWriter
 
 import tinyclip
 from tinyclip.common.faults import Fault, Skipped, Unusable
 from tinyclip.common.files import in_words, remove_halves, replacing, write_atomically
 from tinyclip.common.locks import Lock
 from tinyclip.common.progress import ended, tell_bytes, track
+from tinyclip.data.samples import IMAGE_TYPES, RENAME, long_endings, part_of
 from tinyclip.data.shards import (
-    IMAGE_TYPES,
-    RENAME,
     Entry,
     check_is_file,
     entries,
     find_shards,
     lack_of,
-    long_endings,
     misnamed,
     open_shard,
-    part_of,
     unpacked,
     words,
 )
 
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries of a shard that cannot be opened
-LENT_AFTER = 100  # samples in a row that a worker could not read
 FORMAT = 3  # of our files in .nv-meta
+# The data set that Energon opens the folder with.
+READER = {"__module__": "tinyclip.data.shard_reader", "__class__": "Shards"}
 KEPT_FORMATS = (2, FORMAT)  # in which a run that is resumed may go on
 MOST_TIMES, FREE_SIZE = 100, 2**28  # what may come out of a .tar.gz: so many times its size, or so many bytes
-READ_ERRORS = (OSError, tarfile.TarError, ValueError, EOFError, IndexError, struct.error)
 
 
 def prepare(folder: str | Path, keep: bool = False) -> int:
@@ -73,13 +64,15 @@ def prepare(folder: str | Path, keep: bool = False) -> int:
     """
     folder = Path(folder)
     meta = folder / ".nv-meta"
-    if not _is_current(meta, find_shards(folder), keep):  # before the lock, also where the folder cannot be written
+    # Before the lock, also where the folder cannot be written.
+    if not (_is_current(meta, find_shards(folder), keep) and _names_reader(meta)):
         try:
             _check_ours(meta)
             with Lock(folder / ".prepare.lock"):
                 damaged = [s for packed in folder.glob("*.tar.gz") if (s := _unpack(packed))]
                 if not _is_current(meta, find_shards(folder), keep):  # else another process was faster
                     _index(folder, damaged)
+                _write(meta / "dataset.yaml", READER)  # the index of an older version names another
         except OSError as error:
             raise ValueError(f"{folder}: cannot write its index ({in_words(error)})") from None
     return _usable(meta)
@@ -167,7 +160,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
     _check_usable(folder, sum(counts.values()), faults, found)
     meta = folder / ".nv-meta"
     (meta / "ready").unlink(missing_ok=True)  # without it there is no index
-    _write(meta / "dataset.yaml", {"__module__": __name__, "__class__": Shards.__name__})  # JSON is YAML
+    _write(meta / "dataset.yaml", READER)  # JSON is YAML
     _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
     _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})
     _write_lines(meta / "faults.jsonl", faults)
@@ -292,14 +285,14 @@ def known_samples(folder: str | Path) -> int | None:
 
 def known_faults(folder: str | Path) -> list[Skipped]:
     """What the index of a folder leaves out."""
-    return [_of_row(row) for row in _faults(Path(folder) / ".nv-meta")]
+    return [_of_row(row) for row in faults_in(Path(folder) / ".nv-meta")]
 
 
 def known_lacks(folder: str | Path) -> tuple[list[Skipped], list[Skipped]]:
     """Samples that lack a picture or a caption, which `prepare` counts, as their order is that of the tars; and those
     that have more pictures than the one that is used."""
     meta = Path(folder) / ".nv-meta"
-    lacking, beside = ([_of_row(row) for row in _rows(meta / f"{name}.jsonl")] for name in ("lacking", "beside"))
+    lacking, beside = ([_of_row(row) for row in rows_in(meta / f"{name}.jsonl")] for name in ("lacking", "beside"))
     return lacking, beside
 
 
@@ -307,16 +300,16 @@ def _of_row(row: dict[str, Any]) -> Skipped:
     return Skipped(row["shard"], row["key"], row["cause"], row["reason"])
 
 
-def _faults(meta: Path) -> list[dict[str, Any]]:
-    return _rows(meta / "faults.jsonl")
+def faults_in(meta: Path) -> list[dict[str, Any]]:
+    return rows_in(meta / "faults.jsonl")
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def rows_in(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def _usable(meta: Path) -> int:
-    return sum(_counts(meta).values()) - sum("sample" in f for f in _faults(meta))
+    return sum(_counts(meta).values()) - sum("sample" in f for f in faults_in(meta))
 
 
 def _counts(meta: Path) -> dict[str, int]:
@@ -335,6 +328,13 @@ def _state(shards: list[Path]) -> dict[str, list[int]]:
     return state
 
 
+def _names_reader(meta: Path) -> bool:
+    try:
+        return bool(json.loads((meta / "dataset.yaml").read_text(encoding="utf-8")) == READER)
+    except (OSError, ValueError):
+        return False
+
+
 def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:
     """Whether the index is whole, of just these shards as they are now; with `keep`, of those of them that it has."""
     try:
@@ -350,100 +350,3 @@ def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:
 
 
 # --- reading by the index ---------------------------------------------------------------------------------------
-
-
-class Shards(CrudeWebdataset):
-    """Energon's data set of raw samples, in which faults of shards are samples with `__fault__` (named by
-    `.nv-meta/dataset.yaml`). So the order of samples, and with it a saved position, does not depend on faults."""
-
-    def build(self, worker_rotation_offset: int = 0) -> Any:
-        dataset = super().build(worker_rotation_offset)
-        meta = (self.path / ".nv-meta").local_path()
-        known = {f["sample"]: f for f in _faults(meta) if "sample" in f}
-        linked = {row["sample"]: row for row in _rows(meta / "linked.jsonl")}
-        dataset.dataset.join_readers = [Patient(reader, known, linked) for reader in dataset.dataset.join_readers]
-        return dataset
-
-
-class Patient:
-    """A reader of samples that tries again, with growing pauses, when a shard cannot be opened.
-
-    A shard that stays away costs its pauses once; later samples of it are tried once each, so that it counts again
-    when it comes back. Where one after the other is away, as a whole file system may be, only the first is waited for.
-    A worker that has no other shard is lent samples of those that others read.
-    """
-
-    def __init__(self, reader: Any, known: dict[int, dict[str, Any]], linked: dict[int, dict[str, Any]]) -> None:
-        self.reader, self.known, self.linked = reader, known, linked
-        self.gone: set[str] = set()
-        self.missed = 0  # samples in a row
-
-    def __getitem__(self, index: int) -> Any:
-        if index in self.known:
-            fault = self.known[index]
-            return self._instead(index, fault["shard"], fault["key"], Fault(fault["cause"], fault["reason"]))
-        shard = self._shard_of(index)
-        for pause in (*PAUSES, 0.0):
-            try:
-                sample = self._read(index, shard)
-                self.gone.discard(shard)
-                self.missed = 0
-                return sample
-            except OSError as error:
-                gone = Fault("vanished_shard", f"cannot be read ({words(error)})")
-                self._close(shard)
-                if self.missed or shard in self.gone:
-                    break
-                time.sleep(pause)
-            except READ_ERRORS as error:
-                reason = f"is not as it was when it was indexed ({words(error)})"
-                return self._instead(index, shard, f"sample {index}", Fault("damaged_shard", reason))
-        self.gone.add(shard)
-        self.missed += 1
-        lent = self._lent(index) if self.missed > LENT_AFTER else None
-        return lent or self._instead(index, shard, f"sample {index}", gone)
-
-    def _lent(self, index: int) -> Any:
-        """A sample of the next shard that is there, or None."""
-        counts = self.reader.shard_count_cumsum
-        for step in range(len(counts) - 1):
-            number = (index + step) % (len(counts) - 1)
-            other = counts[number] + index % (counts[number + 1] - counts[number])
-            if other not in self.known and self._shard_of(other) not in self.gone:
-                with contextlib.suppress(*READ_ERRORS):
-                    return self._read(other, self._shard_of(other))
-        return None
-
-    def _read(self, index: int, shard: str) -> Any:
-        """A sample as Energon reads it, and the parts that are links, which it passes over."""
-        linked = self.linked.get(index)
-        if linked is None:
-            return self.reader[index]
-        sample = self._plain(index, shard, linked["key"]) if linked["alone"] else self.reader[index]
-        number = self.reader.tar_filenames.index(shard)
-        for ending, (offset, size) in linked["parts"].items():
-            pointer = ITarRawSamplePartPointer(tar_file_id=number, raw_byte_offset=offset, raw_byte_size=size)
-            data, _ = self.reader._get_part_by_raw_sample_pointer(pointer, ending)
-            if len(data) != size:
-                raise ValueError("unexpected end of data")
-            sample[ending] = data
-        return sample
-
-    def _plain(self, index: int, shard: str, key: str) -> dict[str, Any]:
-        source = SourceInfo(dataset_path=self.reader.base_path, index=index, shard_name=shard, file_names=())
-        where = {"__restore_key__": ("Webdataset", index), "__sources__": (source,)}
-        return {"__key__": key, "__shard__": shard, **where}
-
-    def _shard_of(self, index: int) -> str:
-        number = bisect_right(self.reader.shard_count_cumsum, index) - 1
-        return str(self.reader.tar_filenames[self.reader.shard_tar_file_idxs[number]])
-
-    def _close(self, shard: str) -> None:
-        """A handle of a file that cannot be read is of no use."""
-        file = self.reader.itar_files_cache.pop(self.reader.tar_filenames.index(shard), None)
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.fileobj.close()
-
-    def _instead(self, index: int, shard: str, key: str, fault: Fault) -> dict[str, Any]:
-        return self._plain(index, shard, key) | {"__fault__": fault}

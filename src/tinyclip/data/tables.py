@@ -8,22 +8,30 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
 from tinyclip.common.faults import Fault, Skipped
 from tinyclip.common.files import as_text
+from tinyclip.data.csv_text import (
+    SEPARATORS,
+    Dialect,
+    end_of_first,
+    fields_of,
+    is_quoted,
+    one_letter,
+    records_of,
+    separator_of,
+)
 from tinyclip.inputs.batching import is_unicode
 
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
-SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first is the usual one
 LOOKED_AT = 1000  # rows of a .jsonl that are looked at for its columns
 BATCH = 64  # rows of a .parquet at once: pictures may be inside
 
@@ -85,7 +93,7 @@ def open_table(path: Path, separator: str | None = None, known: Sequence[str] = 
             return _parquet(path)
         if suffix == ".jsonl":
             return _jsonl(path)
-        return _separated(path, _one_letter(separator), [*IMAGE_COLUMNS, *CAPTION_COLUMNS, *known])
+        return _separated(path, one_letter(separator), [*IMAGE_COLUMNS, *CAPTION_COLUMNS, *known])
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -250,21 +258,6 @@ class Inside:
 # --- .csv and .tsv ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """How the fields of a file stand in its lines."""
-
-    separator: str
-    quoted: bool  # whether quotes around a field are no part of it
-
-
-def _one_letter(separator: str | None) -> str | None:
-    found = {"tab": "\t", "\\t": "\t"}.get(separator or "", separator)
-    if found is not None and (len(found) != 1 or found in '"\n\r'):
-        raise ValueError(f"separator {separator!r}: give one character, or tab")
-    return found
-
-
 def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table:
     with open_text(path) as file:
         lines = ((number, line.rstrip("\n")) for number, line in enumerate(file, 1))
@@ -275,7 +268,7 @@ def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table
     if not first:
         raise ValueError(f"{path}: nothing in it")
     suffix = path.suffix.lower()
-    separator = separator or _separator_of(header, SEPARATORS[suffix], known)
+    separator = separator or separator_of(header, SEPARATORS[suffix], known)
     quoted = Dialect(separator, True)
     names = [name.strip().strip("\ufeff") for name in fields_of(header, quoted) or ()]
     if not names:
@@ -284,9 +277,9 @@ def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table
     def records(dialect: Dialect) -> Iterator[tuple[int, str, list[str] | None]]:
         with open_text(path) as file:
             lines = ((n, line.removesuffix("\n")) for n, line in enumerate(file, 1) if n > first)
-            yield from _records(lines, dialect, len(names))
+            yield from records_of(lines, dialect, len(names))
 
-    dialect = quoted if suffix == ".csv" or _is_quoted(records(quoted), separator) else Dialect(separator, False)
+    dialect = quoted if suffix == ".csv" or is_quoted(records(quoted), separator) else Dialect(separator, False)
 
     def rows(columns: Sequence[str]) -> Iterator[Row]:
         last = names.index(columns[-1]) if columns and columns[-1] in names else None
@@ -294,17 +287,6 @@ def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table
             yield _row(number, record, fields, names, dialect, joined=last == len(names) - 1)
 
     return Table(path, names, rows)
-
-
-def _separator_of(header: str, separators: str, known: Sequence[str]) -> str:
-    """The one that makes most known columns of the header; the usual one where they are equal."""
-    wanted = {name.lower() for name in known}
-
-    def known_in(separator: str) -> int:
-        fields = fields_of(header, Dialect(separator, True)) or ()
-        return len({name.strip().strip("\ufeff").lower() for name in fields} & wanted)
-
-    return max(separators, key=lambda one: (known_in(one), -separators.index(one)))
 
 
 def _row(number: int, record: str, fields: list[str] | None, names: list[str], dialect: Dialect, joined: bool) -> Row:
@@ -316,117 +298,9 @@ def _row(number: int, record: str, fields: list[str] | None, names: list[str], d
         fields = fields[:-1]
     if len(fields) > len(names) == 2 and joined:
         # A caption with separators and no quotes; as it stands, since quotes in it may be its own.
-        fields = [fields[0], record[record.index(dialect.separator, _end_of_first(record, dialect)) + 1 :]]
+        fields = [fields[0], record[record.index(dialect.separator, end_of_first(record, dialect)) + 1 :]]
     if len(fields) != len(names):
         shown = {"\t": "tabs", " ": "spaces"}.get(dialect.separator, repr(dialect.separator))
         text = f"{len(fields)} fields between {shown}, the header has {len(names)}"
         return Row(number, fault=Fault("bad_row", text))
     return Row(number, dict(zip(names, (value.strip() for value in fields), strict=True)))
-
-
-def _end_of_first(record: str, dialect: Dialect) -> int:
-    found = _quoted_field(dialect.separator).match(record) if dialect.quoted else None
-    return found.end() if found else 0
-
-
-def fields_of(record: str, dialect: Dialect) -> list[str] | None:
-    """The fields of a record; None when a quote is open at its end. A field that begins with a quote and is no whole
-    quoted field stands as it is."""
-    if not dialect.quoted or '"' not in record:
-        return record.split(dialect.separator)
-    found = _split(record, dialect.separator)
-    return None if found is None else [value for value, _ in found]
-
-
-def _split(record: str, separator: str) -> list[tuple[str, bool]] | None:
-    """Every field, and whether it was quoted."""
-    pattern, fields, start = _quoted_field(separator), list[tuple[str, bool]](), 0
-    while True:
-        if found := pattern.match(record, start):
-            fields.append((found[1].replace('""', '"'), True))
-            end = found.end()
-        elif _OPEN.match(record, start):
-            return None
-        else:
-            end = record.find(separator, start)
-            end = len(record) if end < 0 else end
-            fields.append((record[start:end], False))
-        if end >= len(record):
-            return fields
-        start = end + 1
-
-
-_OPEN = re.compile(r' *"(?:[^"]|"")*\Z')
-
-
-@cache
-def _quoted_field(separator: str) -> re.Pattern[str]:
-    return re.compile(rf' *"((?:[^"]|"")*)" *(?={re.escape(separator)}|\Z)')
-
-
-def _records(
-    lines: Iterable[tuple[int, str]], dialect: Dialect, columns: int
-) -> Iterator[tuple[int, str, list[str] | None]]:
-    """Number of the first line, text, and fields of every record that is not blank; None for a quote that nothing
-    closes, or closes only after what looks like other rows: these come as records of their own."""
-    waiting: list[tuple[int, str]] = []
-    source = iter(lines)
-    while True:
-        number, line = waiting.pop(0) if waiting else next(source, (0, ""))
-        if not number:
-            return
-        if not line.strip():
-            continue
-        fields = fields_of(line, dialect)
-        if fields is None:
-            text, taken = line, list[tuple[int, str]]()
-            for more in chain(waiting, source):
-                taken.append(more)
-                text += "\n" + more[1]
-                # Only a line with a quote can close one.
-                if len(taken) > LONGEST_FIELD or _looks_like_a_row(line, more[1], dialect, columns):
-                    break
-                if '"' in more[1] and (fields := fields_of(text, dialect)) is not None:
-                    break
-            rest = waiting[len(taken) :]
-            if fields is not None and len(fields) >= columns:
-                waiting, line = rest, text
-            else:
-                waiting, fields = [*taken, *rest], None
-        yield number, line, fields
-
-
-LONGEST_FIELD = 1000  # lines in one quoted field
-
-
-def _looks_like_a_row(first: str, line: str, dialect: Dialect, columns: int) -> bool:
-    """Whether a line is a row of its own rather than more of a field of the row before: as many fields, and those
-    beside the one with the open quote made alike (`images/1.jpg` and `images/2.jpg`)."""
-    plain = Dialect(dialect.separator, False)
-    one, two = fields_of(first, plain), fields_of(line, dialect) or fields_of(line, plain)
-    if columns < 2 or not one or not two or len(two) < columns or len(one) < columns:
-        return False
-    place = next((i for i, value in enumerate(one) if value.lstrip().startswith('"')), 0)
-    beside = range(place) if place else [columns - 1]
-    return all(_form(one[i]) == _form(two[i]) for i in beside)
-
-
-def _form(value: str) -> str:
-    """What stays of a field when letters and digits are alike: `a/9.a`."""
-    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", value.strip().strip('"')))
-
-
-def _is_quoted(records: Iterable[tuple[int, str, list[str] | None]], separator: str) -> bool:
-    """Whether the quotes of a .tsv are those of its format, which most (CC3M, LAION) do not have: each field with a
-    quote is a whole quoted one, and quotes or tabs inside, or quotes in every row, show that they were put there."""
-    shown, quotes, rows = False, 0, 0
-    for _, record, fields in records:
-        rows += 1
-        if '"' not in record:
-            continue
-        found = _split(record, separator) if fields is not None else None
-        if found is None or any('"' in value for value, quoted in found if not quoted):
-            return False
-        quotes += 1
-        shown = shown or any(quoted and re.search(f'["\n{separator}]', value) for value, quoted in found)
-    return shown or (quotes > 0 and quotes == rows)

@@ -16,7 +16,8 @@ from PIL import Image
 from tinyclip.common.faults import Fault, Skipped, Unusable
 from tinyclip.common.progress import track
 from tinyclip.data.pack import find_items
-from tinyclip.data.shards import captions_of, find_shards, image_of, read_shard
+from tinyclip.data.samples import captions_of, image_of
+from tinyclip.data.shards import find_shards, read_shard
 from tinyclip.evaluate import metrics
 from tinyclip.inference.exported import RuntimePipeline
 from tinyclip.inference.pipeline import Pipeline, Tensors

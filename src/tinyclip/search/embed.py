@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,19 +22,19 @@ from torch import Tensor
 from tinyclip.common import faults
 from tinyclip.common.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.common.faults import Fault, Skipped, Unusable
-from tinyclip.common.files import checksum, flush, json_text, name_of, read_json_object, replacing, write_atomically
+from tinyclip.common.files import json_text, name_of, read_json_object, write_atomically
 from tinyclip.common.folders import remove_leftovers
 from tinyclip.common.locks import lock_of, take
 from tinyclip.common.ownership import LOCKS, MARKER, check_replaceable, claim, discard, is_free, read_marker, remove
-from tinyclip.data.shards import captions_of, image_of, read_shard
+from tinyclip.data.samples import captions_of, image_of
+from tinyclip.data.shards import read_shard
 from tinyclip.data.tables import captions_in, picture_in
 from tinyclip.inference.pipeline import Pipeline, Tensors
-from tinyclip.inputs.batching import ahead, batches, check_finite
+from tinyclip.inputs.batching import ahead, batches
 from tinyclip.inputs.transforms import DRAFT, open_image
+from tinyclip.search.feature_files import DONE, SKIPPED, Plan, files_of, is_done, record_path, write_part
 from tinyclip.search.sources import Rows, Source, Text
 
-FORMATS, DTYPES, WHATS = ("parquet", "npy"), ("float16", "float32"), ("both", "image", "text")
-DONE, RECORDS, SKIPPED = "embed.json", ".parts", "skipped.jsonl"
 TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
 
 
@@ -62,24 +61,6 @@ Progress = Callable[[Tally], None]
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How features are made and written."""
-
-    model: str  # as the user named it
-    what: str = "both"  # of shards: image, text or both
-    format: str = "parquet"  # or npy
-    dtype: str = "float16"  # of the features on disk, or float32
-    part_size: int = 10_000
-    batch_size: int | None = None
-    workers: int | None = None  # threads that decode
-
-    def __post_init__(self) -> None:
-        for name, known in (("format", FORMATS), ("dtype", DTYPES), ("what", WHATS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: choose {', '.join(known)}")
 
 
 def embed(
@@ -115,12 +96,12 @@ def _fill(
     clip: Pipeline | Tensors, source: Source, out: Path, plan: Plan, facts: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    left = [n for n in range(rank(), len(source.parts), world_size()) if not _is_done(out, n)]
+    left = [n for n in range(rank(), len(source.parts), world_size()) if not is_done(out, n)]
     total = None if source.kind == "shards" else sum(len(source.parts[n]) for n in left)
     tally = Tally(total)
     for number in left:
         record = _part(clip, source, number, out, plan, lambda: progress(tally), tally)
-        write_atomically(_record(out, number), json_text(asdict(record)))
+        write_atomically(record_path(out, number), json_text(asdict(record)))
     counts = gather_objects((tally.images, tally.texts))
     seconds = time.perf_counter() - start
     images, texts = (sum(count[i] for count in counts) for i in (0, 1))
@@ -221,40 +202,13 @@ def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
         remove(out, "features", keep=LOCKS)
     elif (out / DONE).exists():
         _check_same(out, facts)
-    claim(out, "features", _written(facts))
+    claim(out, "features", files_of(facts))
     remove_leftovers(out)  # of a run that was killed
     write_atomically(out / DONE, json_text(facts | {"done": False}, indent=2) + "\n")
 
 
-def _written(facts: dict[str, Any]) -> Iterator[str]:
-    """All files of a run."""
-    yield from (DONE, SKIPPED)
-    endings = (facts["format"], "jsonl") if facts["format"] == "npy" else (facts["format"],)
-    kinds = ("image", "text") if facts["what"] == "both" else (facts["what"],)
-    for number in range(facts["parts"]):
-        yield f"{RECORDS}/{number:05d}.json"
-        yield from (f"{kind}-{number:05d}.{ending}" for kind in kinds for ending in endings)
-
-
-def _record(out: Path, number: int) -> Path:
-    return out / RECORDS / f"{number:05d}.json"
-
-
-def _is_done(out: Path, number: int) -> bool:
-    """Whether a part's files are there as they were written."""
-    try:
-        files = read_json_object(_record(out, number))["files"]
-        return all(_state(out / name) == state for name, state in files.items())
-    except (ValueError, KeyError, OSError):
-        return False
-
-
-def _state(path: Path) -> list[int]:
-    return [path.stat().st_size, checksum(path)]
-
-
 def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
-    records = [read_json_object(_record(out, number)) for number in range(len(source.parts))]
+    records = [read_json_object(record_path(out, number)) for number in range(len(source.parts))]
     skipped = [*source.skipped, *(Skipped(**row) for record in records for row in record["skipped"])]
     write_atomically(out / SKIPPED, "".join(json_text(asdict(s)) + "\n" for s in skipped))
     by_cause = faults.counts(skipped)
@@ -297,7 +251,7 @@ def _part(
             tally.images += len(some)
             progress()
         if plan.what != "text":
-            record.files |= _write(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
+            record.files |= write_part(out, f"image-{number:05d}", {"key": keys}, torch.cat(rows), plan)
             record.images = len(keys)
     if source.kind != "pictures" and plan.what != "image":
         rows = [torch.empty(0, clip.embed_dim)]
@@ -306,7 +260,7 @@ def _part(
             tally.texts += len(few)
             progress()
         columns = {name: [getattr(text, name) for text in texts] for name in ("key", "number", "caption")}
-        record.files |= _write(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
+        record.files |= write_part(out, f"text-{number:05d}", columns, torch.cat(rows), plan)
         record.texts = len(texts)
     return record
 
@@ -378,34 +332,3 @@ def _images(
         good = [(key, found) for key, found in some if isinstance(found, Tensor)]
         if good:
             yield [key for key, _ in good], clip.encode_image(torch.stack([tensor for _, tensor in good])).cpu()
-
-
-def _write(out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan) -> dict[str, list[int]]:
-    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`; what it wrote."""
-    values = features.numpy().astype(plan.dtype)
-    check_finite(values)
-    if plan.format == "npy":
-        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        lines = "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(out / f"{name}.jsonl", lines)
-    path = out / f"{name}.{plan.format}"
-    written = [path, path.with_suffix(".jsonl")] if plan.format == "npy" else [path]
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        if plan.format == "npy":
-            np.save(file, values)
-        else:
-            _write_parquet(file, columns, values)
-    flush(out)
-    return {file.name: _state(file) for file in written}
-
-
-def _write_parquet(file: Any, columns: dict[str, list[Any]], values: np.ndarray) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    types = {"key": pyarrow.string(), "caption": pyarrow.string(), "number": pyarrow.int32()}
-    arrays = {name: pyarrow.array(column, types[name]) for name, column in columns.items()}
-    flat = pyarrow.array(values.reshape(-1))
-    arrays["features"] = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    # Features are noise to a compressor.
-    pyarrow.parquet.write_table(pyarrow.table(arrays), file, compression="none")

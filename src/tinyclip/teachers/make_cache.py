@@ -29,8 +29,9 @@ from tinyclip.common.locks import Lock, lock_of, take
 from tinyclip.common.ownership import LOCKS, check_replaceable, claim, remove
 from tinyclip.data.batch import Tokenize
 from tinyclip.data.loader import AGAIN, bind_worker, closing, stable_hash
+from tinyclip.data.samples import captions_of, image_of
 from tinyclip.data.shard_index import shard_counts
-from tinyclip.data.shards import captions_of, find_shards, image_of, read_shard
+from tinyclip.data.shards import find_shards, read_shard
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.augment import Augment, View
 from tinyclip.model.model import weights_hash

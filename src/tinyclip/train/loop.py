@@ -31,21 +31,11 @@ from tinyclip.compress.batch_norm import batch_norms, reestimate, synchronise
 from tinyclip.data.batch import image_input
 from tinyclip.data.loader import close_loader, next_batch
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Stage
+from tinyclip.recipe.stage import Stage
 from tinyclip.train import run_card
 from tinyclip.train.pruner import MASKS, Pruner, already_gone, saved_targets
-from tinyclip.train.resume import (
-    Clock,
-    Interrupted,
-    Progress,
-    finish,
-    forget_metrics,
-    restore,
-    save,
-    settle,
-    stop_signals,
-)
-from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for
+from tinyclip.train.resume import Clock, Interrupted, finish, forget_metrics, restore, save, settle, stop_signals
+from tinyclip.train.run import Progress, Run, attention, closing, loader_of, preprocess_for
 from tinyclip.train.setup import start as start
 from tinyclip.train.stage_start import mask_targets, starting_student
 from tinyclip.train.step import Trainee

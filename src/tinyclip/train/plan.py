@@ -25,7 +25,8 @@ from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, V
 from tinyclip.model.costs import macs
 from tinyclip.model.masks import Tower
 from tinyclip.model.resnet import Bottleneck, ModifiedResNet
-from tinyclip.recipe.recipe import Recipe, Stage, Target
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage, Target
 from tinyclip.teachers.cache import read_info
 from tinyclip.teachers.foreign import is_foreign
 from tinyclip.train.pruner import budgets

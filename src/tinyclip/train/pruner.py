@@ -16,7 +16,7 @@ from tinyclip.compress.learned_masks import Constraint, HardConcrete
 from tinyclip.compress.size import TOWERS
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Stage, Target, TowerSparsity
+from tinyclip.recipe.stage import Stage, Target, TowerSparsity
 from tinyclip.zoo.checkpoint import write_weights
 
 DEFAULT_RAMP = 1000  # steps, the released recipes'

@@ -25,16 +25,15 @@ from megatron.energon.savable_loader import SavableDataLoaderState, SavableDatas
 from megatron.energon.state import FlexState
 
 from tinyclip.common.distributed import any_of, from_main, gather_objects, is_main, rank, world_size
-from tinyclip.common.faults import Skipped, append, summary
 from tinyclip.common.files import checksum, json_text, read_json_object, write_atomically
 from tinyclip.common.folders import atomic_directory, recover
 from tinyclip.common.ownership import MARKER, adopt, carry, discard
 from tinyclip.train.pruner import MASKS
+from tinyclip.train.run import Progress
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
 from tinyclip.zoo.file_names import MANIFEST, STATE
 
-ENOUGH = 500  # bad samples, before they are judged
 PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
 SAVED = (*FILES, STATE, MANIFEST, MASKS)  # what a stage in progress is made of
 STEP = re.compile(r"step-(\d{6,})")  # the folder of a checkpoint before the last
@@ -62,80 +61,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"stopped at step {step}")
         self.signal_number, self.step = signal_number, step
-
-
-@dataclass
-class Progress:
-    """Where a stage stands; saved with it."""
-
-    step: int = 0
-    samples: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
-    skipped_steps: int = 0  # batches that overflowed in float16; no steps
-    seconds: float = 0.0
-    order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
-    evaluated_step: int = 0
-    precision: str = ""  # of the steps so far
-    best_step: int | None = None
-    best_score: float = -1.0
-    evaluation: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        self._since = time.perf_counter()
-        self._recent: list[tuple[float, int]] = []
-        self._vanished: set[str] = set()
-        self._waits: list[float] = []
-
-    def advance(self, count: int, stepped: bool = True) -> None:
-        """After a step on `count` samples of all processes, or one that was left out: its batch is used up, but the
-        stage still has as many steps to do, and the schedule stands still."""
-        now = time.perf_counter()
-        self._recent = [*self._recent[-49:], (now - self._since, count)]
-        self.seconds += now - self._since
-        self._since = now
-        self.step += stepped
-        self.skipped_steps += not stepped
-        self.samples += count
-
-    def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
-        """What all processes left out at this step; the first one writes it to the log. Returns the first sample of
-        each shard that has just vanished.
-
-        Raises:
-            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
-        """
-        for s in skipped:
-            self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
-        if is_main():
-            append(log, skipped, stage=stage, step=self.step)
-        vanished = {s.shard: s for s in skipped if s.cause == "vanished_shard" and s.shard not in self._vanished}
-        self._vanished |= vanished.keys()
-        bad = {cause: n for cause, n in self.skipped.items() if cause != "vanished_shard"}
-        if sum(bad.values()) > max(self.samples, ENOUGH):
-            raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
-        return list(vanished.values())
-
-    def waited(self, seconds: float) -> None:
-        """Note how long the step that begins has waited for its data; the first also for the workers to start."""
-        self._waits = [*self._waits[-49:], seconds] if self._recent else []
-
-    def pause(self) -> None:
-        """Leave out of pairs/s what is not training (evaluation, saving)."""
-        self._since = time.perf_counter()
-
-    def figures(self) -> dict[str, Any]:
-        """Speed and waiting of the last 50 steps, and what was left out so far."""
-        seconds = [s for s, _ in self._recent]
-        speed = {"pairs_per_s": sum(n for _, n in self._recent) / max(sum(seconds), 1e-9)}
-        waits = self._waits or [0.0]
-        speed["data_wait_s"] = sum(waits) / len(waits)
-        speed["data_wait_share"] = sum(waits) / max(sum(seconds[-len(waits) :]), 1e-9)
-        return speed | self.left_out()
-
-    def left_out(self) -> dict[str, Any]:
-        """Samples that were skipped, in all and by cause, and steps."""
-        samples = {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
-        return samples | {"skipped_steps": self.skipped_steps}
 
 
 def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: int) -> None:

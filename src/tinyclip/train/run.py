@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyclip.common.distributed import is_main, rank, world_size
+from tinyclip.common.faults import Skipped, append, summary
 from tinyclip.common.files import append_text, json_text
 from tinyclip.common.locks import Lock
 from tinyclip.common.watchdog import GO_ON, Watchdog
@@ -22,7 +24,8 @@ from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.cache import Cache, draw_stored
 from tinyclip.teachers.teacher import AnyTeacher, ForeignTeacher, Teacher
 
@@ -105,3 +108,80 @@ def attention(device: torch.device) -> AbstractContextManager[None]:
     (`benchmarks/attention.py`)."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     return context
+
+
+ENOUGH = 500  # bad samples, before they are judged
+
+
+@dataclass
+class Progress:
+    """Where a stage stands; saved with it."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
+    skipped_steps: int = 0  # batches that overflowed in float16; no steps
+    seconds: float = 0.0
+    order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
+    evaluated_step: int = 0
+    precision: str = ""  # of the steps so far
+    best_step: int | None = None
+    best_score: float = -1.0
+    evaluation: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self._since = time.perf_counter()
+        self._recent: list[tuple[float, int]] = []
+        self._vanished: set[str] = set()
+        self._waits: list[float] = []
+
+    def advance(self, count: int, stepped: bool = True) -> None:
+        """After a step on `count` samples of all processes, or one that was left out: its batch is used up, but the
+        stage still has as many steps to do, and the schedule stands still."""
+        now = time.perf_counter()
+        self._recent = [*self._recent[-49:], (now - self._since, count)]
+        self.seconds += now - self._since
+        self._since = now
+        self.step += stepped
+        self.skipped_steps += not stepped
+        self.samples += count
+
+    def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
+        """What all processes left out at this step; the first one writes it to the log. Returns the first sample of
+        each shard that has just vanished.
+
+        Raises:
+            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
+        """
+        for s in skipped:
+            self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
+        if is_main():
+            append(log, skipped, stage=stage, step=self.step)
+        vanished = {s.shard: s for s in skipped if s.cause == "vanished_shard" and s.shard not in self._vanished}
+        self._vanished |= vanished.keys()
+        bad = {cause: n for cause, n in self.skipped.items() if cause != "vanished_shard"}
+        if sum(bad.values()) > max(self.samples, ENOUGH):
+            raise ValueError(f"more than half of the samples are bad ({summary(bad)}); the last: {skipped[-1]}")
+        return list(vanished.values())
+
+    def waited(self, seconds: float) -> None:
+        """Note how long the step that begins has waited for its data; the first also for the workers to start."""
+        self._waits = [*self._waits[-49:], seconds] if self._recent else []
+
+    def pause(self) -> None:
+        """Leave out of pairs/s what is not training (evaluation, saving)."""
+        self._since = time.perf_counter()
+
+    def figures(self) -> dict[str, Any]:
+        """Speed and waiting of the last 50 steps, and what was left out so far."""
+        seconds = [s for s, _ in self._recent]
+        speed = {"pairs_per_s": sum(n for _, n in self._recent) / max(sum(seconds), 1e-9)}
+        waits = self._waits or [0.0]
+        speed["data_wait_s"] = sum(waits) / len(waits)
+        speed["data_wait_share"] = sum(waits) / max(sum(seconds[-len(waits) :]), 1e-9)
+        return speed | self.left_out()
+
+    def left_out(self) -> dict[str, Any]:
+        """Samples that were skipped, in all and by cause, and steps."""
+        samples = {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
+        return samples | {"skipped_steps": self.skipped_steps}

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.zoo.card import COUNTS, FIGURES, HOW, Card, known, shown
 
 

@@ -26,7 +26,8 @@ from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig, ResNetConfig, VisionConfig
-from tinyclip.recipe.recipe import Recipe, Stage, recipe_of
+from tinyclip.recipe.recipe import Recipe, recipe_of
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.cache import Cache, open_caches
 from tinyclip.teachers.foreign import load_teacher, local_part
 from tinyclip.teachers.teacher import AnyTeacher, CachedTeacher, Teacher

@@ -20,7 +20,8 @@ from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe, Stage
+from tinyclip.recipe.recipe import Recipe
+from tinyclip.recipe.stage import Stage
 from tinyclip.recipe.student_shape import StudentShape
 from tinyclip.teachers.make_cache import make_cache
 from tinyclip.teachers.teacher import AnyTeacher, CachedTeacher, Teacher

@@ -19,7 +19,7 @@ from tinyclip.compress.size import TOWERS, sparsity, thinner
 from tinyclip.inference.speed import fraction_for_latency, pair_latency_ms
 from tinyclip.model.masks import Tower
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Stage
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
 from tinyclip.train.calibration import samples
 from tinyclip.train.pruner import already_gone, budgets

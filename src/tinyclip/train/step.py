@@ -20,7 +20,7 @@ from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Stage
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import AnyTeacher, Features
 from tinyclip.train.pruner import Pruner
 from tinyclip.train.student import Student, make_projections, set_trained

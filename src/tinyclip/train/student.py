@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyclip.data.batch import image_input, shorten
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP, Block
-from tinyclip.recipe.recipe import Stage
+from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import AnyTeacher, Features
 from tinyclip.train.pruner import Pruner
 

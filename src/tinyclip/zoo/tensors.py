@@ -7,11 +7,7 @@ costs nothing.
 
 from __future__ import annotations
 
-import math
 import mmap
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,32 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tinyclip.zoo.unpickle import Damaged, Inert, printable, unpickle
+from tinyclip.zoo.storages import Refused, Storage, Stored, StreamStorages, ZipStorages, is_index
+from tinyclip.zoo.unpickle import Inert, printable, unpickle
 
 Kind = Literal["safetensors", "pytorch", "torchscript"]
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-STORAGES = {
-    "Half": torch.float16,
-    "BFloat16": torch.bfloat16,
-    "Float": torch.float32,
-    "Double": torch.float64,
-    "Long": torch.int64,
-    "Int": torch.int32,
-    "Short": torch.int16,
-    "Char": torch.int8,
-    "Byte": torch.uint8,
-    "Bool": torch.bool,
-    "ComplexFloat": torch.complex64,
-    "ComplexDouble": torch.complex128,
-}
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of PyTorch's files without a zip
 DEEPEST = 64  # levels of dictionaries and modules
 # Attributes in which a pickled `torch.nn.Module` keeps its parts; the rest of them are hooks.
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
-
-
-class Refused(Exception):
-    """What a file asks for is not given; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -65,52 +44,6 @@ class Entry:
     def path(self) -> tuple[str, ...]:
         """All its keys, split at dots."""
         return tuple(part for key in (*self.around, self.key) for part in key.split("."))
-
-
-@dataclass(eq=False, frozen=True)
-class Storage:
-    """Where values of a tensor lie."""
-
-    source: Any  # a `_Zip` or `_Stream`
-    key: str
-    dtype: torch.dtype | None  # None: one that is not known here
-    length: int
-    start: int = 0  # of a view into another storage
-
-
-@dataclass(eq=False, frozen=True)
-class Stored:
-    """A tensor that is not read yet."""
-
-    storage: Storage
-    offset: Any
-    size: Any
-    stride: Any
-    dtype: torch.dtype | None
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU; not copied where it is aligned.
-
-        Raises:
-            Refused: when its storage is not there, or it reaches outside.
-        """
-        place, whole = self.storage, self.dtype
-        numbers = (self.offset, *self.size, *self.stride)
-        if whole is None or len(self.size) != len(self.stride):
-            raise Refused(f"{name} is no plain tensor")
-        last = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
-        count = math.prod(self.size)
-        if any(n < 0 for n in numbers) or (count and self.offset + last >= place.length) or count > place.length:
-            raise Refused(f"{name} claims more values than the file has")
-        if not count:
-            return torch.empty(self.size, dtype=whole)
-        data = place.source.storage(place.key)
-        expected = (place.start + place.length) * whole.itemsize
-        if len(data) < expected or (not place.start and len(data) != expected):
-            raise Refused(f"storage {place.key} has {len(data):,} bytes, not {expected:,}")
-        if data.data_ptr() % whole.itemsize:
-            data = data.clone()
-        return data[place.start * whole.itemsize : expected].view(whole).as_strided(self.size, self.stride, self.offset)
 
 
 def read_entries(path: Path) -> tuple[list[Entry], Kind]:
@@ -217,7 +150,7 @@ def _pytorch(path: Path, zipped: bool) -> tuple[Any, Kind]:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     if not zipped:
         return _read_stream(mapped, mapped), "pytorch"
-    archive = _Zip(path, mapped)
+    archive = ZipStorages(path, mapped)
     kind: Kind = "torchscript" if archive.has("constants.pkl") else "pytorch"
     return unpickle(BytesIO(archive.small("data.pkl")), _builders(), archive.persistent), kind
 
@@ -260,13 +193,9 @@ def _strided(
 ) -> Any:
     plain = isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
     # Metadata says that the values are to be conjugated or negated.
-    if not plain or any(metadata) or not all(map(_is_index, (offset, *size, *stride))):
+    if not plain or any(metadata) or not all(map(is_index, (offset, *size, *stride))):
         return Inert("torch._utils._rebuild_tensor_v2", (storage, offset, size, stride))
     return Stored(storage, offset, size, stride, dtype)
-
-
-def _is_index(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
 
 
 def _typed(function: Any = None, kind: Any = None, arguments: Any = (), *_: Any) -> Any:
@@ -292,7 +221,7 @@ def _read_stream(file: Any, data: Any) -> Any:
     Args:
         file, data: the same bytes, as a file and as a writable buffer.
     """
-    stream = _Stream(data)
+    stream = StreamStorages(data)
     first = unpickle(file, _builders(), stream.persistent)
     if first != MAGIC:
         return first
@@ -306,112 +235,3 @@ def _read_stream(file: Any, data: Any) -> Any:
     value = unpickle(file, builders, stream.persistent)
     stream.find(unpickle(file, {}, stream.persistent), file.tell())
     return value
-
-
-class _Source:
-    """The storages of a file by their keys."""
-
-    def persistent(self, pid: Any) -> Any:
-        """`pid` is ("storage", class, key, device, length), and in the old format a view (key, offset, length)."""
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not _is_index(pid[4]):
-            return Inert("a persistent id", (pid,))
-        name = pid[1].name if isinstance(pid[1], Inert) else ""
-        dtype = STORAGES.get(name.rpartition(".")[2].removesuffix("Storage")) if name.startswith("torch.") else None
-        if name.endswith(".UntypedStorage"):
-            dtype = torch.uint8
-        view = pid[5] if len(pid) > 5 else None
-        start, length = (view[1], view[2]) if isinstance(view, tuple) and len(view) == 3 else (0, pid[4])
-        if not _is_index(start) or not _is_index(length) or min(start, length) < 0:
-            return Inert("a view of a storage", (view,))
-        storage = Storage(self, str(pid[2]), dtype, length, start)
-        if dtype is not None:
-            self._found(storage.key, dtype)
-        return storage
-
-    def _found(self, key: str, dtype: torch.dtype) -> None:
-        """The type of a storage is known."""
-
-
-class _Zip(_Source):
-    """A zip archive of PyTorch's, whose parts are never compressed, in a folder of any name."""
-
-    def __init__(self, path: Path, mapped: mmap.mmap) -> None:
-        self._mapped = mapped
-        with zipfile.ZipFile(path) as archive:
-            self._parts = {item.filename: item for item in archive.infolist()}
-        roots = sorted((name.removesuffix("data.pkl") for name in self._parts if name.endswith("/data.pkl")), key=len)
-        if not roots:
-            raise Damaged("a zip archive without data.pkl")
-        self._root = roots[0]
-        self._summed = self._is_whole("data.pkl")  # PyTorch can be told to write no checksums
-        if self.has("byteorder") and self.small("byteorder") != b"little":
-            raise Refused("its numbers are big-endian")
-
-    def has(self, name: str) -> bool:
-        return self._root + name in self._parts
-
-    def small(self, name: str) -> bytes:
-        start, end = self._span(name)
-        return self._mapped[start:end]
-
-    def storage(self, key: str) -> Tensor:
-        start, end = self._span(f"data/{key}")
-        if self._summed and not self._is_whole(f"data/{key}"):
-            raise Refused(f"damaged, its data/{key} has another checksum")
-        return _bytes_of(self._mapped, start, end - start)
-
-    def _is_whole(self, name: str) -> bool:
-        start, end = self._span(name)
-        with memoryview(self._mapped) as whole, whole[start:end] as part:
-            return zlib.crc32(part) == self._parts[self._root + name].CRC
-
-    def _span(self, name: str) -> tuple[int, int]:
-        """Where a part lies in the file."""
-        item = self._parts.get(self._root + name)
-        if item is None:
-            raise Refused(f"damaged, {name} is not in it")
-        if item.compress_type or item.flag_bits & 1:  # so nothing can unpack to more than the file's size
-            raise Refused(f"{item.filename} is compressed, which PyTorch never does")
-        header = self._mapped[item.header_offset : item.header_offset + 30]
-        if len(header) < 30 or header[:4] != b"PK\3\4":
-            raise Refused(f"damaged, {name} is not where its directory says")
-        start = item.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if start + item.file_size > len(self._mapped):
-            raise Refused(f"damaged, {name} ends after the file")
-        return start, start + item.file_size
-
-
-class _Stream(_Source):
-    """The storages behind the pickles of a file without a zip: each its number of values, then these."""
-
-    def __init__(self, data: Any) -> None:
-        self._data = data
-        self._spans: dict[str, tuple[int, int]] = {}
-        self._sizes: dict[str, int] = {}  # of a value, bytes
-
-    def _found(self, key: str, dtype: torch.dtype) -> None:
-        self._sizes[key] = dtype.itemsize
-
-    def find(self, keys: Any, start: int) -> None:
-        """Note where each storage lies."""
-        for key in keys if isinstance(keys, list) else ():
-            header = self._data[start : start + 8]
-            if len(header) < 8:
-                raise Damaged("it ends before its storages do")
-            if key not in self._sizes:
-                raise Damaged("it has a storage of an unknown type")
-            length = int.from_bytes(header, "little", signed=True) * self._sizes[key]
-            if length < 0 or start + 8 + length > len(self._data):
-                raise Damaged("it ends before its storages do")
-            self._spans[key] = (start + 8, length)
-            start += 8 + length
-
-    def storage(self, key: str) -> Tensor:
-        if key not in self._spans:
-            raise Refused(f"damaged, storage {key} is not in it")
-        return _bytes_of(self._data, *self._spans[key])
-
-
-def _bytes_of(data: Any, start: int, length: int) -> Tensor:
-    """Bytes of a file as a flat uint8 tensor, not copied."""
-    return torch.frombuffer(data, dtype=torch.uint8, count=length, offset=start) if length else torch.empty(0).byte()

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tinyclip.zoo.tensors import Entry, Refused, Stored, tensor_of
+from tinyclip.zoo.storages import Refused, Stored
+from tinyclip.zoo.tensors import Entry, tensor_of
 
 BLOCK = r"((ln_[12]|attn\.out_proj|mlp\.c_(fc|proj))\.(weight|bias)|attn\.in_proj_(weight|bias))"
 RESNET = r"(conv[123]\.weight|bn[123]\.\w+|layer[1-4]\.\d+\.[\w.]+|attnpool\.[\w.]+)"
