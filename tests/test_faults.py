@@ -28,7 +28,7 @@ from tinyclip.cli import data as cli_data
 from tinyclip.cli import evaluate
 from tinyclip.common import faults
 from tinyclip.common.faults import CAUSES, Fault, Skipped
-from tinyclip.data import shard_index, shard_reader
+from tinyclip.data import shard_reader
 from tinyclip.data.loader import close_loader, next_batch
 from tinyclip.data.samples import captions_of
 from tinyclip.data.shard_index import known_faults, prepare

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyclip.cli.terminal import (
     ClassNames,
+    Device,
     MaxPixels,
-    Model,
     Overwrite,
     Separator,
     Split,
-    check_free,
+    complete_model,
+    fail,
     plural,
     print_faults,
     read_lines,
     say,
 )
 from tinyclip.common.faults import Unusable
-from tinyclip.common.progress import busy, counter, track
+from tinyclip.common.progress import busy, counter, tell
+from tinyclip.common.stopping import Terminated
+
+if TYPE_CHECKING:
+    from tinyclip.teachers.make_cache import Report
 
 
 def pack(
@@ -91,27 +98,113 @@ def prepare(
     say(f"{what}, ready to train on")
 
 
-def prune(
-    model: Model,
-    output: Path,
-    texts: Annotated[Path, typer.Option(help="File of texts, one a line, or folder of shards, whose tokens are kept.")],
+def cache(
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="As in recipes: a checkpoint, a name, open_clip:.., transformers:..", autocompletion=complete_model
+        ),
+    ],
+    shards: Annotated[Path, typer.Argument(help="Folder of training shards.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the cache; default: SHARDS/cache-TEACHER.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, max=10_000, help="Random views a picture.")] = 4,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe that is to use it: its augmentation and picture size are taken.")
+    ] = None,
+    augment: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a setting of the augmentation: rotate=20.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, help="Side of the views, pixels; default: the largest of teacher and students."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the views.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, max=10**6, help="Views that the teacher sees at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that decode pictures.")] = 1,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the device's fastest.")] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
-    from tinyclip.compress.inheritance import prune_vocabulary
-    from tinyclip.data.shards import all_captions
-    from tinyclip.inference.pipeline import Pipeline, load
-    from tinyclip.zoo.card import made_from
+    """Store a TEACHER's features of all pictures and captions of SHARDS, for recipes with `teacher: {cache: ..}`.
 
-    check_free(output, overwrite)
-    found = all_captions(texts) if texts.is_dir() else iter(read_lines(texts))
-    first = next(found, None)
-    if first is None:
-        raise ValueError(f"{texts}: no texts in it, so no tokens to keep")
-    clip = load(model)
-    kept = clip.tokenizer.kept_ids(track(chain([first], found), "reading texts", None, "texts"))
-    small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
-    how = f"The same model with {len(kept):,} of its {clip.tokenizer.vocab_size:,} tokens (`tinyclip vocab prune`)."
-    small.save(output, card=made_from(model, how))
-    saved = (clip.tokenizer.vocab_size - len(kept)) * clip.model.config.text.width
-    say(f"kept {len(kept)} of {clip.tokenizer.vocab_size} tokens, {saved:,} parameters fewer: {output}")
+    Run it again after a stop: shards that are done are kept."""
+    from tinyclip.common.devices import best_precision, resolve_device
+    from tinyclip.common.distributed import from_main, is_main, processes
+    from tinyclip.recipe.recipe import augment_from
+    from tinyclip.teachers.foreign import load_teacher, short_name
+    from tinyclip.teachers.make_cache import check_place, make_cache
+    from tinyclip.train.resume import Interrupted
+
+    if recipe and augment:
+        raise ValueError("give either --recipe or --augment")
+    if precision not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"--precision {precision}: bfloat16, float16, float32 or auto")
+    views = augment_from(augment or [])
+    place = output or shards / f"cache-{short_name(teacher)}"
+    where = resolve_device(device)
+    with processes(where):
+        from_main(lambda: check_place(place, overwrite))  # before a model is loaded
+        clip = load_teacher(teacher, where)
+        if recipe:
+            views, largest = _views_of(recipe, clip)
+            image_size = image_size or largest
+        settings: dict[str, Any] = {"draws": draws, "seed": seed, "batch_size": batch_size, "workers": workers}
+        settings |= {"precision": best_precision(where) if precision == "auto" else precision}
+        settings |= {"augment": views, "image_size": image_size, "overwrite": overwrite}
+        try:
+            with _cache_progress() as progress:
+                report = make_cache(clip, teacher, shards, place, **settings, progress=progress)
+        except (Interrupted, KeyboardInterrupt, Terminated) as stop:
+            code = 128 + getattr(stop, "signal_number", signal.SIGINT)
+            fail(f"stopped; finished shards are kept in {place}, the same command goes on", code)
+        if is_main():
+            _say_report(report, place, draws)
+
+
+def _say_report(report: Report, place: Path, draws: int) -> None:
+    kept = report.shards - report.computed
+    what = f"{plural(report.samples, 'sample')} with {plural(draws, 'view')} and {plural(report.captions, 'caption')}"
+    say(f"{what} in {plural(report.shards, 'shard')}")
+    there = f", {plural(kept, 'shard')} of it {'was' if kept == 1 else 'were'} there" if kept else ""
+    say(f"{report.bytes / 1e6:.1f} MB in {place}{there}")
+    if report.skipped:
+        say(f"skipped {len(report.skipped)}, see {place / 'skipped.jsonl'}:")
+        print_faults(report.skipped)
+    say(f"to use it, set in a recipe: teacher: {{cache: {place}}}")
+
+
+def _views_of(path: Path, clip: Any) -> tuple[Any, int]:
+    """The augmentation of a recipe's stages, and the largest picture that teacher and students take."""
+    from tinyclip.inference.pipeline import Pipeline
+    from tinyclip.recipe.recipe import load_recipe
+    from tinyclip.train.plan import first_start, stage_shapes
+
+    recipe = load_recipe(path)
+    first, *others = recipe.stages
+    for stage in others:
+        if stage.augment != first.augment:
+            raise ValueError(
+                f"{path}: stages {first.name} and {stage.name} differ in `augment`, and a cache has the views of one; "
+                "make them equal, or two recipes of them"
+            )
+    own = isinstance(clip, Pipeline)
+    shapes, _ = stage_shapes(recipe, clip.model.config if own else first_start(recipe))
+    size = (clip.preprocessing if own else clip.preprocess).image_size
+    return first.augment, max(size, *(s.student.vision.image_size for s in shapes))
+
+
+@contextmanager
+def _cache_progress() -> Iterator[Callable[[int, int], None]]:
+    """Tells what of this process's samples is done. Raises `Interrupted` after a signal."""
+    from tinyclip.train.resume import Interrupted, stop_signals
+
+    with stop_signals() as stops:
+
+        def progress(done: int, total: int) -> None:
+            if stops.received:
+                raise Interrupted(stops.received[0], done)
+            tell("caching", done, total, "pictures")
+
+        yield progress

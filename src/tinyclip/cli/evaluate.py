@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,19 +19,31 @@ from tinyclip.cli.terminal import (
     Images,
     MaxPixels,
     Model,
+    Overwrite,
     Runtime,
     Separator,
     Split,
     Templates,
     check_file,
+    check_free,
+    complete_model,
+    complete_shape,
     console,
     errors,
     print_faults,
     print_json,
     print_table,
+    say,
     say_computing,
 )
 from tinyclip.common.files import json_text
+from tinyclip.evaluate.contenders import Contender, disk_size, labels
+from tinyclip.loading import load_encoder
+from tinyclip.zoo.file_names import find_export
+from tinyclip.zoo.resolve import resolve
+
+if TYPE_CHECKING:
+    pass
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
 PerClass = Annotated[bool, typer.Option("--per-class", help="Also the figures of each class.")]
@@ -166,3 +179,167 @@ def _print_figures(result: dict[str, Any]) -> None:
 
 def _figure(value: Any) -> str:
     return "-" if value is None else f"{100 * value:.2f} %" if isinstance(value, float) else f"{value:,}"
+
+
+def compare(
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="What the students are compared with: a checkpoint or a name.", autocompletion=complete_model
+        ),
+    ],
+    students: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or several; each has its own tokenizer and image size.", autocompletion=complete_model
+        ),
+    ],
+    data: Annotated[list[Path], typer.Option(help="Pictures with classes or captions, as `evaluate` reads them.")],
+    templates: Templates = None,
+    classes: ClassNames = None,
+    split: Split = None,
+    images: Images = None,
+    image_column: ImageColumn = None,
+    caption_column: CaptionColumn = None,
+    max_pixels: MaxPixels = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for a report with figures.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy, agreement with TEACHER, calibration, size and speed of STUDENTS, with intervals and a paired test.
+
+    Several --data make one table; what else is said of data goes for all of them. What is compared is read once for
+    all models, and once more for the report.
+    """
+    from tinyclip.evaluate.compare import check, judge
+    from tinyclip.evaluate.contenders import costs, labels
+    from tinyclip.evaluate.metrics import open_dataset
+
+    if output:
+        check_free(output, overwrite, "comparison")
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    datasets = [open_dataset(path, templates, classes=classes, split=split, images=images, **columns) for path in data]
+    for dataset in datasets:
+        check(dataset)
+    contenders = load_all([teacher, *students], device, dtype)
+    say_computing(contenders[0].clip.computing)
+    outcomes = []
+    for name, dataset in zip(labels([str(path) for path in data]), datasets, strict=True):
+        outcomes.append(judge(contenders, dataset, name))
+        if outcomes[-1].skipped:
+            errors.print(f"{name}: left out:")
+            print_faults(outcomes[-1].skipped, errors)
+    measured = costs(contenders)
+
+    from tinyclip.report.comparison import result, table, write
+
+    if as_json:
+        print_json(result(outcomes, measured))
+    else:
+        print_table(*table(outcomes, measured))
+    if output:  # after the figures, which are then not lost when it cannot be written
+        write(output, outcomes, measured)
+        (errors.print if as_json else say)(f"report: {output / 'report.html'}")
+
+
+def load_all(sources: Sequence[str], device: str = "auto", dtype: str = "auto") -> list[Contender]:
+    """The models by path or name, each with its size on disk; all are there before anything is computed.
+
+    Raises:
+        ValueError: for the first that cannot be loaded.
+    """
+    names = labels(sources)
+    return [
+        Contender(name, source, load_encoder(source, device, dtype), disk_size(find_export(source) or resolve(source)))
+        for name, source in zip(names, sources, strict=True)
+    ]
+
+
+def measure(
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint, an export, a name of the zoo or of a shape.", autocompletion=complete_shape),
+    ],
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    runtime: Runtime = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Parameters, MACs and pairs/s of MODEL here; of an export also its size."""
+    from tinyclip.common.devices import resolve_device, resolve_dtype
+    from tinyclip.inference.pipeline import Tensors
+    from tinyclip.inference.speed import measure as measured
+    from tinyclip.inference.speed import measure_export
+    from tinyclip.loading import load_encoder
+    from tinyclip.model.config import NAMED, CLIPConfig
+    from tinyclip.model.model import CLIP, cast
+
+    if model in NAMED and not Path(model).exists():
+        if runtime not in ("auto", "torch"):
+            raise ValueError(f"{model} is a shape without weights, which only torch runs, not {runtime}")
+        place = resolve_device(device)
+        network = CLIP(CLIPConfig.named(model)).eval().to(place)
+        found = measured(cast(network, resolve_dtype(dtype, place)))
+    else:
+        clip = load_encoder(model, device, dtype, runtime=runtime)
+        found = measure_export(clip.clip) if isinstance(clip, Tensors) else measured(clip.model)
+    result = {"model": model} | found
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        [k, f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v] for k, v in result.items()
+    ]
+    print_table(("figure", "value"), rows)
+
+
+def structure(
+    model: Model,
+    of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Width, and heads and neurons of each block, of MODEL."""
+    from tinyclip.common.files import replacing
+    from tinyclip.inference.pipeline import load
+    from tinyclip.report import structure as drawing
+
+    check_file(output)
+    if output and output.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
+    if of and not output:
+        raise ValueError("--of goes with --output: it is drawn behind the picture")
+    config = load(model).model.config
+    if output:
+        picture = drawing.figure(config, load(of).model.config if of else None)
+        with replacing(output) as file:
+            picture.savefig(file, dpi=150, format=output.suffix[1:].lower())
+    if as_json:
+        print_json(config.model_dump(mode="json"))
+    else:
+        print_table(("tower", "what", "in each block"), drawing.rows(config))
+
+
+def write_run_report(runs: list[Path], path: Path, title: str) -> None:
+    from tinyclip.common import faults
+    from tinyclip.report.runs import COLUMNS, report, table
+
+    entries = report(runs, path, title)
+    print_table(COLUMNS, table(entries))
+    for run in runs:
+        if left_out := faults.read(run / "skipped.jsonl"):
+            say(f"left out of the training data ({run / 'skipped.jsonl'}):")
+            print_faults(left_out)
+    say(f"report: {path}")
+
+
+def report(
+    runs: list[Path],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the report.")] = "tinyclip",
+) -> None:
+    """Compare finished RUNS in one table and HTML report."""
+    check_file(output)
+    write_run_report(runs, output, title)

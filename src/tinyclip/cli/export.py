@@ -10,10 +10,13 @@ import typer
 from tinyclip.cli.terminal import (
     AsJson,
     Mean,
+    Model,
     Overwrite,
     Std,
     Templates,
     check_free,
+    complete_model,
+    plural,
     print_json,
     print_table,
     say,
@@ -78,3 +81,50 @@ def _rows(checks: list[dict[str, Any]]) -> list[list[str]]:
         return f"{100 * value:.2f} %" if name in percent else f"{value:.1e}" if "error" in name else f"{value:.6f}"
 
     return [[name, *(shown(name, check[name]) for check in checks)] for name in checks[0]]
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.", autocompletion=complete_model
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")],
+    to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Bring a checkpoint to another format."""
+    from tinyclip.zoo.convert import convert as converted
+
+    check_free(output, overwrite)
+    model = converted(source, output, to, activation, three(mean, "--mean"), three(std, "--std"))
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{count:,} parameters, all counted, activation {model.config.activation}: {output}")
+
+
+def push(
+    model: Model,
+    repository: Annotated[str, typer.Argument(help="org/name on the Hugging Face hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Only for those who may see it.")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", "--branch", help="Branch; default: the main one.")
+    ] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload by tinyclip",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and list what would be uploaded.")] = False,
+) -> None:
+    """Upload MODEL's folder, with its card, to the Hugging Face hub. The token is that of `hf auth login`, or
+    HF_TOKEN."""
+    from tinyclip.zoo import push as pushing
+
+    what = pushing.plan(model, repository)
+    if dry_run:
+        print_table(("file", "bytes"), [[name, f"{size:,}"] for name, size in what.files.items()])
+        say(f"would upload {plural(len(what.files), 'file')}, {what.bytes / 1e6:.1f} MB, to {repository}")
+        return
+    address = pushing.push(what, private, revision, message)
+    say(f"uploaded {plural(len(what.files), 'file')}, {what.bytes / 1e6:.1f} MB: {address}")
+    say(f'to use it: tinyclip.load("{repository}{f"@{revision}" if revision else ""}")')

@@ -10,7 +10,7 @@ import typer
 
 from tinyclip import __version__
 from tinyclip.cli import app as cli_app
-from tinyclip.cli import cache, compare, data, embed, evaluate, export, models, search, tools, train
+from tinyclip.cli import data, evaluate, export, models, search, tools, train
 from tinyclip.cli.arguments import Command
 from tinyclip.cli.terminal import console, fail, meter
 from tinyclip.common.faults import Unusable
@@ -22,19 +22,19 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Ma
 data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")
 vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
 for command in (
-    *(train.distill, train.train, train.plan, train.report),
-    *(models.inherit, models.convert, models.classify),
-    *(evaluate.evaluate, evaluate.probe, compare.compare),
-    cache.cache,
+    *(train.distill, train.train, train.plan, evaluate.report),
+    *(train.inherit, export.convert, search.classify),
+    *(evaluate.evaluate, evaluate.probe, evaluate.compare),
+    data.cache,
     export.export,
     *(search.index, search.search, cli_app.app),
-    *(models.measure, embed.embed, models.structure, models.zoo),
-    *(tools.push, tools.doctor),
+    *(evaluate.measure, search.embed, evaluate.structure, models.zoo),
+    *(export.push, tools.doctor),
 ):
     app.command(cls=Command)(command)
 data_app.command(cls=Command)(data.pack)
 data_app.command(cls=Command)(data.prepare)
-vocab_app.command(cls=Command)(data.prune)
+vocab_app.command(cls=Command)(train.prune)
 app.add_typer(data_app, name="data")
 app.add_typer(vocab_app, name="vocab")
 

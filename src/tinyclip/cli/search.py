@@ -30,6 +30,13 @@ from tinyclip.common.progress import busy, tell
 
 if TYPE_CHECKING:
     from tinyclip.search.index import Index, Match
+from tinyclip.cli.terminal import (
+    Model,
+    Overwrite,
+    Runtime,
+    Separator,
+    print_table,
+)
 
 
 def index(
@@ -66,13 +73,13 @@ def index(
     if as_json:
         print_json(result)
         return
-    _summary(result, output)
+    _say_index(result, output)
     if result["skipped"]:
         say(f"skipped {result['skipped']:,}, see {output / SKIPPED}:")
         print_faults(read(output / SKIPPED))
 
 
-def _summary(result: dict[str, Any], output: Path) -> None:
+def _say_index(result: dict[str, Any], output: Path) -> None:
     done = f"{plural(result['pictures'], 'picture')} in {output}"
     changes = [f"{result[name]:,} {name}" for name in ("added", "changed", "removed") if result[name]]
     if not changes:
@@ -184,3 +191,105 @@ def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]
         for row in listed:
             mark = "  (missing)" if row["missing"] else ""
             say(f"{row['rank']:>4}  {row['cosine']:>6.3f}  {row['path']}{mark}")
+
+
+def embed(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.", autocompletion=complete_model)],
+    source: Annotated[Path, typer.Argument(help="Pictures, WebDataset shards, or texts (.txt or a table).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the features.")],
+    what: Annotated[str, typer.Option(help="Of shards: both, image or text.")] = "both",
+    format: Annotated[str, typer.Option(help="parquet or npy.")] = "parquet",
+    dtype: Annotated[str, typer.Option(help="Of the features on disk: float16 or float32.")] = "float16",
+    part_size: Annotated[int, typer.Option(min=1, help="Pictures or texts a part; a shard is always one.")] = 10_000,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts in a table.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Column of the keys; else the row's number.")] = None,
+    separator: Separator = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Items at once; chosen by the device.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads that decode; one a core, at most 8.")
+    ] = None,
+    max_pixels: MaxPixels = None,
+    device: Device = "auto",
+    compute_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    compile: Compile = False,
+    runtime: Runtime = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the features of SOURCE, in parts with their keys; run again, it goes on where it was stopped."""
+    from tinyclip.common.devices import resolve_device
+    from tinyclip.common.distributed import is_main, processes
+    from tinyclip.loading import load_encoder
+    from tinyclip.search.embed import check
+    from tinyclip.search.embed import embed as embedded
+    from tinyclip.search.feature_files import Plan
+    from tinyclip.search.sources import open_source
+
+    plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
+    with busy(f"looking into {source}"):
+        found = open_source(source, part_size, text_column, key_column, separator)
+    check(found, output, plan, overwrite)  # before a model is loaded
+    place = resolve_device(device)
+    with processes(place):
+        clip = load_encoder(model, device, compute_dtype, compile, runtime)
+        if is_main():
+            say_computing(clip.computing)
+        result = embedded(clip, found, output, plan, overwrite=overwrite, progress=_tell_tally)
+        if not is_main():
+            return
+    if as_json:
+        print_json(result)
+        return
+    _say_features(result, output)
+
+
+def _say_features(result: dict[str, Any], output: Path) -> None:
+    names = [name for name in ("images", "texts") if result[name]]
+    counts = " and ".join(plural(result[name], name.removesuffix("s")) for name in names)
+    done = f"{counts} in {plural(result['parts'], 'part')}: {output}"
+    if result["computed"]:
+        rates = ", ".join(f"{result[f'{name}_per_s']:,.1f} {name}/s" for name in names)
+        say(f"{done} ({result['computed']:,} computed now, {rates})")
+    else:
+        say(f"{done}, complete before")
+    if result["skipped"]:
+        say(f"skipped {result['skipped']}, see {output / 'skipped.jsonl'}:")
+        print_faults(read(output / "skipped.jsonl"))
+
+
+def _tell_tally(tally: Any) -> None:
+    """What of this process's parts is done."""
+    unit = "pictures" if tally.images else "texts"
+    tell("embedding", tally.images or tally.texts, tally.total, unit)
+
+
+def classify(
+    model: Model,
+    image: Path,
+    labels: list[str],
+    max_pixels: MaxPixels = None,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    runtime: Runtime = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """How well each of LABELS fits IMAGE."""
+    from tinyclip.inputs.batching import check_labels
+    from tinyclip.inputs.transforms import open_image
+    from tinyclip.loading import load
+
+    check_labels(labels)  # before the model, which takes longer to be wrong
+    if twice := next((label for i, label in enumerate(labels) if label in labels[:i]), None):
+        raise ValueError(f"the label {twice!r} is given twice, so the two would share its probability")
+    picture = open_image(image)
+    clip = load(model, device=device, dtype=dtype, runtime=runtime)
+    chances = clip.classify(picture, labels)[0].tolist()
+    ranked = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
+    if as_json:
+        listed = [{"label": name, "probability": p} for name, p in ranked]
+        print_json({"image": str(image), "labels": listed} | clip.computing)
+    else:
+        say_computing(clip.computing)
+        print_table(("label", "probability"), [[name, f"{100 * p:.1f} %"] for name, p in ranked])

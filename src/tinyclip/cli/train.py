@@ -7,24 +7,36 @@ import shlex
 import signal
 import sys
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tinyclip.cli.terminal import (
     AsJson,
+    Device,
+    Model,
     Overwrite,
     Sets,
-    check_file,
+    check_free,
     console,
     fail,
-    print_faults,
     print_json,
     print_table,
+    read_lines,
     say,
 )
+from tinyclip.common.progress import track
 from tinyclip.common.stopping import Terminated
+
+if TYPE_CHECKING:
+    pass
+from tinyclip.cli.evaluate import write_run_report
+from tinyclip.cli.terminal import (
+    complete_shape,
+)
+from tinyclip.common.progress import Counted
 
 Smoke = Annotated[bool, typer.Option("--smoke", help="Try every stage for two steps: random weights, made-up data.")]
 Small = Annotated[bool, typer.Option("--small", help="With --smoke: at a quarter of every width, in seconds.")]
@@ -136,19 +148,6 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
     raise AssertionError("it has failed")
 
 
-def write_run_report(runs: list[Path], path: Path, title: str) -> None:
-    from tinyclip.common import faults
-    from tinyclip.report.runs import COLUMNS, report, table
-
-    entries = report(runs, path, title)
-    print_table(COLUMNS, table(entries))
-    for run in runs:
-        if left_out := faults.read(run / "skipped.jsonl"):
-            say(f"left out of the training data ({run / 'skipped.jsonl'}):")
-            print_faults(left_out)
-    say(f"report: {path}")
-
-
 def plan(
     recipe: Path,
     sets: Sets = None,
@@ -185,11 +184,119 @@ def plan(
         say(f"note: {note}")
 
 
-def report(
-    runs: list[Path],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Heading of the report.")] = "tinyclip",
+def prune(
+    model: Model,
+    output: Path,
+    texts: Annotated[Path, typer.Option(help="File of texts, one a line, or folder of shards, whose tokens are kept.")],
+    overwrite: Overwrite = False,
 ) -> None:
-    """Compare finished RUNS in one table and HTML report."""
-    check_file(output)
-    write_run_report(runs, output, title)
+    """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
+    from tinyclip.compress.inheritance import prune_vocabulary
+    from tinyclip.data.shards import all_captions
+    from tinyclip.inference.pipeline import Pipeline, load
+    from tinyclip.zoo.card import made_from
+
+    check_free(output, overwrite)
+    found = all_captions(texts) if texts.is_dir() else iter(read_lines(texts))
+    first = next(found, None)
+    if first is None:
+        raise ValueError(f"{texts}: no texts in it, so no tokens to keep")
+    clip = load(model)
+    kept = clip.tokenizer.kept_ids(track(chain([first], found), "reading texts", None, "texts"))
+    small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
+    how = f"The same model with {len(kept):,} of its {clip.tokenizer.vocab_size:,} tokens (`tinyclip vocab prune`)."
+    small.save(output, card=made_from(model, how))
+    saved = (clip.tokenizer.vocab_size - len(kept)) * clip.model.config.text.width
+    say(f"kept {len(kept)} of {clip.tokenizer.vocab_size} tokens, {saved:,} parameters fewer: {output}")
+
+
+def inherit(
+    teacher: Model,
+    output: Path,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.", autocompletion=complete_shape),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
+    ] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="Choose by importance, measured on these shards.")] = None,
+    target: Annotated[float, typer.Option(help="With --calibrate: fraction of the blocks to remove.")] = 0.5,
+    unit: Annotated[str, typer.Option(help="What --target counts: params or macs.")] = "params",
+    towers: Annotated[str, typer.Option(help="What is cut: both (one budget), image or text.")] = "both",
+    gates: Annotated[bool, typer.Option("--gates", help="Also remove whole attention and MLP branches.")] = False,
+    align: Annotated[int, typer.Option(help="Keep multiples of this of neurons and channels.")] = 1,
+    score: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
+    batches: Annotated[int, typer.Option(help="Batches to measure.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=2, max=10**6, help="Pairs a batch.")] = 128,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Cut a student out of TEACHER, without training, and write it to OUTPUT: by the manual rule (--like or --shape)
+    or by measured importance (--calibrate)."""
+    from tinyclip.compress.inheritance import describe, manual_masks
+    from tinyclip.compress.inheritance import inherit as cut
+    from tinyclip.inference.pipeline import Pipeline, load
+    from tinyclip.model.config import CLIPConfig
+    from tinyclip.recipe.recipe import shape_from
+    from tinyclip.recipe.stage import Calibrated
+    from tinyclip.zoo.card import HOW, made_from
+
+    check_free(output, overwrite)
+    if [like is not None, bool(shape), calibrate is not None].count(True) != 1:
+        raise ValueError("give one of --like, --shape and --calibrate")
+    settings = {"target_sparsity": target, "unit": unit, "gates": gates, "align": align, "score": score}
+    settings |= {"batches": batches}
+    if calibrate is not None:
+        _calibrate(teacher, output, calibrate, settings, towers, batch_size, device)
+        return
+    if settings != {"target_sparsity": 0.5} | Calibrated(target_sparsity=0.5).model_dump(include=set(settings)):
+        raise ValueError("--target, --unit, --gates, --align, --score and --batches go with --calibrate")
+    if towers != "both":
+        raise ValueError("--towers goes with --calibrate")
+    wanted = CLIPConfig.named(like) if like else shape_from(shape or [])  # before the teacher, which takes longer
+    clip = load(teacher)
+    config = wanted if isinstance(wanted, CLIPConfig) else wanted.apply(clip.model.config)
+    student = cut(clip.model, config)
+    preprocessing = clip.preprocessing.model_copy(update={"image_size": config.vision.image_size})
+    card = made_from(teacher, f"{HOW['manual'].capitalize()} (`tinyclip inherit`), not trained since.")
+    Pipeline(student, clip.tokenizer, preprocessing).save(output, card=card)
+    rows = describe(clip.model.config, manual_masks(clip.model.config, config))
+    print_table(("axis", "teacher", "student", "kept"), rows)
+
+
+def _calibrate(
+    teacher: Path, output: Path, data: Path, settings: dict[str, Any], towers: str, batch_size: int, device: str
+) -> None:
+    from tinyclip.cli.live import measured_on
+    from tinyclip.compress.calibrate import Calibration, calibrate
+    from tinyclip.compress.inheritance import compact, describe
+    from tinyclip.compress.size import TOWERS
+    from tinyclip.data.loader import AGAIN, closing
+    from tinyclip.inference.pipeline import Pipeline, load
+    from tinyclip.model.axes import axis_table, count_parameters
+    from tinyclip.recipe.recipe import calibrated_from
+    from tinyclip.train.calibration import plain_loader, samples
+    from tinyclip.train.pruner import budgets
+    from tinyclip.train.run import attention
+    from tinyclip.zoo.card import HOW, made_from, shown
+
+    if towers not in TOWERS:
+        raise ValueError(f"--towers {towers}: choose {', '.join(TOWERS)}")
+    chosen, clip = calibrated_from(settings), load(teacher, device=device)
+    model, targets = clip.model, budgets(chosen, towers) or {}
+    how = Calibration.of(chosen, model.config, model.logit_scale.exp().item())
+    how.check(model.config, targets)
+    loader = plain_loader(data, clip, batch_size)
+    source = Counted(samples(loader, data, model, clip.tokenizer, clip.preprocessing))
+    with attention(model.logit_scale.device), closing(loader, AGAIN):
+        masks = calibrate(model.requires_grad_(False), source, targets, how)
+    student = compact(clip.model, masks)
+    how_made = f"{HOW['calibrated'].capitalize()} on {shown(data)} (`tinyclip inherit`), not trained since."
+    card = made_from(teacher, how_made)
+    Pipeline(student, clip.tokenizer, clip.preprocessing).save(output, card=card)
+    print_table(("axis", "teacher", "student", "kept"), describe(clip.model.config, masks, "the {} most important"))
+    counts = [count_parameters(axis_table(m.config)) for m in (clip.model, student)]
+    before, after = (c["image"] + c["text"] for c in counts)
+    say(f"measured on {measured_on(source.count, how.batches)} of {batch_size} pairs")
+    say(f"{before:,} parameters before, {after:,} after ({100 * after / before:.1f} %), token embedding not counted")

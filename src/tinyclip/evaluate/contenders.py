@@ -15,10 +15,8 @@ from PIL import Image
 
 from tinyclip.common.progress import track
 from tinyclip.evaluate.metrics import as_tensor
-from tinyclip.loading import load_encoder
 from tinyclip.model.costs import counted
-from tinyclip.zoo.file_names import STATE, find_export
-from tinyclip.zoo.resolve import resolve
+from tinyclip.zoo.file_names import STATE
 
 ROUNDS, SECONDS = 10, 0.1  # of timing: turns of the models, and seconds for each tower in a turn
 
@@ -31,19 +29,6 @@ class Contender:
     source: str
     clip: Any  # a `Pipeline`, or what does the same on another runtime
     size: int  # bytes on disk
-
-
-def load_all(sources: Sequence[str], device: str = "auto", dtype: str = "auto") -> list[Contender]:
-    """The models by path or name, each with its size on disk; all are there before anything is computed.
-
-    Raises:
-        ValueError: for the first that cannot be loaded.
-    """
-    names = labels(sources)
-    return [
-        Contender(name, source, load_encoder(source, device, dtype), disk_size(find_export(source) or resolve(source)))
-        for name, source in zip(names, sources, strict=True)
-    ]
 
 
 def labels(sources: Sequence[str]) -> list[str]:
