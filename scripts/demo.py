@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from tinyclip.cli.evaluate import write_run_report
+from tinyclip.cli.compress import run_recipe
+from tinyclip.cli.judge import write_run_report
 from tinyclip.cli.terminal import fail, say
-from tinyclip.cli.train import run_recipe
 from tinyclip.recipe.recipe import load_recipe
 from tinyclip.report.structure import figure
 from tinyclip.zoo.checkpoint import read_config

@@ -193,7 +193,7 @@ import sys, time
 from tinyclip.__main__ import main
 class Slow:
     def find_spec(self, name, path=None, target=None):
-        if name == "tinyclip.cli.train":
+        if name == "tinyclip.cli.compress":
             time.sleep(20)
 sys.meta_path.insert(0, Slow())
 print("begins", flush=True)

@@ -25,7 +25,7 @@ from test_data import LOADERS, good, loader, picture, write_shard
 from test_train import place as place
 from test_train import recipe, stage, weights
 from tinyclip.cli import data as cli_data
-from tinyclip.cli import evaluate
+from tinyclip.cli import judge
 from tinyclip.common import faults
 from tinyclip.common.faults import CAUSES, Fault, Skipped
 from tinyclip.data import shard_reader
@@ -528,7 +528,7 @@ def test_evaluation_counts_by_cause(place: Path, tmp_path: Path, capsys: pytest.
     expected = Counter(cause for cause, _ in BAD.values())
     del expected["no_caption"]  # pictures can be judged without
     assert counted == expected | {"truncated_shard": 1, "damaged_shard": 3, "empty_shard": 1, "duplicate_key": 2}
-    evaluate.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
+    judge.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["skipped_by_cause"] == counted and result["skipped"] == sum(counted.values())
     lines = capsys.readouterr().err.splitlines()

@@ -19,7 +19,7 @@ import test_train
 from conftest import ROOT
 from test_killed import PATIENCE, SERVER, assert_same, begin, end, last_step, until
 from test_train import recipe, stage
-from tinyclip.cli import train
+from tinyclip.cli import compress
 from tinyclip.recipe.recipe import Recipe
 
 place = test_train.place
@@ -146,12 +146,12 @@ def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
     file = tmp_path / "cmdline"
     if launcher != "gone":
         file.write_text("".join(f"{word}\0" for word in ["/usr/bin/python", *launcher.split(), *words]))
-    monkeypatch.setattr(train, "Path", lambda path: file if path.startswith("/proc") else Path(path))
+    monkeypatch.setattr(compress, "Path", lambda path: file if path.startswith("/proc") else Path(path))
     monkeypatch.setattr(sys, "argv", ["tinyclip", "distill", "a b.yaml", "--overwrite"])
-    assert train._hint() == "tinyclip distill 'a b.yaml' --resume"
+    assert compress._hint() == "tinyclip distill 'a b.yaml' --resume"
     monkeypatch.setenv("WORLD_SIZE", "2")
     known = "torchrun --nproc-per-node 2 -m tinyclip distill 'a b.yaml' --resume"
-    assert train._hint() == (known if launcher == "torchrun" else "the same command with --resume")
+    assert compress._hint() == (known if launcher == "torchrun" else "the same command with --resume")
 
 
 # --- scripts of the docs ----------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyclip import __version__
+from tinyclip.version import __version__
 from tinyclip.cli import app as cli_app
-from tinyclip.cli import data, evaluate, export, models, search, tools, train
+from tinyclip.cli import compress, data, judge, machine, models, search, ship
 from tinyclip.cli.arguments import Command
 from tinyclip.cli.terminal import console, fail, meter
 from tinyclip.common.faults import Unusable
@@ -22,19 +22,19 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Ma
 data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")
 vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
 for command in (
-    *(train.distill, train.train, train.plan, evaluate.report),
-    *(train.inherit, export.convert, search.classify),
-    *(evaluate.evaluate, evaluate.probe, evaluate.compare),
+    *(compress.distill, compress.train, compress.plan, judge.report),
+    *(compress.inherit, ship.convert, search.classify),
+    *(judge.evaluate, judge.probe, judge.compare),
     data.cache,
-    export.export,
+    ship.export,
     *(search.index, search.search, cli_app.app),
-    *(evaluate.measure, search.embed, evaluate.structure, models.zoo),
-    *(export.push, tools.doctor),
+    *(judge.measure, search.embed, judge.structure, models.zoo),
+    *(ship.push, machine.doctor),
 ):
     app.command(cls=Command)(command)
 data_app.command(cls=Command)(data.pack)
 data_app.command(cls=Command)(data.prepare)
-vocab_app.command(cls=Command)(train.prune)
+vocab_app.command(cls=Command)(compress.prune)
 app.add_typer(data_app, name="data")
 app.add_typer(vocab_app, name="vocab")
 

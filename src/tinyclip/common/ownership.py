@@ -84,7 +84,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 def write_marker(folder: Path, marker: Marker) -> None:
     """Raises `ValueError` when it cannot be written."""
-    from tinyclip import __version__
+    from tinyclip.version import __version__
 
     said = {"tinyclip": __version__, "kind": marker.kind, "version": VERSION, "files": sorted(marker.files)}
     if marker.unfinished:

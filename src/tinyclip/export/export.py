@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from tinyclip import __version__
+from tinyclip.version import __version__
 from tinyclip.common.files import checksum, json_text
 from tinyclip.common.folders import atomic_directory
 from tinyclip.common.ownership import MARKER

@@ -32,7 +32,7 @@ from tinyclip.common.stopping import Terminated
 
 if TYPE_CHECKING:
     pass
-from tinyclip.cli.evaluate import write_run_report
+from tinyclip.cli.judge import write_run_report
 from tinyclip.cli.terminal import (
     complete_shape,
 )
