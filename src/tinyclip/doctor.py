@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tinyclip
+from tinyclip.version import __version__
 from tinyclip.zoo.catalogue import SHIPPED, cache_folder
 
 # What each extra of pyproject.toml is for; its packages are read from there. The others are for the project itself.
@@ -35,8 +35,8 @@ def examine(cache: str | Path | None = None) -> dict[str, Any]:
     problems: list[str] = []
     packages = _packages(problems)
     result: dict[str, Any] = {
-        "tinyclip": tinyclip.__version__,
-        "place": str(Path(tinyclip.__file__).parent),
+        "tinyclip": __version__,
+        "place": str(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,

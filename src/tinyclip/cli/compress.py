@@ -269,14 +269,14 @@ def _calibrate(
     teacher: Path, output: Path, data: Path, settings: dict[str, Any], towers: str, batch_size: int, device: str
 ) -> None:
     from tinyclip.cli.live import measured_on
-    from tinyclip.compress.calibrate import Calibration, calibrate
+    from tinyclip.compress.calibrate import calibrate
     from tinyclip.compress.inheritance import compact, describe
     from tinyclip.compress.size import TOWERS
     from tinyclip.data.loader import AGAIN, closing
     from tinyclip.inference.pipeline import Pipeline, load
     from tinyclip.model.axes import axis_table, count_parameters
     from tinyclip.recipe.recipe import calibrated_from
-    from tinyclip.train.calibration import plain_loader, samples
+    from tinyclip.train.calibration import calibration, plain_loader, samples
     from tinyclip.train.pruner import budgets
     from tinyclip.train.run import attention
     from tinyclip.zoo.card import HOW, made_from, shown
@@ -285,7 +285,7 @@ def _calibrate(
         raise ValueError(f"--towers {towers}: choose {', '.join(TOWERS)}")
     chosen, clip = calibrated_from(settings), load(teacher, device=device)
     model, targets = clip.model, budgets(chosen, towers) or {}
-    how = Calibration.of(chosen, model.config, model.logit_scale.exp().item())
+    how = calibration(chosen, model.config, model.logit_scale.exp().item())
     how.check(model.config, targets)
     loader = plain_loader(data, clip, batch_size)
     source = Counted(samples(loader, data, model, clip.tokenizer, clip.preprocessing))

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyclip.version import __version__
 from tinyclip.cli import app as cli_app
 from tinyclip.cli import compress, data, judge, machine, models, search, ship
 from tinyclip.cli.arguments import Command
@@ -17,6 +16,7 @@ from tinyclip.common.faults import Unusable
 from tinyclip.common.files import in_words
 from tinyclip.common.progress import listening
 from tinyclip.common.stopping import stoppable
+from tinyclip.version import __version__
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
 data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")

@@ -24,7 +24,6 @@ from tinyclip.model.axes import GATES, NEEDED, axis_kind
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.masks import Masks, Tower, Unit
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.stage import Calibrated
 
 BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
@@ -167,12 +166,6 @@ class Calibration:
     batches: int = 200
     rounds: int = 4
     seed: int = 0
-
-    @classmethod
-    def of(cls, settings: Calibrated, original: CLIPConfig, scale: float = 1.0, seed: int = 0) -> Calibration:
-        """As a recipe says; the scale matters only where something is measured."""
-        options = {name: getattr(settings, name) for name in ("score", "gates", "align", "batches")}
-        return cls(scale, original, unit=settings.counted, seed=seed, **options)
 
     def measure(
         self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int, enough: Enough = never

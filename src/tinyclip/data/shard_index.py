@@ -24,7 +24,6 @@ from megatron.energon import __version__
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.itar import TarIndexWriter
 
-import tinyclip
 from tinyclip.common.faults import Fault, Skipped, Unusable
 from tinyclip.common.files import in_words, remove_halves, replacing, write_atomically
 from tinyclip.common.locks import Lock
@@ -41,6 +40,7 @@ from tinyclip.data.shards import (
     unpacked,
     words,
 )
+from tinyclip.version import __version__ as own_version
 
 FORMAT = 3  # of our files in .nv-meta
 # The data set that Energon opens the folder with.
@@ -167,7 +167,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
     _write_lines(meta / "linked.jsonl", linked)
     _write_lines(meta / "lacking.jsonl", [asdict(s) for one in found for s in one.lacking])
     _write_lines(meta / "beside.jsonl", [asdict(s) for one in found for s in one.beside])
-    _write(meta / "ready", {"tinyclip": tinyclip.__version__, "format": FORMAT, "shards": state})
+    _write(meta / "ready", {"tinyclip": own_version, "format": FORMAT, "shards": state})
 
 
 def _check_ours(meta: Path) -> None:

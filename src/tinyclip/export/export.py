@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from tinyclip.version import __version__
 from tinyclip.common.files import checksum, json_text
 from tinyclip.common.folders import atomic_directory
 from tinyclip.common.ownership import MARKER
@@ -30,6 +29,7 @@ from tinyclip.inference.engines import RUNS, compute_dtype, needed, save_openvin
 from tinyclip.inference.exported import FORMAT, RuntimePipeline, load_export, read_facts
 from tinyclip.inference.pipeline import Pipeline, load
 from tinyclip.model.model import CLIP
+from tinyclip.version import __version__
 from tinyclip.zoo.convert import WRITERS
 from tinyclip.zoo.file_names import ENDINGS, FACTS, TOKENIZER
 

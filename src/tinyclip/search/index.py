@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-import tinyclip
 from tinyclip.common.files import printable, read_json_object
 from tinyclip.inputs.transforms import DRAFT, open_image
+from tinyclip.loading import load
 from tinyclip.search.vectors import EXACT, Vectors
 from tinyclip.zoo.file_names import find_export
 
@@ -143,9 +143,9 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
         ValueError: as `tinyclip.load`.
     """
     if find_export(name):
-        clip = tinyclip.load(name, device=device, dtype=dtype, compile=compile)
+        clip = load(name, device=device, dtype=dtype, compile=compile)
         return clip, clip.fingerprint()
-    clip = tinyclip.load(name)  # in float32, whatever it will compute in
+    clip = load(name)  # in float32, whatever it will compute in
     found = clip.fingerprint()
 
     from tinyclip.common.devices import resolve_device, resolve_dtype

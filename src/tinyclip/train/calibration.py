@@ -1,4 +1,4 @@
-"""From shards to what `calibrate` measures on."""
+"""From a recipe and shards to what `calibrate` takes: how to measure, and what to measure on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tinyclip.compress.calibrate import Calibration
 from tinyclip.compress.importance import Sample
 from tinyclip.data.batch import image_input, shorten
 from tinyclip.data.loader import next_batch, training_loader
@@ -14,7 +15,23 @@ from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.augment import Augment
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
+from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
+from tinyclip.recipe.stage import Calibrated
+
+
+def calibration(settings: Calibrated, original: CLIPConfig, scale: float = 1.0, seed: int = 0) -> Calibration:
+    """As a recipe says; the scale matters only where something is measured."""
+    return Calibration(
+        scale,
+        original,
+        score=settings.score,
+        unit=settings.counted,
+        gates=settings.gates,
+        align=settings.align,
+        batches=settings.batches,
+        seed=seed,
+    )
 
 
 def samples(

@@ -15,7 +15,6 @@ from tinyclip.common.faults import append
 from tinyclip.common.files import write_atomically
 from tinyclip.common.locks import LOCK, Lock, lock_of, take
 from tinyclip.common.watchdog import Watchdog
-from tinyclip.compress.calibrate import Calibration
 from tinyclip.compress.inheritance import manual_masks
 from tinyclip.compress.learned_masks import HardConcrete, check_targets
 from tinyclip.compress.size import TOWERS
@@ -31,6 +30,7 @@ from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.cache import Cache, open_caches
 from tinyclip.teachers.foreign import load_teacher, local_part
 from tinyclip.teachers.teacher import AnyTeacher, CachedTeacher, Teacher
+from tinyclip.train.calibration import calibration
 from tinyclip.train.pruner import budgets
 from tinyclip.train.run import Run
 from tinyclip.train.student import check_compiler
@@ -198,7 +198,7 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
         hard = HardConcrete(base, teacher, towers=TOWERS[stage.towers], gates=auto.gates, unit=auto.counted)
         check_targets(hard, budgets(auto, stage.towers) or {})
     if stage.calibrated is not None:
-        Calibration.of(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
+        calibration(stage.calibrated, teacher).check(base, budgets(stage.calibrated, stage.towers) or {})
 
 
 def _check_batch_norm(stage: Stage, device: torch.device) -> None:

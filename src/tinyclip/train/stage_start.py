@@ -21,7 +21,7 @@ from tinyclip.model.masks import Tower
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
-from tinyclip.train.calibration import samples
+from tinyclip.train.calibration import calibration, samples
 from tinyclip.train.pruner import already_gone, budgets
 from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.zoo.checkpoint import load_checkpoint
@@ -73,7 +73,7 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str,
     model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
     loader = loader_of(run, i, pairs=pairs)
     source = Counted(samples(loader, run.recipe.data, model, run.tokenizer, preprocess))
-    how = Calibration.of(settings, run.original, float(scale), run.recipe.seed + i)
+    how = calibration(settings, run.original, float(scale), run.recipe.seed + i)
     with attention(run.device), closing(loader):
         if targets is None:
             assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
