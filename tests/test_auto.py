@@ -13,9 +13,9 @@ import torch
 
 import test_train
 from test_train import recipe, run, stage, vouch, weights
+from tinyclip.compress.latency import fraction_for_latency
 from tinyclip.compress.size import sparsity
 from tinyclip.data.batch import shorten
-from tinyclip.inference.speed import fraction_for_latency
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop, stage_start
 from tinyclip.train.pruner import MASKS, Pruner

@@ -12,13 +12,13 @@ from tinyclip.common.progress import Counted, listening
 from tinyclip.compress.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled
 from tinyclip.compress.importance import Sample, Score, importance, prunable, taylor
 from tinyclip.compress.inheritance import compact
+from tinyclip.compress.latency import targets_for_latency
 from tinyclip.compress.size import resnet_size, sparsity
 from tinyclip.loss import affinity_loss
 from tinyclip.model.axes import GATES, axis_kind, axis_sizes, axis_table
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
-from tinyclip.train.stage_start import targets_for_latency
 
 SCALE = 20.0
 
@@ -336,7 +336,7 @@ def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(small_config())
     config = model.config
     monkeypatch.setattr(
-        "tinyclip.compress.calibrate.pair_latency_ms",
+        "tinyclip.compress.latency.pair_latency_ms",
         lambda m: sum(macs(m.config).values()) / sum(macs(config).values()),
     )
     how, samples = Calibration(SCALE, batches=4), batches(config, 8)

@@ -71,7 +71,7 @@ def test_one_tower_alone(place: Path, tmp_path: Path) -> None:
 
 def test_a_latency_is_aimed_at(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = lambda model: sum(p.numel() for p in model.transformer.parameters()) / 1000  # noqa: E731
-    monkeypatch.setattr("tinyclip.compress.calibrate.pair_latency_ms", size)
+    monkeypatch.setattr("tinyclip.compress.latency.pair_latency_ms", size)
     whole = size(load_checkpoint(place / "teacher")[0])
     wanted = calibrated(target=None, latency_ms=0.6 * whole)
     _, events = run(recipe(place, tmp_path / "run", stages=[wanted]))

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import small_config
-from tinyclip.inference.speed import measure
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, TextConfig, VisionConfig
 from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
+from tinyclip.model.speed import measure
 
 # METHOD of TinyCLIP, table of models: recounted parameters (image, text) in millions, published GMACs.
 PUBLISHED = {

@@ -14,13 +14,13 @@ from conftest import TEXTS, filled, golden, images, random_inputs, random_model,
 from tinyclip.compress.batch_norm import batch_norms
 from tinyclip.compress.inheritance import compact, describe, inherit, manual_masks
 from tinyclip.inference.pipeline import tokenize
-from tinyclip.inference.speed import measure
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.axes import axis_kind, axis_sizes, axis_table, count_parameters
 from tinyclip.model.config import NAMED, CLIPConfig, ResNetConfig, resnet_tower
 from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP, cast
+from tinyclip.model.speed import measure
 from tinyclip.recipe.recipe import shape_from
 from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 

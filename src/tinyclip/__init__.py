@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from tinyclip.inference.pipeline import Pipeline as Pipeline
     from tinyclip.inference.pipeline import preprocess as preprocess
     from tinyclip.inference.pipeline import tokenize as tokenize
-    from tinyclip.inference.speed import measure as measure
     from tinyclip.loading import load as load
     from tinyclip.loss import affinity_loss as affinity_loss
     from tinyclip.loss import contrastive_loss as contrastive_loss
     from tinyclip.model.config import CLIPConfig as CLIPConfig
     from tinyclip.model.model import CLIP as CLIP
+    from tinyclip.model.speed import measure as measure
 
 _HOME = {
     "CLIP": "model.model",
@@ -35,7 +35,7 @@ _HOME = {
     "contrastive_loss": "loss",
     "inherit": "compress.inheritance",
     "load": "loading",
-    "measure": "inference.speed",
+    "measure": "model.speed",
     "preprocess": "inference.pipeline",
     "tokenize": "inference.pipeline",
 }

@@ -269,12 +269,12 @@ def measure(
 ) -> None:
     """Parameters, MACs and pairs/s of MODEL here; of an export also its size."""
     from tinyclip.common.devices import resolve_device, resolve_dtype
+    from tinyclip.inference.export_speed import measure_export
     from tinyclip.inference.pipeline import Tensors
-    from tinyclip.inference.speed import measure as measured
-    from tinyclip.inference.speed import measure_export
     from tinyclip.loading import load_encoder
     from tinyclip.model.config import NAMED, CLIPConfig
     from tinyclip.model.model import CLIP, cast
+    from tinyclip.model.speed import measure as measured
 
     if model in NAMED and not Path(model).exists():
         if runtime not in ("auto", "torch"):

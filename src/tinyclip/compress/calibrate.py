@@ -222,14 +222,14 @@ def calibrate(
                 goals[name] = goal
         cut = partial(how.fill, config=config, targets=goals, masks=masks)
         found = how.measure(
-            model, _told(source, start, end, how.batches), masks, how.seed * 1000 + r, settled(cut, masks)
+            model, telling(source, start, end, how.batches), masks, how.seed * 1000 + r, settled(cut, masks)
         )
         masks = cut(found)
     ended(WORK)
     return masks
 
 
-def _told(samples: Iterator[Sample], start: int, end: int, batches: int) -> Iterator[Sample]:
+def telling(samples: Iterator[Sample], start: int, end: int, batches: int) -> Iterator[Sample]:
     """The samples of a round, from the batch `start` to before `end`."""
     for number, sample in enumerate(islice(samples, end - start), start):
         tell(WORK, number, batches, "batches")

@@ -19,9 +19,9 @@ from tinyclip.common.files import read_json_object
 from tinyclip.common.progress import track
 from tinyclip.evaluate import metrics
 from tinyclip.inference.pipeline import load
-from tinyclip.inference.speed import measure
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
+from tinyclip.model.speed import measure
 from tinyclip.recipe.recipe import Evaluation, StoredTeachers, recipe_of
 from tinyclip.report import html as page
 from tinyclip.report.html import COLOURS

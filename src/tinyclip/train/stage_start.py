@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tinyclip.common.distributed import from_main, world_size
-from tinyclip.common.progress import Counted, ended
-from tinyclip.compress.calibrate import WORK, Calibration, _told, calibrate
+from tinyclip.common.progress import Counted
+from tinyclip.compress.calibrate import calibrate
 from tinyclip.compress.importance import Sample as Sample
-from tinyclip.compress.importance import prunable
 from tinyclip.compress.inheritance import compact, inherit
+from tinyclip.compress.latency import fraction_for_latency, pair_latency_ms, targets_for_latency
 from tinyclip.compress.size import TOWERS, sparsity, thinner
-from tinyclip.inference.speed import fraction_for_latency, pair_latency_ms
-from tinyclip.model.masks import Tower
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
@@ -128,29 +124,3 @@ def mask_targets(run: Run, stage: Stage, student: CLIP) -> dict[str, float]:
     run.emit({"event": "latency", "stage": stage.name, "latency_ms": goal, "macs_removed": removed})
     start = sparsity(config, run.original, {}, towers, "macs").item()
     return {"both" if stage.towers == "both" else towers[0]: start + (1 - start) * removed}
-
-
-def targets_for_latency(
-    model: CLIP, samples: Iterable[Sample], latency_ms: float, towers: tuple[Tower, ...], how: Calibration
-) -> tuple[dict[str, float], float]:
-    """The target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
-    the model's MACs that this removes. Importance is measured once, on the batches of one round.
-
-    Raises:
-        ValueError: when it cannot be reached, or nothing needs to be removed.
-    """
-    how, config = replace(how, unit="macs"), model.config
-    budget = "both" if len(towers) == 2 else towers[0]
-    ones = {name: torch.ones(size) for name, size in prunable(config, towers, how.gates).items()}
-    count = max(1, how.batches // how.rounds)
-    found = how.measure(model, _told(iter(samples), 0, count, count), ones, how.seed * 1000)
-    ended(WORK)
-    start = how.sparsity(config, {}, budget)
-
-    def measured(removed: float) -> float:
-        if removed == 0:
-            return pair_latency_ms(model)
-        return pair_latency_ms(compact(model, how.fill(found, config, {budget: start + (1 - start) * removed})))
-
-    removed = fraction_for_latency(measured, latency_ms)
-    return {budget: start + (1 - start) * removed}, removed
