@@ -28,7 +28,7 @@ from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Recipe, load_recipe, shape_from
 from tinyclip.train import loop, run
-from tinyclip.train.calibration import samples
+from tinyclip.train.calibration_batches import samples
 from tinyclip.train.setup import start
 
 ROOT = Path(__file__).resolve().parent.parent

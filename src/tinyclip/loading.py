@@ -14,11 +14,7 @@ from tinyclip.zoo.file_names import find_export
 if TYPE_CHECKING:
     import torch
 
-    from tinyclip.inference.pipeline import Pipeline
-import torch
-
-from tinyclip.inference.pipeline import Pipeline, Tensors
-from tinyclip.loading import load as load_any
+    from tinyclip.inference.pipeline import Pipeline, Tensors
 
 
 @overload  # of an export too, which only its folder can tell: `RuntimePipeline` has the methods of `Pipeline`
@@ -134,5 +130,7 @@ def load_encoder(
     Raises:
         ValueError: as `tinyclip.load`.
     """
-    clip = load_any(name_or_path, device, dtype, compile=compile, runtime=runtime)
+    from tinyclip.inference.pipeline import Tensors
+
+    clip = load(name_or_path, device, dtype, compile=compile, runtime=runtime)
     return Tensors(clip) if isinstance(clip, RuntimePipeline) else clip

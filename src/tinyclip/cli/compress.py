@@ -276,7 +276,7 @@ def _calibrate(
     from tinyclip.inference.pipeline import Pipeline, load
     from tinyclip.model.axes import axis_table, count_parameters
     from tinyclip.recipe.recipe import calibrated_from
-    from tinyclip.train.calibration import calibration, plain_loader, samples
+    from tinyclip.train.calibration_batches import calibration, plain_loader, samples
     from tinyclip.train.pruner import budgets
     from tinyclip.train.run import attention
     from tinyclip.zoo.card import HOW, made_from, shown

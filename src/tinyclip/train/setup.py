@@ -30,7 +30,7 @@ from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.cache import Cache, open_caches
 from tinyclip.teachers.foreign import load_teacher, local_part
 from tinyclip.teachers.teacher import AnyTeacher, CachedTeacher, Teacher
-from tinyclip.train.calibration import calibration
+from tinyclip.train.calibration_batches import calibration
 from tinyclip.train.pruner import budgets
 from tinyclip.train.run import Run
 from tinyclip.train.student import check_compiler

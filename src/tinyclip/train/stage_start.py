@@ -17,7 +17,7 @@ from tinyclip.compress.size import TOWERS, sparsity, thinner
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
-from tinyclip.train.calibration import calibration, samples
+from tinyclip.train.calibration_batches import calibration, samples
 from tinyclip.train.pruner import already_gone, budgets
 from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.zoo.checkpoint import load_checkpoint
