@@ -9,10 +9,11 @@ import sys
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from tinyclip.cli.judge import write_run_report
 from tinyclip.cli.terminal import (
     AsJson,
     Device,
@@ -20,6 +21,7 @@ from tinyclip.cli.terminal import (
     Overwrite,
     Sets,
     check_free,
+    complete_shape,
     console,
     fail,
     print_json,
@@ -27,16 +29,8 @@ from tinyclip.cli.terminal import (
     read_lines,
     say,
 )
-from tinyclip.common.progress import track
+from tinyclip.common.progress import Counted, track
 from tinyclip.common.stopping import Terminated
-
-if TYPE_CHECKING:
-    pass
-from tinyclip.cli.judge import write_run_report
-from tinyclip.cli.terminal import (
-    complete_shape,
-)
-from tinyclip.common.progress import Counted
 
 Smoke = Annotated[bool, typer.Option("--smoke", help="Try every stage for two steps: random weights, made-up data.")]
 Small = Annotated[bool, typer.Option("--small", help="With --smoke: at a quarter of every width, in seconds.")]

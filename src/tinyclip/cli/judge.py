@@ -37,13 +37,9 @@ from tinyclip.cli.terminal import (
     say_computing,
 )
 from tinyclip.common.files import json_text
-from tinyclip.evaluate.contenders import Contender, disk_size, labels
-from tinyclip.loading import load_encoder
-from tinyclip.zoo.file_names import find_export
-from tinyclip.zoo.resolve import resolve
 
 if TYPE_CHECKING:
-    pass
+    from tinyclip.evaluate.contenders import Contender
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
 PerClass = Annotated[bool, typer.Option("--per-class", help="Also the figures of each class.")]
@@ -223,7 +219,7 @@ def compare(
     datasets = [open_dataset(path, templates, classes=classes, split=split, images=images, **columns) for path in data]
     for dataset in datasets:
         check(dataset)
-    contenders = load_all([teacher, *students], device, dtype)
+    contenders = _load_all([teacher, *students], device, dtype)
     say_computing(contenders[0].clip.computing)
     outcomes = []
     for name, dataset in zip(labels([str(path) for path in data]), datasets, strict=True):
@@ -244,12 +240,13 @@ def compare(
         (errors.print if as_json else say)(f"report: {output / 'report.html'}")
 
 
-def load_all(sources: Sequence[str], device: str = "auto", dtype: str = "auto") -> list[Contender]:
-    """The models by path or name, each with its size on disk; all are there before anything is computed.
+def _load_all(sources: Sequence[str], device: str, dtype: str) -> list[Contender]:
+    """The models by path or name, each with its size on disk; all are there before anything is computed."""
+    from tinyclip.evaluate.contenders import Contender, disk_size, labels
+    from tinyclip.loading import load_encoder
+    from tinyclip.zoo.file_names import find_export
+    from tinyclip.zoo.resolve import resolve
 
-    Raises:
-        ValueError: for the first that cannot be loaded.
-    """
     names = labels(sources)
     return [
         Contender(name, source, load_encoder(source, device, dtype), disk_size(find_export(source) or resolve(source)))

@@ -14,6 +14,10 @@ from tinyclip.cli.terminal import (
     Device,
     DType,
     MaxPixels,
+    Model,
+    Overwrite,
+    Runtime,
+    Separator,
     check_file,
     complete_model,
     console,
@@ -21,6 +25,7 @@ from tinyclip.cli.terminal import (
     plural,
     print_faults,
     print_json,
+    print_table,
     read_lines,
     say,
     say_computing,
@@ -30,13 +35,6 @@ from tinyclip.common.progress import busy, tell
 
 if TYPE_CHECKING:
     from tinyclip.search.index import Index, Match
-from tinyclip.cli.terminal import (
-    Model,
-    Overwrite,
-    Runtime,
-    Separator,
-    print_table,
-)
 
 
 def index(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-Precision = Literal["bfloat16", "float16", "float32"]
+from tinyclip.common.schema import Precision
 
 
 def best_device() -> torch.device:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tinyclip.common.devices import Precision
-from tinyclip.common.schema import Count, Positive, Strict, explain
+from tinyclip.common.schema import Count, Positive, Precision, Strict, explain
 from tinyclip.common.yaml_text import read_yaml
 from tinyclip.inputs.augment import Augment
 from tinyclip.recipe.overrides import model_from, override

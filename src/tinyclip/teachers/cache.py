@@ -34,11 +34,10 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from tinyclip.common.devices import Precision
 from tinyclip.common.distributed import from_main
 from tinyclip.common.faults import Fault
 from tinyclip.common.files import read_json_object, sha256
-from tinyclip.common.schema import Count, Positive, Strict, explain
+from tinyclip.common.schema import Count, Positive, Precision, Strict, explain
 from tinyclip.data.loader import stable_hash
 from tinyclip.data.shard_index import shard_counts
 from tinyclip.data.shards import find_shards

@@ -20,13 +20,13 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tinyclip.common.devices import Precision
 from tinyclip.common.distributed import from_main, gather_objects, rank, world_size
 from tinyclip.common.faults import Fault, Skipped, Unusable
 from tinyclip.common.files import flush, in_words, json_text, replacing, write_atomically
 from tinyclip.common.folders import remove_leftovers
 from tinyclip.common.locks import Lock, lock_of, take
 from tinyclip.common.ownership import LOCKS, check_replaceable, claim, remove
+from tinyclip.common.schema import Precision
 from tinyclip.data.batch import Tokenize
 from tinyclip.data.loader import AGAIN, bind_worker, closing, stable_hash
 from tinyclip.data.samples import captions_of, image_of
