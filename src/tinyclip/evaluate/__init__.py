@@ -1,4 +1,7 @@
-"""Judging a model."""
+"""Judging a model: zero-shot accuracy and retrieval recall (`metrics`), a linear probe (`probe`), several models side by
+side (`compare`, with `stats` for intervals and tests).
+
+Imports data, zoo, loss and what is below them. Begin with `metrics`; what is listed here is `tinyclip.evaluate`."""
 
 from tinyclip.data.datasets import Dataset as Dataset
 from tinyclip.data.datasets import Example as Example
