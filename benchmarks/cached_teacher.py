@@ -15,7 +15,7 @@ import torch
 
 from tinyclip.common.devices import best_precision, resolve_device
 from tinyclip.compress.inheritance import inherit
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig

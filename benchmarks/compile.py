@@ -14,7 +14,7 @@ import time
 import torch
 
 from tinyclip.common.devices import best_device, best_precision
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig

@@ -19,7 +19,7 @@ from side_by_side import Timing, peak_flops, ratio, side_by_side, table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tinyclip.data.batch import Batch, image_input
+from tinyclip.data.loader import Batch, image_input
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig

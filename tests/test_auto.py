@@ -15,7 +15,7 @@ import test_train
 from test_train import recipe, run, stage, vouch, weights
 from tinyclip.compress.latency import fraction_for_latency
 from tinyclip.compress.size import sparsity
-from tinyclip.data.batch import shorten
+from tinyclip.data.loader import shorten
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop, stage_start
 from tinyclip.train.pruner import MASKS, Pruner

@@ -16,7 +16,7 @@ from test_data import good, write_shard
 from test_resnet import random_resnet, resnet_config
 from tinyclip.compress.batch_norm import batch_norms, freeze, reestimate, synchronise
 from tinyclip.compress.inheritance import inherit
-from tinyclip.data.batch import image_input
+from tinyclip.data.loader import image_input
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP

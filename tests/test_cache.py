@@ -28,8 +28,7 @@ from test_train import run, stage
 from tinyclip.cli.main import main
 from tinyclip.common.distributed import gather_objects, is_main, processes
 from tinyclip.compress.inheritance import inherit
-from tinyclip.data.batch import Batch
-from tinyclip.data.loader import close_loader, training_loader
+from tinyclip.data.loader import Batch, close_loader, training_loader
 from tinyclip.data.samples import captions_of, image_of
 from tinyclip.data.shards import read_shards
 from tinyclip.inference.pipeline import load

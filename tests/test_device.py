@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from make_believe import GPU, make_believe
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.teachers.teacher import CachedTeacher
 from tinyclip.train.step import MOST_UNREAD, Trainee
 from trainees import CASES, batch_of, named, trainee_of

@@ -31,7 +31,7 @@ from test_train import SHAPE, recipe, run, stage, weights
 from test_train import place as place
 from tinyclip.compress.batch_norm import reestimate
 from tinyclip.compress.calibrate import Calibration, Sample, calibrate
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.inputs.augment import Augment
 from tinyclip.teachers.make_cache import make_cache
 from tinyclip.train import loop

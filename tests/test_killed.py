@@ -30,7 +30,7 @@ from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted, restore, save
 from tinyclip.train.run import Progress, loader_of
 from tinyclip.train.step import Trainee
-from tinyclip.zoo.file_names import MANIFEST
+from tinyclip.zoo.resolve import MANIFEST
 
 place = test_train.place
 resnet_place = test_batch_norm.place

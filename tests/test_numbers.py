@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyclip.data.pack import Item, pack
+from tinyclip.data.captioned import Item
+from tinyclip.data.pack import pack
 from tinyclip.inputs import bit_depth
 from tinyclip.inputs.augment import Augment
 from tinyclip.inputs.decoding import open_image

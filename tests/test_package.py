@@ -12,10 +12,13 @@ def test_public_names() -> None:
     assert sorted(tinyclip.__all__) == [
         "CLIP",
         "CLIPConfig",
+        "Calibration",
+        "Constraint",
         "HardConcrete",
         "Pipeline",
         "RuntimePipeline",
         "affinity_loss",
+        "calibrate",
         "clip",
         "compact",
         "contrastive_loss",

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from tinyclip.common.distributed import processes, rank
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.train.step import Trainee
 from trainees import CASES, assert_near, batch_of, gradients, part_of, trainee_of
 

@@ -14,8 +14,9 @@ import pytest
 from conftest import tinyclip
 from test_data import picture
 from tinyclip.data import tables
+from tinyclip.data.captioned import Item
 from tinyclip.data.datasets import open_dataset
-from tinyclip.data.pack import Item, find_items, pack
+from tinyclip.data.pack import find_items, pack
 from tinyclip.data.samples import captions_of
 from tinyclip.data.shards import read_shards
 from tinyclip.search.sources import open_source

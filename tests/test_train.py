@@ -20,7 +20,7 @@ from conftest import small_config
 from test_data import good, write_shard
 from tinyclip.common.files import checksum
 from tinyclip.common.folders import recover
-from tinyclip.data.batch import Batch, image_input, shorten
+from tinyclip.data.loader import Batch, image_input, shorten
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.loss import affinity_loss, contrastive_loss
@@ -32,7 +32,7 @@ from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted
 from tinyclip.train.step import Trainee, learning_rate, make_optimizer
 from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.zoo.file_names import MANIFEST
+from tinyclip.zoo.resolve import MANIFEST
 
 SHAPE = {"vision": {"width": 16}, "text": {"layers": 1}}
 

@@ -32,9 +32,10 @@ from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, v
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import load_recipe
 from tinyclip.train.loop import start
-from tinyclip.zoo import catalogue
-from tinyclip.zoo.catalogue import ENTRIES, Entry, find, recount
+from tinyclip.zoo import catalogue, listing
+from tinyclip.zoo.catalogue import ENTRIES, Entry, find
 from tinyclip.zoo.convert import convert
+from tinyclip.zoo.listing import recount
 from tinyclip.zoo.resolve import resolve
 
 RELEASE = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints/"
@@ -328,7 +329,7 @@ def test_a_damaged_download_is_one_line(server: FileServer, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=rf"cache/{AUTO}\.pt.*; delete {path} to download it again$") as caught:
         load(AUTO)
     assert "\n" not in str(caught.value)
-    facts = catalogue.describe(catalogue.get(AUTO))
+    facts = listing.describe(catalogue.get(AUTO))
     assert facts["state"] == "damaged" and AUTO in facts["recount"]
 
 
@@ -457,7 +458,7 @@ def test_the_page_has_the_table(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "zoo.md").read_text(encoding="utf-8")
     for entry in ENTRIES:
         cells = [cell.strip() for cell in re.findall(rf"\| {entry.name} .*", page)[0].strip("|").split("|")]
-        row = catalogue.row(catalogue.describe(entry, tmp_path))[:-1]
+        row = listing.row(listing.describe(entry, tmp_path))[:-1]
         assert cells == row
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from conftest import random_model, small_config, small_tokenizer, uneven_config
 from test_resnet import random_resnet, resnet_config
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher

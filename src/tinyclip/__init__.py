@@ -10,8 +10,11 @@ from tinyclip.version import __version__ as __version__
 if TYPE_CHECKING:
     from tinyclip import clip as clip
     from tinyclip import evaluate as evaluate
+    from tinyclip.compress.calibrate import Calibration as Calibration
+    from tinyclip.compress.calibrate import calibrate as calibrate
     from tinyclip.compress.inheritance import compact as compact
     from tinyclip.compress.inheritance import inherit as inherit
+    from tinyclip.compress.learned_masks import Constraint as Constraint
     from tinyclip.compress.learned_masks import HardConcrete as HardConcrete
     from tinyclip.inference.exported import RuntimePipeline as RuntimePipeline
     from tinyclip.inference.pipeline import Pipeline as Pipeline
@@ -27,10 +30,13 @@ if TYPE_CHECKING:
 _HOME = {
     "CLIP": "model.model",
     "CLIPConfig": "model.config",
+    "Calibration": "compress.calibrate",
+    "Constraint": "compress.learned_masks",
     "HardConcrete": "compress.learned_masks",
     "Pipeline": "inference.pipeline",
     "RuntimePipeline": "inference.exported",
     "affinity_loss": "loss",
+    "calibrate": "compress.calibrate",
     "compact": "compress.inheritance",
     "contrastive_loss": "loss",
     "inherit": "compress.inheritance",

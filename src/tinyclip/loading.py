@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from tinyclip.inference.engines import EXTRAS
 from tinyclip.inference.exported import RuntimePipeline, check_device, load_export
-from tinyclip.zoo.file_names import find_export
+from tinyclip.zoo.resolve import find_export
 
 if TYPE_CHECKING:
     import torch

@@ -244,8 +244,7 @@ def _load_all(sources: Sequence[str], device: str, dtype: str) -> list[Contender
     """The models by path or name, each with its size on disk; all are there before anything is computed."""
     from tinyclip.evaluate.contenders import Contender, disk_size, labels
     from tinyclip.loading import load_encoder
-    from tinyclip.zoo.file_names import find_export
-    from tinyclip.zoo.resolve import resolve
+    from tinyclip.zoo.resolve import find_export, resolve
 
     names = labels(sources)
     return [

@@ -27,33 +27,33 @@ def zoo(
     as_json: AsJson = False,
 ) -> None:
     """The published models, with their figures; or all that is known of NAME."""
-    from tinyclip.zoo import catalogue
+    from tinyclip.zoo import catalogue, listing
     from tinyclip.zoo import resolve as models
 
     if name is None:
         if download or verify:
             raise ValueError("--download and --verify need the name of a model")
-        listed = [catalogue.describe(entry, cache) for entry in catalogue.ENTRIES]
+        listed = [listing.describe(entry, cache) for entry in catalogue.ENTRIES]
         if as_json:
             print_json({"models": listed, "shipped": list(catalogue.SHIPPED)})
         else:
-            print_table(catalogue.COLUMNS, [catalogue.row(facts) for facts in listed])
+            print_table(listing.COLUMNS, [listing.row(facts) for facts in listed])
             say(f"shipped with tinyclip, of emoji drawings: {', '.join(catalogue.SHIPPED)}")
         return
     if name in catalogue.SHIPPED:
-        _say_zoo(catalogue.describe_shipped(name), as_json)
+        _say_zoo(listing.describe_shipped(name), as_json)
         return
     entry = catalogue.get(name)
-    first = verify and catalogue.unrecorded(entry, cache)  # before anything records it
+    first = verify and listing.unrecorded(entry, cache)  # before anything records it
     if download:
         models.local_file(entry, cache)
     if verify:
-        digest = catalogue.verify(entry, cache)
+        digest = listing.verify(entry, cache)
         if first:
             path = catalogue.cache_folder(cache) / entry.file
             errors.print(f"{path}: no checksum was recorded, so there was nothing to compare; recorded now: {digest}")
-    facts = catalogue.describe(entry, cache)
-    _say_zoo(facts if as_json else dict(catalogue.details(facts)), as_json)
+    facts = listing.describe(entry, cache)
+    _say_zoo(facts if as_json else dict(listing.details(facts)), as_json)
 
 
 def _say_zoo(facts: dict[str, Any], as_json: bool) -> None:

@@ -1,5 +1,5 @@
-"""The art: a student out of a teacher. Inheritance by rule (`inheritance`), by learned masks (`learned_masks`), by measured
-importance (`importance`, `calibrate`, `latency`), and the one cut that all of them end in, `compact`.
+"""The art: a student out of a teacher. Inheritance by rule (`inheritance`), by learned masks (`learned_masks`), by
+measured importance (`importance`, `calibrate`, `latency`), and the one cut that all of them end in, `compact`.
 
 Imports common, model and loss. It knows no recipe and no run, so it works inside any training loop. Begin with
 `inheritance`."""

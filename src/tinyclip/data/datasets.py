@@ -12,9 +12,9 @@ from PIL import Image
 from tinyclip.common.faults import Fault, Skipped
 from tinyclip.common.files import as_text
 from tinyclip.data import readers
+from tinyclip.data.captioned import Item as Captioned
+from tinyclip.data.captioned import captioned
 from tinyclip.data.classnames import Classes, of_folders, of_samples, read_lines, read_templates
-from tinyclip.data.pack import Item as Captioned
-from tinyclip.data.pack import find_items
 from tinyclip.data.readers import Item, Mine, Reader
 from tinyclip.data.shards import find_shards
 from tinyclip.data.tables import TABLES
@@ -127,7 +127,7 @@ def open_dataset(
     if table:
         _no_split(place, options)
         columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
-        items = find_items(place, image_root=images, **columns)
+        items = captioned(place, image_root=images, **columns)
         return _captioned(place, options, items, place.parent)
     if karpathy:
         chosen = split or "test"
@@ -150,7 +150,7 @@ def _folder(place: Path, options: Options) -> Dataset:
         about = partial(readers.samples_in, files)
         return _dataset(part, classes, readers.shards(files, classes), options, homes, about)
     if readers.has_captions(readers.loose_pictures(part)):
-        return _captioned(part, options, find_items(part), part)
+        return _captioned(part, options, captioned(part), part)
     if names := readers.class_folders(part):
         classes = of_folders(part, names, options.classes or _names_beside(homes))
         with_captions = readers.has_captions(readers.first_pictures(part, names))

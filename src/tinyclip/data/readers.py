@@ -16,9 +16,9 @@ from PIL import Image
 
 from tinyclip.common.faults import Fault, Skipped
 from tinyclip.common.files import name_of, read_json_object
+from tinyclip.data.captioned import Item as Captioned
+from tinyclip.data.captioned import sidecars, with_sidecar
 from tinyclip.data.classnames import Classes
-from tinyclip.data.pack import Item as Captioned
-from tinyclip.data.pack import sidecars, with_sidecar
 from tinyclip.data.picture_files import (
     LeftOut,
     find_pictures,

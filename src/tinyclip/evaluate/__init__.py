@@ -1,5 +1,5 @@
-"""Judging a model: zero-shot accuracy and retrieval recall (`metrics`), a linear probe (`probe`), several models side by
-side (`compare`, with `stats` for intervals and tests).
+"""Judging a model: zero-shot accuracy and retrieval recall (`metrics`), a linear probe (`probe`), several models side
+by side (`compare`, with `stats` for intervals and tests).
 
 Imports data, zoo, loss and what is below them. Begin with `metrics`; what is listed here is `tinyclip.evaluate`."""
 

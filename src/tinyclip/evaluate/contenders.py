@@ -16,7 +16,7 @@ from PIL import Image
 from tinyclip.common.progress import track
 from tinyclip.evaluate.metrics import as_tensor
 from tinyclip.model.costs import counted
-from tinyclip.zoo.file_names import STATE
+from tinyclip.zoo.resolve import STATE
 
 ROUNDS, SECONDS = 10, 0.1  # of timing: turns of the models, and seconds for each tower in a turn
 

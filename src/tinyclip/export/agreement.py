@@ -15,7 +15,7 @@ from PIL import Image
 
 from tinyclip.common.faults import Fault, Skipped, Unusable
 from tinyclip.common.progress import track
-from tinyclip.data.pack import find_items
+from tinyclip.data.captioned import captioned
 from tinyclip.data.samples import captions_of, image_of
 from tinyclip.data.shards import find_shards, read_shard
 from tinyclip.evaluate import metrics
@@ -84,7 +84,7 @@ def _pictures(path: Path) -> Iterator[tuple[Path | Image.Image, list[str]]]:
                 if not left:
                     break
         return
-    items = find_items(path)
+    items = captioned(path)
     for i in np.random.default_rng(0).permutation(len(items))[:COUNT]:
         yield items[i].picture(), list(items[i].captions)
 

@@ -31,7 +31,7 @@ from tinyclip.inference.pipeline import Pipeline, load
 from tinyclip.model.model import CLIP
 from tinyclip.version import __version__
 from tinyclip.zoo.convert import WRITERS
-from tinyclip.zoo.file_names import ENDINGS, FACTS, TOKENIZER
+from tinyclip.zoo.resolve import ENDINGS, FACTS, TOKENIZER
 
 FORMATS = ("onnx", "openvino", "torch", "hf", "open_clip")
 OPSET = 18  # what ONNX Runtime reads since 1.14, and OpenVINO since 2023

@@ -17,7 +17,7 @@ from tinyclip.export.agreement import Samples
 from tinyclip.inference.engines import core, needed, save_openvino
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.tokenizer import pad
-from tinyclip.zoo.file_names import ENDINGS
+from tinyclip.zoo.resolve import ENDINGS
 
 # How many products with weights, from the first and from the last of a tower, stay in float; the next when the check
 # fails. The last is the projection, which computes one position and decides the most.

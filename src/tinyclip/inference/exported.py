@@ -32,7 +32,7 @@ from tinyclip.inputs.batching import (
 from tinyclip.inputs.tokenizer import CLIPTokenizer, pad
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
-from tinyclip.zoo.file_names import ENDINGS, FACTS, TOKENIZER, find_export
+from tinyclip.zoo.resolve import ENDINGS, FACTS, TOKENIZER, find_export
 
 FORMAT = 1  # of `FACTS`
 NEEDED = {

@@ -22,7 +22,7 @@ from tinyclip.common.files import printable, read_json_object
 from tinyclip.inputs.transforms import DRAFT, open_image
 from tinyclip.loading import load
 from tinyclip.search.vectors import EXACT, Vectors
-from tinyclip.zoo.file_names import find_export
+from tinyclip.zoo.resolve import find_export
 
 INFO, WORK, FORMAT = "index.json", "work.sqlite", 1
 COLUMNS = "id INTEGER PRIMARY KEY, path BLOB NOT NULL, size INTEGER, mtime_ns INTEGER, cause TEXT, reason TEXT"

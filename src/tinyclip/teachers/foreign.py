@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.common.files import read_json_object
-from tinyclip.data.batch import Tokenize
+from tinyclip.data.loader import Tokenize
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.teachers.teacher import ForeignTeacher, Teacher

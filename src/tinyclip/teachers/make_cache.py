@@ -27,8 +27,7 @@ from tinyclip.common.folders import remove_leftovers
 from tinyclip.common.locks import Lock, lock_of, take
 from tinyclip.common.ownership import LOCKS, check_replaceable, claim, remove
 from tinyclip.common.schema import Precision
-from tinyclip.data.batch import Tokenize
-from tinyclip.data.loader import AGAIN, bind_worker, closing, stable_hash
+from tinyclip.data.loader import AGAIN, Tokenize, bind_worker, closing, stable_hash
 from tinyclip.data.samples import captions_of, image_of
 from tinyclip.data.shard_index import shard_counts
 from tinyclip.data.shards import find_shards, read_shard

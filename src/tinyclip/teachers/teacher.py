@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyclip.data.batch import Batch, Tokenize, image_input, shorten
+from tinyclip.data.loader import Batch, Tokenize, image_input, shorten
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP

@@ -8,8 +8,7 @@ from typing import Any
 
 from tinyclip.compress.calibrate import Calibration
 from tinyclip.compress.importance import Sample
-from tinyclip.data.batch import image_input, shorten
-from tinyclip.data.loader import next_batch, training_loader
+from tinyclip.data.loader import image_input, next_batch, shorten, training_loader
 from tinyclip.data.shard_index import prepare
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.augment import Augment

@@ -28,8 +28,7 @@ from tinyclip.common.folders import remove_leftovers
 from tinyclip.common.ownership import LOCKS, MARKER, claim, discard
 from tinyclip.common.progress import track
 from tinyclip.compress.batch_norm import batch_norms, reestimate, synchronise
-from tinyclip.data.batch import image_input
-from tinyclip.data.loader import close_loader, next_batch
+from tinyclip.data.loader import close_loader, image_input, next_batch
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage
 from tinyclip.train import run_card
@@ -43,7 +42,7 @@ from tinyclip.train.tracking import FOLDERS as TRACKED
 from tinyclip.train.tracking import peak_memory_gb, tracked
 from tinyclip.zoo import card
 from tinyclip.zoo.checkpoint import FILES, load_checkpoint, read_config, save_checkpoint
-from tinyclip.zoo.file_names import STATE
+from tinyclip.zoo.resolve import STATE
 
 UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # of a run that has not begun
 NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid

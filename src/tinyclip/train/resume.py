@@ -32,7 +32,7 @@ from tinyclip.train.pruner import MASKS
 from tinyclip.train.run import Progress
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
-from tinyclip.zoo.file_names import MANIFEST, STATE
+from tinyclip.zoo.resolve import MANIFEST, STATE
 
 PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
 SAVED = (*FILES, STATE, MANIFEST, MASKS)  # what a stage in progress is made of

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tinyclip.common.devices import best_precision, resolve_device
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.data.pack import find_items, pack
 from tinyclip.inference.pipeline import load
 from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clip_tokenizer

@@ -21,8 +21,7 @@ from tinyclip.train.calibration_batches import calibration, samples
 from tinyclip.train.pruner import already_gone, budgets
 from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for
 from tinyclip.zoo.checkpoint import load_checkpoint
-from tinyclip.zoo.file_names import STATE
-from tinyclip.zoo.resolve import resolve
+from tinyclip.zoo.resolve import STATE, resolve
 
 
 def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:

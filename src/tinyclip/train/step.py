@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinyclip.common.distributed import average, world_size
 from tinyclip.compress.batch_norm import freeze
-from tinyclip.data.batch import Batch
+from tinyclip.data.loader import Batch
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss

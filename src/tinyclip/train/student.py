@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from tinyclip.data.batch import image_input, shorten
+from tinyclip.data.loader import image_input, shorten
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP, Block
 from tinyclip.recipe.stage import Stage

@@ -5,13 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from tinyclip.model.axes import axis_table, count_parameters
-from tinyclip.model.config import CLIPConfig
+from typing import Literal
 
 RELEASE = "https://github.com/wkcn/TinyCLIP-model-zoo/releases/download/checkpoints/"
 EARLIER = "https://github.com/zhouzhenghong-gt/tinyclip_ckpt/releases/download/pre/"
@@ -146,11 +142,6 @@ def shipped(name: str) -> Path:
     return Path(__file__).parent.parent / "models" / name
 
 
-def describe_shipped(name: str) -> dict[str, str]:
-    """What `tinyclip zoo` says of a model that ships with the package."""
-    return {"name": name, "state": "shipped", "path": str(shipped(name)), "card": str(shipped(name) / "README.md")}
-
-
 def get(name: str) -> Entry:
     """The model of a name; `ValueError` with those like it when there is none."""
     if entry := find(name):
@@ -167,116 +158,3 @@ def _hint(name: str) -> str:
         return f"did you mean {SHIPPED[0]}?"
     like = [e.name for e in sorted(ENTRIES, key=likeness, reverse=True)[:3] if likeness(e) > 0.7]
     return f"did you mean {' or '.join(like)}?" if like else "`tinyclip zoo` lists the published models"
-
-
-def verify(entry: Entry, cache: str | Path | None = None) -> str:
-    """Read a cached file whole and compare it with its record; returns its SHA-256.
-
-    Raises:
-        ValueError: when it is not in the cache or has changed.
-    """
-    from tinyclip.common.download import check
-
-    path = cache_folder(cache) / entry.file
-    if not path.exists():
-        raise ValueError(f"{path}: not downloaded yet")
-    return str(check(path, full=True)["sha256"])
-
-
-def unrecorded(entry: Entry, cache: str | Path | None = None) -> bool:
-    """Whether a file is in the cache of which no checksum is known, as one that was put there by hand."""
-    from tinyclip.common.download import read_record
-
-    path = cache_folder(cache) / entry.file
-    return path.exists() and read_record(path) is None
-
-
-def recount(entry: Entry, cache: str | Path | None = None) -> dict[str, int] | None:
-    """`params_image`, `params_text`, `macs_image`, `macs_text` counted here: of manual models from their shape, of
-    the others from their file once it is in the cache (and then kept in its record); None before."""
-    if entry.shape:
-        return _count(CLIPConfig.named(entry.shape))
-    path = cache_folder(cache) / entry.file
-    if not path.exists():
-        return None
-    from tinyclip.common.download import add_to_record, check
-    from tinyclip.zoo.checkpoint import load_checkpoint
-
-    record = check(path)
-    counts = record.get("recount")
-    if counts is None:
-        counts = add_to_record(path, recount=_count(load_checkpoint(path)[0].config))["recount"]
-    return dict(counts)
-
-
-def _count(config: CLIPConfig) -> dict[str, int]:
-    from tinyclip.model.costs import macs
-
-    parts, operations = count_parameters(axis_table(config)), macs(config)
-    counts = {f"params_{tower}": parts[tower] for tower in ("image", "text")}
-    return counts | {f"macs_{tower}": operations[tower] for tower in ("image", "text")}
-
-
-def describe(entry: Entry, cache: str | Path | None = None) -> dict[str, Any]:
-    """Everything known of a model, for tables and JSON. `recount` is what went wrong where its file is damaged."""
-    from tinyclip.common.download import partial_size, read_record
-
-    path = cache_folder(cache) / entry.file
-    state = "cached" if path.exists() else "partial" if partial_size(path) else "remote"
-    try:
-        counted: dict[str, int] | str | None = recount(entry, cache)
-        record: Mapping[str, Any] = (read_record(path) if state == "cached" else None) or {}
-    except ValueError as error:
-        counted, record, state = str(error), {}, "damaged"
-    published = {"imagenet_top1": entry.top1, "params_m": list(entry.params_m), "gmacs": entry.gmacs}
-    return {
-        "name": entry.name,
-        "how": entry.how,
-        "data": entry.data,
-        "licence": entry.licence,
-        "published": published | {"v100_pairs_per_s": entry.pairs_per_s},
-        "recount": counted,
-        "note": entry.note,
-        "url": entry.url,
-        "earlier_url": entry.earlier_url,
-        "hub_id": entry.hub_id,
-        "state": state,
-        "path": str(path),
-        "sha256": record.get("sha256"),
-    }
-
-
-COLUMNS = ("model", "how", "IN-1K %", "params M", "recounted", "GMACs", "recounted", "V100 pairs/s", "here")
-
-
-def row(facts: Mapping[str, Any]) -> list[str]:
-    """A row of text for `COLUMNS`, of what `describe` gives."""
-    published, counts = facts["published"], facts["recount"]
-    recounted = ["from the file" if facts["how"] == "auto" else "-"] * 2
-    if isinstance(counts, dict):
-        recounted = [f"{counts['params_image'] / 1e6:.1f}+{counts['params_text'] / 1e6:.1f}"]
-        recounted += [f"{counts['macs_image'] / 1e9:.2f}+{counts['macs_text'] / 1e9:.2f}"]
-    image, text = published["params_m"]
-    return [
-        facts["name"],
-        facts["how"],
-        f"{published['imagenet_top1']}",
-        f"{image}+{text}",
-        recounted[0],
-        f"{published['gmacs']}",
-        recounted[1],
-        f"{published['v100_pairs_per_s']:,}",
-        "-" if facts["state"] == "remote" else facts["state"],
-    ]
-
-
-def details(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `describe` gives as lines of name and value."""
-    lines: dict[str, Any] = {key: value for key, value in facts.items() if key not in ("published", "recount")}
-    lines |= {f"published {key}": value for key, value in facts["published"].items()}
-    counts = facts["recount"]
-    if isinstance(counts, dict):
-        lines |= {f"recounted {key}": f"{value:,}" for key, value in counts.items()}
-    elif counts:
-        lines["problem"] = counts
-    return [(key, str(value)) for key, value in lines.items() if value]

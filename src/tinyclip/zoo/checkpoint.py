@@ -26,7 +26,6 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.card import Card, write_card
-from tinyclip.zoo.file_names import find_export
 from tinyclip.zoo.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
 from tinyclip.zoo.hugging_face import read_hugging_face
 from tinyclip.zoo.openai import (
@@ -38,6 +37,7 @@ from tinyclip.zoo.openai import (
     read_file,
     read_open_clip,
 )
+from tinyclip.zoo.resolve import find_export
 
 WEIGHTS = "model.safetensors"
 FILES = ("config.json", WEIGHTS, "tokenizer.json", "preprocess.json", "README.md")  # of a checkpoint of ours
