@@ -16,7 +16,7 @@ test: .venv/installed-dev
 	scripts/check
 
 test-app: .venv/installed-app
-	$(BIN)/python -m pytest tests/app
+	$(BIN)/python -m pytest tests/browser
 
 test-package:
 	$(PYTHON) scripts/test_package.py

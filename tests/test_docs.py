@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, tinyclip
-from test_data import picture
+from tests.conftest import ROOT, tinyclip
+from tests.data.test_loader import picture
 from tinyclip.model.config import vit_clip
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.convert import convert

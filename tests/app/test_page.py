@@ -1,158 +1,98 @@
-"""`tinyclip app` as visitors have it: in a headless Chromium ($CHROMIUM, or the one on the path)."""
+"""What the page computes and refuses; the page itself is tested in a browser (`tests/browser`)."""
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
-import shutil
-import signal
-import subprocess
-import tarfile
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from clients import COMMAND, start, stop
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from PIL import Image
 
-ROOT = Path(__file__).parent.parent.parent
-TEACHER = ROOT / "assets" / "emoji-teacher"
-APPLE = "twemoji-1f34f.webp"
-NAMES = (APPLE, "twemoji-1f436.webp", "twemoji-1f431.webp", "twemoji-1f34b.webp")
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("app")
-    with tarfile.open(ROOT / "assets" / "emoji" / "eval" / "shard-00000.tar.gz") as shard:
-        for name in NAMES:
-            shard.extract(name, place / "pictures", filter="data")
-    subprocess.run([*COMMAND, "index", TEACHER, place / "pictures", "-o", place / "index"], check=True, timeout=120)
-    return place / "index"
+import tinyclip as package
+from tests.conftest import tinyclip
+from tinyclip.app import door, guard, page
+from tinyclip.inference.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
-def address(index: Path) -> Iterator[str]:
-    process, address = start(TEACHER, "--index", index, "--student", "emoji-student")
-    yield address
-    stop(process)
+def clip() -> Pipeline:
+    return package.load("emoji-student")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    assert program, "no chromium on the path; install it, or set CHROMIUM to its program"
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield found
-        found.close()
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)).save(file)
+    return file
 
 
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
-def page(request: pytest.FixtureRequest, browser: Browser, address: str) -> Iterator[Page]:
-    width, height = request.param
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark")
-    elsewhere: list[str] = []
-    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else elsewhere.append(r.url))
-    page.goto(address)
-    expect(page.get_by_role("button", name="Classify")).to_be_visible(timeout=30_000)
-    yield page
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
-    assert not elsewhere
+def test_labels_are_taken_apart() -> None:
+    assert page.labels_from(" a cat,a dog\r\n\n, a cat ,an apple") == ["a cat", "a dog", "an apple"]
+    for text, message in (
+        (None, "No labels"),
+        (" ,\n ", "No labels"),
+        ("\n".join(map(str, range(2000))), "2,000 labels are too many"),
+        ("a" * 301, "too long"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page.labels_from(text)
 
 
-def give(page: Page, file: Path) -> None:
-    page.locator("input[type=file]:visible, [role=tabpanel]:visible input[type=file]").first.set_input_files(file)
-    expect(page.get_by_role("img", name="The chosen picture").locator("visible=true")).to_be_visible()
+def test_probabilities_are_those_of_classify(clip: Pipeline, picture: Path) -> None:
+    labels = ["a red apple", "a dog", "the sea"]
+    result = page.Served("m", clip).classify(page.picture_from(io.BytesIO(picture.read_bytes())), labels)
+    assert result.chances == pytest.approx(clip.classify(picture, labels)[0].double().numpy(), abs=1e-5)
+    assert result.chances.sum() == pytest.approx(1)
 
 
-def test_a_picture_is_classified(page: Page, index: Path) -> None:
-    give(page, index.parent / "pictures" / APPLE)
-    page.get_by_label("Labels").fill("a dog, a green apple\n<b>${1+1}{{7}}</b>")
-    page.get_by_role("button", name="Classify").press("Enter")
-    result = page.get_by_role("region", name="Probabilities, emoji-teacher")
-    expect(result.get_by_role("listitem")).to_have_count(3)
-    expect(result.get_by_role("listitem").first).to_contain_text("a green apple")
-    expect(result).to_contain_text("<b>${1+1}{{7}}</b>")
+def test_bars_are_in_order_and_safe() -> None:
+    result = page.Timed(np.array([0.25, 0.75]), 1.25, 2.0)
+    text = page.bars(["<b>${1}{{2}}</b>", "dog"], result, "m", times=True)
+    assert text.index("75.0 %") < text.index("25.0 %") and "1.2 ms for the picture, 2.0 ms for 2 labels" in text
+    assert not re.search(r"<b>|[{}$`]", text)
+    many = page.bars([str(i) for i in range(50)], page.Timed(np.full(50, 0.02), 1, 1), "m")
+    assert many.count("<li>") == page.MOST_BARS and "30 less probable labels" in many
 
 
-def test_the_index_is_searched_by_words_and_by_picture(page: Page, index: Path) -> None:
-    page.get_by_role("tab", name="Search").click()
-    page.get_by_label("Words").fill("a green apple")
-    page.get_by_label("Words").press("Enter")
-    found = page.get_by_role("region", name="Found for “a green apple”").get_by_role("img")
-    expect(found).to_have_count(len(NAMES))
-    assert found.first.get_attribute("alt") == APPLE
-    assert found.first.get_attribute("src", timeout=1000).startswith("data:image/webp;base64,")  # type: ignore[union-attr]
-    give(page, index.parent / "pictures" / NAMES[1])
-    page.get_by_role("button", name="Search by picture").click()
-    like = page.get_by_role("region", name="Found for a picture like this")
-    expect(like.get_by_role("img").first).to_have_attribute("alt", NAMES[1])
-    expect(like.get_by_role("listitem").first).to_contain_text("1.000")
+def test_pictures_that_cannot_be_used(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = guard.Uploads(100, 1, 100, 100, 60)
+    for name, message in ((None, "No picture"), ("", "No picture"), (str(picture), "no longer here")):
+        with pytest.raises(ValueError, match=message):
+            page.uploaded(uploads, name)
+    with pytest.raises(ValueError, match="not a picture"):
+        page.picture_from(io.BytesIO(b"no picture"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="too large"):
+        page.picture_from(io.BytesIO(picture.read_bytes()))
 
 
-def test_teacher_and_student_are_compared(page: Page, index: Path) -> None:
-    page.get_by_role("tab", name="Compare").click()
-    give(page, index.parent / "pictures" / APPLE)
-    page.get_by_role("button", name="Compare").click()
-    for name in ("emoji-teacher", "emoji-student"):
-        result = page.get_by_role("region", name=f"Probabilities, {name}")
-        expect(result).to_contain_text(re.compile(r"[\d.]+ ms for the picture, [\d.]+ ms for 3 labels"))
-        expect(result.get_by_role("listitem")).to_have_count(3)
+def test_thumbnails_are_data(picture: Path, tmp_path: Path) -> None:
+    found = re.fullmatch(
+        r'<img alt="a&quot;b.png" src="data:image/webp;base64,(.+)">', page.thumbnail(picture, 'a"b.png')
+    )
+    assert found
+    assert Image.open(io.BytesIO(base64.b64decode(found[1]))).size == (240, 144)
+    os.mkfifo(tmp_path / "pipe.png")  # which would never end
+    for name in ("gone.png", "pipe.png"):
+        assert "missing" in page.thumbnail(tmp_path / name, name)
 
 
-def test_mistakes_are_told(page: Page, tmp_path: Path) -> None:
-    classify = page.get_by_role("button", name="Classify")
-    classify.click()
-    expect(page.get_by_text("No picture: choose one first.")).to_be_visible()
-    page.get_by_label("Labels").fill("\n".join(f"label {i}" for i in range(2000)))
-    classify.click()
-    expect(page.get_by_text("2,000 labels are too many: 200 at most.")).to_be_visible()
-    page.get_by_label("Labels").fill(" , ")
-    classify.click()
-    expect(page.get_by_text("No labels: type some")).to_be_visible()
-    words = tmp_path / "words.png"
-    words.write_text("no picture")
-    page.locator("input[type=file]").first.set_input_files(words)
-    page.get_by_label("Labels").fill("a dog")
-    expect(page.get_by_role("button", name="Remove Image")).to_be_visible()
-    classify.click()
-    expect(page.get_by_text("not a picture that Pillow can read")).to_be_visible()
+def test_without_gradio_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert tinyclip("app", "emoji-student", code=2) == "tinyclip: the page needs gradio: pip install tinyclip[app]\n"
 
 
-def test_the_keyboard_reaches_everything(page: Page) -> None:
-    reached = set()
-    for _ in range(20):
-        page.keyboard.press("Tab")
-        name = "e => e.innerText || e.labels?.[0]?.innerText || e.getAttribute('aria-label') || e.title || ''"
-        reached.add(page.evaluate(f"({name})(document.activeElement)").split("\n")[0].strip())
-    assert {"Classify", "Labels"} <= reached, reached
-
-
-def test_the_page_opens_with_a_token(browser: Browser, index: Path) -> None:
-    process, address = start("emoji-student", "--host", "0.0.0.0")
-    page = browser.new_page()
-    page.goto(address)
-    give(page, index.parent / "pictures" / APPLE)
-    page.get_by_role("button", name="Classify").click()
-    expect(page.get_by_role("region").get_by_role("listitem")).to_have_count(3)
-    assert "token" not in page.url
-    stop(process)
-    page.close()
-
-
-def test_tabs_without_input_are_not_there_and_it_ends_with_ctrl_c(browser: Browser) -> None:
-    process, address = start("emoji-student", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    page = browser.new_page()
-    page.goto(address)
-    expect(page.get_by_role("tab")).to_have_text(["Classify"])
-    stop(process)  # with a page open
-    page.close()
-
-
-def test_an_index_of_another_model_is_refused(index: Path) -> None:
-    command = [*COMMAND, "app", "emoji-student", "--index", str(index), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "was made with another model" in done.stderr
+def test_a_call_holds_texts_and_numbers() -> None:
+    assert door._text(None) is None and door._text("日本🍏") == "日本🍏"
+    assert door._number(12) == 12 and door._number(1.5) == 1.5
+    for value in (5, True, [], {}, "\ud800"):
+        with pytest.raises(guard.Refused):
+            door._text(value)
+    for number in (None, "5", True, float("inf"), 10**400, [5]):
+        with pytest.raises(guard.Refused):
+            door._number(number)
