@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 import tinyclip
-from tests.conftest import golden, random_model, small_config, small_tokenizer
+from tests.helpers.models import golden, random_model, random_resnet, resnet_config, small_config, small_tokenizer
 from tests.helpers.server import FileServer, serving
-from tests.model.test_resnet import random_resnet, resnet_config
 from tinyclip import clip
 from tinyclip.common import download
 from tinyclip.inference.pipeline import Pipeline

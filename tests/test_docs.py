@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, tinyclip
-from tests.data.test_loader import picture
+from tests.helpers.commands import tinyclip
+from tests.helpers.models import ROOT
+from tests.helpers.shards import picture
 from tinyclip.model.config import vit_clip
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.convert import convert

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.helpers.models import ROOT
 from tinyclip import doctor
 from tinyclip.cli.main import main
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, small_config
+from tests.helpers.models import ROOT, small_config
 from tinyclip.recipe.recipe import load_recipe
 
 sys.path.insert(0, str(ROOT / "scripts"))

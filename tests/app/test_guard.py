@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tinyclip
+from tests.helpers.commands import tinyclip
 from tinyclip.app import guard, serving
 
 TOKEN = "a-token-of-our-own"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import tinyclip as package
-from tests.conftest import tinyclip
+from tests.helpers.commands import tinyclip
 from tinyclip.app import door, guard, page
 from tinyclip.inference.pipeline import Pipeline
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import small_config, tinyclip
-from tests.data.test_loader import good, picture, write_shard
-from tests.train.test_killed import SERVER, end, until
+from tests.helpers.commands import tinyclip
+from tests.helpers.models import small_config
+from tests.helpers.processes import SERVER, end, until
+from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli import main
 from tinyclip.cli.arguments import Command
 from tinyclip.inference.pipeline import Pipeline

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import small_config, tinyclip
-from tests.data.test_loader import good, picture, write_shard
+from tests.helpers.commands import tinyclip
+from tests.helpers.models import small_config
+from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli.main import main
 from tinyclip.cli.terminal import plural
 from tinyclip.inference.pipeline import Pipeline, load

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import small_config, tinyclip
-from tests.data.test_loader import picture
+from tests.helpers.commands import tinyclip
+from tests.helpers.models import small_config
+from tests.helpers.shards import picture
 from tinyclip.cli import terminal
 from tinyclip.cli.meter import Meter
 from tinyclip.common.faults import Skipped

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.common.test_ownership import call, tree
-from tests.common.test_ownership import place as place
-from tests.conftest import tinyclip
-from tests.data.test_loader import good, write_shard
+from tests.helpers.commands import tinyclip
+from tests.helpers.outputs import call, tree
+from tests.helpers.shards import good, write_shard
 from tinyclip.common import files
 from tinyclip.common.files import append_text, replacing, write_atomically
 from tinyclip.data.shard_index import prepare

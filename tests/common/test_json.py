@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.commands import strict
 from tinyclip.cli.terminal import print_json
 from tinyclip.common import faults
 from tinyclip.common.faults import Skipped
@@ -20,13 +20,6 @@ from tinyclip.train.run import Run
 
 ODD = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, None, True, "NaN")}], "d": np.float64("nan"), "e": 3}
 PLAIN = {"a": None, "b": [1.5, None, {"c": [None, None, True, "NaN"]}], "d": None, "e": 3}
-
-
-def strict(text: str) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_a_number_that_is_not_finite_becomes_null() -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.common.test_ownership import call
-from tests.common.test_ownership import place as place
+from tests.helpers.outputs import call
 from tinyclip.common import locks
 from tinyclip.common.locks import LOCK, lock_of, take
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import tinyclip
+from tests.helpers.commands import tinyclip
 from tinyclip.common.yaml_text import DEEPEST, MOST_NODES, parse, read_yaml
 from tinyclip.recipe.recipe import load_recipe
 from tinyclip.zoo.card import read_card

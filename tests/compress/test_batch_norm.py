@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.conftest import small_config
-from tests.data.test_loader import good, write_shard
-from tests.model.test_resnet import random_resnet, resnet_config
+from tests.helpers.models import random_resnet, resnet_config, small_config
+from tests.helpers.runs import buffers, resnet_recipe
+from tests.helpers.runs import resnet_place as resnet_place
 from tinyclip.compress.batch_norm import batch_norms, freeze, reestimate, synchronise
 from tinyclip.compress.inheritance import inherit
 from tinyclip.data.loader import image_input
-from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
-from tinyclip.recipe.recipe import Recipe
 from tinyclip.recipe.stage import Stage
 from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted
@@ -64,38 +62,10 @@ def test_frozen_statistics_stay_and_several_gpus_share_theirs(monkeypatch: pytes
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data` (40 pairs) and a ResNet `teacher` of 32 px."""
-    folder = tmp_path_factory.mktemp("resnet")
-    (folder / "data").mkdir()
-    write_shard(folder / "data" / "0.tar", [good(i % 30) | {"key": f"{i:05d}"} for i in range(40)])
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer()
-    pruned = tokenizer.pruned(tokenizer.kept_ids(["caption words"]))
-    config = resnet_config(vocab_size=pruned.vocab_size, vision={"image_size": 32})
-    teacher = random_resnet(config, dtype=torch.float32)
-    save_checkpoint(folder / "teacher", teacher, pruned, Preprocess(image_size=32))
-    return folder
-
-
-def recipe(place: Path, output: Path, recipe_changes: dict[str, Any] | None = None, **changes: Any) -> Recipe:
-    stage: dict[str, Any] = {"name": "half", "steps": 6, "batch_size": 8, "optimizer": {"lr": 1e-3}}
-    stage |= {"student": {"vision": {"width": 3}, "text": {"layers": 1}}, "batch_norm_batches": 3}
-    stage = {key: value for key, value in (stage | changes).items() if value is not None}
-    data: dict[str, Any] = {"data": str(place / "data"), "output": str(output), "stages": [stage], "workers": 0}
-    data |= {"teacher": str(place / "teacher"), "device": "cpu", "precision": "float32", "log_every": 1}
-    return Recipe.model_validate(data | (recipe_changes or {}))
-
-
-def buffers(folder: Path) -> dict[str, Tensor]:
-    return dict(load_checkpoint(folder)[0].named_buffers())
-
-
-def test_a_frozen_stage_starts_from_reestimated_statistics(place: Path, tmp_path: Path) -> None:
-    run = loop.start(recipe(place, tmp_path / "run"))
+def test_a_frozen_stage_starts_from_reestimated_statistics(resnet_place: Path, tmp_path: Path) -> None:
+    run = loop.start(resnet_recipe(resnet_place, tmp_path / "run"))
     loop.run(run)
-    teacher = load_checkpoint(place / "teacher")[0]
+    teacher = load_checkpoint(resnet_place / "teacher")[0]
     wanted = inherit(teacher, run.configs[0])
     source = iter(loader_of(run, 0))
     reestimate(wanted, [image_input(next(source).images, run.preprocess) for _ in range(3)])
@@ -107,10 +77,10 @@ def test_a_frozen_stage_starts_from_reestimated_statistics(place: Path, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["frozen", "train"])
-def test_a_resumed_stage_is_the_same_to_the_bit(place: Path, tmp_path: Path, mode: str) -> None:
+def test_a_resumed_stage_is_the_same_to_the_bit(resnet_place: Path, tmp_path: Path, mode: str) -> None:
     changes = {"batch_norm": mode, "batch_norm_batches": 3 if mode == "frozen" else None}
-    loop.run(loop.start(recipe(place, tmp_path / "whole", **changes)))
-    chosen = recipe(place, tmp_path / "stopped", **changes)
+    loop.run(loop.start(resnet_recipe(resnet_place, tmp_path / "whole", **changes)))
+    chosen = resnet_recipe(resnet_place, tmp_path / "stopped", **changes)
     run = loop.start(chosen)
 
     def stop(event: dict[str, Any]) -> None:
@@ -135,7 +105,7 @@ def test_a_resumed_stage_is_the_same_to_the_bit(place: Path, tmp_path: Path, mod
 
 @pytest.mark.parametrize("mode", ["frozen", "train"])
 def test_only_statistics_that_are_learned_are_shared(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+    resnet_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """The first process measures frozen ones, and would there wait for the others for ever."""
     shared: list[bool] = []
@@ -154,16 +124,16 @@ def test_only_statistics_that_are_learned_are_shared(
     monkeypatch.setattr(loop, "synchronise", as_on_two_gpus)
     monkeypatch.setattr(Trainee, "step", step)
     changes = {"batch_norm": mode, "batch_norm_batches": 3 if mode == "frozen" else None}
-    loop.run(loop.start(recipe(place, tmp_path / "run", **changes)))
+    loop.run(loop.start(resnet_recipe(resnet_place, tmp_path / "run", **changes)))
     assert shared == [mode == "train"] * 6
 
 
-def test_from_scratch_learns_its_statistics(place: Path, tmp_path: Path) -> None:
+def test_from_scratch_learns_its_statistics(resnet_place: Path, tmp_path: Path) -> None:
     config = resnet_config(vision={"image_size": 32}).model_dump(mode="json")
     loss = {"affinity": 0, "contrastive": 1}
     scratch = {"inherit": "none", "loss": loss, "student": {}, "batch_norm_batches": None}
     model = {"teacher": None, "model": config, "vocabulary": "data"}
-    loop.run(loop.start(recipe(place, tmp_path / "run", model, **scratch)))
+    loop.run(loop.start(resnet_recipe(resnet_place, tmp_path / "run", model, **scratch)))
     found = buffers(tmp_path / "run" / "student")
     assert all(value == 6 for key, value in found.items() if key.endswith("num_batches_tracked"))
 
@@ -184,23 +154,25 @@ def test_an_untouched_image_tower_keeps_its_statistics() -> None:
     ],
 )
 def test_batch_norm_keys_that_contradict_are_refused(
-    place: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    resnet_place: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe(place, tmp_path, **changes)
+        resnet_recipe(resnet_place, tmp_path, **changes)
 
 
-def test_masks_of_a_resnet_are_not_learned(place: Path, tmp_path: Path) -> None:
+def test_masks_of_a_resnet_are_not_learned(resnet_place: Path, tmp_path: Path) -> None:
     auto = {"inherit": "auto", "auto": {"target_sparsity": 0.5, "steps": 3}, "student": {}}
     with pytest.raises(ValueError, match="resnet image tower cannot learn masks"):
-        loop.start(recipe(place, tmp_path / "run", **auto))
+        loop.start(resnet_recipe(resnet_place, tmp_path / "run", **auto))
 
 
-def test_a_vit_has_no_batch_norm(place: Path, tmp_path: Path) -> None:
-    _, tokenizer, _ = load_checkpoint(place / "teacher")
+def test_a_vit_has_no_batch_norm(resnet_place: Path, tmp_path: Path) -> None:
+    _, tokenizer, _ = load_checkpoint(resnet_place / "teacher")
     config = small_config(vocab_size=tokenizer.vocab_size)
     save_checkpoint(tmp_path / "vit", CLIP(config), tokenizer, Preprocess(image_size=32))
-    chosen = recipe(place, tmp_path / "run", {"teacher": str(tmp_path / "vit")}, student={}, batch_norm="frozen")
+    chosen = resnet_recipe(
+        resnet_place, tmp_path / "run", {"teacher": str(tmp_path / "vit")}, student={}, batch_norm="frozen"
+    )
     with pytest.raises(ValueError, match=r"stages.0 \(half\): batch_norm: a ViT has none; leave the key out"):
         loop.start(chosen)
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import random_model, small_config, uneven_config
+from tests.helpers.models import random_model, small_config, uneven_config
 from tinyclip.common.progress import Counted, listening
 from tinyclip.compress.calibrate import BUDGETS, Calibration, calibrate, fill_budget, settled
 from tinyclip.compress.importance import Sample, Score, importance, prunable, taylor

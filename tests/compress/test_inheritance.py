@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import (
+from tests.helpers.models import (
     TEXTS,
     filled,
     golden,

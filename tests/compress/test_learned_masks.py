@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import TEXTS, filled, golden, images, random_inputs, random_model, small_config, uneven_config
+from tests.helpers.models import TEXTS, filled, golden, images, random_inputs, random_model, small_config, uneven_config
 from tinyclip.compress.inheritance import compact
 from tinyclip.compress.learned_masks import (
     LARGEST,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data.test_loader import picture, write_shard
+from tests.helpers.shards import picture, write_shard
 from tinyclip.data.classnames import imagenet, imagenet_templates
 from tinyclip.data.datasets import Dataset, find_splits, open_dataset
 

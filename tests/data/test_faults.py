@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 import tinyclip
-from tests.data.test_loader import LOADERS, good, loader, picture, write_shard
-from tests.train.test_loop import place as place
-from tests.train.test_loop import recipe, stage, weights
+from tests.helpers.runs import place as place
+from tests.helpers.runs import recipe, stage, weights
+from tests.helpers.shards import LOADERS, good, loader, picture, write_shard
 from tinyclip.cli import data as cli_data
 from tinyclip.cli import judge
 from tinyclip.common import faults

@@ -1,76 +1,22 @@
 from __future__ import annotations
 
-import io
-import json
 import os
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tinyclip.data.loader import close_loader, next_batch, training_loader
+from tests.helpers.shards import WORDS, good, loader, picture, write_shard
+from tinyclip.data.loader import next_batch
 from tinyclip.data.samples import captions_of
 from tinyclip.data.shard_index import prepare
 from tinyclip.data.shards import find_shards, read_shards
 from tinyclip.inputs.augment import Augment, jitter
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import on_colour
-
-WORDS = [f"{a}{b}" for a in "abcdef" for b in "aeiou"]
-
-
-def picture(seed: int, ending: str = "jpg", size: int = 20) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[ending])
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, samples: list[dict[str, Any]]) -> None:
-    """A tar of samples; each has `key` and bytes by file ending."""
-    with tarfile.open(path, "w") as tar:
-        for sample in samples:
-            for ending, data in sample.items():
-                if ending != "key":
-                    info = tarfile.TarInfo(f"{sample['key']}.{ending}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-
-
-def good(i: int, ending: str = "jpg", **info: Any) -> dict[str, Any]:
-    data = {"captions": [f"caption {WORDS[i]}", f"words {WORDS[i]}"]} | info
-    return {"key": f"{i:05d}", ending: picture(i, ending), "json": json.dumps(data).encode()}
-
-
-LOADERS: list[Any] = []
-
-
-def loader(folder: Path, **changes: Any) -> Any:
-    arguments: dict[str, Any] = {
-        "tokenizer": clip_tokenizer(),
-        "context_length": 16,
-        "image_size": 16,
-        "augment": Augment(),
-        "batch_size": 4,
-        "workers": 0,
-        "seed": 0,
-    }
-    made = training_loader(folder, **(arguments | changes))
-    LOADERS.append(made)
-    return made
-
-
-@pytest.fixture(autouse=True)
-def close_loaders() -> Iterator[None]:
-    yield
-    while LOADERS:
-        close_loader(LOADERS.pop())
 
 
 def test_batches_hold_uint8_images_tokens_and_class_groups(tmp_path: Path) -> None:

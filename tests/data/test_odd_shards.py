@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tinyclip
-from tests.data.test_loader import close_loaders, good, loader, picture, write_shard
+from tests.helpers.commands import tinyclip
+from tests.helpers.shards import close_loaders, good, loader, picture, write_shard
 from tinyclip.common.faults import Skipped
 from tinyclip.data import shard_index
 from tinyclip.data.loader import next_batch

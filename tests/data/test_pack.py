@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from tests.conftest import tinyclip
-from tests.data.test_loader import loader
+from tests.helpers.commands import tinyclip
+from tests.helpers.shards import loader
 from tinyclip.cli import terminal
 from tinyclip.common.faults import Skipped
 from tinyclip.common.files import read_json_object

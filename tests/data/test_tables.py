@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.conftest import tinyclip
-from tests.data.test_loader import picture
+from tests.helpers.commands import tinyclip
+from tests.helpers.shards import picture
 from tinyclip.data import tables
 from tinyclip.data.captioned import Item
 from tinyclip.data.datasets import open_dataset

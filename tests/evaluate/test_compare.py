@@ -19,8 +19,8 @@ from PIL import Image
 from scipy import special
 from torch import Tensor
 
-from tests.conftest import random_model, small_config, small_tokenizer
-from tests.evaluate.test_metrics import grey, shards
+from tests.helpers.judged import grey, shards
+from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.cli import main
 from tinyclip.evaluate import compare, stats
 from tinyclip.evaluate import contenders as contenders_module

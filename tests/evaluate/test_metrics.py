@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.conftest import random_model
-from tests.data.test_loader import write_shard
+from tests.helpers.judged import Oracle, grey, shards
+from tests.helpers.models import random_model
+from tests.helpers.shards import write_shard
 from tinyclip.evaluate.metrics import (
     average_precision,
     class_features,
@@ -31,33 +31,6 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig, vit_clip
 from tinyclip.zoo.checkpoint import save_checkpoint
 from tinyclip.zoo.convert import convert
-
-
-class Oracle:
-    """Encodes a grey level `g` and texts that name a level as a point on the half circle."""
-
-    def encode_image(self, images: Any, *, normalize: bool = True) -> Tensor:
-        return torch.stack([self._point(float(np.asarray(i.convert("L")).mean())) for i in images])
-
-    def encode_text(self, texts: Any, *, normalize: bool = True) -> Tensor:
-        return torch.stack([self._point(float(re.sub(r"[^0-9.]", "", t))) for t in texts])
-
-    def _point(self, level: float) -> Tensor:
-        angle = torch.tensor(level / 255 * np.pi)
-        return torch.stack([angle.cos(), angle.sin()])
-
-
-def grey(level: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), level).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def shards(folder: Path, rows: list[tuple[int, dict[str, Any]]]) -> Path:
-    folder.mkdir(exist_ok=True)
-    samples = [{"key": f"k{i}", "png": grey(g), "json": json.dumps(info).encode()} for i, (g, info) in enumerate(rows)]
-    write_shard(folder / "0.tar", samples)
-    return folder
 
 
 def test_zero_shot_on_class_folders(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluate.test_metrics import Oracle, grey
+from tests.helpers.judged import Oracle, grey
 from tinyclip.cli.main import main
 from tinyclip.data.datasets import open_dataset
 from tinyclip.evaluate import probe as module

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.conftest import small_config, small_tokenizer
-from tests.data.test_loader import picture, write_shard
+from tests.helpers.models import small_config, small_tokenizer
+from tests.helpers.shards import picture, write_shard
 from tinyclip.common.distributed import gather_uneven, processes, rank
 from tinyclip.evaluate import metrics as evaluation
 from tinyclip.evaluate.metrics import evaluate, open_dataset

@@ -21,10 +21,9 @@ from fill import picture
 from PIL import Image
 
 import tinyclip
-from tests.conftest import random_model, small_tokenizer, uneven_config
-from tests.conftest import tinyclip as command
-from tests.data.test_loader import good, write_shard
-from tests.model.test_resnet import random_resnet, resnet_config
+from tests.helpers.commands import tinyclip as command
+from tests.helpers.models import random_model, random_resnet, resnet_config, small_tokenizer, uneven_config
+from tests.helpers.shards import good, write_shard
 from tinyclip.export import agreement, quantise
 from tinyclip.export.export import TOWERS, export, write_facts
 from tinyclip.inference import engines

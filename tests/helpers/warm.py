@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.conftest import small_config
+from tests.helpers.models import small_config
 from tests.train import test_killed  # noqa: F401
 from tinyclip.model.model import CLIP
 

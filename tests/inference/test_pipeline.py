@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tinyclip
-from tests.conftest import ROOT, random_model, small_config, small_tokenizer
+from tests.helpers.models import ROOT, random_model, small_config, small_tokenizer
 from tinyclip.inference.pipeline import Pipeline, Tensors
 from tinyclip.inputs import batching
 from tinyclip.inputs.transforms import Preprocess

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import tinyclip
-from tests.conftest import random_model, small_config, small_tokenizer
+from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.cli.main import main
 from tinyclip.common import faults
 from tinyclip.common.faults import Fault

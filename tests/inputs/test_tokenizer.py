@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tinyclip
-from tests.conftest import golden, small_tokenizer
+from tests.helpers.models import golden, small_tokenizer
 from tinyclip.inputs.tokenizer import BYTE_TOKENS, CLIPTokenizer, clean, clip_tokenizer, is_plain, openai_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.zoo.hugging_face import write_processor

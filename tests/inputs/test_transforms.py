@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 import tinyclip
-from tests.conftest import golden
+from tests.helpers.models import golden
 from tinyclip.inputs.transforms import OPENAI_STD, Preprocess, open_image
 
 GOLDEN = golden("preprocess.npz")

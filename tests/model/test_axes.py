@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import golden, small_config, uneven_config
+from tests.helpers.models import golden, small_config, uneven_config
 from tinyclip.model.axes import axis_sizes, axis_table, count_parameters
 from tinyclip.model.config import NAMED, CLIPConfig
 from tinyclip.model.model import CLIP

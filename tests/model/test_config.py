@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import small_config, uneven_config
+from tests.helpers.models import small_config, uneven_config
 from tinyclip.model.config import AUTO_NAMES, NAMED, CLIPConfig, ResNetConfig, TextConfig, VisionConfig, vit_clip
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import (
+from tests.conftest import fill
+from tests.helpers.models import (
     TEXTS,
-    fill,
     filled,
     golden,
     images,

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import TEXTS, filled, golden, images, random_inputs, random_model, small_config
+from tests.helpers.models import (
+    TEXTS,
+    filled,
+    golden,
+    images,
+    random_inputs,
+    random_resnet,
+    resnet_config,
+    small_config,
+)
 from tinyclip.compress.batch_norm import batch_norms
 from tinyclip.compress.inheritance import compact, describe, inherit, manual_masks
 from tinyclip.inference.pipeline import tokenize
@@ -27,28 +36,11 @@ from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 NAME = "TinyCLIP-ResNet-19M-Text-19M"
 
 
-def resnet_config(layers: tuple[int, ...] = (1, 2, 3, 1), width: int = 4, **changes: Any) -> CLIPConfig:
-    """A ResNet CLIP of some ten thousand parameters, 64 px: a last feature map of 2 x 2."""
-    fields: dict[str, Any] = {"image_size": 64, "head_dim": 8} | changes.pop("vision", {})
-    base = small_config(**({"vocab_size": 60} | changes))
-    return base.model_copy(update={"vision": resnet_tower(layers, width, **fields)})
-
-
 def cut_config() -> CLIPConfig:
     """A ResNet CLIP as a calibrated cut leaves it: no two sizes alike."""
     fields = {"stem": (3, 5, 4), "channels": (7, 9, 12, 10), "heads": 3}
     fields |= {"conv1": ((2,), (5, 3), (4, 6, 1), (8,)), "conv2": ((6,), (1, 4), (5, 2, 3), (7,))}
     return resnet_config(vision={"image_size": 75, "head_dim": 5} | fields)
-
-
-def random_resnet(config: CLIPConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> CLIP:
-    """No parameter and no statistic at its initial value."""
-    model = random_model(config, seed, dtype)
-    for norm in batch_norms(model):
-        assert norm.running_mean is not None and norm.running_var is not None
-        norm.running_mean.normal_(std=0.3)
-        norm.running_var.uniform_(0.5, 2)
-    return model
 
 
 def zero_one_masks(config: CLIPConfig, seed: int) -> dict[str, Tensor]:

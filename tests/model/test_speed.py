@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.conftest import small_config
+from tests.helpers.models import small_config
 from tinyclip.model.axes import axis_table, count_parameters
 from tinyclip.model.config import CLIPConfig, TextConfig, VisionConfig
 from tinyclip.model.costs import macs

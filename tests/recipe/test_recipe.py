@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT, small_config
+from tests.helpers.models import ROOT, small_config
 from tinyclip.recipe.recipe import Recipe, load_recipe, shape_from
 from tinyclip.recipe.student_shape import StudentShape
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from matplotlib.image import imread
 
-from tests.conftest import small_config, tinyclip, uneven_config
+from tests.helpers.commands import tinyclip
+from tests.helpers.models import small_config, uneven_config
 from tinyclip.cli.live import kept_bars, kept_lines
 from tinyclip.model.config import NAMED
 from tinyclip.report.structure import figure, rows

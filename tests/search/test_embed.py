@@ -3,8 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
-import subprocess
 import sys
 import tarfile
 import time
@@ -19,7 +17,8 @@ import torch
 from PIL import Image
 
 import tinyclip
-from tests.conftest import ROOT, random_model, small_config, small_tokenizer
+from tests.helpers.models import random_model
+from tests.helpers.pictures import drawing, encoded, start_processes
 from tinyclip.cli.main import main
 from tinyclip.common import faults
 from tinyclip.common.ownership import MARKER
@@ -32,33 +31,12 @@ from tinyclip.search.sources import open_source
 CAPTIONS = [["a red apple", "an apple"], ["the sea"], []]
 
 
-def drawing(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
-    """Smooth colours."""
-    colours = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def write_shard(path: Path, files: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("embed") / "model"
-    tokenizer = small_tokenizer()
-    network = random_model(small_config(vocab_size=tokenizer.vocab_size), dtype=torch.float32)
-    Pipeline(network, tokenizer, Preprocess(image_size=32)).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -258,22 +236,6 @@ def states(out: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.glob("image-*")}
 
 
-def start(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """The command in as many processes, with the variables that torchrun gives them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | {k: str(v) for k, v in variables.items()}
-        command = [sys.executable, "-m", "tinyclip", *map(str, arguments)]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
-    return started
-
-
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     (tmp_path / "many").mkdir()
@@ -289,7 +251,7 @@ def test_a_killed_run_goes_on_without_computing_finished_parts_again(
     out = tmp_path / "out"
     options = ("--part-size", 1, "--compute-dtype", "float32", "--device", "cpu", "--json")
     command = ("embed", model, many, "-o", out, *options)
-    started, end = start(processes, *command), time.monotonic() + 200
+    started, end = start_processes(processes, *command), time.monotonic() + 200
     while len(list(out.glob(".parts/*.json"))) < 5 and time.monotonic() < end:
         assert all(process.poll() is None for process in started)
         time.sleep(0.002)
@@ -302,7 +264,7 @@ def test_a_killed_run_goes_on_without_computing_finished_parts_again(
     before = {name: state for name, state in states(out).items() if int(name[6:11]) in records}
     assert len(before) == len(records)
 
-    started = start(processes, *command)
+    started = start_processes(processes, *command)
     spoken = [process.communicate(timeout=200) for process in started]
     assert [process.returncode for process in started] == [0] * processes, spoken
     told = json.loads(spoken[0][0])

@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 
 import tinyclip
-from tests.conftest import random_model
-from tests.search import test_embed
-from tests.search.test_embed import drawing, encoded
+from tests.helpers.models import random_model
+from tests.helpers.pictures import drawing, encoded, start_processes
 from tinyclip.app import page
 from tinyclip.cli.main import main
 from tinyclip.common import faults
@@ -36,7 +35,6 @@ from tinyclip.search.index import INFO, WORK, Index
 from tinyclip.search.pending import Pending, Row
 from tinyclip.search.vectors import Vectors
 
-model = test_embed.model
 SERVER = multiprocessing.get_context("forkserver")  # it imports all once; a process is then there in no time
 SERVER.set_forkserver_preload(["tests.helpers.warm", "tests.search.test_index"])
 QUERIES = ["a red apple", "the sea", "a dog in the snow"]
@@ -388,7 +386,7 @@ def waiting_in(out: Path) -> int:
 
 def test_a_killed_command_goes_on(model: Path, clip: Pipeline, make: Make, tmp_path: Path) -> None:
     folder, out = write(tmp_path / "many", *range(60)), tmp_path / "index"
-    (process,) = test_embed.start(1, "index", model, folder, "-o", out, "--batch-size", 1, "--dtype", "float32")
+    (process,) = start_processes(1, "index", model, folder, "-o", out, "--batch-size", 1, "--dtype", "float32")
     log = out / f"{WORK}-wal"
     while not log.exists() or log.stat().st_size < 50_000:
         assert process.poll() is None

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import small_config
-from tests.data.test_loader import good, picture, write_shard
-from tests.train.test_killed import SERVER, assert_same, end
-from tests.train.test_loop import run, stage
+from tests.helpers.models import small_config
+from tests.helpers.processes import SERVER, assert_same, end
+from tests.helpers.runs import run, stage
+from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli.main import main
 from tinyclip.common.distributed import gather_objects, is_main, processes
 from tinyclip.compress.inheritance import inherit

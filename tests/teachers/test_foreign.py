@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from tests.conftest import small_config
-from tests.data.test_loader import WORDS, good, write_shard
+from tests.helpers.models import small_config
+from tests.helpers.processes import assert_same
+from tests.helpers.runs import run, stage
+from tests.helpers.shards import WORDS, good, write_shard
 from tests.teachers.test_cache import stopped_and_resumed, stored
-from tests.train.test_killed import assert_same
-from tests.train.test_loop import run, stage
 from tinyclip.cli.main import main
 from tinyclip.compress.size import sparsity
 from tinyclip.data.samples import captions_of, image_of

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train import test_loop as test_train
-from tests.train.test_loop import recipe, run, stage, vouch, weights
+from tests.helpers.runs import auto, recipe, run, stage, vouch, weights
 from tinyclip.compress.latency import fraction_for_latency
 from tinyclip.compress.size import sparsity
 from tinyclip.data.loader import shorten
@@ -23,13 +22,6 @@ from tinyclip.train.resume import Interrupted
 from tinyclip.train.run import closing, loader_of
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import load_checkpoint
-
-place = test_train.place
-
-
-def auto(name: str = "50", target: Any = 0.5, **changes: Any) -> dict[str, Any]:
-    settings = {"target_sparsity": target, "steps": 12, "ramp_steps": 4, "lr": 0.6} | changes.pop("auto", {})
-    return {"name": name, "inherit": "auto", "auto": settings, "steps": 16, "batch_size": 8} | changes
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

@@ -11,20 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train import test_loop as test_train
-from tests.train.test_loop import recipe, run, weights
+from tests.helpers.runs import calibrated, recipe, run, weights
 from tinyclip.cli import main
 from tinyclip.compress.size import sparsity
 from tinyclip.train import loop, setup, stage_start
 from tinyclip.train.resume import Interrupted
 from tinyclip.zoo.checkpoint import load_checkpoint
-
-place = test_train.place
-
-
-def calibrated(name: str = "50", target: Any = 0.5, towers: str = "both", **settings: Any) -> dict[str, Any]:
-    found = {"target_sparsity": target, "batches": 4} | settings
-    return {"name": name, "inherit": "calibrated", "calibrated": found, "steps": 4, "batch_size": 8, "towers": towers}
 
 
 def gone(place: Path, checkpoint: Path, *towers: Any) -> float:

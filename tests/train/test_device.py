@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.helpers.make_believe import GPU, make_believe
-from tests.helpers.trainees import CASES, batch_of, named, trainee_of
+from tests.helpers.trainees import CASES, batch_of, infinite, named, trainee_of
 from tinyclip.data.loader import Batch
 from tinyclip.teachers.teacher import CachedTeacher
 from tinyclip.train.step import MOST_UNREAD, Trainee
@@ -147,10 +147,6 @@ def test_steps_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch)
 
 
 # --- float16 --------------------------------------------------------------------------------------------------------
-
-
-def infinite(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return output * math.inf
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -20,15 +20,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tinyclip
-from tests import conftest
-from tests.common.test_json import strict
-from tests.conftest import random_inputs, random_model, small_config
-from tests.evaluate.test_metrics import grey
+from tests.helpers import commands
+from tests.helpers.commands import strict
+from tests.helpers.judged import grey
 from tests.helpers.make_believe import GPU, MakeBelieve, make_believe
-from tests.model.test_resnet import random_resnet, resnet_config
-from tests.train.test_device import infinite
-from tests.train.test_loop import SHAPE, recipe, run, stage, weights
-from tests.train.test_loop import place as place
+from tests.helpers.models import random_inputs, random_model, random_resnet, resnet_config, small_config
+from tests.helpers.runs import SHAPE, recipe, run, stage, weights
+from tests.helpers.trainees import infinite
 from tinyclip.compress.batch_norm import reestimate
 from tinyclip.compress.calibrate import Calibration, Sample, calibrate
 from tinyclip.data.loader import Batch
@@ -235,7 +233,7 @@ def test_commands_on_the_gpu_say_what_they_say_on_the_cpu(
         precision = "--precision" if command == "cache" else "--compute-dtype" if command == "embed" else "--dtype"
         arguments += [] if command == "inherit" else [precision, "float32"]
         with make_believe() as gpu:
-            outputs[device] = said = conftest.tinyclip(*arguments, "--device", device)
+            outputs[device] = said = commands.tinyclip(*arguments, "--device", device)
         if "--json" in arguments:
             outputs[device] = json.loads(said.replace(str(out), "OUT"))
         assert bool(gpu.waits) == (device == "cuda")  # it was there

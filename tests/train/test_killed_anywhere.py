@@ -20,21 +20,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.compress import test_batch_norm
-from tests.conftest import ROOT
-from tests.train import test_loop as test_train
-from tests.train.test_auto import auto
-from tests.train.test_calibrated_stage import calibrated
-from tests.train.test_killed import SERVER, assert_same, begin, end
-from tests.train.test_loop import recipe, stage
+from tests.helpers.models import ROOT
+from tests.helpers.processes import SERVER, assert_same, begin, end
+from tests.helpers.runs import auto, calibrated, recipe, resnet_recipe, stage
 from tinyclip.common import watchdog
 from tinyclip.common.watchdog import Stalled, Watchdog
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop, setup
 from tinyclip.train.resume import Interrupted
-
-place = test_train.place
-resnet_place = test_batch_norm.place
 
 # Where a process kills itself: a function, before or after which of its calls, and which process of two.
 Moment = tuple[str, str, int, int]
@@ -144,7 +137,7 @@ def test_a_kill_at_any_stage_of_a_run_changes_nothing(place: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_kill_around_batch_statistics_changes_nothing(resnet_place: Path, tmp_path: Path, count: int) -> None:
-    whole, parts = (test_batch_norm.recipe(resnet_place, tmp_path / name) for name in ("whole", "parts"))
+    whole, parts = (resnet_recipe(resnet_place, tmp_path / name) for name in ("whole", "parts"))
     kill_at_each(whole, parts, STATISTICS, count)
 
 

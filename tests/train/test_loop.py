@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import small_config
-from tests.data.test_loader import good, write_shard
-from tinyclip.common.files import checksum
+from tests.helpers.models import small_config
+from tests.helpers.runs import recipe, run, stage, vouch, weights
+from tests.helpers.shards import good, write_shard
 from tinyclip.common.folders import recover
 from tinyclip.data.loader import Batch, image_input, shorten
 from tinyclip.inputs.tokenizer import clip_tokenizer
@@ -31,62 +31,7 @@ from tinyclip.teachers.teacher import Teacher
 from tinyclip.train import loop
 from tinyclip.train.resume import Interrupted
 from tinyclip.train.step import Trainee, learning_rate, make_optimizer
-from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
-from tinyclip.zoo.resolve import MANIFEST
-
-SHAPE = {"vision": {"width": 16}, "text": {"layers": 1}}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data` (40 pairs) and `teacher`."""
-    folder = tmp_path_factory.mktemp("train")
-    (folder / "data").mkdir()
-    write_shard(folder / "data" / "0.tar", [good(i % 30) | {"key": f"{i:05d}"} for i in range(40)])
-    torch.manual_seed(0)
-    tokenizer = clip_tokenizer()
-    pruned = tokenizer.pruned(tokenizer.kept_ids(["caption words"]))
-    config = small_config(vocab_size=pruned.vocab_size, image_size=16)
-    save_checkpoint(folder / "teacher", CLIP(config), pruned, Preprocess(image_size=16))
-    return folder
-
-
-def recipe(place: Path, output: Path, **changes: Any) -> Recipe:
-    data: dict[str, Any] = {
-        "teacher": str(place / "teacher"),
-        "data": str(place / "data"),
-        "output": str(output),
-        "workers": 0,
-        "device": "cpu",
-        "precision": "float32",
-        "log_every": 1,
-        "save_every": 2,
-        "stages": [stage("75", student={"text": {"layers": 1}}), stage("50", student=SHAPE)],
-    }
-    return Recipe.model_validate(data | changes)
-
-
-def stage(name: str = "50", **changes: Any) -> dict[str, Any]:
-    return {"name": name, "steps": 5, "batch_size": 8, "student": SHAPE, "optimizer": {"lr": 1e-3}} | changes
-
-
-def run(chosen: Recipe, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Results of a run and its events."""
-    events: list[dict[str, Any]] = []
-    started = loop.start(chosen, **options)
-    started.listener = events.append
-    return loop.run(started), events
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(folder)[0].state_dict()
-
-
-def vouch(folder: Path) -> None:
-    """Make a checkpoint's checksums right after a change, as somebody who means harm would."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["crc32"] = {name: checksum(folder / name) for name in manifest["crc32"]}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+from tinyclip.zoo.checkpoint import load_checkpoint
 
 
 def test_two_stages_leave_checkpoints_metrics_and_a_student(place: Path, tmp_path: Path) -> None:

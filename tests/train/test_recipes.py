@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ROOT, small_config
+from tests.helpers.models import ROOT, small_config
 from tinyclip.cli.live import _prefixed, plan_table
 from tinyclip.cli.main import app
 from tinyclip.model.axes import axis_table, count_parameters

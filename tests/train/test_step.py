@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.models import resnet_config
 from tests.helpers.trainees import CASES, assert_near, batch_of, gradients, named, plain_gradients, stage_of, trainee_of
-from tests.model.test_resnet import resnet_config
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train.setup import _fixed, plan
 from tinyclip.train.student import check_compiler

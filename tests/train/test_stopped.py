@@ -15,14 +15,11 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT
-from tests.train import test_loop as test_train
-from tests.train.test_killed import PATIENCE, SERVER, assert_same, begin, end, last_step, until
-from tests.train.test_loop import recipe, stage
+from tests.helpers.models import ROOT
+from tests.helpers.processes import PATIENCE, SERVER, assert_same, begin, end, last_step, until
+from tests.helpers.runs import recipe, stage
 from tinyclip.cli import compress
 from tinyclip.recipe.recipe import Recipe
-
-place = test_train.place
 
 
 def command(words: list[str], said: str) -> None:

@@ -14,8 +14,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.test_loop import SHAPE, recipe, stage, weights
-from tests.train.test_loop import place as place
+from tests.helpers.runs import SHAPE, recipe, stage, weights
 from tinyclip.recipe.recipe import load_recipe
 from tinyclip.train import loop, tracking
 from tinyclip.train.resume import Interrupted

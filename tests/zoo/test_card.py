@@ -12,8 +12,8 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from tests.conftest import random_model, small_config, small_tokenizer
-from tests.data.test_loader import good, picture, write_shard
+from tests.helpers.models import random_model, small_config, small_tokenizer
+from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli.main import main
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import Preprocess

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.conftest import random_model, small_config, small_tokenizer
+from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.common.files import write_atomically
 from tinyclip.common.folders import atomic_directory
 from tinyclip.common.ownership import MARKER

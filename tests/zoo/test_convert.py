@@ -14,8 +14,8 @@ from fill import picture
 from PIL import Image
 from torch import Tensor
 
-from tests.conftest import TEXTS, random_inputs, random_model, small_tokenizer
-from tests.conftest import tinyclip as command
+from tests.helpers.commands import tinyclip as command
+from tests.helpers.models import TEXTS, random_inputs, random_model, small_tokenizer
 from tinyclip.inference.pipeline import load
 from tinyclip.inputs.tokenizer import CLIPTokenizer, clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tinyclip
-from tests.conftest import golden, random_inputs, random_model
+from tests.helpers.models import golden, random_inputs, random_model
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig, VisionConfig, vit_clip

@@ -16,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from tests.conftest import random_model, small_config, small_tokenizer
+from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.cli.main import main
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import Preprocess

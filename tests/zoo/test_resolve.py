@@ -19,9 +19,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from tests.conftest import ROOT, TEXTS, filled, golden, images, random_model
-from tests.data.test_loader import good, picture, write_shard
+from tests.helpers.models import ROOT, TEXTS, filled, golden, images, random_model
 from tests.helpers.server import FileServer, serving
+from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli.main import main
 from tinyclip.common import download
 from tinyclip.inference.pipeline import Pipeline, load

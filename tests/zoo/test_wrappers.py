@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tinyclip
-from tests.conftest import random_model
-from tests.conftest import tinyclip as command
+from tests.helpers.commands import tinyclip as command
+from tests.helpers.models import random_model
 from tinyclip.__main__ import main
 from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess

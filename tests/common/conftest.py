@@ -1,0 +1,1 @@
+from tests.helpers.outputs import place as place

@@ -1,0 +1,1 @@
+from tests.helpers.pictures import model as model
