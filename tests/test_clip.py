@@ -8,13 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fill
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import tinyclip
+from tests.golden import fill
 from tests.helpers.models import golden, random_model, random_resnet, resnet_config, small_config, small_tokenizer
 from tests.helpers.server import FileServer, serving
 from tinyclip import clip

@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fill
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import tinyclip
-import typed_user
+from tests.golden import fill
+from tests.helpers import typed_user
 from tinyclip.inference.pipeline import Pipeline
 
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import fill
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.golden import fill
 from tests.helpers.models import TEXTS, filled, golden, images, random_inputs, random_model, small_config, uneven_config
 from tinyclip.compress.inheritance import compact
 from tinyclip.compress.learned_masks import (

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fill import picture
 from PIL import Image
 
 import tinyclip
+from tests.golden.fill import picture
 from tests.helpers.commands import tinyclip as command
 from tests.helpers.models import random_model, random_resnet, resnet_config, small_tokenizer, uneven_config
 from tests.helpers.shards import good, write_shard

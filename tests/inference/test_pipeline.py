@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fill
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import tinyclip
+from tests.golden import fill
 from tests.helpers.models import ROOT, random_model, small_config, small_tokenizer
 from tinyclip.inference.pipeline import Pipeline, Tensors
 from tinyclip.inputs import batching

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import fill
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.golden import fill
 from tinyclip.data.captioned import Item
 from tinyclip.data.pack import pack
 from tinyclip.inputs import bit_depth

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import fill
 import numpy as np
 import pytest
 from PIL import Image
 
 import tinyclip
+from tests.golden import fill
 from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.cli.main import main
 from tinyclip.common import faults

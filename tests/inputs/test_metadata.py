@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import fill
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from tests.golden import fill
 from tinyclip.inputs.decoding import open_image
 from tinyclip.inputs.metadata import bare, orientation_in
 

@@ -5,13 +5,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import fill
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 
 import tinyclip
+from tests.golden import fill
 from tests.helpers.models import golden
 from tinyclip.inputs.transforms import OPENAI_STD, Preprocess, open_image
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import fill
+from tests.golden import fill
 from tests.helpers.models import (
     TEXTS,
     filled,

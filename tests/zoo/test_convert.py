@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from fill import picture
 from PIL import Image
 from torch import Tensor
 
+from tests.golden.fill import picture
 from tests.helpers.commands import tinyclip as command
 from tests.helpers.models import TEXTS, random_inputs, random_model, small_tokenizer
 from tinyclip.inference.pipeline import load
