@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -10,9 +11,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.helpers.models import small_config
+from tests.helpers.models import ROOT, small_config
+from tests.helpers.quick import quick
 from tinyclip.model.model import CLIP
 
+quick()
+# So that processes of tests, and the server that forks them, find the package `tests` wherever they begin.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 torch.set_num_threads(1)  # for models this small a second thread only costs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 

@@ -247,7 +247,7 @@ print(*{{name.split(".")[0] for name in sys.modules}})"""
 def test_the_command_imports_no_torch(place: Path) -> None:
     code = """
 import sys
-from tinyclip.cli import app
+from tinyclip.cli.main import app
 app(sys.argv[1:], standalone_mode=False)
 assert not {"torch", "megatron", "matplotlib", "pyarrow"} & set(sys.modules)"""
     command = [sys.executable, "-c", code, "classify", str(place / "uneven-onnx"), str(place / "0.png"), "a", "b"]

@@ -21,6 +21,7 @@ from tinyclip.train import loop
 from tinyclip.zoo.resolve import MANIFEST
 
 SERVER = multiprocessing.get_context("forkserver")  # it imports all once; a process is then there in no time
+SERVER.set_forkserver_preload(["tests.helpers.warm"])
 PATIENCE = 120  # seconds
 
 

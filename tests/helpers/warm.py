@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+import torch._dynamo  # noqa: F401  (which the first optimiser imports)
 
-from tests.helpers.models import small_config
-from tests.train import test_killed  # noqa: F401
-from tinyclip.model.model import CLIP
+from tests.helpers import processes  # noqa: F401
+from tests.helpers.quick import quick
 
-with torch.device("meta"):  # torch imports much more at its first random number there
-    CLIP(small_config())
+quick()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from PIL import Image
 import tinyclip
 from tests.helpers.models import random_model
 from tests.helpers.pictures import drawing, encoded, start_processes
+from tests.helpers.processes import SERVER
 from tinyclip.app import page
 from tinyclip.cli.main import main
 from tinyclip.common import faults
@@ -35,8 +35,6 @@ from tinyclip.search.index import INFO, WORK, Index
 from tinyclip.search.pending import Pending, Row
 from tinyclip.search.vectors import Vectors
 
-SERVER = multiprocessing.get_context("forkserver")  # it imports all once; a process is then there in no time
-SERVER.set_forkserver_preload(["tests.helpers.warm", "tests.search.test_index"])
 QUERIES = ["a red apple", "the sea", "a dog in the snow"]
 
 

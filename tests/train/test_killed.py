@@ -29,9 +29,6 @@ from tinyclip.train.run import Progress, loader_of
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.resolve import MANIFEST
 
-SERVER.set_forkserver_preload(["tests.helpers.warm"])
-
-
 # --- processes --------------------------------------------------------------------------------------------------
 
 

@@ -153,7 +153,7 @@ class Scaled(Tensor):
 def test_a_tensor_of_an_unknown_class_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2), "b": torch.ones(2).as_subclass(Scaled)}, tmp_path / "x.pt")
     entries, _ = read_entries(tmp_path / "x.pt")
-    with pytest.raises(Exception, match=r"b: refused, it asks for test_archive\.Scaled; only tensors are read"):
+    with pytest.raises(Exception, match=rf"b: refused, it asks for {__name__}\.Scaled; only tensors are read"):
         tensor_of(next(e for e in entries if e.key == "b"))
 
 

@@ -228,7 +228,7 @@ class Quantised:
 
 
 def test_a_weight_of_an_unknown_class_is_refused(state: State, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"visual\.proj: refused, it asks for test_wrappers\.Quantised; only") as error:
+    with pytest.raises(ValueError, match=rf"visual\.proj: refused, it asks for {__name__}\.Quantised; only") as error:
         load({"state_dict": state | {"visual.proj": Quantised()}}, tmp_path)
     assert "\n" not in str(error.value)
 

@@ -84,6 +84,14 @@ class Linear(nn.Linear):
         pass
 
 
+class Embedding(nn.Embedding):
+    """An Embedding without first weights on the meta device, where drawing them makes torch import its compiler."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's own weights."""
 
@@ -240,7 +248,7 @@ class CLIP(nn.Module):
             self.visual = VisionTransformer(vision, config.embed_dim, config.activation)
         else:
             self.visual = ModifiedResNet(vision, config.embed_dim)
-        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        self.token_embedding = Embedding(text.vocab_size, text.width)
         self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
         self.transformer = Transformer(text, config.activation, "text")
         self.ln_final = nn.LayerNorm(text.width)
@@ -255,7 +263,9 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random weights as OpenCLIP initialises them (scaled by width and depth)."""
+        """Random weights as OpenCLIP initialises them (scaled by width and depth); none on the meta device."""
+        if self.logit_scale.is_meta:
+            return
         vision, text = self.config.vision, self.config.text
         transformers: list[tuple[Transformer, TransformerConfig]] = [(self.transformer, text)]
         if isinstance(self.visual, VisionTransformer):
