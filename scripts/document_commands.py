@@ -34,26 +34,31 @@ behind an apostrophe.
 """
 
 
-def commands(group: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every command under a group, by its full name."""
+def commands(group: Any, name: str, panel: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Every command under a group: its help panel and its full name."""
     for key, command in group.commands.items():
+        own = panel or command.rich_help_panel
         if hasattr(command, "commands"):
-            yield from commands(command, f"{name} {key}")
+            yield from commands(command, f"{name} {key}", own)
         else:
-            yield f"{name} {key}", command
+            yield own, f"{name} {key}", command
 
 
 def page() -> str:
-    parts = [HEAD]
-    for name, command in commands(typer.main.get_command(app), "tinyclip"):
+    parts, found = [HEAD], list(commands(typer.main.get_command(app), "tinyclip"))
+    panels = list(dict.fromkeys(panel for panel, _, _ in found))
+    for panel, name, command in sorted(found, key=lambda one: panels.index(one[0])):
+        if f"## {panel}\n" not in parts:
+            parts.append(f"## {panel}\n")
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
         usage = " ".join([name, *map(_written, arguments), *(["[options]"] if options else [])])
-        parts += [f"## {name}\n", f"{_line(command.help)}\n", f"    {usage}\n"]
+        parts += [f"### {name}\n", f"{_line(command.help)}\n", f"    {usage}\n"]
         rows = [(f"`{_written(p)}`", p.help) for p in arguments if p.help]
         rows += [(", ".join(f"`{o}`" for o in (*p.opts, *p.secondary_opts)), _option(p)) for p in options]
         if rows:
             parts.append("\n".join(["| what | |", "|---|---|", *(f"| {a} | {_line(b)} |" for a, b in rows)]) + "\n")
+        parts.append(f"Example:\n\n    {command.epilog.removeprefix('Example: ')}\n")
     return "\n".join(parts)
 
 

@@ -1,7 +1,10 @@
-"""Draw the pictures of docs/method.md: python scripts/figures.py"""
+"""Draw the figures of docs/method.md and docs/design.md: python scripts/figures.py"""
 
 from __future__ import annotations
 
+import ast
+import textwrap
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from tinyclip.compress.inheritance import kept_blocks
 from tinyclip.report.html import COLOURS
 
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
 GREY, BLUE, GREEN = COLOURS[:3]
 FAINT = "#e5e9f0"
 
@@ -112,10 +116,47 @@ def stages() -> Figure:
     return figure
 
 
+def layers() -> list[list[str]]:
+    """The rooms, top first, from the contract that import-linter holds: rooms of one layer do not know each other."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (found,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    return [layer.replace(" ", "").split("|") for layer in found]
+
+
+def purpose(room: str) -> str:
+    """The first sentence of a room's docstring."""
+    place = ROOT / "src" / "tinyclip" / room
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(said.replace("`", "").split()).split(". ")[0].removesuffix(".")
+
+
+def rooms() -> Figure:
+    """Who may import whom: everything may import what is below it."""
+    found = [layer for layer in layers() if layer not in (["__main__"], ["version"])]
+    height, width, gap = 6.4, 104, 0.9
+    figure, ax = canvas(width, height * len(found) + 3)
+    for number, layer in enumerate(reversed(found)):
+        y, room_width = 2 + number * height, (width - 4 - gap * (len(layer) - 1)) / len(layer)
+        for place, room in enumerate(layer):
+            x = 2 + place * (room_width + gap)
+            is_package = (ROOT / "src" / "tinyclip" / room).is_dir()
+            box(ax, x, y, room_width, height - gap, BLUE if is_package else GREEN)
+            middle = x + room_width / 2
+            name = f"{room}/" if is_package else f"{room}.py"
+            ax.text(middle, y + 4.2, name, ha="center", va="center", color="white", weight="bold")
+            lines = textwrap.wrap(purpose(room), max(18, int(room_width * 1.5)))[:2]
+            ax.text(middle, y + 1.8, "\n".join(lines), ha="center", va="center", color="white", size=7.5)
+    return figure
+
+
 def main() -> None:
-    for draw in (inheritance, affinity, stages):
+    figures = {f"method-{draw.__name__}": draw for draw in (inheritance, affinity, stages)} | {"rooms": rooms}
+    for name, draw in figures.items():
         with rc_context({"svg.hashsalt": "figures", "font.size": 10}):
-            draw().savefig(IMAGES / f"method-{draw.__name__}.svg", metadata={"Date": None})
+            draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

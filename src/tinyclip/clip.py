@@ -1,4 +1,4 @@
-"""In place of OpenAI's `clip` package: `import tinyclip.clip as clip`, and code written for theirs runs.
+"""Drop-in replacement for OpenAI's `clip` package. Write `import tinyclip.clip as clip` and the rest stays.
 
 `load`, `tokenize` and `available_models` have the signatures of openai/CLIP (clip/clip.py); what `load` returns has
 the methods and attributes of its model (clip/model.py).

@@ -1,4 +1,4 @@
-"""`tinyclip.load`: a model ready to use, whatever it is stored as. No torch here, but for what needs it."""
+"""Load any model, ready to use: a checkpoint, a name or an export (`tinyclip.load`). Imports torch only when needed."""
 
 from __future__ import annotations
 

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 
 from tests.helpers.commands import tinyclip
 from tests.helpers.models import small_config
 from tests.helpers.shards import good, picture, write_shard
-from tinyclip.cli.main import main
+from tinyclip.cli.main import app, main
 from tinyclip.cli.terminal import plural
 from tinyclip.inference.pipeline import Pipeline, load
 from tinyclip.inputs.tokenizer import clip_tokenizer
@@ -226,3 +230,29 @@ def test_interrupting_a_run_saves_it_and_exits_130(place: Path, tmp_path: Path) 
 
 def test_one_of_a_thing_is_no_plural() -> None:
     assert [plural(n, "part") for n in (0, 1, 2, 1000)] == ["0 parts", "1 part", "2 parts", "1,000 parts"]
+
+
+def every_command(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield words, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from every_command(command, (*words, name))
+
+
+def test_every_help_ends_with_an_example_that_the_command_accepts() -> None:
+    root = typer.main.get_command(app)
+    for words, command in every_command(root):
+        assert command.epilog.startswith(shlex.join(["Example:", "tinyclip", *words])), words
+        _, _, *given = shlex.split(command.epilog)
+        target = root
+        while hasattr(target, "commands"):
+            target = target.commands[given.pop(0)]
+        target.make_context("tinyclip", given)  # a usage error raises
+
+
+def test_commands_stand_in_panels_and_arguments_in_capitals() -> None:
+    said = tinyclip("--help")
+    panels = ["Compress", "Data", "Judge", "Ship", "Search", "Models", "This machine"]
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("╭─")][1:] == [
+        p.split()[0] for p in panels
+    ]
+    assert "Usage: tinyclip search [OPTIONS] INDEX [QUERY...]" in tinyclip("search", "--help")

@@ -1,4 +1,5 @@
-"""The page of `tinyclip app` (`page`), and what stands before it: who may ask for what (`guard`, `door`), and the
-server (`serving`).
+"""The web page of `tinyclip app`, and what guards it.
 
-Imports search and what is below it. Begin with `page`."""
+`page` is the page, `guard` and `door` decide which requests reach it, `serving` runs the server.
+
+May import: search and below. Start with `page`."""

@@ -1,3 +1,5 @@
-"""The command line: a module for each group of commands, put together in `main`. What commands share is in `terminal`.
+"""The command line: one module per help panel, assembled in `main`.
 
-Imports everything, heavy things only when a command runs. Begin with `main`."""
+`terminal` has the shared options and output, `live` the display of a run, `meter` the progress bar.
+
+May import: everything, but heavy modules only inside a command. Start with `main`."""

@@ -15,6 +15,17 @@ class Command(TyperCommand):
     """A command whose arguments are given: an empty text, which as a path would be the folder that one is in, is an
     error, as it comes from a variable that is not set; and numbers are numbers of this world."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for param in self.params:  # arguments in capitals, as the help texts name them
+            if param.param_type_name == "argument":
+                param.metavar = param.name.upper() + ("..." if param.nargs == -1 else "")
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """`[OPTIONS] INDEX [QUERY...]`."""
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        return [str(self.options_metavar), *(p.metavar if p.required else f"[{p.metavar}]" for p in arguments)]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, *_ = self.make_parser(ctx).parse_args(list(args))
         for param in self.get_params(ctx):

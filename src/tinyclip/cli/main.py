@@ -1,14 +1,16 @@
-"""The command line: a command is a function of a `cli_` module; heavy imports wait until a command needs them."""
+"""The `tinyclip` command. Each command is a function in the module of its help panel, and imports heavy modules only
+when it runs."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from tinyclip.cli import app as cli_app
+from tinyclip.cli import app as serve
 from tinyclip.cli import compress, data, judge, machine, models, search, ship
 from tinyclip.cli.arguments import Command
 from tinyclip.cli.terminal import console, fail, meter
@@ -18,25 +20,66 @@ from tinyclip.common.progress import listening
 from tinyclip.common.stopping import stoppable
 from tinyclip.version import __version__
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Make CLIP models small.")
-data_app = typer.Typer(no_args_is_help=True, help="Make and check training shards.")
-vocab_app = typer.Typer(no_args_is_help=True, help="Reduce a model's vocabulary.")
-for command in (
-    *(compress.distill, compress.train, compress.plan, judge.report),
-    *(compress.inherit, ship.convert, search.classify),
-    *(judge.evaluate, judge.probe, judge.compare),
-    data.cache,
-    ship.export,
-    *(search.index, search.search, cli_app.app),
-    *(judge.measure, search.embed, judge.structure, models.zoo),
-    *(ship.push, machine.doctor),
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make CLIP models small.",
+    epilog='Example: tinyclip classify emoji-student photo.jpg "a red apple" "a dog"',
+)
+data_app = typer.Typer(
+    no_args_is_help=True, help="Make and check training shards.", epilog="Example: tinyclip data pack photos shards"
+)
+vocab_app = typer.Typer(
+    no_args_is_help=True,
+    help="Reduce a model's vocabulary.",
+    epilog="Example: tinyclip vocab prune my-clip my-clip-pruned --texts shards",
+)
+
+# The panels of `tinyclip --help`: each command with an example, which ends its own --help.
+PANELS: dict[str, list[tuple[Callable[..., None], str]]] = {
+    "Compress": [
+        (compress.distill, "distill recipes/emoji-50.yaml --set output=runs/mine"),
+        (compress.train, "train recipes/emoji-teacher.yaml --set output=runs/teacher"),
+        (compress.inherit, "inherit emoji-student runs/half --shape vision.width=48"),
+        (compress.plan, "plan recipes/vit-b-32-auto.yaml --devices 8 --samples 15000000 --tflops 100"),
+    ],
+    "Data": [(data.cache, "cache my-clip shards -o features --recipe recipe.yaml")],
+    "Judge": [
+        (judge.evaluate, "evaluate emoji-student photos --classes names.txt --templates templates.txt"),
+        (judge.probe, "probe emoji-student photos/train photos/test"),
+        (judge.compare, "compare my-clip runs/mine/student --data photos/test -o comparison"),
+        (judge.measure, "measure emoji-student"),
+        (judge.structure, "structure runs/mine/student"),
+        (judge.report, "report runs/mine runs/other -o report.html"),
+    ],
+    "Ship": [
+        (ship.export, "export emoji-student --to onnx --precision int8 --calibration photos -o student.onnx"),
+        (ship.convert, "convert ViT-B-32.pt my-clip"),
+        (ship.push, "push runs/mine/student my-name/my-clip --private"),
+    ],
+    "Search": [
+        (search.classify, 'classify emoji-student photo.jpg "a red apple" "a dog"'),
+        (search.index, "index emoji-student photos -o photos-index"),
+        (search.search, 'search photos-index "a dog on a beach" --sheet found.png'),
+        (search.embed, "embed emoji-student shards -o features"),
+        (serve.app, "app emoji-student --index photos-index"),
+    ],
+    "Models": [(models.zoo, "zoo TinyCLIP-ViT-40M-32-Text-19M-LAION400M")],
+    "This machine": [(machine.doctor, "doctor")],
+}
+for panel, commands in PANELS.items():
+    for function, example in commands:
+        app.command(cls=Command, rich_help_panel=panel, epilog=f"Example: tinyclip {example}")(function)
+    if panel == "Compress":
+        app.add_typer(vocab_app, name="vocab", rich_help_panel=panel)
+    if panel == "Data":
+        app.add_typer(data_app, name="data", rich_help_panel=panel)
+for group, function, example in (
+    (data_app, data.pack, "data pack photos shards"),
+    (data_app, data.prepare, "data prepare shards --check"),
+    (vocab_app, compress.prune, "vocab prune my-clip my-clip-pruned --texts shards"),
 ):
-    app.command(cls=Command)(command)
-data_app.command(cls=Command)(data.pack)
-data_app.command(cls=Command)(data.prepare)
-vocab_app.command(cls=Command)(compress.prune)
-app.add_typer(data_app, name="data")
-app.add_typer(vocab_app, name="vocab")
+    group.command(cls=Command, epilog=f"Example: tinyclip {example}")(function)
 
 USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has under changing names
 

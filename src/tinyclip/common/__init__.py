@@ -1,4 +1,6 @@
-"""What every room uses and what knows nothing of CLIP: files that are written whole, whose a folder is, locks, faults
-of data, downloads, devices and processes, checked settings.
+"""Shared tools that know nothing about CLIP: files, locks, processes, devices, errors.
 
-Imports nothing of ours but the version. Begin with `files`, then `ownership` and `faults`."""
+Atomic writes (`files`, `folders`), folder ownership (`ownership`, `locks`), data faults (`faults`), downloads,
+distributed processes, checked settings (`schema`).
+
+May import: only the version. Start with `files`, then `ownership` and `faults`."""

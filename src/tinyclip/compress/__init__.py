@@ -1,7 +1,10 @@
-"""The art: a student out of a teacher. Inheritance by rule (`inheritance`), by learned masks (`learned_masks`), by
-measured importance (`importance`, `calibrate`, `latency`), and the one cut that all of them end in, `compact`.
+"""Cutting a student out of a teacher: by rule, by learned masks, by measured importance.
 
-Imports common, model and loss. It knows no recipe and no run, so it works inside any training loop. Begin with
+`inheritance` has the manual rule and `compact`, the one cut that all methods end in. `learned_masks` has the
+hard-concrete masks and their constraint. `importance` and `calibrate` measure what matters; `latency` turns
+milliseconds into a sparsity target.
+
+May import: common, model, loss. Knows no recipe and no run, so it works in any training loop. Start with
 `inheritance`."""
 
 from tinyclip.compress.calibrate import Calibration as Calibration

@@ -1,4 +1,6 @@
-"""Data sets on disk. For training: tar shards, made by `pack`, indexed by `shard_index`, read by `loader`. For
-judging: the layouts that people have, opened by `datasets`, read by `readers`.
+"""Datasets: training shards and every evaluation layout.
 
-Imports common and inputs. Begin with `loader` or `datasets`."""
+Training: `pack` makes tar shards, `shard_index` indexes them, `loader` reads them. Evaluation: `datasets` recognises a
+layout, `readers` read it.
+
+May import: common, inputs. Start with `loader` or `datasets`."""

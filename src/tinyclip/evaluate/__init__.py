@@ -1,7 +1,9 @@
-"""Judging a model: zero-shot accuracy and retrieval recall (`metrics`), a linear probe (`probe`), several models side
-by side (`compare`, with `stats` for intervals and tests).
+"""Evaluation: zero-shot, retrieval, linear probe, comparison of models.
 
-Imports data, zoo, loss and what is below them. Begin with `metrics`; what is listed here is `tinyclip.evaluate`."""
+`metrics` computes accuracy and recall, `probe` fits the linear probe, `compare` and `contenders` run several models
+side by side, `stats` has intervals and tests. The names below are `tinyclip.evaluate`.
+
+May import: data, zoo, loss and below. Start with `metrics`."""
 
 from tinyclip.data.datasets import Dataset as Dataset
 from tinyclip.data.datasets import Example as Example

@@ -1,4 +1,5 @@
-"""Models for other runtimes: written (`export`), made 8-bit (`quantise`), and compared with the original
-(`agreement`).
+"""Exports to other runtimes: written, quantised, checked against the original.
 
-Imports inference, evaluate and what is below them. Begin with `export`."""
+`export` writes them, `quantise` makes them 8-bit, `agreement` compares features.
+
+May import: inference, evaluate and below. Start with `export`."""

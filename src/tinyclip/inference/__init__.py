@@ -1,3 +1,5 @@
-"""Models that encode: with torch (`pipeline`), or exported and without it (`exported`, on the runtimes of `engines`).
+"""Encoding images and texts, with torch or with an exported model.
 
-Imports zoo and what is below it. Begin with `pipeline`."""
+`pipeline` is the torch path, `exported` runs exports without torch, on the runtimes in `engines`.
+
+May import: zoo and below. Start with `pipeline`."""

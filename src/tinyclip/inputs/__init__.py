@@ -1,4 +1,6 @@
-"""Pictures and texts on their way in: a file becomes a picture (`decoding`), a picture becomes pixels (`transforms`),
-or a random view of itself for training (`augment`); a text becomes tokens (`tokenizer`).
+"""From files to tensors: image decoding, transforms, augmentation, tokenizer.
 
-Imports common, and no torch before it is needed. Begin with `transforms`."""
+`decoding` opens any image file, `transforms` gives the exact evaluation pixels, `augment` draws random views for
+training, `tokenizer` turns text into tokens.
+
+May import: common. No torch at import time. Start with `transforms`."""

@@ -1,4 +1,6 @@
-"""What a CLIP is: its shape (`config`), the name of every axis of every parameter (`axes`), masks over these axes
-(`masks`), the two towers (`model`, `resnet`), and what they cost (`costs`, `speed`).
+"""The CLIP model: config, towers, named axes, masks, cost.
 
-Imports common. Begin with `config`, then `axes`."""
+`config` describes every shape a model can have, `axes` names every axis of every parameter, `masks` are multipliers on
+these axes, `model` and `resnet` are the towers, `costs` and `speed` count and time them.
+
+May import: common. Start with `config`, then `axes`."""

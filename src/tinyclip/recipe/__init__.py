@@ -1,4 +1,6 @@
-"""A run as data: a YAML file that says everything of it (`recipe`), its stages (`stage`), the shape of a student
-relative to its teacher (`student_shape`).
+"""Recipes: a training run as data, read from YAML and validated.
 
-Imports common, inputs and model. Begin with `recipe`."""
+`recipe` is the whole run, `stage` one stage with its losses and optimizer, `student_shape` the student's shape
+relative to its teacher, `overrides` the `--set key=value` options.
+
+May import: common, inputs, model. Start with `recipe`."""

@@ -1,4 +1,6 @@
-"""Pages of HTML on what runs and models have achieved: `runs` reads the folders of runs, `comparison` what
-`evaluate.compare` found; both are put together from the pieces in `html`.
+"""HTML reports on runs and on model comparisons.
 
-Imports evaluate, teachers and what is below them. Begin with `runs`."""
+`runs` reads run folders, `comparison` shows what `evaluate.compare` found, `structure` draws what a cut kept; `html`
+has the shared pieces.
+
+May import: evaluate, teachers and below. Start with `runs`."""

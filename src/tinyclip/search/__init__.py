@@ -1,4 +1,6 @@
-"""Features of many files. An index of pictures: built by `build`, asked by `index`, drawn by `sheet`. Features as
-plain files, for other programs: `embed`.
+"""Features of many files: a searchable image index, and plain feature files.
 
-Imports loading, data and what is below them. Begin with `index`."""
+`build` makes and updates an index, `index` queries it, `sheet` draws the results; `embed` writes features for other
+programs.
+
+May import: loading, data and below. Start with `index`."""

@@ -1,4 +1,6 @@
-"""What a student learns from: one of our models, one of another library (`foreign`), or features stored by
-`make_cache` (`cache`); the training step cannot tell them apart (`teacher`).
+"""Teachers: our own models, models of other libraries, stored features.
 
-Imports inference, data and what is below them. Begin with `teacher`."""
+`teacher` has the interface that the training step sees, `foreign` wraps OpenCLIP and transformers, `cache` reads
+stored features and `make_cache` computes them.
+
+May import: inference, data and below. Start with `teacher`."""

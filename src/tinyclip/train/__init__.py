@@ -1,4 +1,6 @@
-"""A recipe carried out: `setup` checks it and opens the run's folder, `loop` goes through stages and steps, `step` is
-one step, `resume` saves and restores it, `pruner` learns masks on the way.
+"""Training: a recipe carried out, stage by stage.
 
-Imports everything below but export. Begin with `loop`."""
+`setup` checks the recipe and opens the run's folder, `loop` runs stages and steps, `step` is one optimizer step,
+`student` the module it trains, `pruner` learns masks, `resume` saves and restores.
+
+May import: everything below except export. Start with `loop`."""

@@ -1,5 +1,7 @@
-"""Weights on disk: our checkpoints (`checkpoint`), everybody else's (`tensors` reads any file without running it,
-`wrappers` finds the model in it, `openai` and `hugging_face` know the keys), and names that stand for them (`resolve`,
-`catalogue`).
+"""Weights on disk: our checkpoints and everyone else's, model names, downloads.
 
-Imports common, inputs and model. Begin with `checkpoint`, then `resolve`."""
+`checkpoint` reads and writes checkpoints. `tensors` reads any weight file without running code from it, `wrappers`
+finds the CLIP inside, `openai` and `hugging_face` map its keys. `resolve` turns a name into a path, `catalogue` lists
+the published models.
+
+May import: common, inputs, model. Start with `checkpoint`, then `resolve`."""
