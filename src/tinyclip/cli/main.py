@@ -53,7 +53,7 @@ PANELS: dict[str, list[tuple[Callable[..., None], str]]] = {
         (judge.report, "report runs/mine runs/other -o report.html"),
     ],
     "Ship": [
-        (ship.export, "export emoji-student --to onnx --precision int8 --calibration photos -o student.onnx"),
+        (ship.export, "export emoji-student --to onnx -o student.onnx"),
         (ship.convert, "convert ViT-B-32.pt my-clip"),
         (ship.push, "push runs/mine/student my-name/my-clip --private"),
     ],
