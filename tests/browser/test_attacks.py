@@ -484,11 +484,12 @@ def test_off_loopback_each_request_needs_the_token() -> None:
 
 STUCK = """
 import sys, threading
-from tinyclip import __main__, app
+from tinyclip import __main__
+from tinyclip.app import page
 def stuck(*_):
     print("stuck", flush=True)
     threading.Event().wait()
-app.Served.classify = stuck
+page.Served.classify = stuck
 __main__.main()
 """
 

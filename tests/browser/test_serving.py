@@ -15,8 +15,8 @@ from tests.browser.clients import raw
 
 SERVER = """
 import asyncio, signal, sys, tempfile, threading
-from tinyclip import serving
-from tinyclip.guard import Gate, Refused, Uploads, answer
+from tinyclip.app import serving
+from tinyclip.app.guard import Gate, Refused, Uploads, answer
 
 uploads = Uploads(1000, 1, 1000, 1000, 60)
 

@@ -104,7 +104,7 @@ def test_a_full_disk_ends_a_command_in_one_line(
         "search.vectors",
         "search.build",
         "teachers.make_cache",
-        "search.embed",
+        "search.feature_files",
     ):
         __import__(f"tinyclip.{module}")
         monkeypatch.setattr(sys.modules[f"tinyclip.{module}"], "flush", full)

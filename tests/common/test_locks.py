@@ -23,14 +23,14 @@ REFUSED = "another `tinyclip embed` is at work here"
 WITHOUT = """
 import errno, fcntl, os, signal, socket, sys, time
 from pathlib import Path
-from tinyclip import folder_lock
-from tinyclip.folder_lock import Lock, lock_of, take
+from tinyclip.common import locks
+from tinyclip.common.locks import Lock, lock_of, take
 
 def flock(*_):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 fcntl.flock = flock
-folder_lock.LEASE, folder_lock.HEARTBEAT = 1.0, 0.1
+locks.LEASE, locks.HEARTBEAT = 1.0, 0.1
 folder = Path(sys.argv[1])
 """
 HOLDER = "take(lock_of(folder), 'tinyclip embed'); print('held', flush=True); sys.stdin.read()"

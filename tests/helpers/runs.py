@@ -101,9 +101,7 @@ def resnet_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def resnet_recipe(
-    resnet_place: Path, output: Path, recipe_changes: dict[str, Any] | None = None, **changes: Any
-) -> Recipe:
+def resnet_recipe(place: Path, output: Path, recipe_changes: dict[str, Any] | None = None, **changes: Any) -> Recipe:
     stage: dict[str, Any] = {"name": "half", "steps": 6, "batch_size": 8, "optimizer": {"lr": 1e-3}}
     stage |= {"student": {"vision": {"width": 3}, "text": {"layers": 1}}, "batch_norm_batches": 3}
     stage = {key: value for key, value in (stage | changes).items() if value is not None}

@@ -213,7 +213,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import tinyclip.zoo.checkpoint
-from tinyclip.checkpoint import load_checkpoint, save_checkpoint
+from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 
 old, new, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 parts = load_checkpoint(new)
