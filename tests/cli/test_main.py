@@ -145,7 +145,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("compare", "teacher", "teacher", "--data", "table.csv"), "name it with --image-column, or rename it"),
         (("report", "eval"), "no finished run"),
         (("clasify",), "No such command 'clasify'. Did you mean 'classify'? (see `tinyclip --help`)"),
-        (("classify",), "Missing argument 'model' (see `tinyclip classify --help`)"),
+        (("classify",), "Missing argument 'MODEL' (see `tinyclip classify --help`)"),
         (("search", "x", "cat", "-k", "0"), "greater than or equal to 1 (see `tinyclip search --help`)"),
         (("evaluate", "teacher", "eval", "-o", "eval"), "eval is a folder"),
         (("evaluate", "teacher", "data", "--per-class"), "data: no names of classes are there, so --per-class has no"),

@@ -424,7 +424,7 @@ def test_the_command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("teacher", "a/student", "--data", "missing"), "missing: no such data folder"),
         (("teacher", "a/student", "--data", "classes/cat"), "neither class folders"),
         (("teacher", "a/student"), "--data"),
-        (("teacher", "--data", "classes"), "students"),
+        (("teacher", "--data", "classes"), "STUDENTS"),
     ],
 )
 def test_bad_input_is_said_before_anything_runs(

@@ -51,9 +51,10 @@ def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, cou
     took = time.monotonic() - began
     out = Path(parts.output)
     for moment in ("any", "writing", "any"):
+        before = set(out.glob("stages/*/.last.*.tmp"))  # of the kill before
         begun = begin(parts, count)
         if moment == "writing":
-            until(lambda: bool(list(out.glob("stages/*/.last.*.tmp"))), begun)
+            until(lambda before=before: bool(set(out.glob("stages/*/.last.*.tmp")) - before), begun)  # type: ignore[misc]
             victim = begun.pop(0)
         else:
             time.sleep(took * moments.uniform(0.05, 0.4))  # the run needs all of it to end
