@@ -24,7 +24,7 @@ class Command(TyperCommand):
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`[OPTIONS] INDEX [QUERY...]`."""
         arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
-        return [str(self.options_metavar), *(p.metavar if p.required else f"[{p.metavar}]" for p in arguments)]
+        return [str(self.options_metavar), *(str(p.metavar) if p.required else f"[{p.metavar}]" for p in arguments)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given, *_ = self.make_parser(ctx).parse_args(list(args))
