@@ -18,15 +18,16 @@ set -u
 resume=
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && resume=--resume
 
+# 300 s before the end SLURM sends SIGTERM here; passed on, it makes the run save itself and stop.
+job= stopped=
+trap 'stopped=yes; [ -z "$job" ] || kill -TERM "$job"' TERM
+
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" --shutdown-timeout 240 \
     -m tinyclip distill "$@" $resume &
 job=$!
-
-# 300 s before the end SLURM sends SIGTERM here; passed on, it makes the run save itself and stop.
-stopped=
-trap 'stopped=yes; kill -TERM "$job"' TERM
+[ -z "$stopped" ] || kill -TERM "$job" # it came before there was a job
 wait "$job"
 code=$?
 if [ -n "$stopped" ]; then

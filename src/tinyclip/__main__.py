@@ -1,6 +1,10 @@
-"""Where the command begins: with nothing imported that a signal could interrupt with a traceback."""
+"""The entry point of the `tinyclip` command. Ctrl-C during the imports ends it without a traceback."""
 
+import signal
 import sys
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `stoppable` takes over: no traceback of a half-done import
 
 from tinyclip.common.stopping import stoppable
 

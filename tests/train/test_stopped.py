@@ -159,7 +159,7 @@ def test_the_slurm_script_resumes_and_requeues(tmp_path: Path) -> None:
     calls = tmp_path / "calls"
     stand_ins = {
         "scontrol": f'echo scontrol "$@" >> {calls}; echo node1',
-        "srun": f'echo srun "$@" >> {calls}\ntrap "exit 1" TERM\nwhile :; do sleep 0.05; done',
+        "srun": f'trap "exit 1" TERM\necho srun "$@" >> {calls}\nwhile :; do sleep 0.05; done',
     }
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -172,7 +172,6 @@ def test_the_slurm_script_resumes_and_requeues(tmp_path: Path) -> None:
         deadline = time.monotonic() + PATIENCE
         while not (calls.exists() and "srun" in calls.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        time.sleep(0.3)  # for the trap to be set
         process.terminate()
         assert process.wait(PATIENCE) != 0
         called = calls.read_text().splitlines()
