@@ -13,6 +13,7 @@ import torch
 
 from tests.helpers.models import ROOT, small_config
 from tests.helpers.quick import quick
+from tinyclip import __main__  # noqa: F401  (which takes SIGINT for itself, so before the line on SIGINT below)
 from tinyclip.model.model import CLIP
 
 quick()
