@@ -16,21 +16,23 @@ def app(
     model: Model,
     index: Annotated[Path | None, typer.Option(help="Also search this index, which `tinyclip index` made.")] = None,
     student: Annotated[
-        str | None, typer.Option(help="Also compare MODEL with this one.", autocompletion=complete_model)
+        str | None, typer.Option(help="Also compare MODEL with this model.", autocompletion=complete_model)
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to serve at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 7860,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
-    token: Annotated[
-        str | None, typer.Option(help="What visitors must show. Default: none on loopback, else a random one.")
-    ] = None,
+    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 7860,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    token: Annotated[str | None, typer.Option(help="Access token. Default: none on loopback, else random.")] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Another name that the page is reached by, as a proxy's.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another host name that reaches the page, such as a proxy's."),
     ] = None,
     device: Device = "cpu",
     dtype: DType = "float32",
 ) -> None:
-    """Serve a page: classify pictures among your labels, search an index, compare a student with its teacher."""
+    """Serve a web page to try MODEL.
+
+    Classify images among your labels, search an index, compare a student with its teacher.
+    """
     from tinyclip.app import guard, serving
     from tinyclip.app import page as pages
     from tinyclip.cli.terminal import say_computing

@@ -32,9 +32,11 @@ from tinyclip.cli.terminal import (
 from tinyclip.common.progress import Counted, track
 from tinyclip.common.stopping import Terminated
 
-Smoke = Annotated[bool, typer.Option("--smoke", help="Try every stage for two steps: random weights, made-up data.")]
-Small = Annotated[bool, typer.Option("--small", help="With --smoke: at a quarter of every width, in seconds.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Dry run: two steps per stage on random weights and made-up data.")
+]
+Small = Annotated[bool, typer.Option("--small", help="With --smoke: a quarter of every width, done in seconds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume a stopped run.")]
 
 
 def distill(
@@ -45,7 +47,10 @@ def distill(
     smoke: Smoke = False,
     small: Small = False,
 ) -> None:
-    """Compress a teacher in the stages of a RECIPE; ends with a table and report.html."""
+    """Compress a teacher, stage by stage, as a RECIPE says.
+
+    Ends with a table of results and report.html in the run's folder.
+    """
     _run(_recipe_for(recipe, sets or [], distil=True), overwrite, resume, smoke, small)
 
 
@@ -57,7 +62,7 @@ def train(
     smoke: Smoke = False,
     small: Small = False,
 ) -> None:
-    """Train a model from scratch by a RECIPE without teacher."""
+    """Train a model from scratch, from a RECIPE without a teacher."""
     _run(_recipe_for(recipe, sets or [], distil=False), overwrite, resume, smoke, small)
 
 
@@ -145,18 +150,23 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
 def plan(
     recipe: Path,
     sets: Sets = None,
-    devices: Annotated[int, typer.Option(min=1, max=10**6, help="Devices that share each batch.")] = 1,
+    devices: Annotated[int, typer.Option(min=1, max=10**6, help="Devices sharing each batch.")] = 1,
     samples: Annotated[
-        int | None, typer.Option(min=1, max=10**12, help="Pairs of the data, where it is not here.")
+        int | None, typer.Option(min=1, max=10**12, help="Number of pairs, if the data is not here.")
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=1e-6, max=1e6, help="Hours at these sustained TFLOP/s a device.")
+        float | None, typer.Option(min=1e-6, max=1e6, help="Estimate hours from sustained TFLOP/s per device.")
     ] = None,
-    pairs_per_s: Annotated[float | None, typer.Option(min=1e-6, max=1e9, help="Hours at this speed a device.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Hours at the speed of a few steps timed here.")] = False,
+    pairs_per_s: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e9, help="Estimate hours from pairs/s per device.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Estimate hours from a few steps timed here.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a RECIPE would take: shapes, parameters, MACs, steps, memory, FLOPs, hours. Runs and writes nothing."""
+    """Estimate what a RECIPE takes: shapes, MACs, memory, hours.
+
+    Trains and writes nothing.
+    """
     from tinyclip.cli.live import plan_table
     from tinyclip.recipe.recipe import load_recipe
     from tinyclip.train.plan import plan as planned
@@ -181,10 +191,13 @@ def plan(
 def prune(
     model: Model,
     output: Path,
-    texts: Annotated[Path, typer.Option(help="File of texts, one a line, or folder of shards, whose tokens are kept.")],
+    texts: Annotated[Path, typer.Option(help="Text file (one per line) or folder of shards whose tokens to keep.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Keep only the tokens that TEXTS need: for them the model stays exactly the same."""
+    """Keep only the tokens that TEXTS need.
+
+    The model gives exactly the same features for texts made of these tokens.
+    """
     from tinyclip.compress.inheritance import prune_vocabulary
     from tinyclip.data.shards import all_captions
     from tinyclip.inference.pipeline import Pipeline, load
@@ -212,22 +225,24 @@ def inherit(
         typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.", autocompletion=complete_shape),
     ] = None,
     shape: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="vision.width=128, text.layers=3.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Set a shape key: vision.width=128, text.layers=3.")
     ] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Choose by importance, measured on these shards.")] = None,
-    target: Annotated[float, typer.Option(help="With --calibrate: fraction of the blocks to remove.")] = 0.5,
+    target: Annotated[float, typer.Option(help="With --calibrate: fraction of block weights to remove.")] = 0.5,
     unit: Annotated[str, typer.Option(help="What --target counts: params or macs.")] = "params",
-    towers: Annotated[str, typer.Option(help="What is cut: both (one budget), image or text.")] = "both",
+    towers: Annotated[str, typer.Option(help="Towers to cut: both (one budget), image or text.")] = "both",
     gates: Annotated[bool, typer.Option("--gates", help="Also remove whole attention and MLP branches.")] = False,
-    align: Annotated[int, typer.Option(help="Keep multiples of this of neurons and channels.")] = 1,
-    score: Annotated[str, typer.Option(help="taylor, activation or magnitude.")] = "taylor",
-    batches: Annotated[int, typer.Option(help="Batches to measure.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=2, max=10**6, help="Pairs a batch.")] = 128,
+    align: Annotated[int, typer.Option(help="Keep neurons and channels in multiples of this.")] = 1,
+    score: Annotated[str, typer.Option(help="Importance score: taylor, activation or magnitude.")] = "taylor",
+    batches: Annotated[int, typer.Option(help="Batches to measure on.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=2, max=10**6, help="Pairs per batch.")] = 128,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Cut a student out of TEACHER, without training, and write it to OUTPUT: by the manual rule (--like or --shape)
-    or by measured importance (--calibrate)."""
+    """Cut a student out of TEACHER without training.
+
+    The student's shape follows from the manual rule (--like or --shape) or from measured importance (--calibrate).
+    """
     from tinyclip.compress.inheritance import describe, manual_masks
     from tinyclip.compress.inheritance import inherit as cut
     from tinyclip.inference.pipeline import Pipeline, load

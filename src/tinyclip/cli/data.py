@@ -33,23 +33,25 @@ if TYPE_CHECKING:
 
 
 def pack(
-    source: Annotated[Path, typer.Argument(help="Folder of pictures, or a .csv, .tsv, .jsonl or .parquet table.")],
+    source: Annotated[Path, typer.Argument(help="Folder of images, or a .csv, .tsv, .jsonl or .parquet table.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards.")],
-    image_column: Annotated[str | None, typer.Option(help="Column of picture paths.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column of captions.")] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Folder that paths in a table start from.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column with image paths.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Caption column.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that image paths in a table are relative to.")] = None,
     templates: Annotated[
-        Path | None, typer.Option(help="Class folders: captions, one a line, {c} for the class.")
+        Path | None, typer.Option(help="For class folders: captions, one per line, {c} for the class.")
     ] = None,
     split: Split = None,
     classes: ClassNames = None,
     separator: Separator = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Pictures a shard.")] = 5000,
-    resize: Annotated[int | None, typer.Option(min=8, max=65_535, help="Shorter side at most, pixels.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 5000,
+    resize: Annotated[
+        int | None, typer.Option(min=8, max=65_535, help="Limit the shorter side to this many pixels.")
+    ] = None,
     max_pixels: MaxPixels = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make training shards from your own pictures and captions."""
+    """Make training shards from your own images and captions."""
     from tinyclip.data.datasets import find_splits
     from tinyclip.data.pack import find_items, pack
 
@@ -75,9 +77,12 @@ def pack(
 
 def prepare(
     folder: Annotated[Path, typer.Argument(help="Folder of WebDataset shards.")],
-    check: Annotated[bool, typer.Option("--check", help="Also open every picture and caption.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also open every image and caption.")] = False,
 ) -> None:
-    """Index existing shards (of img2dataset, say), and list what cannot be used; training does it by itself."""
+    """Index existing shards and list unusable samples.
+
+    Training does this by itself; run it to check shards beforehand, such as those of img2dataset.
+    """
     from tinyclip.data import shards
     from tinyclip.data.shard_index import known_faults, known_lacks, prepare
 
@@ -107,29 +112,33 @@ def cache(
     ],
     shards: Annotated[Path, typer.Argument(help="Folder of training shards.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the cache; default: SHARDS/cache-TEACHER.")
+        Path | None, typer.Option("--output", "-o", help="Cache folder; default: SHARDS/cache-TEACHER.")
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, max=10_000, help="Random views a picture.")] = 4,
+    draws: Annotated[int, typer.Option(min=1, max=10_000, help="Random views per image.")] = 4,
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe that is to use it: its augmentation and picture size are taken.")
+        Path | None, typer.Option(help="Recipe that will use the cache; sets augmentation and image size.")
     ] = None,
     augment: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or a setting of the augmentation: rotate=20.")
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Or set the augmentation directly: rotate=20.")
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Side of the views, pixels; default: the largest of teacher and students."),
+        typer.Option(
+            min=1, max=4096, help="Side of the views in pixels; default: the largest of teacher and students."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the views.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, max=10**6, help="Views that the teacher sees at a time.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that decode pictures.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the views.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, max=10**6, help="Views per teacher batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that decode images.")] = 1,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: the device's fastest.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="bfloat16, float16, float32, or auto: the fastest on this device.")
+    ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Store a TEACHER's features of all pictures and captions of SHARDS, for recipes with `teacher: {cache: ..}`.
+    """Store a TEACHER's features of all images and captions in SHARDS.
 
-    Run it again after a stop: shards that are done are kept."""
+    Recipes use them with `teacher: {cache: ..}`. Run the command again after a stop: finished shards are kept."""
     from tinyclip.common.devices import best_precision, resolve_device
     from tinyclip.common.distributed import from_main, is_main, processes
     from tinyclip.recipe.recipe import augment_from

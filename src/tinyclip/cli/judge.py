@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tinyclip.evaluate.contenders import Contender
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
-PerClass = Annotated[bool, typer.Option("--per-class", help="Also the figures of each class.")]
+PerClass = Annotated[bool, typer.Option("--per-class", help="Also report every class.")]
 COUNTS = ("n", "n_images", "n_texts", "classes", "templates")
 
 
@@ -65,7 +65,10 @@ def evaluate(
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Zero-shot accuracy and retrieval recall of MODEL on DATA; under torchrun the processes share the work."""
+    """Measure zero-shot accuracy and retrieval recall of MODEL on DATA.
+
+    Under torchrun, the processes share the work.
+    """
     from tinyclip.common.devices import resolve_device
     from tinyclip.common.distributed import is_main, processes
     from tinyclip.evaluate import metrics as evaluation
@@ -96,11 +99,13 @@ def evaluate(
 
 def probe(
     model: Model,
-    train: Annotated[Path, typer.Argument(help="Pictures with classes, as for evaluate; of splits, train.")],
-    test: Annotated[Path | None, typer.Argument(help="To judge on; by default TRAIN's test split, or a fifth.")] = None,
+    train: Annotated[Path, typer.Argument(help="Images with classes, as for `evaluate`; uses the train split.")],
+    test: Annotated[
+        Path | None, typer.Argument(help="Test data; default: TRAIN's test split, or a fifth of TRAIN.")
+    ] = None,
     classes: ClassNames = None,
-    solver: Annotated[str, typer.Option(help="auto, sklearn or torch.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of the held-out parts.")] = 0,
+    solver: Annotated[str, typer.Option(help="Solver: auto, sklearn or torch.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the held-out split.")] = 0,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -109,7 +114,10 @@ def probe(
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Linear probe of MODEL: logistic regression on its image features of TRAIN, judged on TEST."""
+    """Fit a linear probe on MODEL's image features.
+
+    Logistic regression on TRAIN, evaluated on TEST.
+    """
     from tinyclip.common.devices import resolve_device
     from tinyclip.common.distributed import is_main, processes
     from tinyclip.data.datasets import find_splits, open_dataset
@@ -180,17 +188,15 @@ def _figure(value: Any) -> str:
 def compare(
     teacher: Annotated[
         str,
-        typer.Argument(
-            help="What the students are compared with: a checkpoint or a name.", autocompletion=complete_model
-        ),
+        typer.Argument(help="Reference model: a checkpoint or a name.", autocompletion=complete_model),
     ],
     students: Annotated[
         list[str],
         typer.Argument(
-            help="One or several; each has its own tokenizer and image size.", autocompletion=complete_model
+            help="One or more models; each keeps its tokenizer and image size.", autocompletion=complete_model
         ),
     ],
-    data: Annotated[list[Path], typer.Option(help="Pictures with classes or captions, as `evaluate` reads them.")],
+    data: Annotated[list[Path], typer.Option(help="Images with classes or captions, as for `evaluate`.")],
     templates: Templates = None,
     classes: ClassNames = None,
     split: Split = None,
@@ -200,14 +206,16 @@ def compare(
     max_pixels: MaxPixels = None,
     device: Device = "auto",
     dtype: DType = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for a report with figures.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a report with figures to this folder.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy, agreement with TEACHER, calibration, size and speed of STUDENTS, with intervals and a paired test.
+    """Compare STUDENTS with TEACHER: accuracy, agreement, size, speed.
 
-    Several --data make one table; what else is said of data goes for all of them. What is compared is read once for
-    all models, and once more for the report.
+    Includes calibration, confidence intervals and a paired test. Several --data make one table, and the other data
+    options apply to all of them. Data is read once for all models, and once more for the report.
     """
     from tinyclip.evaluate.compare import check, judge
     from tinyclip.evaluate.contenders import costs, labels
@@ -256,14 +264,19 @@ def _load_all(sources: Sequence[str], device: str, dtype: str) -> list[Contender
 def measure(
     model: Annotated[
         str,
-        typer.Argument(help="A checkpoint, an export, a name of the zoo or of a shape.", autocompletion=complete_shape),
+        typer.Argument(
+            help="A checkpoint, an export, or the name of a published model or shape.", autocompletion=complete_shape
+        ),
     ],
     device: Device = "cpu",
     dtype: DType = "auto",
     runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Parameters, MACs and pairs/s of MODEL here; of an export also its size."""
+    """Measure parameters, MACs and speed of MODEL on this machine.
+
+    For an export, also its size on disk.
+    """
     from tinyclip.common.devices import resolve_device, resolve_dtype
     from tinyclip.inference.export_speed import measure_export
     from tinyclip.inference.pipeline import Tensors
@@ -293,11 +306,11 @@ def measure(
 
 def structure(
     model: Model,
-    of: Annotated[Path | None, typer.Option(help="The model it came from, drawn behind it.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it: a .png, .svg or .pdf.")] = None,
+    of: Annotated[Path | None, typer.Option(help="Original model, drawn behind it.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it, as .png, .svg or .pdf.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Width, and heads and neurons of each block, of MODEL."""
+    """Show MODEL's width, and the heads and neurons of each block."""
     from tinyclip.common.files import replacing
     from tinyclip.inference.pipeline import load
     from tinyclip.report import structure as drawing
@@ -333,9 +346,9 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
 
 def report(
     runs: list[Path],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Heading of the report.")] = "tinyclip",
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Report heading.")] = "tinyclip",
 ) -> None:
-    """Compare finished RUNS in one table and HTML report."""
+    """Compare finished RUNS in one table and one HTML report."""
     check_file(output)
     write_run_report(runs, output, title)

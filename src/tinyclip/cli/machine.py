@@ -11,11 +11,13 @@ from tinyclip.cli.terminal import AsJson, fail, print_json, print_table
 
 
 def doctor(
-    cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Download folder; default: $TINYCLIP_CACHE.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine has for tinyclip: versions, device, precision, and what is missing. Exit code 2 where
-    something is broken."""
+    """Check this machine: versions, device, precision, missing extras.
+
+    Exits with 2 if something is broken.
+    """
     from tinyclip import doctor as examination
 
     facts = examination.examine(cache)

@@ -19,14 +19,14 @@ from tinyclip.cli.terminal import (
 
 def zoo(
     name: Annotated[
-        str | None, typer.Argument(help="Details of this model alone.", autocompletion=complete_model)
+        str | None, typer.Argument(help="Show the details of this model.", autocompletion=complete_model)
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Download it, if it is not here yet.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read its file whole and check its SHA-256.")] = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder of downloads; default: $TINYCLIP_CACHE.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Download it if it is not cached yet.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its SHA-256.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Download folder; default: $TINYCLIP_CACHE.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The published models, with their figures; or all that is known of NAME."""
+    """List the published models, or show the details of NAME."""
     from tinyclip.zoo import catalogue, listing
     from tinyclip.zoo import resolve as models
 

@@ -38,16 +38,18 @@ if TYPE_CHECKING:
 
 
 def index(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.", autocompletion=complete_model)],
-    folder: Annotated[Path, typer.Argument(help="Pictures, with subfolders.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the index.")],
-    moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed one, at another place.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Compute everything anew.")] = False,
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint or a published model's name.", autocompletion=complete_model)
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder of images, searched recursively.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Index folder.")],
+    moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed folder, moved.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Recompute everything.")] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=10**6, help="Pictures at once; chosen by the device.")
+        int | None, typer.Option(min=1, max=10**6, help="Batch size; default: chosen by device.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads that decode; one a core, at most 8.")
+        int | None, typer.Option(min=1, max=1024, help="Decoding threads; default: one per core, at most 8.")
     ] = None,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
@@ -55,7 +57,10 @@ def index(
     compile: Compile = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make the pictures of FOLDER searchable; run again, it adds what is new and drops what is gone."""
+    """Index the images in FOLDER for search.
+
+    Run it again to add new images and drop deleted ones.
+    """
     from tinyclip.search.build import SKIPPED, build, check, scan
     from tinyclip.search.index import open_model
 
@@ -92,24 +97,22 @@ def _tell(what: str, done: int, total: int) -> None:
 
 
 def search(
-    index: Annotated[Path, typer.Argument(help="What `tinyclip index` made.")],
+    index: Annotated[Path, typer.Argument(help="An index made by `tinyclip index`.")],
     query: Annotated[
-        list[str] | None, typer.Argument(help="What to look for, in words; several are one by one.")
+        list[str] | None, typer.Argument(help="Text to search for; several are searched one by one.")
     ] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Look for what is like this picture; may be repeated.")
-    ] = None,
-    queries: Annotated[Path | None, typer.Option(help="A text file with a query a line.")] = None,
-    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Pictures to find, for each query.")] = 10,
-    sheet: Annotated[Path | None, typer.Option(help="Also draw them, to a .png, .jpg or .webp file.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare all pictures, also in a large index.")] = False,
-    model: Annotated[str | None, typer.Option(help="Where the index's model is now.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Find images like this one; may be repeated.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Text file with one query per line.")] = None,
+    top: Annotated[int, typer.Option("--top", "-k", min=1, help="Results per query.")] = 10,
+    sheet: Annotated[Path | None, typer.Option(help="Also draw the results to a .png, .jpg or .webp file.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Search exhaustively, even in a large index.")] = False,
+    model: Annotated[str | None, typer.Option(help="New location of the index's model.")] = None,
     max_pixels: MaxPixels = None,
     device: Device = "cpu",
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Find the pictures of INDEX that fit a QUERY, or are like a picture, best first."""
+    """Find images in INDEX by text or by a similar image."""
     from tinyclip.inputs.transforms import open_image
     from tinyclip.search import sheet as drawing
     from tinyclip.search.index import Index, check_model, open_model, pixels, plain, queries_from
@@ -192,31 +195,38 @@ def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.", autocompletion=complete_model)],
-    source: Annotated[Path, typer.Argument(help="Pictures, WebDataset shards, or texts (.txt or a table).")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint or a published model's name.", autocompletion=complete_model)
+    ],
+    source: Annotated[Path, typer.Argument(help="Images, WebDataset shards, or texts (.txt or a table).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the features.")],
-    what: Annotated[str, typer.Option(help="Of shards: both, image or text.")] = "both",
-    format: Annotated[str, typer.Option(help="parquet or npy.")] = "parquet",
-    dtype: Annotated[str, typer.Option(help="Of the features on disk: float16 or float32.")] = "float16",
-    part_size: Annotated[int, typer.Option(min=1, help="Pictures or texts a part; a shard is always one.")] = 10_000,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts in a table.")] = None,
-    key_column: Annotated[str | None, typer.Option(help="Column of the keys; else the row's number.")] = None,
+    what: Annotated[str, typer.Option(help="What to embed from shards: both, image or text.")] = "both",
+    format: Annotated[str, typer.Option(help="File format: parquet or npy.")] = "parquet",
+    dtype: Annotated[str, typer.Option(help="Dtype of the stored features: float16 or float32.")] = "float16",
+    part_size: Annotated[
+        int, typer.Option(min=1, help="Images or texts per part; a shard is always one part.")
+    ] = 10_000,
+    text_column: Annotated[str | None, typer.Option(help="Text column of a table.")] = None,
+    key_column: Annotated[str | None, typer.Option(help="Key column; default: the row number.")] = None,
     separator: Separator = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=10**6, help="Items at once; chosen by the device.")
+        int | None, typer.Option(min=1, max=10**6, help="Batch size; default: chosen by device.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Threads that decode; one a core, at most 8.")
+        int | None, typer.Option(min=1, max=1024, help="Decoding threads; default: one per core, at most 8.")
     ] = None,
     max_pixels: MaxPixels = None,
     device: Device = "auto",
-    compute_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    compute_dtype: Annotated[str, typer.Option(help="Dtype: auto, float32, bfloat16 or float16.")] = "auto",
     compile: Compile = False,
     runtime: Runtime = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the features of SOURCE, in parts with their keys; run again, it goes on where it was stopped."""
+    """Write the features of SOURCE to files, with their keys.
+
+    Written in parts: run the command again to resume.
+    """
     from tinyclip.common.devices import resolve_device
     from tinyclip.common.distributed import is_main, processes
     from tinyclip.loading import load_encoder
@@ -273,7 +283,7 @@ def classify(
     runtime: Runtime = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """How well each of LABELS fits IMAGE."""
+    """Rank LABELS by how well they fit IMAGE."""
     from tinyclip.inputs.batching import check_labels
     from tinyclip.inputs.transforms import open_image
     from tinyclip.loading import load

@@ -25,25 +25,27 @@ from tinyclip.cli.terminal import (
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a name of the zoo.")],
-    to: Annotated[str, typer.Option(help="onnx, openvino, torch (torch.export), hf or open_clip.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint or a published model's name.")],
+    to: Annotated[str, typer.Option(help="Format: onnx, openvino, torch (torch.export), hf or open_clip.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the export.")],
     int8: Annotated[
-        bool, typer.Option("--int8", help="In 8 bits: onnx and openvino, with --calibration-data.")
+        bool, typer.Option("--int8", help="Quantise to 8 bits (onnx, openvino); needs --calibration-data.")
     ] = False,
     calibration_data: Annotated[
-        Path | None, typer.Option(help="Pictures with captions (folder or shards) to calibrate and compare on.")
+        Path | None, typer.Option(help="Images with captions (folder or shards) to calibrate and compare on.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Evaluation data: the accuracy before and after.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Evaluation data, to report accuracy before and after.")] = None,
     templates: Templates = None,
-    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where MODEL cannot say it.")] = None,
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, if MODEL does not say.")] = None,
     mean: Mean = None,
     std: Std = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write MODEL for another runtime, load it back there, and compare: `tinyclip classify OUTPUT ...` then runs
-    without torch."""
+    """Export MODEL to another runtime and check the result.
+
+    The export is loaded back and its features are compared. `tinyclip classify OUTPUT ...` then runs without torch.
+    """
     from tinyclip.export.export import check_request
     from tinyclip.export.export import export as exported
 
@@ -86,18 +88,16 @@ def _rows(checks: list[dict[str, Any]]) -> list[list[str]]:
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="A checkpoint of anyone's: ours, OpenAI, OpenCLIP, Hugging Face.", autocompletion=complete_model
-        ),
+        typer.Argument(help="A checkpoint: tinyclip, OpenAI, OpenCLIP or Hugging Face.", autocompletion=complete_model),
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the result.")],
-    to: Annotated[str, typer.Option(help="tinyclip, open_clip or hf.")] = "tinyclip",
-    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, where SOURCE cannot say it.")] = None,
+    to: Annotated[str, typer.Option(help="Target format: tinyclip, open_clip or hf.")] = "tinyclip",
+    activation: Annotated[str | None, typer.Option(help="gelu or quick_gelu, if SOURCE does not say.")] = None,
     mean: Mean = None,
     std: Std = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Bring a checkpoint to another format."""
+    """Convert a checkpoint to another format."""
     from tinyclip.zoo.convert import convert as converted
 
     check_free(output, overwrite)
@@ -108,16 +108,16 @@ def convert(
 
 def push(
     model: Model,
-    repository: Annotated[str, typer.Argument(help="org/name on the Hugging Face hub; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Only for those who may see it.")] = False,
-    revision: Annotated[
-        str | None, typer.Option("--revision", "--branch", help="Branch; default: the main one.")
-    ] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload by tinyclip",
+    repository: Annotated[str, typer.Argument(help="org/name on the Hugging Face hub; created if missing.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", "--branch", help="Branch; default: main.")] = None,
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload by tinyclip",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and list what would be uploaded.")] = False,
 ) -> None:
-    """Upload MODEL's folder, with its card, to the Hugging Face hub. The token is that of `hf auth login`, or
-    HF_TOKEN."""
+    """Upload MODEL's folder, with its card, to the Hugging Face hub.
+
+    Uses the token of `hf auth login` or HF_TOKEN.
+    """
     from tinyclip.zoo import push as pushing
 
     what = pushing.plan(model, repository)

@@ -66,11 +66,11 @@ Model = Annotated[
     Path, typer.Argument(help="A checkpoint, a published model's name, or a hub id.", autocompletion=complete_model)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
-DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Through torch.compile: a minute first, faster after.")]
-Runtime = Annotated[str, typer.Option(help="auto, openvino, onnxruntime or torch.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, mps or auto.")]
+DType = Annotated[str, typer.Option(help="Dtype: auto, float32, bfloat16 or float16.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile: slow to start, faster afterwards.")]
+Runtime = Annotated[str, typer.Option(help="Runtime: auto, openvino, onnxruntime or torch.")]
 
 
 def _allow(context: typer.Context, count: int | None) -> int | None:
@@ -82,21 +82,26 @@ def _allow(context: typer.Context, count: int | None) -> int | None:
     return count
 
 
-MaxPixels = Annotated[
-    int | None, typer.Option(min=1, callback=_allow, help="Open larger pictures too, of up to that many pixels.")
-]
+MaxPixels = Annotated[int | None, typer.Option(min=1, callback=_allow, help="Allow images of up to this many pixels.")]
 Mean = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Of the normalisation, where the weights' file cannot say it.")
+    str | None,
+    typer.Option(metavar="R,G,B", help="Normalisation mean (three numbers), if the weights file does not say."),
 ]
-Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Goes with --mean.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override: stages.0.steps=200.")]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Use with --mean.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key: stages.0.steps=200.")
+]
 ClassNames = Annotated[str | None, typer.Option(help="Class names: a file, or imagenet, imagenet-a, imagenet-r.")]
-Split = Annotated[str | None, typer.Option(help="Of data that has several: test, val, train.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the pictures of a table or split file.")]
-ImageColumn = Annotated[str | None, typer.Option(help="Column of the pictures in a table.")]
-CaptionColumn = Annotated[str | None, typer.Option(help="Column of the captions in a table.")]
-Separator = Annotated[str | None, typer.Option(help="Of a .csv or .tsv: one character, or tab; else as it shows.")]
-Templates = Annotated[Path | None, typer.Option(help="Prompts, one a line, {c} for the class: a file, or imagenet.")]
+Split = Annotated[str | None, typer.Option(help="Which split to read: test, val or train.")]
+Images = Annotated[Path | None, typer.Option(help="Image folder of a table or split file.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Image column of a table.")]
+CaptionColumn = Annotated[str | None, typer.Option(help="Caption column of a table.")]
+Separator = Annotated[
+    str | None, typer.Option(help="Separator of a .csv or .tsv: one character, or tab; default: detected.")
+]
+Templates = Annotated[
+    Path | None, typer.Option(help="Prompt templates: a file (one per line, {c} for the class), or imagenet.")
+]
 
 
 def say(text: str) -> None:
