@@ -24,13 +24,13 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 class Augment(Strict):
     """What a training view may change. The default is the released recipes': a random resized crop alone."""
 
-    scale: tuple[Fraction, Fraction] = Field((0.9, 1.0), description="area of the crop, fraction of the picture")
+    scale: tuple[Fraction, Fraction] = Field((0.9, 1.0), description="area of the crop as a fraction of the image")
     ratio: float = Field(4 / 3, ge=1, le=4, description="largest aspect ratio of the crop, either way")
     rotate: float = Field(0.0, ge=0, le=180, description="largest rotation either way, degrees")
     shear: float = Field(0.0, ge=0, le=45, description="largest horizontal shear either way, degrees")
-    shrink: Strength = Field(0.0, description="largest share of its side that the picture loses, set on background")
+    shrink: Strength = Field(0.0, description="shrink the image by up to this share of its side")
     colour: Strength = Field(0.0, description="strength of random brightness, contrast and saturation")
-    background: bool = Field(False, description="put pictures with transparency on a random plain colour")
+    background: bool = Field(False, description="put transparent images on a random plain colour")
 
     @model_validator(mode="after")
     def _ordered(self) -> Augment:

@@ -21,7 +21,7 @@ class Evaluation(Strict):
     """Data never trained on."""
 
     data: Place = Field(description="class folders, or shards with `class` or `captions`")
-    templates: Place | None = Field(None, description="file of prompt templates, one a line, {c} for the class")
+    templates: Place | None = Field(None, description="file of prompt templates, one per line, {c} for the class")
     every: Positive | None = Field(None, description="steps between evaluations; always at a stage's end")
 
 
@@ -29,7 +29,7 @@ class StoredTeachers(Strict):
     """Teachers whose features `tinyclip cache` has stored; of several the affinities are averaged."""
 
     cache: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
-        description="folder that `tinyclip cache` has made, or a list of several teachers' for the same views"
+        description="folder made by `tinyclip cache`, or a list of them: several teachers on the same views"
     )
 
     @property
@@ -47,34 +47,36 @@ class Recipe(Strict):
         "{cache: ..}: stored features; none: train from scratch",
     )
     teacher_shape: Shape = Field(
-        None, description="a whole config, or a model name: what `plan` and `--smoke` take while the teacher is absent"
+        None, description="a full config or a model name, used by `plan` and `--smoke` while the teacher is missing"
     )
-    model: Shape = Field(None, description="without a teacher: a whole config, or a model name")
-    vocabulary: Literal["clip", "data"] = Field("clip", description="without a teacher: CLIP's, or tokens of the data")
+    model: Shape = Field(None, description="without a teacher: a full config or a model name")
+    vocabulary: Literal["clip", "data"] = Field(
+        "clip", description="without a teacher: CLIP's, or the tokens of the data"
+    )
     data: Place = Field(description="folder of training shards")
-    output: Place = Field(description="folder of the run, made by it")
-    evaluation: Evaluation | None = Field(None, description="data to judge students by")
-    stages: list[Stage] = Field(min_length=1, description="one after the other")
-    seed: Count = Field(0, description="of weights, order of the data, and views")
+    output: Place = Field(description="folder of the run, created by it")
+    evaluation: Evaluation | None = Field(None, description="data to evaluate students on")
+    stages: list[Stage] = Field(min_length=1, description="the stages, in order")
+    seed: Count = Field(0, description="random seed of weights, data order and views")
     workers: Count = Field(1, description="processes that decode images")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA, else MPS, else the CPU")
     precision: Literal["auto"] | Precision = Field(
-        "auto", description="bfloat16, float16 or float32; auto: the fastest that the device computes in"
+        "auto", description="bfloat16, float16 or float32; auto: the fastest the device supports"
     )
     tracking: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(
-        (), description="one or several of tensorboard, trackio, wandb; metrics.jsonl is written in any case"
+        (), description="any of tensorboard, trackio, wandb; metrics.jsonl is always written"
     )
-    project: str = Field("tinyclip", min_length=1, description="project of trackio and wandb that the run belongs to")
+    project: str = Field("tinyclip", min_length=1, description="trackio or wandb project")
     log_every: Positive = Field(10, description="steps between lines of metrics.jsonl")
     save_every: Positive = Field(100, description="steps between checkpoints in a stage")
     save_minutes: float | None = Field(
-        None, gt=0, description="minutes between checkpoints in a stage, where these come first"
+        None, gt=0, description="minutes between checkpoints, if they pass before `save_every` steps"
     )
     stall_minutes: float | None = Field(
-        60.0, gt=0, description="minutes without a step, after which the run ends and says where it hangs; null: never"
+        60.0, gt=0, description="end the run after this many minutes without a step and say where it hangs; null: never"
     )
-    keep: Positive = Field(2, description="checkpoints of a stage in progress that are kept, the newest included")
-    save_dtype: Literal["float32", "float16"] = Field("float32", description="of `student`; stages keep float32")
+    keep: Positive = Field(2, description="checkpoints kept while a stage is in progress, including the newest")
+    save_dtype: Literal["float32", "float16"] = Field("float32", description="dtype of `student`; stages keep float32")
 
     @field_validator("tracking", mode="before")
     @classmethod

@@ -41,7 +41,7 @@ class Target(Strict):
     )
     unit: Literal["params", "macs"] = Field("params", description="what is counted")
     latency_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="instead of target_sparsity: milliseconds a pair on the run's device, batch of 32"
+        None, description="instead of target_sparsity: milliseconds per pair on the run's device, batch of 32"
     )
     gates: bool = Field(False, description="also remove whole attention and MLP branches")
     align: Positive = Field(1, description="round kept neurons and channels up to a multiple of this")
@@ -61,7 +61,7 @@ class Target(Strict):
 class Auto(Target):
     """Masks learned while distilling (TinyCLIP's automatic inheritance), then cut."""
 
-    steps: Positive = Field(description="optimiser steps with masks, the first ones of the stage")
+    steps: Positive = Field(description="optimizer steps with masks, at the start of the stage")
     ramp_steps: Positive | None = Field(
         None, description="steps over which the target rises from the stage's start; default: 1000, at most `steps`"
     )
@@ -83,7 +83,7 @@ class Calibrated(Target):
         "taylor",
         description="change of the affinity loss to second order, mean square of activations, or weights alone",
     )
-    batches: Positive = Field(200, description="batches measured, at most: it stops when more would change nothing")
+    batches: Positive = Field(200, description="most batches to measure; stops once more would change nothing")
 
 
 TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")
@@ -96,8 +96,8 @@ class Loss(Strict):
     contrastive: float = Field(0.0, ge=0, description="weight of the image-text contrastive loss")
     feature: float = Field(0.0, ge=0, description="weight of feature mimicking, through a learned projection")
     interactive: float = Field(0.0, ge=0, description="weight of the contrastive loss between student and teacher")
-    image_affinity: float = Field(0.0, ge=0, description="weight of the affinity of pictures with pictures")
-    text_affinity: float = Field(0.0, ge=0, description="weight of the affinity of texts with texts")
+    image_affinity: float = Field(0.0, ge=0, description="weight of the image-image affinity")
+    text_affinity: float = Field(0.0, ge=0, description="weight of the text-text affinity")
     student_scale: Literal["teacher", "learned"] | Scale = Field(
         "teacher", description="exp(logit_scale) of the student in the affinity: the teacher's, its own, or a number"
     )
@@ -128,7 +128,7 @@ class Optimizer(Strict):
 
     lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="decay of the gradient's mean and square")
-    eps: float = Field(1e-6, gt=0, description="added to the root of the mean square")
+    eps: float = Field(1e-6, gt=0, description="added to the denominator")
     weight_decay: float = Field(0.2, ge=0, description="on matrices only; not on norms, biases, gains, logit scale")
     warmup_steps: Count = Field(0, description="steps of linear warm-up")
     grad_clip: float = Field(5.0, gt=0, description="largest gradient norm")
@@ -138,33 +138,33 @@ class Stage(Strict):
     """One student, trained from the one before (or the teacher)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the stage's checkpoint")
-    student: StudentShape = Field(StudentShape(), description="shape relative to what it starts from")
+    student: StudentShape = Field(StudentShape(), description="shape, relative to what the stage starts from")
     inherit: Literal["manual", "auto", "calibrated", "none"] = Field(
         "manual", description="manual rule, learned masks, measured importance, or none: random weights"
     )
     auto: Auto | None = Field(None, description="with `inherit: auto`")
     calibrated: Calibrated | None = Field(None, description="with `inherit: calibrated`")
     towers: Literal["both", "image", "text"] = Field(
-        "both", description="towers that are compressed and trained; the other stays the teacher's, untouched"
+        "both", description="towers to compress and train; the other stays the teacher's"
     )
-    start: Place = Field("previous", description="what is inherited from: previous, teacher, or a checkpoint's path")
-    steps: Positive = Field(description="optimiser steps")
-    batch_size: int = Field(256, ge=2, description="pairs a step")
+    start: Place = Field("previous", description="what to inherit from: previous, teacher, or a checkpoint's path")
+    steps: Positive = Field(description="optimizer steps")
+    batch_size: int = Field(256, ge=2, description="pairs per step")
     micro_batch: Positive | None = Field(
-        None, description="pairs of a device's share that are in memory at once, by exact replay; default: all"
+        None, description="pairs per device in memory at once, gradients exact by replay; default: all"
     )
-    grad_checkpointing: bool = Field(False, description="keep each block's input alone and compute the rest again")
+    grad_checkpointing: bool = Field(False, description="keep only each block's input and recompute the rest")
     compile: bool = Field(False, description="torch.compile of the towers")
     loss: Loss = Field(Loss(), description="terms and scales of the loss")
     optimizer: Optimizer = Field(Optimizer(), description="AdamW and its schedule")
-    augment: Augment = Field(Augment(), description="random views of the pictures")
+    augment: Augment = Field(Augment(), description="random views of the images")
     batch_norm: Literal["frozen", "train"] | None = Field(
         None,
-        description="of a ResNet: keep the batch-norm statistics, re-estimated before the first step, or go on with "
-        "each batch's; default: frozen, with `inherit: none` train",
+        description="for a ResNet: frozen re-estimates the batch-norm statistics before the first step and keeps them, "
+        "train uses each batch's; default: frozen, or train with `inherit: none`",
     )
     batch_norm_batches: Positive | None = Field(
-        None, description="training batches of the re-estimation with `batch_norm: frozen`; default: 20"
+        None, description="batches for the re-estimation with `batch_norm: frozen`; default: 20"
     )
 
     @property

@@ -24,21 +24,19 @@ class TowerShape(Strict):
 
     layers: Positive | None = Field(None, description="number of blocks")
     width: Positive | None = Field(None, description="channels of the residual stream")
-    heads: Positive | None = Field(None, description="heads a block; default: width // head_dim when width changes")
-    mlp_width: Positive | None = Field(None, description="neurons a block; default: scaled as width is")
+    heads: Positive | None = Field(None, description="heads per block; default: width // head_dim when width changes")
+    mlp_width: Positive | None = Field(None, description="neurons per block; default: scaled with width")
 
 
 class VisionShape(TowerShape):
     layers: Positive | StageLayers | None = Field(  # type: ignore[assignment]
-        None, description="number of blocks; of a ResNet four, one a stage"
+        None, description="number of blocks; for a ResNet four, one per stage"
     )
     width: Positive | None = Field(
         None,
-        description="channels of the residual stream; of a ResNet those of its first bottleneck, others in proportion",
+        description="channels of the residual stream; for a ResNet of its first bottleneck, the rest in proportion",
     )
-    image_size: ImageSize | None = Field(
-        None, description="side of the picture, pixels; position embeddings are interpolated"
-    )
+    image_size: ImageSize | None = Field(None, description="image side in pixels; position embeddings are interpolated")
 
 
 class TextShape(TowerShape):
@@ -48,7 +46,7 @@ class TextShape(TowerShape):
 class StudentShape(Strict):
     """The student relative to the model it starts from."""
 
-    like: Shape = Field(None, description="a whole config, or the name of a known model; excludes the rest")
+    like: Shape = Field(None, description="a full config or the name of a known model; excludes the other keys")
     embed_dim: Positive | None = Field(None, description="size of the shared embedding")
     vision: VisionShape = Field(VisionShape(), description="image tower")
     text: TextShape = Field(TextShape(), description="text tower")
