@@ -195,4 +195,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"evidence: {error}")
     except (Interrupted, KeyboardInterrupt):
-        sys.exit("evidence: stopped; the same command goes on")
+        sys.exit("evidence: stopped; run the same command to resume")

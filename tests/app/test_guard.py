@@ -186,7 +186,7 @@ def test_uploads_are_kept_within_bounds() -> None:
         with pytest.raises(ValueError, match="no longer here"):
             uploads.read(first)
         uploads._arriving = 5 * guard.FLOOR + 1
-        with pytest.raises(guard.Refused, match="no room"):
+        with pytest.raises(guard.Refused, match="the server is busy"):
             uploads._make_room()
         uploads._arriving = 0
         for _ in range(2):  # also after none was left

@@ -147,7 +147,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("classify",), "Missing argument 'MODEL' (see `tinyclip classify --help`)"),
         (("search", "x", "cat", "-k", "0"), "greater than or equal to 1 (see `tinyclip search --help`)"),
         (("evaluate", "teacher", "eval", "-o", "eval"), "eval is a folder"),
-        (("evaluate", "teacher", "data", "--per-class"), "data: no names of classes are there, so --per-class has no"),
+        (("evaluate", "teacher", "data", "--per-class"), "data: there are no class names, so --per-class has no"),
         (("evaluate", "teacher", "eval", "-o", "recipe.yaml/x"), "recipe.yaml is a file"),
     ],
 )

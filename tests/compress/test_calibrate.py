@@ -225,7 +225,7 @@ def test_nothing_to_do() -> None:
     config = small_config()
     masks = fill_budget(random_importance(config), config, {"both": 0.5})
     small = compact(CLIP(config), masks).config
-    with pytest.raises(ValueError, match=r"target_sparsity 0.4 of both towers is nothing to do: 0\.5\d* of"):
+    with pytest.raises(ValueError, match=r"target_sparsity 0.4 of both towers needs no cut: 0\.5\d* of"):
         fill_budget(random_importance(small), small, {"both": 0.4}, original=config)
 
 

@@ -307,7 +307,7 @@ def test_tables(tmp_path: Path) -> None:
         open_dataset(lines)
     with pytest.raises(ValueError, match="there are no splits in it"):
         open_dataset(table, split="test")
-    with pytest.raises(ValueError, match="is no table, so it has no columns"):
+    with pytest.raises(ValueError, match="is not a table, so it has no columns"):
         open_dataset(tmp_path, image_column="where")
     with pytest.raises(ValueError, match="--images goes with a table"):
         open_dataset(folders(tmp_path / "f", ["fox"]), images=tmp_path)

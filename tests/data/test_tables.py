@@ -257,7 +257,7 @@ def test_pictures_inside_are_found_again_in_any_order(tmp_path: Path) -> None:
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     result = found(tmp_path, HEADER.encode() + b"caf\xe9.jpg,a\n1.jpg,caf\xe9\n2.jpg,b\n")
-    assert result == {os.fsdecode(b"caf\xe9.jpg"): ["a"], "1.jpg": ["! caption is no UTF-8"], "2.jpg": ["b"]}
+    assert result == {os.fsdecode(b"caf\xe9.jpg"): ["a"], "1.jpg": ["! caption is not UTF-8"], "2.jpg": ["b"]}
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4, 6, 7, 8])

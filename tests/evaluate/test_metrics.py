@@ -240,7 +240,7 @@ def test_features_as_arrays_and_features_that_are_no_numbers(tmp_path: Path) -> 
             return super().encode_text(texts, normalize=normalize) * torch.nan
 
     for broken in (Broken(), BrokenWords()):
-        with pytest.raises(ValueError, match="no finite numbers"):
+        with pytest.raises(ValueError, match="not finite numbers"):
             evaluate(broken, dataset)
 
 

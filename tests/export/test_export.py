@@ -435,7 +435,7 @@ def flip(folder: Path) -> None:
         (lambda folder: change(folder, export="tflite"), r"export is 'tflite'"),
         (lambda folder: change(folder, preprocess={"image_size": 0}), r"image_size"),
         (lambda folder: change(folder, files={}), r"image\.onnx is not among its files"),
-        (lambda folder: (folder / "tinyclip.json").unlink(), r"model\.onnx is no export of tinyclip"),
+        (lambda folder: (folder / "tinyclip.json").unlink(), r"model\.onnx is not a tinyclip export"),
     ],
 )
 def test_a_damaged_folder_is_one_line(damage: Callable[[Path], Any], message: str, copy: Path) -> None:
@@ -448,7 +448,7 @@ def test_a_damaged_folder_is_one_line(damage: Callable[[Path], Any], message: st
 def test_a_folder_with_a_model_of_others_is_one_line(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "others").mkdir()
     (copy / "image.onnx").rename(tmp_path / "others" / "model.onnx")
-    with pytest.raises(ValueError, match=r"others is no export of tinyclip: .* has no tinyclip\.json"):
+    with pytest.raises(ValueError, match=r"others is not a tinyclip export: .* has no tinyclip\.json"):
         tinyclip.load(tmp_path / "others")
 
 

@@ -31,6 +31,6 @@ def tinyclip(*arguments: object, code: int = 0) -> str:
 
 def strict(text: str) -> Any:
     def refuse(constant: str) -> NoReturn:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)

@@ -168,7 +168,7 @@ def test_a_latency_is_found_by_trying() -> None:
     assert fraction_for_latency(lambda removed: 10 * (1 - removed), 5.0, tries=12) == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(ValueError, match=r"latency_ms 0.01 cannot be reached: 0.3 with 97 %"):
         fraction_for_latency(lambda removed: 10 * (1 - removed), 0.01)
-    with pytest.raises(ValueError, match=r"latency_ms 11 is nothing to do: it takes 10 as it is"):
+    with pytest.raises(ValueError, match=r"latency_ms 11 needs no cut: the model already takes 10"):
         fraction_for_latency(lambda removed: 10 * (1 - removed), 11)
 
 

@@ -78,7 +78,7 @@ def test_a_latency_is_aimed_at(place: Path, tmp_path: Path, monkeypatch: pytest.
             [calibrated(target=0.9999)],
             r"stages.0 \(50\): target_sparsity 0.9999 of both towers cannot be reached",
         ),
-        ([calibrated(target=0.0)], r"stages.0 \(50\): target_sparsity 0.0 of both towers is nothing to do"),
+        ([calibrated(target=0.0)], r"stages.0 \(50\): target_sparsity 0.0 of both towers needs no cut"),
     ],
 )
 def test_bad_targets_are_refused_before_anything_is_written(

@@ -67,7 +67,7 @@ def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, cou
         kill(begun)
     for index in range(count):
         said = (tmp_path / f"parts-{index}.err").read_text().splitlines()
-        assert len(said) <= 1 and all("another process has died; the same command goes on" in line for line in said)
+        assert len(said) <= 1 and all("another process has died; run the same command again" in line for line in said)
     assert end(begin(parts, count)) == [0] * count
     assert_same(Path(whole.output), out)
 
@@ -339,7 +339,7 @@ def test_a_stage_without_a_whole_checkpoint_is_one_clear_line(place: Path, tmp_p
     before = sorted(stages.rglob("*"))
     with pytest.raises(
         ValueError,
-        match=r"^[^\n]*last/state.pt: damaged, and no older one is whole; remove [^\n]*stages/50 to start the stage",
+        match=r"^[^\n]*last/state.pt: damaged, and no older one is whole; remove [^\n]*stages/50 to restart the stage",
     ):
         run(chosen, resume=True)
     assert sorted(stages.rglob("*")) == before

@@ -54,7 +54,7 @@ def test_a_sigterm_to_the_whole_group_saves_and_exits_143(place: Path, tmp_path:
     assert end([process]) == [128 + signal.SIGTERM]
     lines = said.read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("tinyclip: ")]
-    assert re.fullmatch(r"tinyclip: stopped at step \d+ and saved in .*parts; go on with: tinyclip (.*)", line), lines
+    assert re.fullmatch(r"tinyclip: stopped at step \d+ and saved in .*parts; resume with: tinyclip (.*)", line), lines
     assert "Traceback" not in said.read_text()
     assert not any(alive(process.pid))
     again = SERVER.Process(target=command, args=(line.rpartition("tinyclip ")[2].split(), str(said)))
@@ -97,8 +97,8 @@ def test_the_torchrun_script_stops_and_goes_on(place: Path, tmp_path: Path) -> N
     process.terminate()
     said = process.communicate(timeout=PATIENCE)[0]
     (line,) = [line for line in said.splitlines() if line.startswith("tinyclip: ")]
-    assert re.search(r"stopped at step \d+ and saved in .*; go on with: torchrun --standalone .*--resume$", line), said
-    done = subprocess.run(line.partition("go on with: ")[2].split(), **settings, timeout=PATIENCE)
+    assert re.search(r"stopped at step \d+ and saved in .*; resume with: torchrun --standalone .*--resume$", line), said
+    done = subprocess.run(line.partition("resume with: ")[2].split(), **settings, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("resumed after") == 1 and done.stdout.count("report:") == 1
     assert end(begin(whole, 2)) == [0, 0]
@@ -115,7 +115,7 @@ def refused(words: list[str], index: int, port: int, said: str) -> None:
     ("words", "expected"),
     [
         (["absent.yaml"], "no such recipe"),
-        (["RECIPE", "--set", "stages.0.batch_size=9"], "stages.0.batch_size: 9 is no multiple of the 2 processes"),
+        (["RECIPE", "--set", "stages.0.batch_size=9"], "stages.0.batch_size: 9 is not a multiple of the 2 processes"),
         (["RECIPE", "--set", "data=nowhere"], "nowhere: no such data folder"),
         (["RECIPE", "--smoke"], "--smoke runs in one process"),
     ],

@@ -249,7 +249,7 @@ def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     for name in (FORTY, "emoji-student"):
         (tmp_path / name).mkdir()
-        with pytest.warns(UserWarning, match=rf"{name}: what is read is {tmp_path / name}, not the published model"):
+        with pytest.warns(UserWarning, match=rf"{name}: reading {tmp_path / name}, not the published model"):
             assert resolve(name, tmp_path / "cache") == Path(name)
         assert resolve(tmp_path / name) == tmp_path / name  # without a warning
     with pytest.raises(ValueError, match=r"runs/mine: no such checkpoint; "):  # no hub id: there is a folder `runs`

@@ -354,4 +354,4 @@ class Uploads:
         while self._kept and sum(kept.weight for kept in self._kept.values()) + self._arriving > self.all:
             del self._kept[next(iter(self._kept))]
         if self._arriving > self.all:
-            raise Refused(503, "the server has no room just now: try again")
+            raise Refused(503, "the server is busy: try again")

@@ -35,7 +35,7 @@ class Command(TyperCommand):
         for param in self.get_params(ctx):
             for value in _each(ctx.params.get(param.name)):
                 if isinstance(value, float) and not math.isfinite(value):
-                    raise typer.BadParameter(f"{_shown(param)}: {value} is no number to work with", ctx=ctx)
+                    raise typer.BadParameter(f"{_shown(param)}: {value} is not a usable number", ctx=ctx)
                 if isinstance(value, int | float) and abs(value) > LARGEST:
                     raise typer.BadParameter(f"{_shown(param)}: {value:.3g} is too large", ctx=ctx)
         return rest

@@ -143,7 +143,7 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
             return run.folder
         if display:
             display.stop()
-        fail(f"{text}; go on with: {hint}", code)
+        fail(f"{text}; resume with: {hint}", code)
     raise AssertionError("it has failed")
 
 

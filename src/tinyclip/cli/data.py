@@ -167,7 +167,7 @@ def cache(
                 report = make_cache(clip, teacher, shards, place, **settings, progress=progress)
         except (Interrupted, KeyboardInterrupt, Terminated) as stop:
             code = 128 + getattr(stop, "signal_number", signal.SIGINT)
-            fail(f"stopped; finished shards are kept in {place}, the same command goes on", code)
+            fail(f"stopped; finished shards are kept in {place}, run the same command to resume", code)
         if is_main():
             _say_report(report, place, draws)
 

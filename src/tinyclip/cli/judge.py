@@ -79,7 +79,7 @@ def evaluate(
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     if (templates or per_class) and not dataset.classnames:
         option = "--templates" if templates else "--per-class"
-        raise ValueError(f"{data}: no names of classes are there, so {option} has no use; leave it out")
+        raise ValueError(f"{data}: there are no class names, so {option} has no use; leave it out")
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, dtype, compile, runtime)

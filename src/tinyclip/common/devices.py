@@ -25,7 +25,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {name!r} is not to be had here; best is {best_device().type!r}") from None
+        raise ValueError(f"device {name!r} is not available here; the best is {best_device().type!r}") from None
     return device
 
 

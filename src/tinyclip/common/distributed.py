@@ -53,7 +53,7 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         if not claim("an error"):  # asked before the connections close, through which the others would learn of it
             _leave()
         if isinstance(error, RuntimeError) and _is_lost(error):
-            raise ValueError("another process has died; the same command goes on, a run's with --resume") from None
+            raise ValueError("another process has died; run the same command again (a run: with --resume)") from None
         raise
     finally:
         _left.append(dist.group.WORLD)

@@ -26,7 +26,7 @@ CAUSES = {
     "file_manager": "pictures that a file manager or a system keeps for itself; left out",
     "needs_extra": "a picture of a format that needs an extra, which is not installed",
     "no_caption": "no caption, or only blanks",
-    "bad_encoding": "text that is no UTF-8",
+    "bad_encoding": "text that is not UTF-8",
     "bad_json": "JSON that does not parse, or is not of the expected type",
     "not_in_cache": "not in the teacher's cache, or there with other captions",
     "unknown_class": "a class that classnames.txt does not name",

@@ -67,7 +67,7 @@ def read_marker(folder: Path) -> Marker | None:
     path = folder / MARKER
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise ValueError(f"{path} is no file, so nobody knows what in {folder} is ours")
+            raise ValueError(f"{path} is not a file, so it is unknown which files in {folder} are ours")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -78,7 +78,7 @@ def read_marker(folder: Path) -> Marker | None:
         raise ValueError(f"{path} was written by a newer tinyclip ({said['tinyclip']}); this one leaves {folder} alone")
     names = isinstance(files, list) and all(isinstance(name, str) for name in files)
     if version != VERSION or kind not in KINDS or not names or not isinstance(said.get("tinyclip"), str):
-        raise ValueError(f"{path} is damaged, or not by tinyclip, so nobody knows what in {folder} is ours")
+        raise ValueError(f"{path} is damaged or not ours, so it is unknown which files in {folder} are ours")
     return Marker(kind, set(files or ()), said.get("unfinished") is True)
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 HURRIED = 120.0  # seconds that a step may take after a stop signal, unless steps have taken longer
 GRACE = 60.0  # seconds to end by itself, before the process is ended
-GO_ON = "go on from the last checkpoint with --resume"
+GO_ON = "continue from the last checkpoint with --resume"
 PACKAGE = Path(__file__).parent.parent
 
 

@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is no word", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key that is not a word", problem_mark=key.start_mark)
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.value in seen:

@@ -71,7 +71,7 @@ def fill_budget(
         reached = 1 - size(kept).item() / full
         what = f"target_sparsity {target} of {NAMES[budget]}"
         if reached >= target:
-            raise ValueError(f"{what} is nothing to do: {reached:.3f} of the original teacher is already gone")
+            raise ValueError(f"{what} needs no cut: {reached:.3f} of the original teacher is already gone")
         mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
         if not _remove(kept, mine, size, (1 - target) * full, align):
             reached = 1 - size(kept).item() / full

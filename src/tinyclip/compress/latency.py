@@ -39,7 +39,7 @@ def fraction_for_latency(latency_ms: Callable[[float], float], wanted_ms: float,
     if wanted_ms < least:
         raise ValueError(f"latency_ms {wanted_ms:g} cannot be reached: {least:.3g} with 97 % of the MACs removed")
     if wanted_ms >= whole:
-        raise ValueError(f"latency_ms {wanted_ms:g} is nothing to do: it takes {whole:.3g} as it is")
+        raise ValueError(f"latency_ms {wanted_ms:g} needs no cut: the model already takes {whole:.3g}")
     for _ in range(tries):
         middle = (low + high) / 2
         low, high = (low, middle) if latency_ms(middle) <= wanted_ms else (middle, high)

@@ -224,5 +224,5 @@ def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
             raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
         if target <= start:
             raise ValueError(
-                f"target_sparsity {target} of {what} is nothing to do: {start:.3f} of the teacher is gone already"
+                f"target_sparsity {target} of {what} needs no cut: {start:.3f} of the teacher is gone already"
             )

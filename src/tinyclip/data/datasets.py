@@ -123,7 +123,7 @@ def open_dataset(
     if images and not (table or karpathy):
         raise ValueError(f"{path}: --images goes with a table or a split file of Karpathy's")
     if (image_column or caption_column) and not table:
-        raise ValueError(f"{path} is no table, so it has no columns")
+        raise ValueError(f"{path} is not a table, so it has no columns")
     if table:
         _no_split(place, options)
         columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}

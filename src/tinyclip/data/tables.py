@@ -193,7 +193,7 @@ def captions_in(value: Any) -> list[str]:
         raise Fault("no_caption", f"caption is {type(other).__name__}, not text")
     captions = [text.strip() for text in texts if text and text.strip()]
     if not all(map(is_unicode, captions)):
-        raise Fault("bad_encoding", "caption is no UTF-8")
+        raise Fault("bad_encoding", "caption is not UTF-8")
     return captions
 
 

@@ -39,7 +39,7 @@ def picture_of(item: Any) -> Image.Image:
             raise ValueError(f"image array is {item.dtype} {item.shape}, expected uint8 (h, w) or (h, w, 3 or 4)")
         return Image.fromarray(item)
     if not isinstance(item, Image.Image):
-        raise ValueError(f"{type(item).__name__} is no image: give a path, a PIL picture, an array or a tensor")
+        raise ValueError(f"{type(item).__name__} is not an image: give a path, a PIL picture, an array or a tensor")
     return item
 
 
@@ -121,7 +121,7 @@ def is_unicode(text: str) -> bool:
 def check_finite(features: np.ndarray) -> None:
     """`ValueError` for features that can be compared with nothing."""
     if not np.isfinite(features).all():
-        raise ValueError("the model's features are no finite numbers; try another dtype or another checkpoint")
+        raise ValueError("the model's features are not finite numbers; try another dtype or another checkpoint")
 
 
 def is_tensor(item: Any) -> TypeGuard[torch.Tensor]:

@@ -128,7 +128,7 @@ def _check_stored(i: int, stage: Stage, teachers: int) -> None:
             "its weights"
         )
     if stage.towers != "both":
-        raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, of which a cache has no weights")
+        raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, and a cache has no weights")
     for name in ("feature", "interactive"):
         if teachers > 1 and getattr(stage.loss, name) > 0:
             raise ValueError(f"stages.{i}.loss.{name}: needs one teacher, as {teachers} have no common feature space")

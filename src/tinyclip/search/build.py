@@ -110,7 +110,7 @@ def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bo
         if before != folder.root and not (moved or before.resolve() == folder.root.resolve()):
             raise ValueError(
                 f"{out} is the index of {before}, not of {folder.root}; --moved if the folder has moved, "
-                "--overwrite to index anew"
+                "--overwrite to rebuild the index"
             )
 
 
@@ -284,7 +284,7 @@ class _Writer:
             damaged = True
         if damaged:
             raise ValueError(
-                f"{self.out} is damaged: {file.name} is not as it was written; index anew with --overwrite"
+                f"{self.out} is damaged: {file.name} is not as it was written; rebuild it with --overwrite"
             )
 
     def _publish(self, pending: Pending) -> None:

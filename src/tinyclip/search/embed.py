@@ -192,7 +192,7 @@ def _check_same(out: Path, facts: dict[str, Any]) -> None:
             old, new = before.get(_NAMED.get(key, key)), facts[_NAMED.get(key, key)]
             change = f"{old or 'none'}, now {new or 'none'}" if old != new else f"{new}, which has changed since"
             raise ValueError(
-                f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts anew"
+                f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts over"
             )
 
 

@@ -65,7 +65,7 @@ class Index:
                     continue
                 if isinstance(error, ValueError):
                     raise
-                raise ValueError(f"{path} is damaged: it lacks files; index anew with --overwrite") from None
+                raise ValueError(f"{path} is damaged: it lacks files; rebuild it with --overwrite") from None
         raise AssertionError  # the last attempt returned or raised
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class Index:
                 row = self._pictures.execute(query, (int(key),)).fetchone()
             if row is None:
                 raise ValueError(
-                    f"{self.path} is damaged: its files do not belong together; index anew with --overwrite"
+                    f"{self.path} is damaged: its files do not belong together; rebuild it with --overwrite"
                 )
             matches.append(Match(os.fsdecode(row[0]), float(cosine)))
         return matches
@@ -168,7 +168,7 @@ def check_model(facts: dict[str, Any], index: Path, model: str, fingerprint: str
     if facts["model_fingerprint"] != fingerprint:
         before = facts["model"]
         change = f"{before}, now {model}" if before != model else f"{model}, which has changed since"
-        raise ValueError(f"{index} was made with another model ({change}); index anew with --overwrite")
+        raise ValueError(f"{index} was made with another model ({change}); rebuild it with --overwrite")
 
 
 def pixels(clip: Any, file: Path | BinaryIO) -> np.ndarray:
@@ -203,14 +203,14 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = read_json_object(path / INFO)
     except ValueError as error:
-        raise ValueError(f"{error}; index anew with --overwrite") from None
+        raise ValueError(f"{error}; rebuild it with --overwrite") from None
     if facts.get("format") != FORMAT:
         raise ValueError(f"{path}: an index of format {facts.get('format')}, this tinyclip reads {FORMAT}")
     types = {"model": str, "model_fingerprint": str, "embed_dim": int, "root": str, "vectors": str, "list": str}
     types |= {"vectors_state": list, "state": int, "pictures": int}
     wrong = next((name for name, kind in types.items() if not isinstance(facts.get(name), kind)), None)
     if wrong or {Path(facts[name]).name for name in ("vectors", "list")} != {facts["vectors"], facts["list"]}:
-        raise ValueError(f"{path / INFO} is damaged ({wrong or 'files elsewhere'}); index anew with --overwrite")
+        raise ValueError(f"{path / INFO} is damaged ({wrong or 'files elsewhere'}); rebuild it with --overwrite")
     return facts
 
 
@@ -223,7 +223,7 @@ def check_size(path: Path, facts: dict[str, Any]) -> None:
     """
     file = path / facts["vectors"]
     if file.stat().st_size != facts["vectors_state"][0]:
-        raise ValueError(f"{file} is damaged: not as long as it was written; index anew with --overwrite")
+        raise ValueError(f"{file} is damaged: shorter or longer than it was written; rebuild it with --overwrite")
 
 
 def open_list(file: Path) -> sqlite3.Connection:
@@ -238,7 +238,7 @@ def open_list(file: Path) -> sqlite3.Connection:
     try:
         connection.execute("SELECT path FROM pictures LIMIT 1").fetchone()
     except sqlite3.Error as error:
-        raise ValueError(f"{file} is damaged ({error}); index anew with --overwrite") from None
+        raise ValueError(f"{file} is damaged ({error}); rebuild it with --overwrite") from None
     return connection
 
 

@@ -94,7 +94,7 @@ def open_source(
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if (text_column or key_column or separator) and path.suffix.lower() not in TABLES:
-        raise ValueError(f"{path} is no table, so it has no columns")
+        raise ValueError(f"{path} is not a table, so it has no columns")
     if path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*.tar.gz"))):
         return _of_files("shards", path, find_shards(path), 1)
     if name.endswith((".tar", ".tar.gz")):

@@ -131,7 +131,7 @@ class Cache:
         for shard in shards:
             file = FeatureFile(self.place(shard.name))  # opened before anything is read whole
             if not file.is_of(shard):
-                raise ValueError(f"{self.folder}: {shard} has changed since; make the cache anew with `tinyclip cache`")
+                raise ValueError(f"{self.folder}: {shard} has changed since; rebuild the cache with `tinyclip cache`")
             shapes = file.shape("image_features")[1:], file.shape("text_features")[1:]
             if shapes != ([self.info.draws, self.embed_dim], [self.embed_dim]):
                 raise ValueError(f"{file.path}: its features do not fit {self.folder / 'cache.json'}")

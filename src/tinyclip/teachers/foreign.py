@@ -92,7 +92,7 @@ def _made(
     """
     logit_scale = getattr(network, "logit_scale", None)
     if not isinstance(logit_scale, Tensor) or logit_scale.numel() != 1:
-        raise ValueError(f"{name}: it has no logit_scale, so it is no CLIP or SigLIP")
+        raise ValueError(f"{name}: it has no logit_scale, so it is not a CLIP or SigLIP")
     scale = logit_scale.detach().float().reshape(()).exp()
     kind = "a SigLIP" if getattr(network, "logit_bias", None) is not None else kind
     teacher = ForeignTeacher(network, *towers, tokenize, preprocess, scale, 0, kind)

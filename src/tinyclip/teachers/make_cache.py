@@ -190,7 +190,7 @@ def _check_same(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher) 
     try:
         cache = Cache.load(folder)
     except ValueError as error:
-        raise ValueError(f"{error}; --overwrite makes it anew") from None
+        raise ValueError(f"{error}; --overwrite rebuilds it") from None
     # What a teacher is called, and why it is foreign, may name the place where it lies.
     now, before = (i.model_dump(exclude={"teacher": True, "foreign": {"kind"}}) for i in (info, cache.info))
     differing = [name for name in now if now[name] != before[name]]

@@ -101,7 +101,7 @@ class Pruner:
         """What `save` wrote; `ValueError` when it does not fit."""
         tensors, named = load_file(folder / MASKS), self._named()
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in named.items()}:
-            raise ValueError(f"{folder / MASKS}: masks of another model; remove {folder} to start the stage anew")
+            raise ValueError(f"{folder / MASKS}: masks of another model; remove {folder} to restart the stage")
         with torch.no_grad():
             for key, value in named.items():
                 value.copy_(tensors[key])
@@ -132,4 +132,4 @@ def saved_targets(folder: Path) -> dict[str, float]:
         with safe_open(folder / MASKS, "pt") as file:
             return dict(json.loads(file.metadata()["targets"]))
     except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MASKS}: damaged ({error}); remove {folder} to start the stage anew") from None
+        raise ValueError(f"{folder / MASKS}: damaged ({error}); remove {folder} to restart the stage") from None

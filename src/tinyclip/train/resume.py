@@ -151,7 +151,7 @@ def settle(last: Path) -> tuple[int, list[str]]:
         return step, [f"{fault}; going on from step {step}" for fault in faults.values()]
     if faults:
         first = next(iter(faults.values()))
-        raise ValueError(f"{first}, and no older one is whole; remove {last.parent} to start the stage anew")
+        raise ValueError(f"{first}, and no older one is whole; remove {last.parent} to restart the stage")
     return 0, []
 
 
@@ -233,10 +233,10 @@ def _read_state(place: Path) -> dict[str, Any]:
             mine["loader"] = _LoaderState(BytesIO(mine["loader"].numpy().tobytes())).load()
     except DAMAGE as error:
         text = " ".join(str(error).split())[:120]
-        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to start the stage anew") from None
+        raise ValueError(f"{place / STATE}: damaged ({text}); remove {place} to restart the stage") from None
     if missing:
         parts = ", ".join(sorted(missing))
-        raise ValueError(f"{place / STATE}: damaged (no {parts}); remove {place} to start the stage anew")
+        raise ValueError(f"{place / STATE}: damaged (no {parts}); remove {place} to restart the stage")
     return data
 
 

@@ -60,7 +60,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % world_size():
             raise ValueError(
-                f"stages.{i}.batch_size: {stage.batch_size} is no multiple of the {world_size()} processes"
+                f"stages.{i}.batch_size: {stage.batch_size} is not a multiple of the {world_size()} processes"
             )
     check_trackers(recipe)
     samples = from_main(lambda: prepare(recipe.data, keep=resume))

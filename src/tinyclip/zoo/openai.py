@@ -154,7 +154,7 @@ def _check_family(state: Mapping[str, Tensor], where: str) -> None:
         family = next((text for mark, text in FAMILIES if any(key.startswith(mark) for key in state)), "")
         others = [key for key in state if not OPENAI.fullmatch(key)]
         found = f"; it has {_some(others)}" if others else ""
-        raise ValueError(f"{where} is no CLIP that can be read{family and f' ({family})'}: no {_some(missing)}{found}")
+        raise ValueError(f"{where} is not a readable CLIP{family and f' ({family})'}: no {_some(missing)}{found}")
 
 
 def _some(names: Sequence[str], count: int = 4) -> str:

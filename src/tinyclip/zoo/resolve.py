@@ -35,7 +35,7 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
     if Path(name).exists():
         if _is_published(name):
             warnings.warn(
-                f"{name}: what is read is {Path(name).resolve()}, not the published model of this name; "
+                f"{name}: reading {Path(name).resolve()}, not the published model of this name; "
                 "give that whole path if it is meant, or move it away",
                 stacklevel=2,
             )
@@ -130,7 +130,7 @@ def find_export(path: str | Path) -> Path | None:
         alone = alone or any(file.suffix in ENDINGS.values() for file in path.iterdir())
     if alone:
         raise ValueError(
-            f"{path} is no export of tinyclip: {folder if path.is_file() else path} has no {FACTS}, which says how "
+            f"{path} is not a tinyclip export: {folder if path.is_file() else path} has no {FACTS}, which says how "
             "pictures and texts go in; make one with `tinyclip export`"
         )
     return None

@@ -66,7 +66,7 @@ class Stored:
         place, whole = self.storage, self.dtype
         numbers = (self.offset, *self.size, *self.stride)
         if whole is None or len(self.size) != len(self.stride):
-            raise Refused(f"{name} is no plain tensor")
+            raise Refused(f"{name} is not a plain tensor")
         last = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         count = math.prod(self.size)
         if any(n < 0 for n in numbers) or (count and self.offset + last >= place.length) or count > place.length:

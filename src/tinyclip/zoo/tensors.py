@@ -94,13 +94,13 @@ def tensor_of(entry: Entry) -> Tensor:
     value = entry.value
     if isinstance(value, Inert):
         if value.name.startswith("torch._utils._rebuild"):
-            raise Refused(f"{entry.key} is no plain tensor ({value.name})")
+            raise Refused(f"{entry.key} is not a plain tensor ({value.name})")
         raise Refused(f"{entry.key}: {_beyond_tensors(value.name)}")
     if isinstance(value, Stored):
         try:
             return value.read(entry.key)
         except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch does not take
-            raise Refused(f"{entry.key} is no plain tensor ({str(error).splitlines()[0][:100]})") from None
+            raise Refused(f"{entry.key} is not a plain tensor ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(value, Tensor):
         raise Refused(f"{entry.key} is a {type(value).__name__}, not a tensor")
     return value

@@ -193,7 +193,7 @@ class _Machine:
     def _stack_global(self) -> None:
         module, name = self._top(2)
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise Damaged("a name in it is no text")
+            raise Damaged("a name in it is not text")
         self.stack.append(Inert(printable(f"{module}.{name}")))
 
     def _ext1(self, code: int) -> None:
