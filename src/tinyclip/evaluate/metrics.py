@@ -211,7 +211,7 @@ def average_precision(
     features: Tensor, classes: Tensor, truth: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """Return `mean_average_precision` and `n`, and the `average_precision` and `n` of each class with pictures: the
-    mean, over its pictures, of the precision among all pictures that are at least as similar to the class.
+    mean, over its pictures, of the precision among all pictures at least as similar to the class as that picture.
 
     Args:
         features: (n, embed_dim).
