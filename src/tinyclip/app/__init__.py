@@ -1,4 +1,4 @@
-"""The web page of `tinyclip app`, and what guards it.
+"""The web page of `tinyclip app`, and its protection.
 
 `page` is the page, `guard` and `door` decide which requests reach it, `serving` runs the server.
 

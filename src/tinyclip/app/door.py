@@ -1,7 +1,7 @@
-"""The only ways into the page's Gradio: a list of routes, and calls rebuilt from what they may hold.
+"""The only access to the page's Gradio: an allowlist of routes, and calls rebuilt from their permitted fields.
 
-Gradio copies, fetches and hands out whatever files its clients name. Here no file reaches it: an upload stays with us
-and a call has its name, a plain word, in its place.
+Gradio copies, fetches and serves any file that its clients name. Here no file reaches it: we keep the uploads, and
+calls contain only an upload's name, a plain word.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ WAITING = 8  # results that a client may leave uncollected
 PAGE = re.compile(r"/|/theme\.css|/favicon\.ico|/(assets|static)(/[\w@+-][\w.@+-]*)+", re.ASCII)
 API = "/gradio_api"
 UPLOADED = re.compile(rf"{API}/file=([0-9a-f]{{32}})", re.ASCII)
-GONE = "gone"  # the name of no upload
-# What Gradio is told of a request; it believes others, such as of who sent it.
+GONE = "gone"  # a name that no upload has
+# Request headers passed on to Gradio, which trusts others too, such as those naming the sender.
 TOLD = {"host", "accept", "accept-encoding", "accept-language", "if-none-match", "if-modified-since"}
 TOLD |= {"x-forwarded-host", "x-forwarded-proto"}
 MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif", b"BM": "image/bmp"}
 
 
 class Door:
-    """Before a Gradio application that was mounted in `app`; results wait for `sessions` pages, the newest."""
+    """Stands in front of a Gradio app mounted in `app`; results are held for the newest `sessions` pages."""
 
     def __init__(self, app: Any, blocks: Any, uploads: Uploads, sessions: int) -> None:
         self.app, self.blocks, self.uploads, self.sessions = app, blocks, uploads, sessions
@@ -50,7 +50,7 @@ class Door:
         elif method == "POST" and path == f"{API}/upload":
             names = await self.uploads.take(scope, receive)
             await answer(send, 200, json.dumps(names).encode(), "application/json")
-        elif method == "GET" and path == f"{API}/upload_progress":  # the page asks; uploads are short
+        elif method == "GET" and path == f"{API}/upload_progress":  # polled by the page; uploads are short
             await answer(send, 200, b'data: {"msg": "done"}\n\n', "text/event-stream")
         elif method == "POST" and path == f"{API}/queue/join":
             await self._join(scope, receive, send)
@@ -74,7 +74,7 @@ class Door:
         await self.app(given, rebuilt, send)
 
     async def _show(self, scope: Any, send: Any, name: str) -> None:
-        """An upload to the one who sent it, for the picture beside the button."""
+        """Serve an upload to its sender, for the preview next to the button."""
         data = self.uploads.owned(name, scope["client_id"])
         if data is None:
             raise Refused(404, "not here")
@@ -84,7 +84,7 @@ class Door:
         if data[4:12] in (b"ftypavif", b"ftypavis"):
             kind = "image/avif"
         policy = {"content_security_policy": "sandbox; default-src 'none'"}
-        if kind is None:  # nothing that a browser would run in our name
+        if kind is None:  # nothing that a browser would execute under our origin
             policy["content_disposition"] = "attachment"
         body = data if scope["method"] == "GET" else b""
         await answer(send, 200, body, kind or "application/octet-stream", **policy)
@@ -102,7 +102,7 @@ class Door:
         await self._pass(scope, receive, send, body=json.dumps(call).encode())
 
     def _forget_uncollected(self) -> None:
-        """Drop results that nobody came for, which Gradio would keep."""
+        """Drop uncollected results, which Gradio would keep."""
         queue = self.blocks._queue
         working = {event.session_hash for event in queue.event_ids_to_events.values()}
         done = [session for session in queue.pending_messages_per_session if session not in working]
@@ -112,10 +112,10 @@ class Door:
                 del table[session]
 
     def _rebuilt(self, given: Any, scope: Any) -> dict[str, Any]:
-        """A call with only what the page's own calls have.
+        """Rebuild a call from only the fields that the page's own calls have.
 
         Raises:
-            Refused: when it is for no function of the page, or has other values than its fields.
+            Refused: when it names no function of the page, or its values do not match that function's fields.
         """
         import gradio
 
@@ -135,7 +135,7 @@ class Door:
         return {"fn_index": number, "session_hash": _session(scope, given.get("session_hash")), "data": data}
 
     def _picture(self, value: Any, scope: Any) -> str | None:
-        """The name of an upload of this client: all that is looked at of what the page knows of its file."""
+        """Return the name of this client's upload, the only part of the page's file data that is read."""
         if value is None:
             return None
         name = value.get("path") if isinstance(value, dict) else None
@@ -159,7 +159,7 @@ def _number(value: Any) -> float:
 
 
 def _session(scope: Any, name: Any) -> str:
-    """Gradio's name for a page that is open, made this client's own, so that no other reads its results."""
+    """Bind Gradio's session name for an open page to this client, so no other client can read its results."""
     if not isinstance(name, str) or not re.fullmatch(r"\w{1,64}", name, re.ASCII):
         raise Refused(400, "session_hash is missing")
     return hashlib.sha256(f"{scope['client_id']} {name}".encode()).hexdigest()

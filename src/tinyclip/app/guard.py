@@ -1,4 +1,4 @@
-"""What stands before a page or an API of ours: who may ask, and how much may be sent. ASGI; knows no Gradio.
+"""Protection for our pages and APIs: who may send requests, and how much data. ASGI, independent of Gradio.
 
 Uploads are kept in memory under names that cannot be guessed, so nothing a client sends ever names a file.
 """
@@ -19,8 +19,8 @@ from urllib.parse import parse_qs, quote, urlencode
 from tinyclip.app.serving import host_of, is_loopback
 
 SHORTEST_TOKEN = 16  # characters
-RECEIVE_S = 120  # that a body has to arrive in
-FRAMING = FLOOR = 2**16  # bytes: of headers between the files of a request; that the smallest file counts for
+RECEIVE_S = 120  # seconds in which a body must arrive
+FRAMING = FLOOR = 2**16  # bytes: for part headers in a request; least that a file counts for
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:/?#@\[\]\s]+)(:\d{1,5})?", re.ASCII)
 TEXT = "text/plain; charset=utf-8"
 SAFETY = {
@@ -31,7 +31,7 @@ SAFETY = {
 
 
 class Refused(Exception):
-    """A request that is answered with a status and a line."""
+    """A request that is refused with a status and a line of text."""
 
     def __init__(self, status: int, line: str) -> None:
         super().__init__(line)
@@ -39,7 +39,7 @@ class Refused(Exception):
 
 
 async def answer(send: Any, status: int, body: bytes = b"", kind: str = TEXT, **more: str) -> None:
-    """A whole response; `more` are headers, with _ for -."""
+    """Send a complete response; `more` are headers, with _ for -."""
     headers = {"content-type": kind, "content-length": str(len(body)), "cache-control": "no-store"}
     headers |= {name.replace("_", "-"): value for name, value in more.items()}
     raw = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
@@ -48,7 +48,7 @@ async def answer(send: Any, status: int, body: bytes = b"", kind: str = TEXT, **
 
 
 def fields(scope: Any, name: str) -> list[str]:
-    """All values of a header."""
+    """Return all values of a header."""
     return [value.decode("latin-1") for key, value in scope["headers"] if key == name.encode("ascii")]
 
 
@@ -60,17 +60,17 @@ def new_token() -> str:
 
 
 def check_token(token: str) -> None:
-    """Refuse one that could be guessed, or that no address can carry.
+    """Refuse a token that could be guessed, or that does not fit in a URL.
 
     Raises:
-        ValueError: when it is too short or has other than plain characters.
+        ValueError: when it is too short or has other characters than ASCII letters, digits and `._~-`.
     """
     if len(token) < SHORTEST_TOKEN or not re.fullmatch(r"[\w.~-]+", token, re.ASCII):
         raise ValueError(f"--token: at least {SHORTEST_TOKEN} letters, digits and . _ ~ - are needed")
 
 
 def check_host(name: str) -> None:
-    """Refuse what no Host header can say.
+    """Refuse a name that no Host header can have.
 
     Raises:
         ValueError: for an address with a scheme or a port, or an empty name.
@@ -81,15 +81,15 @@ def check_host(name: str) -> None:
 
 
 class Gate:
-    """Lets in requests to this server's own names, from its own pages, with the token where there is one.
+    """Admits only requests to this server's own names, from its own pages, and with the token if one is set.
 
-    Clients are told apart by a signed cookie, which the page brings; programs that keep none, by their address. What
-    comes behind finds the client in `scope["client_id"]`.
+    Clients are identified by a signed cookie set by the page, or by their address if they keep no cookies. The app
+    behind the gate finds the client in `scope["client_id"]`.
 
     Args:
-        host: what `place` was asked for as, which may be a name.
-        proxies: names of proxies before it, whose pages are its own, on any port.
-        token: that each request must show, as a cookie which `?token=` brings, in the query, or as a bearer.
+        host: the host that `place` was requested with, possibly a name.
+        proxies: names of proxies in front of the server; pages served through them count as its own, on any port.
+        token: token that each request must have, in a cookie (set by `?token=`), in the query, or as a bearer token.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Gate:
         if not is_loopback(place):
             machine = socket.gethostname().lower()
             self.names |= {machine, f"{machine}.local"}
-        self.cookie = f"tinyclip-{place.getsockname()[1]}"  # browsers keep one jar for all ports
+        self.cookie = f"tinyclip-{place.getsockname()[1]}"  # browsers share cookies between ports
         self.secret = secrets.token_bytes(32)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -114,7 +114,7 @@ class Gate:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
-        fresh = ""  # a cookie for this client
+        fresh = ""  # a new cookie for this client
 
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -157,7 +157,7 @@ class Gate:
             raise Refused(403, "requests of other sites' pages are refused")
 
     def _is_ours(self, host: str, scope: Any) -> bool:
-        """Whether a Host is one of our names, or the very address that the client is connected to."""
+        """Whether a Host is one of our names, or the address that the client is connected to."""
         name = _name(host)
         try:
             return name in self.names or ip_address(name) == ip_address(scope["server"][0].partition("%")[0])
@@ -172,7 +172,7 @@ class Gate:
         return self.token is not None and hmac.compare_digest(shown.encode(), self.token.encode())
 
     def _without_token(self, scope: Any) -> str | None:
-        """The rest of a query that shows the token, or None."""
+        """Return the query without its token, or None if it has no valid token."""
         try:
             query = parse_qs(scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=50)
         except ValueError:
@@ -181,7 +181,7 @@ class Gate:
         return urlencode(query, doseq=True) if len(shown) == 1 and self._is_token(shown[0]) else None
 
     def _client(self, scope: Any) -> str | None:
-        """The id that a cookie of ours states, or None."""
+        """Return the id from our cookie, or None."""
         crumbs = [crumb.strip().partition("=") for value in fields(scope, "cookie") for crumb in value.split(";")]
         for name, _, value in crumbs:
             identity, _, signature = value.partition(".")
@@ -192,7 +192,7 @@ class Gate:
     def _new_cookie(self, scope: Any) -> tuple[str, str]:
         identity = secrets.token_hex(16)
         secure = "; Secure" if "https" in fields(scope, "x-forwarded-proto") else ""
-        # Lax: a link in a letter or a notebook opens the page. Posts of other sites are refused by their Origin.
+        # Lax, so that links in mails or notebooks open the page. POSTs from other sites are refused by their Origin.
         return identity, f"{self.cookie}={identity}.{self._sign(identity)}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
     def _sign(self, identity: str) -> str:
@@ -200,7 +200,7 @@ class Gate:
 
 
 def forwarded(scope: Any) -> list[str]:
-    """The hosts that a proxy says it was asked for."""
+    """Return the hosts that a proxy reports as requested."""
     return [one.strip() for value in fields(scope, "x-forwarded-host") for one in value.split(",")]
 
 
@@ -213,10 +213,10 @@ def _name(host: str) -> str:
 
 
 async def chunks(scope: Any, receive: Any, most: int, framing: int = 0) -> AsyncIterator[bytes]:
-    """A request's body, piece by piece; `framing` bytes more are let pass, for what stands between its parts.
+    """Yield a request's body in chunks, allowing `framing` extra bytes for what separates its parts.
 
     Raises:
-        Refused: when it is longer than `most` bytes, stated or sent; takes more than `RECEIVE_S`; or breaks off.
+        Refused: when it is longer than `most` bytes, declared or sent; takes over `RECEIVE_S`; or breaks off.
     """
     too_large = Refused(413, f"too large: {most:,} bytes at most")
     stated = fields(scope, "content-length")
@@ -238,7 +238,7 @@ async def chunks(scope: Any, receive: Any, most: int, framing: int = 0) -> Async
 
 
 async def whole(scope: Any, receive: Any, most: int) -> bytes:
-    """A request's body; raises what `chunks` does."""
+    """Return a request's whole body; raises as `chunks`."""
     return b"".join([piece async for piece in chunks(scope, receive, most)])
 
 
@@ -246,38 +246,38 @@ async def whole(scope: Any, receive: Any, most: int) -> bytes:
 class Kept:
     owner: str
     data: bytes
-    since: float  # of the loop's clock
+    since: float  # on the event loop's clock
 
     @property
     def weight(self) -> int:
-        """What it counts for: also a file of one byte takes room."""
+        """The bytes that the upload counts for; even a tiny file has overhead."""
         return max(len(self.data), FLOOR)
 
 
 class Uploads:
-    """What clients sent, in memory, by names that cannot be guessed; each can be had by its owner alone.
+    """Clients' uploads, in memory under unguessable names, each accessible only to its owner.
 
     Args:
-        request: bytes that one request may bring, all its files together.
-        files: that one request may bring.
-        own: bytes kept for one client; more push out its oldest.
-        all: bytes kept and arriving for all clients together; more push out the oldest, or are refused.
-        seconds: that a file is kept.
+        request: most bytes per request, over all its files.
+        files: most files per request.
+        own: bytes kept per client; beyond that, its oldest uploads are dropped.
+        all: bytes kept and arriving for all clients; beyond that, the oldest uploads are dropped, or new ones refused.
+        seconds: how long a file is kept.
     """
 
     def __init__(self, request: int, files: int, own: int, all: int, seconds: float) -> None:
         self.request, self.files, self.own, self.all, self.seconds = request, files, own, all, seconds
-        self._kept: dict[str, Kept] = {}  # the oldest first
+        self._kept: dict[str, Kept] = {}  # oldest first
         self._arriving = 0
-        self._watched = False  # whether `_forget` will come
+        self._watched = False  # whether a call of `_forget` is scheduled
 
     def owned(self, name: str, client: str) -> bytes | None:
-        """What a client sent under a name that it was told, or None."""
+        """Return a client's own upload by the name it was given, or None."""
         kept = self._kept.get(name)
         return kept.data if kept and hmac.compare_digest(kept.owner.encode(), client.encode()) else None
 
     def read(self, name: str) -> bytes:
-        """For what runs behind a check by `owned`.
+        """Return an upload without checking its owner; call `owned` first.
 
         Raises:
             ValueError: when it is no longer kept.
@@ -288,16 +288,16 @@ class Uploads:
         return kept.data
 
     async def take(self, scope: Any, receive: Any) -> list[str]:
-        """Keep the files of a multipart request; returns their names. All are kept, or none.
+        """Store the files of a multipart request, all or none, and return their names.
 
         Raises:
-            Refused: when it is none, has too much in sum or too many files, or when the server has no room.
+            Refused: when it is not multipart, has too many bytes or files, or when the server has no room.
         """
         from starlette.datastructures import Headers, UploadFile
         from starlette.formparsers import MultiPartException, MultiPartParser
 
         class InMemory(MultiPartParser):
-            spool_max_size = 0  # a spooled file of no size never rolls over to the disk
+            spool_max_size = 0  # with size 0, a spooled file never rolls over to disk
 
         headers = Headers(scope=scope)
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
@@ -339,7 +339,7 @@ class Uploads:
         return name
 
     def _forget(self) -> None:
-        """Drop what was kept long enough, and come again for the rest."""
+        """Drop expired uploads, and schedule the next call for the rest."""
         loop = asyncio.get_running_loop()
         while self._kept and self._oldest().since + self.seconds <= loop.time():
             del self._kept[next(iter(self._kept))]

@@ -1,6 +1,6 @@
-"""A page to try models on: classify a picture, search an index, compare a student with its teacher. Gradio draws it.
+"""A Gradio page for trying models: classify a picture, search an index, compare a student with its teacher.
 
-Results are HTML of our own, pictures in it as data, so the server has no file of the index to give away.
+Results are our own HTML with inline pictures, so the server never serves a file of the index.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tinyclip.search.sheet import small_copy
 MOST_LABELS, LONGEST_LABEL = 200, 300  # characters
 MOST_FOUND = 60
 MOST_BARS = 20
-UPLOAD = 20 * 2**20  # bytes of a request's pictures together
-UPLOADED_FILES = 10  # of a request
-CLIENT_KEEPS, ALL_KEEP = 3 * UPLOAD, 256 * 2**20  # bytes of pictures in memory, of one visitor and of all
+UPLOAD = 20 * 2**20  # bytes of all pictures in a request
+UPLOADED_FILES = 10  # per request
+CLIENT_KEEPS, ALL_KEEP = 3 * UPLOAD, 256 * 2**20  # bytes of pictures in memory, per visitor and in total
 THUMBNAIL = 240  # pixels of the longer side
-RUNS = 3  # of which the median is shown
+RUNS = 3  # runs whose median time is shown
 KEPT = 3600  # seconds that an uploaded picture stays
-QUEUE, SESSIONS = 64, 100  # calls that wait, open pages whose results are kept for them
+QUEUE, SESSIONS = 64, 100  # waiting calls; open pages whose results are held
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Probabilities float64 (labels,) in the order of the labels, and what they took."""
+    """Probabilities float64 (labels,) in label order, and the time they took."""
 
     chances: np.ndarray
     image_ms: float
@@ -50,24 +50,24 @@ class Timed:
 
 @dataclass(frozen=True)
 class Served:
-    """A model that one visitor at a time uses, as times of two at once would mean nothing; so two share a `lock`."""
+    """A model used by one visitor at a time, since concurrent timings are meaningless; two models share a `lock`."""
 
     name: str
-    clip: Any  # what `tinyclip.load` returns
+    clip: Any  # the result of `tinyclip.load`
     lock: Lock = field(default_factory=Lock, compare=False)
 
     def encode_image(self, picture: Image.Image | np.ndarray) -> np.ndarray:
-        """float32 (1, embed_dim)."""
+        """Return features float32 (1, embed_dim)."""
         with self.lock:
             return plain(self.clip.encode_image(picture))
 
     def encode_text(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 (n, embed_dim)."""
+        """Return features float32 (n, embed_dim)."""
         with self.lock:
             return plain(self.clip.encode_text(texts))
 
     def classify(self, picture: Image.Image, labels: Sequence[str]) -> Timed:
-        """As `Pipeline.classify`, and the median time of the picture and of all labels, in ms."""
+        """Classify as `Pipeline.classify`, with the median times for the picture and for all labels, in ms."""
         with self.lock:
             image, image_ms = _timed(lambda: plain(self.clip.encode_image(picture)))
             text, text_ms = _timed(lambda: plain(self.clip.encode_text(labels)))
@@ -89,10 +89,10 @@ def _timed(compute: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
 
 
 def labels_from(text: str | None) -> list[str]:
-    """Labels, one a line or with commas between them; blanks and repetitions are passed over.
+    """Parse labels, one per line or separated by commas, ignoring blanks and duplicates.
 
     Raises:
-        ValueError: for none, more than `MOST_LABELS`, or one that is too long.
+        ValueError: for no label, more than `MOST_LABELS`, or one that is too long.
     """
     labels = list(dict.fromkeys(one.strip() for one in (text or "").replace(",", "\n").splitlines() if one.strip()))
     if not labels:
@@ -105,10 +105,10 @@ def labels_from(text: str | None) -> list[str]:
 
 
 def uploaded(uploads: Uploads, name: str | None) -> io.BytesIO:
-    """The picture that a visitor sent.
+    """Return the picture that a visitor uploaded.
 
     Raises:
-        ValueError: when there is none, or none any more.
+        ValueError: when there is none, or it is no longer kept.
     """
     if not name:
         raise ValueError("No picture: choose one first.")
@@ -116,7 +116,7 @@ def uploaded(uploads: Uploads, name: str | None) -> io.BytesIO:
 
 
 def picture_from(file: io.BytesIO) -> Image.Image:
-    """The uploaded picture, decoded.
+    """Decode the uploaded picture.
 
     Raises:
         ValueError: when it is damaged, or too large.
@@ -128,10 +128,10 @@ def picture_from(file: io.BytesIO) -> Image.Image:
 
 
 def query_from(text: str | None) -> str:
-    """Words to search for.
+    """Return the text to search for.
 
     Raises:
-        ValueError: when there are none, or too many.
+        ValueError: when it is empty or too long.
     """
     words = (text or "").strip()
     if not words:
@@ -145,12 +145,12 @@ def query_from(text: str | None) -> str:
 
 
 def safe(text: str) -> str:
-    """Text for HTML that Gradio's page also runs through templates, whose signs must not be met."""
+    """Escape text for HTML and for the template engine that Gradio also applies to it."""
     return escape(shown(text)).translate({ord(sign): f"&#{ord(sign)};" for sign in "{}$`\\"})
 
 
 def bars(labels: Sequence[str], result: Timed, title: str, times: bool = False) -> str:
-    """A bar for each label, the most probable first."""
+    """Return HTML with a bar for each label, most probable first."""
     order = np.argsort(-result.chances, kind="stable")
     rows = [
         f'<li><span class="label">{safe(labels[i])}</span><span class="percent">{100 * result.chances[i]:.1f} %</span>'
@@ -166,7 +166,7 @@ def bars(labels: Sequence[str], result: Timed, title: str, times: bool = False) 
 
 
 def gallery(index: Index, matches: Sequence[Match], query: str) -> str:
-    """The pictures that were found, best first, as thumbnails."""
+    """Return HTML with the found pictures as thumbnails, best first."""
     tiles = [
         f'<li><figure>{thumbnail(index.file(match.path), match.path)}<figcaption><b title="cosine">{match.cosine:.3f}'
         f"</b> {safe(match.path)}</figcaption></figure></li>"
@@ -180,9 +180,9 @@ def _section(title: str, body: str) -> str:
 
 
 def thumbnail(file: Path, name: str) -> str:
-    """An `img` with the picture as data, or a word where it cannot be read any more."""
+    """Return an `img` with inline data, or a short text if the picture can no longer be read."""
     try:
-        if not file.is_file():  # nor a pipe, which would never end
+        if not file.is_file():  # also excludes a pipe, which would never end
             raise OSError
         picture = small_copy(file, THUMBNAIL)
     except (ValueError, OSError) as error:
@@ -195,10 +195,10 @@ def thumbnail(file: Path, name: str) -> str:
 
 
 def find(index: Index, features: np.ndarray, query: str, count: float) -> str:
-    """A gallery of the `count` pictures nearest to features (1, embed_dim).
+    """Return a gallery of the `count` pictures nearest to features (1, embed_dim).
 
     Raises:
-        ValueError: for a `count` out of bounds.
+        ValueError: when `count` is out of bounds.
     """
     if not 1 <= count <= MOST_FOUND:
         raise ValueError(f"{count:g} pictures: 1 to {MOST_FOUND} can be asked for.")
@@ -227,7 +227,7 @@ button:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--color-
 
 
 def check_gradio() -> None:
-    """Whether the package is there, which only this page needs; its import takes seconds, and comes later.
+    """Check that Gradio, which only this page needs, is installed, without the import, which takes seconds.
 
     Raises:
         ValueError: when it is not installed.
@@ -238,7 +238,7 @@ def check_gradio() -> None:
 
 @contextmanager
 def _told(gr: Any) -> Iterator[None]:
-    """What the visitor can mend, as the page's own error."""
+    """Turn errors that the visitor can fix into the page's own errors."""
     try:
         yield
     except ValueError as error:
@@ -248,8 +248,8 @@ def _told(gr: Any) -> Iterator[None]:
 def _picture(gr: Any, label: str = "Picture") -> Any:
     image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], buttons=[], height=280)
     image.alt_text = "The chosen picture"
-    # Gradio takes what clients say of a file for a file of the server. The door lets through the name of an upload of
-    # the client's own, which is a plain word to Gradio, and to `Uploads` alone a picture.
+    # Gradio treats file data from clients as files on the server. The door only lets through the name of the client's
+    # own upload, which to Gradio is a plain word, and stands for a picture only in `Uploads`.
     image.data_model = None
     image.preprocess = lambda name: name
     image.api_info = lambda: {"type": "string"}
@@ -290,8 +290,8 @@ def _search_tab(gr: Any, model: Served, uploads: Uploads, index: Index) -> None:
     def by_picture(name: str | None, count: float) -> str:
         with _told(gr):
             file = uploaded(uploads, name)
-            picture_from(file)  # says what is wrong with it
-            looked_at = pixels(model.clip, file)  # as the index looked at its own
+            picture_from(file)  # raises if it is damaged
+            looked_at = pixels(model.clip, file)  # processed like the index's own pictures
             return find(index, model.encode_image(looked_at), "a picture like this", count)
 
     with gr.Tab("Search"):
@@ -327,7 +327,7 @@ def _compare_tab(gr: Any, model: Served, uploads: Uploads, student: Served) -> N
 
 
 def page(model: Served, uploads: Uploads, index: Index | None = None, student: Served | None = None) -> Any:
-    """A `gradio.Blocks`; a tab without an index, or without a student, is not there."""
+    """Build the page's `gradio.Blocks`; without an index or a student, its tab is omitted."""
     import gradio as gr
 
     with gr.Blocks(title="tinyclip", analytics_enabled=False) as blocks:
@@ -346,11 +346,11 @@ def page(model: Served, uploads: Uploads, index: Index | None = None, student: S
 
 @contextmanager
 def application(model: Served, index: Index | None = None, student: Served | None = None) -> Iterator[Any]:
-    """The page as an ASGI application that opens nothing of what clients name; a `Gate` belongs before it. Gradio has
-    a temporary folder, which stays empty, until the end."""
+    """Yield the page as an ASGI app that never opens files named by clients; put a `Gate` in front of it. Meanwhile,
+    Gradio has a temporary folder, which stays empty."""
     with tempfile.TemporaryDirectory(prefix="tinyclip-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # read at its import too
-        # It fetches its newest version's number and counts visits unless told otherwise before its import.
+        os.environ["GRADIO_TEMP_DIR"] = folder  # also read when Gradio is imported
+        # Disables its version check and analytics; must be set before the import.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         import gradio as gr
         from fastapi import FastAPI
@@ -361,7 +361,7 @@ def application(model: Served, index: Index | None = None, student: Served | Non
         blocks = page(model, uploads, index, student)
         blocks.queue(max_size=QUEUE, api_open=False)
         blocks.state_session_capacity = SESSIONS
-        blocks.has_launched = True  # else Gradio checks no path; a second lock, as the door lets none through
+        blocks.has_launched = True  # else Gradio checks no paths; a second safeguard behind the door
         options: dict[str, Any] = {"allowed_paths": [], "max_file_size": UPLOAD, "footer_links": [], "css": CSS}
         options |= {"run_history": False, "enable_monitoring": False, "mcp_server": False, "ssr_mode": False}
         options |= {"show_error": False, "pwa": False}

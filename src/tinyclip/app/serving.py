@@ -1,4 +1,4 @@
-"""A port, a server on it, and an end that comes whatever its threads do. Knows nothing of what is served."""
+"""Serve an app on a port, with a shutdown that stuck threads cannot block. Independent of the app served."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Any
 
-GRACE = 5.0  # seconds that requests have to end in
-CONNECTIONS = 500  # at once; more are answered 503
+GRACE = 5.0  # seconds that running requests get to finish
+CONNECTIONS = 500  # concurrent connections; further ones get a 503
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take the port, before anything else takes time; 0 is any that is free.
+    """Bind the port, before any slow work; 0 picks a free one.
 
     Raises:
-        ValueError: when it is taken, or no address of this machine.
+        ValueError: when the port is taken, or the host is not an address of this machine.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -37,12 +37,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(place: socket.socket) -> bool:
-    """Whether only this machine reaches it."""
+    """Whether only this machine can reach it."""
     return ip_address(place.getsockname()[0]).is_loopback
 
 
 def host_of(place: socket.socket) -> str:
-    """What a browser of this machine calls it, without the port."""
+    """Return the host for a browser on this machine, without the port."""
     host = place.getsockname()[0]
     if ip_address(host).is_unspecified:
         return "localhost"
@@ -50,15 +50,15 @@ def host_of(place: socket.socket) -> str:
 
 
 def address(place: socket.socket) -> str:
-    """Its address, for a browser of this machine."""
+    """Return the server's address for a browser on this machine."""
     return f"http://{host_of(place)}:{place.getsockname()[1]}"
 
 
 def run(app: Any, place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve an ASGI application until this thread, the main one, is interrupted; `ready` is called once it answers.
+    """Serve an ASGI app until this thread, the main one, is interrupted; call `ready` once it answers.
 
-    The loop has a thread of its own: a signal finds the main thread waiting, whatever the loop and its workers do.
-    Requests have `GRACE` seconds to end in.
+    The event loop runs in its own thread, so the main thread can always handle signals, whatever the loop and its
+    workers do. Running requests get `GRACE` seconds to finish.
     """
     import uvicorn
 
@@ -67,8 +67,8 @@ def run(app: Any, place: socket.socket, ready: Callable[[], None]) -> None:
             await super().startup(sockets)
             ready()
 
-    # Open pages hold connections; they must not hold up the end. Addresses are those of the connections: what proxies
-    # say of others is not believed.
+    # Connections of open pages must not delay the shutdown. Client addresses are those of the connections; what proxies
+    # report is not trusted.
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="none", proxy_headers=False)
     config.limit_concurrency, config.server_header = CONNECTIONS, False
     server, failed, ended = Server(config), [], threading.Event()
@@ -94,11 +94,11 @@ def run(app: Any, place: socket.socket, ready: Callable[[], None]) -> None:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Leave the process when interrupted in this block, also when threads are stuck, which Python would wait for."""
+    """Exit the process on an interrupt in this block, even if threads are stuck, for which Python would wait."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        for number in (signal.SIGINT, signal.SIGTERM):  # one more would have Python wait after all
+        for number in (signal.SIGINT, signal.SIGTERM):  # another signal would make Python wait after all
             signal.signal(number, signal.SIG_IGN)
         if not _stuck(time.monotonic() + 1):
             raise

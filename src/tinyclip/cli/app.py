@@ -1,4 +1,4 @@
-"""The command that opens a page to try models on."""
+"""The command that serves a page for trying models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def app(
     from tinyclip.search.index import Index, check_model, open_model
 
     signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background inherits as ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit SIGINT as ignored
     names = allow_host or []
     for name in names:
         guard.check_host(name)
@@ -53,7 +53,7 @@ def app(
     clip, fingerprint = open_model(str(model), device, dtype)
     if opened and index:
         check_model(opened.facts, index, str(model), fingerprint)
-    served = pages.Served(model.name, clip)  # visitors need not know where it is
+    served = pages.Served(model.name, clip)  # visitors do not need to know its path
     second = pages.Served(Path(student).name, open_model(student, device, dtype)[0], served.lock) if student else None
     say_computing(clip.computing)
     address = serving.address(place) + (f"/?token={token}" if token else "")

@@ -1,4 +1,4 @@
-"""What is refused of any command's arguments before the command sees them."""
+"""Checks of arguments that apply to every command, before it runs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-LARGEST = 2**53  # what also a float holds
+LARGEST = 2**53  # largest integer that a float holds exactly
 
 
 class Command(TyperCommand):
-    """A command whose arguments are given: an empty text, which as a path would be the folder that one is in, is an
-    error, as it comes from a variable that is not set; and numbers are numbers of this world."""
+    """A command that rejects empty arguments, which come from unset variables and as a path would mean the current
+    folder, and numbers that are not finite or are absurdly large."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        for param in self.params:  # arguments in capitals, as the help texts name them
+        for param in self.params:  # show arguments in capitals, as in the help texts
             if param.param_type_name == "argument":
                 param.metavar = param.name.upper() + ("..." if param.nargs == -1 else "")
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """`[OPTIONS] INDEX [QUERY...]`."""
+        """Return the usage line's pieces, as in `[OPTIONS] INDEX [QUERY...]`."""
         arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
         return [str(self.options_metavar), *(str(p.metavar) if p.required else f"[{p.metavar}]" for p in arguments)]
 

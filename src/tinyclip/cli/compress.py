@@ -1,4 +1,4 @@
-"""Commands that run recipes, plan them and report on them."""
+"""Commands that plan and run recipes, and cut models."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -
 
 
 def _hint() -> str:
-    """The command that goes on with this run, torchrun's part of it included; in words where that is unknown."""
+    """Return the command that resumes this run, including torchrun's part; a description where that is unknown."""
     words = ["tinyclip", *sys.argv[1:]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         try:
@@ -119,7 +119,7 @@ def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
 
 
 def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path:
-    """Run a recipe with a live display; returns the run's folder. Exits with 130 or 143 when interrupted."""
+    """Run a recipe with a live display and return the run's folder. Exits with 130 or 143 when interrupted."""
     from tinyclip.cli.live import Display
     from tinyclip.common.distributed import from_main, is_main
     from tinyclip.train import loop as training
@@ -127,7 +127,7 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
     from tinyclip.train.setup import evaluator
 
     evaluation, checks = recipe.evaluation, []
-    if evaluation:  # the first process evaluates
+    if evaluation:  # only the first process evaluates
         from_main(lambda: checks.append(evaluator(evaluation.data, evaluation.templates)))
     run = training.start(recipe, overwrite=overwrite, resume=resume)
     run.evaluator = checks[0] if checks else None
@@ -263,7 +263,7 @@ def inherit(
         raise ValueError("--target, --unit, --gates, --align, --score and --batches go with --calibrate")
     if towers != "both":
         raise ValueError("--towers goes with --calibrate")
-    wanted = CLIPConfig.named(like) if like else shape_from(shape or [])  # before the teacher, which takes longer
+    wanted = CLIPConfig.named(like) if like else shape_from(shape or [])  # before the teacher, which is slow to load
     clip = load(teacher)
     config = wanted if isinstance(wanted, CLIPConfig) else wanted.apply(clip.model.config)
     student = cut(clip.model, config)

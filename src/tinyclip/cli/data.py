@@ -1,4 +1,4 @@
-"""Commands that make shards, and vocabularies from them."""
+"""Commands that make, index and cache shards."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def cache(
     place = output or shards / f"cache-{short_name(teacher)}"
     where = resolve_device(device)
     with processes(where):
-        from_main(lambda: check_place(place, overwrite))  # before a model is loaded
+        from_main(lambda: check_place(place, overwrite))  # before loading a model
         clip = load_teacher(teacher, where)
         if recipe:
             views, largest = _views_of(recipe, clip)
@@ -185,7 +185,7 @@ def _say_report(report: Report, place: Path, draws: int) -> None:
 
 
 def _views_of(path: Path, clip: Any) -> tuple[Any, int]:
-    """The augmentation of a recipe's stages, and the largest picture that teacher and students take."""
+    """Return the augmentation of a recipe's stages, and the largest image size of teacher and students."""
     from tinyclip.inference.pipeline import Pipeline
     from tinyclip.recipe.recipe import load_recipe
     from tinyclip.train.plan import first_start, stage_shapes
@@ -206,7 +206,7 @@ def _views_of(path: Path, clip: Any) -> tuple[Any, int]:
 
 @contextmanager
 def _cache_progress() -> Iterator[Callable[[int, int], None]]:
-    """Tells what of this process's samples is done. Raises `Interrupted` after a signal."""
+    """Show the progress on this process's samples. Raises `Interrupted` after a signal."""
     from tinyclip.train.resume import Interrupted, stop_signals
 
     with stop_signals() as stops:

@@ -1,4 +1,4 @@
-"""Commands that judge a model: zero-shot and retrieval figures, and the linear probe."""
+"""Commands that evaluate models: zero-shot, retrieval, linear probe, comparison and measurements."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def probe(
 
 
 def _say_skipped(dataset: Any) -> None:
-    """On stderr, what of the data was left out."""
+    """Report on stderr which data was left out."""
     if dataset.skipped:
         print_faults(dataset.skipped, errors)
 
@@ -243,13 +243,13 @@ def compare(
         print_json(result(outcomes, measured))
     else:
         print_table(*table(outcomes, measured))
-    if output:  # after the figures, which are then not lost when it cannot be written
+    if output:  # after printing the metrics, so they are not lost if it cannot be written
         write(output, outcomes, measured)
         (errors.print if as_json else say)(f"report: {output / 'report.html'}")
 
 
 def _load_all(sources: Sequence[str], device: str, dtype: str) -> list[Contender]:
-    """The models by path or name, each with its size on disk; all are there before anything is computed."""
+    """Load the models by path or name, each with its size on disk, all before anything is computed."""
     from tinyclip.evaluate.contenders import Contender, disk_size, labels
     from tinyclip.loading import load_encoder
     from tinyclip.zoo.resolve import find_export, resolve

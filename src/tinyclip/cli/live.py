@@ -26,7 +26,7 @@ TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_aff
 
 
 def kept_lines(kept: dict[str, int]) -> list[str]:
-    """What masks keep, a line a tower and kind: `visual heads 6 5 6`."""
+    """Return what the masks keep, one line per tower and kind: `visual heads 6 5 6`."""
     rows: dict[str, list[str]] = {}
     for name, count in kept.items():
         tower, kind, *_ = name.split(".")
@@ -34,12 +34,12 @@ def kept_lines(kept: dict[str, int]) -> list[str]:
     return [f"{name} {' '.join(counts)}" for name, counts in rows.items()]
 
 
-MUCH_WAITING = 0.2  # share of the time
+MUCH_WAITING = 0.2  # share of time spent waiting for data
 BARS = " ▁▂▃▄▅▆▇█"
 
 
 def kept_bars(kept: dict[str, int], full: dict[str, int]) -> str:
-    """The same as a line of bars, a character a block: `visual heads █▇▅  mlp ▇▇▆`."""
+    """Return the same as a line of bars, one character per block: `visual heads █▇▅  mlp ▇▇▆`."""
     rows: dict[str, str] = {}
     for name, count in kept.items():
         tower, kind, *block = name.split(".")
@@ -50,13 +50,13 @@ def kept_bars(kept: dict[str, int], full: dict[str, int]) -> str:
 
 
 def measured_on(batches: int, most: int) -> str:
-    """Batches of a calibration, and whether it has ended by itself."""
+    """Describe a calibration's batches, and whether it stopped early by itself."""
     enough = f" (of {most} at most; more would have changed nothing)" if batches < most else ""
     return f"{batches:,} batch{'' if batches == 1 else 'es'}{enough}"
 
 
 class Bars(Progress):
-    """A progress bar with a line of its own below."""
+    """A progress bar with an extra line below it."""
 
     line = ""
 
@@ -67,7 +67,7 @@ class Bars(Progress):
 
 
 class Display:
-    """Listens to a run's events (see `run.Run.emit`)."""
+    """Displays a run's events (see `run.Run.emit`)."""
 
     def __init__(self, console: Console, run: Run) -> None:
         self.console, self.run = console, run
@@ -78,7 +78,7 @@ class Display:
         self.task: Any = None
         self.stage: Stage | None = None
         self.full: dict[str, int] = {}
-        self.began: tuple[float, int] | None = None  # when this process trained its first step that is shown
+        self.began: tuple[float, int] | None = None  # time and step at this process's first displayed step
 
     def __enter__(self) -> Display:
         run = self.run
@@ -136,7 +136,7 @@ class Display:
             self.print(f"  step {event['step']}: {figures}{self._left(event['step'])}")
 
     def _left(self, step: int) -> str:
-        """The time that is left of the stage, from its second line on."""
+        """Return the stage's remaining time, from its second line on."""
         now = time.monotonic()
         (since, first), steps = self.began or (now, step), self.stage.steps if self.stage else 0
         self.began = since, first
@@ -174,7 +174,7 @@ class Display:
 
 
 def plan_table(plan: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Columns and rows of what `plan.plan` found."""
+    """Return the columns and rows for the result of `plan.plan`."""
     columns = ["stage", "shape", "params M", "GMACs", "steps", "pairs", "epochs", "FLOPs", "GB a device", "hours"]
     rows = [["teacher", plan["teacher"]["shape"], *_sizes(plan["teacher"]), *[""] * 6]] if plan["teacher"] else []
     for stage in plan["stages"]:
@@ -200,7 +200,7 @@ def _costs(entry: dict[str, Any], memory_bytes: float) -> list[str]:
 
 
 def _prefixed(number: float) -> str:
-    """Three digits with an SI prefix: 2.4 G."""
-    number = float(f"{number:.3g}")  # so that 999.9 becomes 1 k
+    """Format three digits with an SI prefix: 2.4 G."""
+    number = float(f"{number:.3g}")  # so 999.9 becomes 1 k
     power = min(6, max(0, int(math.log10(max(number, 1))) // 3))
     return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".rstrip()

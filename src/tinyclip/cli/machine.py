@@ -1,4 +1,4 @@
-"""Commands about tinyclip itself and its place in the world: doctor, push."""
+"""Commands about the tinyclip installation: doctor."""
 
 from __future__ import annotations
 

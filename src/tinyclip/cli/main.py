@@ -1,5 +1,5 @@
-"""The `tinyclip` command. Each command is a function in the module of its help panel, and imports heavy modules only
-when it runs."""
+"""The `tinyclip` command. Each subcommand is a function in the module of its help panel, and imports heavy modules
+only when it runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ vocab_app = typer.Typer(
     epilog="Example: tinyclip vocab prune my-clip my-clip-pruned --texts shards",
 )
 
-# The panels of `tinyclip --help`: each command with an example, which ends its own --help.
+# The panels of `tinyclip --help`, each command with the example at the end of its own --help.
 PANELS: dict[str, list[tuple[Callable[..., None], str]]] = {
     "Compress": [
         (compress.distill, "distill recipes/emoji-50.yaml --set output=runs/mine"),
@@ -81,7 +81,7 @@ for group, function, example in (
 ):
     group.command(cls=Command, epilog=f"Example: tinyclip {example}")(function)
 
-USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer has under changing names
+USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer exposes under changing names
 
 
 def main() -> None:
@@ -89,9 +89,9 @@ def main() -> None:
     143 when stopped by Ctrl-C or SIGTERM."""
     try:
         with stoppable(), listening(meter):
-            # Typer itself would make several lines of an error of usage.
+            # Typer itself would print a usage error on several lines.
             code = app(prog_name="tinyclip", standalone_mode=False) or 0
-            sys.stdout.flush()  # a full disk behind it is an error of ours
+            sys.stdout.flush()  # so that a full disk is reported as our error
             sys.exit(code)
     except USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -100,7 +100,7 @@ def main() -> None:
         where = error.ctx.command_path if error.ctx else "tinyclip"
         fail(f"{error.format_message().rstrip('.')} (see `{where} --help`)", 2)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone
+        sys.stderr.close()  # the reader of our output has exited
         sys.exit(1)
     except Unusable as error:
         fail(str(error), 1)
@@ -110,9 +110,9 @@ def main() -> None:
         _give_up_output()
         fail(in_words(error), 2)
     except RuntimeError as error:
-        if "Symlink loop" in str(error):  # of pathlib
+        if "Symlink loop" in str(error):  # raised by pathlib
             fail(str(error), 2)
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if type(error).__name__ != "OutOfMemoryError":  # torch's error; torch is not imported here
             raise
         fail("out of memory on the device; a lower batch_size may help", 2)
     finally:
@@ -120,7 +120,7 @@ def main() -> None:
 
 
 def _give_up_output() -> None:
-    """What stdout still holds and cannot take would be a second error as the process ends."""
+    """Discard buffered output that cannot be written; it would cause a second error at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Progress as people see it: a bar on a terminal, now and then a plain line in a log."""
+"""Progress display: a bar on a terminal, occasional plain lines in a log."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from tinyclip.common.files import printable
 
-WAIT = 5.0  # seconds that work may last without a word
-BAR_WAIT = 1.0  # on a terminal, so that quick work does not flicker
-RARELY, RAREST = 10.0, 60.0  # seconds between lines; ever more as the work goes on
+WAIT = 5.0  # seconds before work is reported
+BAR_WAIT = 1.0  # the same on a terminal; keeps quick work from flickering
+RARELY, RAREST = 10.0, 60.0  # seconds between lines, at first and at most; grows over time
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3 h 20 min`."""
+    """Format a duration: `45 s`, `12 min`, `3 h 20 min`."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)
@@ -27,36 +27,36 @@ def duration(seconds: float) -> str:
 
 
 def columns() -> tuple[TextColumn | BarColumn | MofNCompleteColumn | TimeRemainingColumn, ...]:
-    """Of a bar; its tasks have a field `figures`."""
+    """Return the columns of a bar, whose tasks have a field `figures`."""
     texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[figures]}")]
     return texts[0], BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(), texts[1]
 
 
 @dataclass
 class Work:
-    """Something that is being done."""
+    """A task in progress."""
 
     since: float
-    first: int  # what was done already
-    due: float  # when it is to be shown
+    first: int  # amount done at the start
+    due: float  # time of the next display
     done: int
     bar: TaskID | None = None
     timer: threading.Timer | None = None
 
 
 class Meter:
-    """Listens to `progress.tell`; of processes that torchrun started only the first one shows anything."""
+    """Displays what `progress.tell` reports; under torchrun, only the first process shows anything."""
 
     def __init__(self, console: Console, bars: Progress | None = None, wait: float | None = None) -> None:
         """
         Args:
-            bars: that others show, and that these join; by default they come when they are needed and go after.
+            bars: an existing display to join; by default bars appear when needed and are removed afterwards.
             wait: seconds until work is shown.
         """
         self.console, self.bars, self.own = console, bars, bars is None
         self.given = wait
         self.works: dict[str, Work] = {}
-        self.process, self.lock = os.getpid(), threading.RLock()  # forked workers and threads tell too
+        self.process, self.lock = os.getpid(), threading.RLock()  # forked workers and threads report as well
 
     def __call__(self, what: str, done: int, total: int | None, unit: str) -> None:
         if os.environ.get("RANK", "0") != "0" or os.getpid() != self.process:
@@ -69,7 +69,7 @@ class Meter:
         if total is not None and done >= total:
             self._end(what)
             return
-        if what in self.works and done < self.works[what].done:  # it began anew without an end
+        if what in self.works and done < self.works[what].done:  # it restarted without ending
             self._end(what)
         if what not in self.works:
             self.works[what] = Work(now, done, now + self.wait, done)
@@ -86,7 +86,7 @@ class Meter:
             self.console.print(_line(what, work, total, unit, now), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take bars away, since something else is printed; what goes on brings them back."""
+        """Remove the bars while something else is printed; the next progress shows them again."""
         if self.own and self.bars is not None:
             self.bars.stop()
             self.bars = None
@@ -94,14 +94,14 @@ class Meter:
                 work.bar = None
 
     def stop(self) -> None:
-        """Forget all work: it has ended, or failed."""
+        """Forget all work, which has ended or failed."""
         for what in list(self.works):
             self._end(what)
         self.close()
 
     @property
     def draws(self) -> bool:
-        """Whether where it is shown can take back what it has shown."""
+        """Whether the output can be redrawn."""
         return self.console.is_terminal and self.console.is_interactive
 
     @property
@@ -109,7 +109,7 @@ class Meter:
         return self.given if self.given is not None else BAR_WAIT if self.draws else WAIT
 
     def _alone(self, what: str) -> None:
-        """Work of one piece, that tells nothing on its way: a timer speaks for it."""
+        """Show a task without intermediate progress, by a timer."""
 
         work = self.works[what]
 
@@ -127,7 +127,7 @@ class Meter:
 
     def _draw(self, what: str, work: Work, total: int | None, unit: str) -> None:
         if self.bars is None:
-            # Else rich would send what is printed to the bar's console, also where that is piped.
+            # Else rich would redirect printed text to the bar's console, even if stdout is piped.
             apart: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
             self.bars = Progress(*columns(), console=self.console, transient=True, **apart)
             self.bars.start()
@@ -148,7 +148,7 @@ class Meter:
 
 
 def _line(what: str, work: Work, total: int | None, unit: str, now: float) -> str:
-    """`calibrating: 50 of 200 batches (25 %), 4 min left`."""
+    """Return a progress line: `calibrating: 50 of 200 batches (25 %), 4 min left`."""
     passed, done = now - work.since, work.done - work.first
     if total is None:
         return f"{what}: {work.done:,} {unit}".rstrip() if unit else f"{what}, for {duration(passed)} now"

@@ -1,4 +1,4 @@
-"""Commands that take a model: cut, convert, use, look at."""
+"""The command that lists published models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def zoo(
         _say_zoo(listing.describe_shipped(name), as_json)
         return
     entry = catalogue.get(name)
-    first = verify and listing.unrecorded(entry, cache)  # before anything records it
+    first = verify and listing.unrecorded(entry, cache)  # before verification records it
     if download:
         models.local_file(entry, cache)
     if verify:

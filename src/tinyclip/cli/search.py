@@ -1,4 +1,4 @@
-"""The commands that index a folder of pictures and search it."""
+"""Commands that index and search pictures, write features, and classify a picture."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def index(
 
     with busy(f"looking into {folder}"):
         found = scan(folder)
-    check(found, output, overwrite=overwrite, moved=moved)  # before a model is loaded
+    check(found, output, overwrite=overwrite, moved=moved)  # before loading a model
     clip, fingerprint = open_model(model, device, dtype, compile)
     if not as_json:
         say_computing(clip.computing)
@@ -124,7 +124,7 @@ def search(
     asked: list[str | Path] = [*texts, *images]
     if not asked:
         raise ValueError(f"{queries}: no queries in it" if queries else "nothing to look for: give words or --image")
-    for path in images:  # before the model, which takes longer to be wrong
+    for path in images:  # before loading the model, which is slower
         open_image(path)
     with Index.open(index) as opened:
         if sheet:
@@ -182,7 +182,7 @@ def _tiles(index: Index, matches: Sequence[Match]) -> list[Any]:
 
 
 def _print(asked: Sequence[str | Path], rows: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Lines that are never broken, so that they can be taken apart by other programs."""
+    """Print lines without wrapping, so other programs can parse them."""
     for i, (query, listed) in enumerate(zip(asked, rows, strict=True)):
         if len(asked) > 1:
             if i:
@@ -238,7 +238,7 @@ def embed(
     plan = Plan(str(model), what, format, dtype, part_size, batch_size, workers)
     with busy(f"looking into {source}"):
         found = open_source(source, part_size, text_column, key_column, separator)
-    check(found, output, plan, overwrite)  # before a model is loaded
+    check(found, output, plan, overwrite)  # before loading a model
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, compute_dtype, compile, runtime)
@@ -268,7 +268,7 @@ def _say_features(result: dict[str, Any], output: Path) -> None:
 
 
 def _tell_tally(tally: Any) -> None:
-    """What of this process's parts is done."""
+    """Print how many of this process's parts are done."""
     unit = "pictures" if tally.images else "texts"
     tell("embedding", tally.images or tally.texts, tally.total, unit)
 
@@ -288,7 +288,7 @@ def classify(
     from tinyclip.inputs.transforms import open_image
     from tinyclip.loading import load
 
-    check_labels(labels)  # before the model, which takes longer to be wrong
+    check_labels(labels)  # before loading the model, which is slower
     if twice := next((label for i, label in enumerate(labels) if label in labels[:i]), None):
         raise ValueError(f"the label {twice!r} is given twice, so the two would share its probability")
     picture = open_image(image)

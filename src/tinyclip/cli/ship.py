@@ -1,4 +1,4 @@
-"""The command that brings a model to other runtimes."""
+"""Commands that bring models to other runtimes, formats and the Hugging Face hub."""
 
 from __future__ import annotations
 

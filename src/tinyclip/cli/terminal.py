@@ -1,4 +1,4 @@
-"""What the commands share: their output, their errors, their common options."""
+"""Shared by all commands: output, errors and common options."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tinyclip.common.ownership import check_replaceable
 
 
 class PlainConsole(Console):
-    """A console that shows what it is given and is never steered by it, since names in data and files are anyone's.
+    """A console that shows control characters instead of obeying them, since names in data and files are untrusted.
 
-    Text in one piece is one line; of what is drawn (tables, bars) the line ends are rich's own.
+    A string is printed as one line; in drawn objects (tables, bars), the line breaks are rich's own.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        if any(isinstance(item, str | Table) for item in objects):  # not the codes that move the bars themselves
+        if any(isinstance(item, str | Table) for item in objects):  # not the control codes of the bars themselves
             meter.close()
         super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
 
@@ -37,22 +37,22 @@ class PlainConsole(Console):
 
 
 DRAWN = {code: shown for code, shown in STEERING.items() if chr(code) != "\n"}
-# Piped output is wide enough for every table.
+# Wide enough for every table when piped.
 console = PlainConsole(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 errors = PlainConsole(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 meter = Meter(errors)
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """For the shell: published and shipped models whose names begin so. Where there is none, and before anything is
-    typed, the shell completes files."""
+    """Complete the names of published and shipped models. If none matches, or nothing is typed yet, the shell completes
+    files."""
     from tinyclip.zoo.catalogue import ENTRIES, SHIPPED
 
     return _begun([*(entry.name for entry in ENTRIES), *SHIPPED], incomplete)
 
 
 def complete_shape(incomplete: str) -> list[str]:
-    """For the shell: also names that stand for a shape alone."""
+    """Complete model names, including names of shapes without weights."""
     from tinyclip.model.config import NAMED
 
     return complete_model(incomplete) + _begun(NAMED, incomplete)
@@ -74,7 +74,7 @@ Runtime = Annotated[str, typer.Option(help="Runtime: auto, openvino, onnxruntime
 
 
 def _allow(context: typer.Context, count: int | None) -> int | None:
-    """Until the command ends, as pictures are opened in many places and by many threads."""
+    """Set the pixel limit until the command ends, since many places and threads open pictures."""
     if count is not None:
         from tinyclip.inputs.decoding import pixels_at_most
 
@@ -105,17 +105,17 @@ Templates = Annotated[
 
 
 def say(text: str) -> None:
-    """Print a line as it is."""
+    """Print a line without highlighting or wrapping."""
     console.print(text, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """On stderr, a line that nobody asked for."""
+    """Print a notice to stderr."""
     errors.print(f"warning: {' '.join(text.split())}")
 
 
 def three(text: str | None, option: str) -> tuple[float, ...] | None:
-    """The numbers of `--mean` and `--std`; `ValueError` when they are no three."""
+    """Parse the numbers of `--mean` and `--std`; `ValueError` if there are not three."""
     if text is None:
         return None
     try:
@@ -128,18 +128,18 @@ def three(text: str | None, option: str) -> tuple[float, ...] | None:
 
 
 def plural(n: int, name: str) -> str:
-    """1 part, 2 parts."""
+    """Return the count with its noun: 1 part, 2 parts."""
     return f"{n:,} {name}" if n == 1 else f"{n:,} {name}s"
 
 
 def say_computing(computing: dict[str, str]) -> None:
-    """On stderr, what a model computes in and where."""
+    """Print to stderr a model's compute dtype and device."""
     runtime = f" with {computing['runtime']}" if "runtime" in computing else ""
     errors.print(f"computing in {computing['dtype']} on {computing['device']}{runtime}")
 
 
 def fail(text: str, code: int) -> None:
-    """End with a line on the standard error; of processes that torchrun started, the first with this text speaks."""
+    """Exit with a line on stderr; under torchrun, only the first process with this text prints it."""
     line = f"tinyclip: {' '.join(text.split())}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from tinyclip.common.distributed import claim
@@ -151,7 +151,7 @@ def fail(text: str, code: int) -> None:
 
 
 def print_table(columns: Any, rows: Any, figures: bool = True) -> None:
-    """A table of text; `figures` after the first column are set to the right."""
+    """Print a table of text; with `figures`, all columns but the first are right-aligned."""
     justified = ["left" if i == 0 or not figures else "right" for i, _ in enumerate(columns)]
     console.print(_table(columns, rows, justified))
 
@@ -166,7 +166,7 @@ def _table(columns: Any, rows: Any, justified: Sequence[Any]) -> Table:
 
 
 def print_faults(skipped: Sequence[Skipped], where: Console = console) -> None:
-    """What was left out of data: cause, count, examples."""
+    """Print which data was left out: cause, count, examples."""
     justified = ["right" if column == "left out" else "left" for column in COLUMNS]
     where.print(_table(COLUMNS, rows(skipped), justified), highlight=False)
 
@@ -177,22 +177,22 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file that are not blank; `ValueError` when it cannot be read."""
+    """Return the non-blank lines of a file; `ValueError` when it cannot be read."""
     return [line for line in lines_of(read_text(path)) if line.strip()]
 
 
 def check_file(path: Path | None) -> None:
-    """Refuse a place for a file that cannot be one, before the work that it is to hold."""
+    """Refuse an output path that cannot be a file, before doing the work."""
     if path is None:
         return
     if path.is_dir():
         raise ValueError(f"{path} is a folder; choose a file")
-    if not path.exists() or path.is_file():  # not a device or a pipe
+    if not path.exists() or path.is_file():  # not for a device or a pipe
         check_parent(path.resolve())
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a place in a folder that cannot be written."""
+    """Refuse a path in a folder that is not writable."""
     parent = next(parent for parent in path.parents if parent.exists())
     if not parent.is_dir():
         raise ValueError(f"{parent} is a file, so there can be no {path.name} in it")
@@ -203,8 +203,8 @@ def check_parent(path: Path) -> None:
 
 
 def check_free(path: Path, overwrite: bool, kind: str = "model") -> None:
-    """Refuse a place that is taken, with `overwrite` by anything that is not ours (see `ownership`), or that cannot be
-    written."""
+    """Refuse a path that exists (with `overwrite`, only if its content is not ours, see `ownership`) or is not
+    writable."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another or replace it with --overwrite")
     check_replaceable(path, kind)

@@ -1,4 +1,4 @@
-"""Pictures with captions as people keep them: in tables, and in files beside the pictures."""
+"""Captioned pictures from users' own data: tables, and caption files next to the pictures."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from tinyclip.inputs.transforms import open_image
 
 @dataclass(frozen=True)
 class Item:
-    """A picture to pack: its file, captions, and its class where it has one. Of a row of a table that cannot be used,
-    where it is and why."""
+    """A picture to pack: its file, its captions and, if it has one, its class. For an unusable table row: its place and
+    what is wrong with it."""
 
     path: Path
     captions: tuple[str, ...]
     name: str | None = None
-    problem: Fault | None = None  # why there are none
-    inside: Inside | None = None  # where the picture is when it is in a table and has no file
+    problem: Fault | None = None  # why the item has no captions
+    inside: Inside | None = None  # place of a picture that is stored in a table, not in a file
 
     def picture(self) -> Path | Image.Image:
-        """What to open, or of a picture in a table the open one."""
+        """Return the path to open, or the opened picture if it is stored in a table."""
         return open_image(io.BytesIO(self.inside.read())) if self.inside else self.path
 
 
@@ -53,15 +53,15 @@ def captioned(
     image_root: str | Path | None = None,
     separator: str | None = None,
 ) -> list[Item]:
-    """The pictures of a source and their captions, in order.
+    """Return the pictures of a source with their captions, in order.
 
-    A table (.csv, .tsv, .jsonl, .parquet) has a column of paths, relative to `image_root` or to the table, and
-    one of captions (a text or a list); rows of one picture are joined, and those that cannot be read come last, as
-    items with their problem. A .parquet may have the pictures themselves in the column. A folder has captions beside
-    its pictures: `photo.jpg` with `photo.txt` (a caption a line) or `photo.json` (`caption` or `captions`).
+    A table (.csv, .tsv, .jsonl, .parquet) has a column of paths, relative to `image_root` or to the table, and a column
+    of captions (a text or a list). Rows of the same picture are merged; unreadable rows come last, as items with their
+    problem. In a .parquet, the image column may hold the pictures themselves. In a folder, captions are next to the
+    pictures: `photo.jpg` with `photo.txt` (one caption per line) or `photo.json` (`caption` or `captions`).
 
     Args:
-        separator: of a .csv or .tsv, by default as its header shows.
+        separator: separator of a .csv or .tsv; detected from the header by default.
 
     Raises:
         ValueError: when the source, its columns or its pictures cannot be found, or more than half of a table's rows
@@ -86,7 +86,7 @@ def captioned(
 
 
 def complete(source: Path, items: list[Item], left_out: Sequence[LeftOut]) -> list[Item]:
-    """The items, and those that were left out on the way with their fault; `ValueError` when there are none."""
+    """Append the paths that were left out, as items with their fault; `ValueError` when there are no items."""
     if not items:
         kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
         raise ValueError(f"{source}: no pictures ({kinds}) in it{because(left_out)}")
@@ -94,14 +94,14 @@ def complete(source: Path, items: list[Item], left_out: Sequence[LeftOut]) -> li
 
 
 def sidecars(path: Path) -> list[Path]:
-    """The files of captions beside a picture; cameras and Windows write endings in capitals too."""
+    """Return the caption files next to a picture. Cameras and Windows also write extensions in capitals."""
     names = [[f".{ending}", f".{ending.upper()}", f".{ending.title()}"] for ending in ("txt", "json")]
     found = (next((f for f in map(path.with_suffix, some) if f.is_file()), None) for some in names)
     return [file for file in found if file is not None]
 
 
 def with_sidecar(path: Path) -> Item:
-    """A picture with the captions in the file beside it, or what is wrong with that."""
+    """Return a picture with the captions from its sidecar file, or with the problem of that file."""
     try:
         found = captions_of({file.suffix[1:].lower(): file.read_bytes() for file in sidecars(path)})
     except Fault as fault:
@@ -113,7 +113,7 @@ def with_sidecar(path: Path) -> Item:
 
 @dataclass
 class _Found:
-    """What rows say of one picture."""
+    """Everything the rows of a table say about one picture."""
 
     path: Path
     captions: list[str] = field(default_factory=list)
@@ -152,7 +152,7 @@ def _from_table(table: Table, image_column: str | None, caption_column: str | No
 
 
 def _picture_of(value: Any, column: str, table: Table, row: Row) -> tuple[str, Path, bool]:
-    """What rows of one picture have in common, its path, and whether it is inside the table; a `Fault` without one."""
+    """Return the key that rows of one picture share, its path, and whether it is inside the table; else `Fault`."""
     name = value.get("path") if isinstance(value, dict) else value
     if picture_in(value) is not None:
         return f"row {row.number}", Path(name if name and isinstance(name, str) else table.place(row)), True

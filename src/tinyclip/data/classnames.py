@@ -1,4 +1,4 @@
-"""Names of classes and prompt templates: of ImageNet, of files, of folders. No torch here."""
+"""Class names and prompt templates, from ImageNet, files or folders. No torch here."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from pathlib import Path
 from tinyclip.common.files import lines_of, read_text
 
 VOCABULARY = Path(__file__).parent.parent / "vocabulary"
-IMAGENET_SETS = {"imagenet": "", "imagenet-a": "a", "imagenet-r": "r"}  # and their letter in imagenet.tsv
+IMAGENET_SETS = {"imagenet": "", "imagenet-a": "a", "imagenet-r": "r"}  # set -> its letter in imagenet.tsv
 DEFAULT_TEMPLATES = ("a photo of a {c}",)
 WNID = re.compile(r"n\d{8}")
 
 
 @cache
 def imagenet(name: str = "imagenet") -> dict[str, str]:
-    """WordNet id -> class name, in ImageNet's order: all 1,000, or the 200 of `imagenet-a` and of `imagenet-r`."""
+    """Map WordNet ids to class names, in ImageNet's order: all 1,000, or the 200 of `imagenet-a` or `imagenet-r`."""
     rows = [line.split("\t") for line in (VOCABULARY / "imagenet.tsv").read_text(encoding="utf-8").splitlines()]
     return {wnid: label for wnid, sets, label in rows if IMAGENET_SETS[name] in sets}
 
 
 @cache
 def imagenet_templates() -> tuple[str, ...]:
-    """OpenAI's 80 prompt templates for ImageNet."""
+    """Return OpenAI's 80 prompt templates for ImageNet."""
     return tuple((VOCABULARY / "imagenet_templates.txt").read_text(encoding="utf-8").splitlines())
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes of a data set: their names in the order of labels, and the label of each name that the data uses."""
+    """The classes of a dataset: their names in label order, and the label of each name that the data uses."""
 
     names: tuple[str, ...] = ()
-    labels: Mapping[str, int | None] = field(default_factory=dict)  # None: several classes have the name
-    source: str = "the data"  # of the names, as errors call it
+    labels: Mapping[str, int | None] = field(default_factory=dict)  # None: several classes share the name
+    source: str = "the data"  # where the names come from, for error messages
     of_imagenet: bool = False
 
 
 def of_samples(source: Path | str | None) -> Classes:
-    """Classes of samples that say their class by its name or its number.
+    """Return the classes for samples that give their class by name or number.
 
     Args:
-        source: a file of names or one of `IMAGENET_SETS`; None when the data has neither.
+        source: a file of class names or one of `IMAGENET_SETS`; None when the data has neither.
 
     Raises:
-        ValueError: when the file has no names.
+        ValueError: when the file has no class names.
     """
     if source is None:
         return Classes()
@@ -58,19 +58,18 @@ def of_samples(source: Path | str | None) -> Classes:
 
 
 def of_folders(place: Path, folders: Sequence[str], source: Path | str | None) -> Classes:
-    """Classes of a set that has a folder for each.
+    """Return the classes of a dataset with one folder per class.
 
-    Folders are named by WordNet ids, by the number of their class, or by its name; where they are not, a file of as
-    many names as there are folders goes with them in order. Without a file, WordNet ids and the numbers 0 to 999 are
-    ImageNet's.
+    Folders are named by WordNet id, class number or class name. Otherwise, a file with as many names as there are
+    folders names them in order. Without a file, WordNet ids and the numbers 0 to 999 stand for ImageNet's classes.
 
     Args:
-        place: for errors.
-        folders: their names, sorted.
-        source: a file of names, or one of `IMAGENET_SETS`.
+        place: the dataset's path, for error messages.
+        folders: the folder names, sorted.
+        source: a file of class names, or one of `IMAGENET_SETS`.
 
     Raises:
-        ValueError: when they do not match.
+        ValueError: when the folders and the names do not match.
     """
     wnids = all(map(WNID.fullmatch, folders))
     if source is None and any(map(WNID.fullmatch, folders)):
@@ -103,7 +102,7 @@ def _numbered(names: Sequence[str]) -> dict[str, int]:
 
 
 def _names(source: Path | str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names, and when they are ImageNet's their WordNet ids."""
+    """Return the class names, and their WordNet ids if they are ImageNet's."""
     if str(source) in IMAGENET_SETS and not Path(source).is_file():
         known = imagenet(str(source))
         return tuple(known.values()), known
@@ -114,11 +113,11 @@ def _names(source: Path | str) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def read_templates(given: Path | str | None, places: Sequence[Path], of_imagenet: bool = False) -> list[str]:
-    """Prompt templates: those given (a file, or `imagenet` for its 80), else of a file in one of the places, else
-    ImageNet's for its classes, else "a photo of a {c}".
+    """Return the prompt templates: the given ones (a file, or `imagenet` for its 80), else those of a file in one of
+    the places, else ImageNet's if the classes are ImageNet's, else "a photo of a {c}".
 
     Raises:
-        ValueError: when there is no such file, or a line of it has no `{c}` for the class name.
+        ValueError: when the file does not exist, or one of its lines lacks the `{c}` for the class name.
     """
     names = ("templates.txt", "zeroshot_classification_templates.txt")
     file = next((place / name for place in places for name in names if (place / name).exists()), None)
@@ -138,10 +137,10 @@ def read_templates(given: Path | str | None, places: Sequence[Path], of_imagenet
 
 
 def read_lines(file: Path | str, what: str) -> list[str]:
-    """The lines of a file, without blanks around them, and without blank lines at its end.
+    """Return the lines of a file, stripped, without blank lines at the end.
 
     Raises:
-        ValueError: when there is no such file, nothing in it, or no text.
+        ValueError: when the file does not exist, is empty, or is not text.
     """
     file = Path(file)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""The text of .csv and .tsv files: separators, quotes, and records that no quote closes."""
+"""Parsing of .csv and .tsv text: separators, quotes, and records with an unclosed quote."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 
-SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first is the usual one
+SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}  # the first is the default
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the fields of a file stand in its lines."""
+    """How a file separates and quotes its fields."""
 
     separator: str
-    quoted: bool  # whether quotes around a field are no part of it
+    quoted: bool  # whether quotes around a field are syntax, not part of its text
 
 
 def one_letter(separator: str | None) -> str | None:
@@ -27,7 +27,7 @@ def one_letter(separator: str | None) -> str | None:
 
 
 def separator_of(header: str, separators: str, known: Sequence[str]) -> str:
-    """The one that makes most known columns of the header; the usual one where they are equal."""
+    """Return the separator that yields the most known columns in the header; the default one in case of a tie."""
     wanted = {name.lower() for name in known}
 
     def known_in(separator: str) -> int:
@@ -43,8 +43,8 @@ def end_of_first(record: str, dialect: Dialect) -> int:
 
 
 def fields_of(record: str, dialect: Dialect) -> list[str] | None:
-    """The fields of a record; None when a quote is open at its end. A field that begins with a quote and is no whole
-    quoted field stands as it is."""
+    """Return the fields of a record; None when a quote is still open at its end. A field that begins with a quote but
+    is not properly quoted is kept as it is."""
     if not dialect.quoted or '"' not in record:
         return record.split(dialect.separator)
     found = _split(record, dialect.separator)
@@ -52,7 +52,7 @@ def fields_of(record: str, dialect: Dialect) -> list[str] | None:
 
 
 def _split(record: str, separator: str) -> list[tuple[str, bool]] | None:
-    """Every field, and whether it was quoted."""
+    """Return every field, and whether it was quoted."""
     pattern, fields, start = _quoted_field(separator), list[tuple[str, bool]](), 0
     while True:
         if found := pattern.match(record, start):
@@ -80,8 +80,8 @@ def _quoted_field(separator: str) -> re.Pattern[str]:
 def records_of(
     lines: Iterable[tuple[int, str]], dialect: Dialect, columns: int
 ) -> Iterator[tuple[int, str, list[str] | None]]:
-    """Number of the first line, text, and fields of every record that is not blank; None for a quote that nothing
-    closes, or closes only after what looks like other rows: these come as records of their own."""
+    """Yield the first line number, text and fields of every non-blank record. The fields are None when a quote is never
+    closed, or only after lines that look like other rows; those lines then come as records of their own."""
     waiting: list[tuple[int, str]] = []
     source = iter(lines)
     while True:
@@ -113,8 +113,8 @@ LONGEST_FIELD = 1000  # lines in one quoted field
 
 
 def _looks_like_a_row(first: str, line: str, dialect: Dialect, columns: int) -> bool:
-    """Whether a line is a row of its own rather than more of a field of the row before: as many fields, and those
-    beside the one with the open quote made alike (`images/1.jpg` and `images/2.jpg`)."""
+    """Whether a line is a row of its own rather than the continuation of a quoted field: it has as many fields, and
+    those other than the one with the open quote have the same form (`images/1.jpg` and `images/2.jpg`)."""
     plain = Dialect(dialect.separator, False)
     one, two = fields_of(first, plain), fields_of(line, dialect) or fields_of(line, plain)
     if columns < 2 or not one or not two or len(two) < columns or len(one) < columns:
@@ -125,13 +125,13 @@ def _looks_like_a_row(first: str, line: str, dialect: Dialect, columns: int) -> 
 
 
 def _form(value: str) -> str:
-    """What stays of a field when letters and digits are alike: `a/9.a`."""
+    """Return the pattern of a field, with letters and digits generalised: `a/9.a`."""
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", value.strip().strip('"')))
 
 
 def is_quoted(records: Iterable[tuple[int, str, list[str] | None]], separator: str) -> bool:
-    """Whether the quotes of a .tsv are those of its format, which most (CC3M, LAION) do not have: each field with a
-    quote is a whole quoted one, and quotes or tabs inside, or quotes in every row, show that they were put there."""
+    """Whether the quotes in a .tsv are CSV quoting, which most .tsv files (CC3M, LAION) do not use. They are if every
+    field with a quote is fully quoted, and quotes or tabs inside, or quotes in every row, show that it is meant."""
     shown, quotes, rows = False, 0, 0
     for _, record, fields in records:
         rows += 1

@@ -1,4 +1,4 @@
-"""Data to judge a model on: `open_dataset` finds out by itself how it lies on the disk (`docs/evaluation.md`)."""
+"""Evaluation data: `open_dataset` detects the layout on disk by itself (`docs/evaluation.md`)."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from tinyclip.data.shards import find_shards
 from tinyclip.data.tables import TABLES
 from tinyclip.inputs.batching import ahead
 
-# Of those that are there, the first is the default.
+# The first of these that exists is the default.
 SPLITS = ("test", "testing", "val", "valid", "validation", "dev", "train", "training")
 SHARDS = (".tar", ".tar.gz")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled picture."""
+    """A labelled picture."""
 
     key: str
     image: Image.Image
     label: int | None = None
     captions: tuple[str, ...] = ()
-    subset: str | None = None  # figures are also given for each subset
-    labels: tuple[int, ...] | None = None  # of a picture that may have any number of classes
+    subset: str | None = None  # metrics are also reported per subset
+    labels: tuple[int, ...] | None = None  # for multi-label data
 
 
 @dataclass
 class Dataset:
-    """Labelled pictures, read anew at every pass."""
+    """Labelled pictures, read from disk on every pass."""
 
     path: Path
     classnames: list[str]
     templates: list[str]
     reader: Reader
     skipped: list[Skipped] = field(default_factory=list)  # filled by a pass
-    about: Callable[[], int | None] = lambda: None  # how many pictures there are, where that is soon counted
+    about: Callable[[], int | None] = lambda: None  # number of pictures, if quick to count
 
     def __iter__(self) -> Iterator[Example]:
         return (example for _, example in self.share(lambda number: True))
 
     def share(self, mine: Mine) -> Iterator[tuple[int, Example]]:
-        """The examples of those numbers that are `mine`, with their numbers; others are not opened. A number that
-        does not come is of a picture that cannot be read."""
+        """Yield the examples whose numbers are `mine`, with their numbers; the others are not opened. Numbers of
+        unreadable pictures are missing."""
         self.skipped.clear()
         for number, item, image in ahead(_opened, self.reader(mine, self.skipped)):
             if isinstance(image, Fault):
@@ -72,7 +72,7 @@ def _opened(numbered: tuple[int, Item]) -> tuple[int, Item, Image.Image | Fault]
 
 @dataclass(frozen=True)
 class Options:
-    """What a user says of the data beyond its place."""
+    """What the user specifies about the data besides its path."""
 
     templates: Path | str | None = None
     classes: Path | str | None = None
@@ -94,23 +94,23 @@ def open_dataset(
     caption_column: str | None = None,
     separator: str | None = None,
 ) -> Dataset:
-    """Data to judge a model on, in any of these layouts: class folders, or a `.tar` of them; WebDataset shards, in a
-    folder or in CLIP_benchmark's tree; Karpathy's split files; tables of pictures and captions; captioned pictures.
+    """Open evaluation data in any of these layouts: class folders, or a `.tar` of them; WebDataset shards, in a folder
+    or in CLIP_benchmark's tree; Karpathy's split files; tables of pictures and captions; captioned pictures.
 
     Args:
-        templates: file of prompt templates, one a line, `{c}` for the class name, or `imagenet` for its 80; by default
-            `templates.txt` or `zeroshot_classification_templates.txt` beside the data, else ImageNet's for its
-            classes, else "a photo of a {c}".
-        classes: file of class names, one a line, or `imagenet`, `imagenet-a`, `imagenet-r`; by default
-            `classnames.txt` beside the data, else the names of the class folders.
-        split: the part of data that has several; by default the first of test, val, validation, train that is there.
+        templates: file of prompt templates, one per line, `{c}` for the class name, or `imagenet` for its 80; by
+            default `templates.txt` or `zeroshot_classification_templates.txt` next to the data, else ImageNet's if the
+            classes are ImageNet's, else "a photo of a {c}".
+        classes: file of class names, one per line, or `imagenet`, `imagenet-a`, `imagenet-r`; by default
+            `classnames.txt` next to the data, else the names of the class folders.
+        split: which split to read; by default the first of test, val, validation, train that exists.
         images: folder of the pictures of a table or a split file.
-        image_column: of a table, by default the first known one (`docs/data.md`).
-        caption_column: of a table, likewise.
-        separator: of a .csv or .tsv, by default as its header shows.
+        image_column: column of a table; by default the first known one (`docs/data.md`).
+        caption_column: likewise, for the captions.
+        separator: separator of a .csv or .tsv; detected from the header by default.
 
     Raises:
-        ValueError: when it is missing, is none of these, or the class names do not match it.
+        ValueError: when the data is missing, has none of these layouts, or does not match the class names.
     """
     place = Path(path)
     options = Options(
@@ -160,8 +160,8 @@ def _folder(place: Path, options: Options) -> Dataset:
 
 
 def find_splits(place: str | Path) -> dict[str, Path]:
-    """The parts of a folder that are named as in `SPLITS`: folders of shards or of class folders, or tars. Empty when
-    there is anything else to read in it."""
+    """Return the splits in a folder, named as in `SPLITS`: folders of shards or class folders, or tars. Empty when the
+    folder holds anything else to read."""
     place = Path(place)
     splits: dict[str, Path] = {}
     there = {p.name.lower(): p for p in sorted(place.iterdir(), reverse=True)} if place.is_dir() else {}
@@ -181,11 +181,11 @@ def find_splits(place: str | Path) -> dict[str, Path]:
 def named_folders(
     place: Path, split: str | None = None, classes: str | Path | None = None
 ) -> tuple[Path, dict[str, str], list[Path]]:
-    """Class folders as data to learn from: the folder that they are in (of several splits the one to train on), class
-    names by folder, and pictures that lie beside the folders.
+    """Find class folders for training: the folder that holds them (the training split, if there are several), the class
+    names by folder, and loose pictures next to the folders.
 
     Raises:
-        ValueError: when there are none, the split is not sure, or the names do not match.
+        ValueError: when there are no class folders, the split is ambiguous, or the names do not match.
     """
     splits = find_splits(place)
     learned = split or next((name for name in reversed(SPLITS) if name in splits and name.startswith("train")), None)
@@ -206,7 +206,7 @@ def named_folders(
 
 
 def _part(place: Path, options: Options) -> tuple[Path, list[Path]]:
-    """What is read of a folder, and where files of names may be."""
+    """Return the part of a folder to read, and the folders that may hold files of names."""
     splits = find_splits(place)
     if not splits:
         _no_split(place, options)
@@ -217,13 +217,13 @@ def _part(place: Path, options: Options) -> tuple[Path, list[Path]]:
 
 
 def _homes(place: Path) -> list[Path]:
-    """A folder, and the one it is in when it is a split."""
+    """Return the folder and, if it is a split, its parent."""
     inside = place.name in SPLITS or (place / "nshards.txt").exists()
     return [place, place.parent] if inside else [place]
 
 
 def _tar(tar: Path, options: Options, homes: list[Path]) -> Dataset:
-    """A tar of class folders, or a single shard."""
+    """Open a tar of class folders, or a single shard."""
     names = readers.tar_folders(tar)
     source = options.classes or _names_beside(homes)
     if not names:
@@ -260,7 +260,7 @@ def _no_split(place: Path, options: Options) -> None:
 
 
 def _split_file(place: Path) -> Path | None:
-    """Karpathy's file in a folder."""
+    """Return Karpathy's split file in a folder."""
     found = [place / f"dataset_{name}.json" for name in ("flickr30k", "coco", "flickr8k")]
     return next((file for file in found if file.is_file()), None)
 
@@ -274,10 +274,10 @@ def _has_shards(place: Path) -> bool:
 
 
 def _shards(place: Path) -> list[Path]:
-    """The shards of a folder, all that its `nshards.txt` counts.
+    """Return the shards of a folder, checked against its `nshards.txt`.
 
     Raises:
-        ValueError: when some are missing.
+        ValueError: when shards are missing.
     """
     found = find_shards(place)
     if (place / "nshards.txt").exists():

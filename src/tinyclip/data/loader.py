@@ -40,7 +40,7 @@ from tinyclip.inputs.augment import Augment, View
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
 
-TOO_MANY = 1000  # bad samples in a row
+TOO_MANY = 1000  # consecutive bad samples
 AGAIN = "run the same command again"
 ALL_BAD = f"{TOO_MANY:,} samples in a row are bad"
 
@@ -50,7 +50,7 @@ ALL_BAD = f"{TOO_MANY:,} samples in a row are bad"
 
 @edataclass
 class Raw(Sample):
-    """A sample as it stands in the shard: bytes by file ending."""
+    """A raw sample from a shard: bytes by file ending."""
 
     files: dict[str, Any]
 
@@ -62,19 +62,19 @@ class Pair(Sample):
     pixels: np.ndarray
     tokens: np.ndarray
     group: int
-    teacher: list[tuple[np.ndarray, np.ndarray]]  # stored image and text features of each teacher
+    teacher: list[tuple[np.ndarray, np.ndarray]]  # each teacher's stored image and text features
     teacher_tokens: np.ndarray | None
 
 
-# (shard, key, number of captions, generator) -> a stored view, the index of a caption, features of each teacher
+# (shard, key, number of captions, generator) -> stored view, caption index, features of each teacher
 StoredDraw = Callable[[str, str, int, Random], tuple[View, int, list[tuple[np.ndarray, np.ndarray]]]]
 
 
 class Encoder(TaskEncoder):
-    """Turns raw samples into `Pair`s in the worker process, and pairs into a `Batch`.
+    """Turn raw samples into `Pair`s in the worker process, and pairs into a `Batch`.
 
-    Decoding waits for `encode_sample`, which comes after the shuffle buffer: the buffer then holds small files, and
-    the first batch need not wait until thousands of pictures are decoded.
+    Pictures are decoded in `encode_sample`, after the shuffle buffer. The buffer therefore holds small compressed
+    files, and the first batch does not wait for thousands of pictures to be decoded.
     """
 
     decoder = None
@@ -98,9 +98,9 @@ class Encoder(TaskEncoder):
 
     @stateless
     def encode_sample(self, raw: Raw) -> Pair:
-        """Raises `SkipSample` for a bad sample, `FatalSampleError` after too many of them."""
+        """Decode a sample. Raises `SkipSample` if it is bad, `FatalSampleError` after too many bad ones in a row."""
         sample = raw.files
-        # Energon's own `restore_seeds` seeds torch for every sample, which costs more than decoding does.
+        # Energon's own `restore_seeds` seeds torch for every sample, which takes longer than decoding.
         rng = Random(f"{self.worker_seed()}:{self.current_sample_index}:{sample['__key__']}")
         try:
             if "__fault__" in sample:
@@ -167,7 +167,7 @@ def _raw(sample: dict[str, Any]) -> Raw:
 
 
 def stable_hash(text: str) -> int:
-    """A 63-bit hash that is the same in every process and run."""
+    """Return a 63-bit hash that is the same in every process and run."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -186,15 +186,15 @@ def training_loader(
     stored: StoredDraw | None = None,
     teacher_tokenize: Tokenize | None = None,
 ) -> Any:
-    """An endless, shuffled Energon loader of `Batch`es whose `save_state_rank()` resumes it.
+    """Return an endless, shuffled Energon loader of `Batch`es that can be resumed from its `save_state_rank()`.
 
     Args:
-        rank, world_size: this process, and among how many the data is divided; each gets `batch_size` pairs.
-        stored: where views and teacher features come from instead of `augment` (see `cache.draw_stored`).
-        teacher_tokenize: of a teacher that has another tokenizer, for `Batch.teacher_tokens`.
+        rank, world_size: this process, and the number of processes that share the data; each gets `batch_size` pairs.
+        stored: source of views and teacher features that replaces `augment` (see `cache.draw_stored`).
+        teacher_tokenize: tokenizer of a teacher that does not use the student's, for `Batch.teacher_tokens`.
 
     Raises:
-        ValueError: when the folder holds no usable shards, or fewer samples than there are workers in all processes.
+        ValueError: when the folder has no usable shards, or fewer samples than there are workers in all processes.
     """
     samples = prepare(folder, keep=True)
     check_readers(folder, workers, world_size)
@@ -209,7 +209,7 @@ def training_loader(
     )
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=None)
     loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
-    loader.pin_memory = torch.cuda.is_available()  # Energon asks for it always, and torch warns without a GPU
+    loader.pin_memory = torch.cuda.is_available()  # Energon always enables it, and torch warns without a GPU
     return loader
 
 
@@ -219,11 +219,11 @@ def _init_worker(init: Callable[[int], None], worker_id: int) -> None:
 
 
 def bind_worker(worker_id: int) -> None:
-    """Bind a loader's worker, which calls this, to the process that it works for.
+    """Bind the calling loader worker to its parent process.
 
-    A signal for the whole process group (a Ctrl-C, torchrun's SIGTERM) reaches the workers too. They stay until that
-    process has saved what it must and ends them. When it dies they go with it at once (elsewhere than on Linux within
-    seconds, by torch's own watch), so that they hold nothing that the resumed run asks for.
+    A signal to the whole process group (Ctrl-C, torchrun's SIGTERM) also reaches the workers. They ignore it and run
+    until the parent has saved its state and ends them. When the parent dies, they die at once (on systems other than
+    Linux within seconds, through torch's own watchdog), so they hold no resources that a resumed run needs.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -232,22 +232,22 @@ def bind_worker(worker_id: int) -> None:
 
 
 def next_batch(batches: Iterator[Batch], folder: str | Path) -> Batch:
-    """The next batch of a loader over this folder; `ValueError` when a worker finds no good sample any more."""
+    """Return the next batch of this folder's loader; `ValueError` when a worker finds no more good samples."""
     try:
         return next(batches)
     except FatalSampleError as error:
-        # Energon wraps the message of our Encoder in the sample's description.
+        # Energon wraps our Encoder's message in a description of the sample.
         found = re.search(f"{ALL_BAD}.*", str(error))
         raise ValueError(f"{folder}: {found.group().rstrip('.') if found else error}") from None
 
 
 @contextmanager
 def closing(loader: Any, hint: str) -> Iterator[None]:
-    """Stop the loader's workers at the end. One that died, as for want of memory, is an error for people; torch raises
-    it wherever the process is then.
+    """Stop the loader's workers at the end. If a worker died, for example out of memory, raise a readable error; torch
+    raises its own wherever the process happens to be.
 
     Args:
-        hint: what to do about it.
+        hint: what the user can do about it.
 
     Raises:
         ValueError: when a worker has died.
@@ -264,26 +264,26 @@ def closing(loader: Any, hint: str) -> Iterator[None]:
 
 
 def close_loader(loader: Any) -> None:
-    """Stop a loader's workers now. Left to the garbage collector, they stop only after a time-out of 5 s, since it
-    ends the queue that would tell them before it asks them."""
+    """Stop a loader's workers now. The garbage collector would need a 5 s timeout, since it destroys the queue that
+    carries the stop message first."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            worker.kill()  # one that is still busy; it does not listen to SIGTERM
+            worker.kill()  # workers that are still busy ignore SIGTERM
 
 
 @dataclass
 class Batch:
-    """What the training loop gets. Images travel as uint8 and are normalised on the device."""
+    """A training batch. Images are transferred as uint8 and normalised on the device."""
 
     images: Tensor  # uint8 (n, 3, s, s)
     tokens: Tensor  # int64 (n, context_length)
-    groups: Tensor  # int64 (n,): equal for samples of one class (JSON field `class`), else one a sample
+    groups: Tensor  # int64 (n,): equal for samples of one class (JSON field `class`), else unique
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)  # since the worker's last batch
     teacher: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # stored (n, embed_dim) image and text features
-    teacher_tokens: Tensor | None = None  # int64 (n, length), of a teacher that has another tokenizer
+    teacher_tokens: Tensor | None = None  # int64 (n, length), for a teacher with another tokenizer
 
     def pin_memory(self) -> Batch:
         images, tokens, groups = (t.pin_memory() for t in (self.images, self.tokens, self.groups))
@@ -301,7 +301,7 @@ def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:
     if x.shape[-1] != preprocess.image_size:
         size = (preprocess.image_size, preprocess.image_size)
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    # Made there, each would wait for the device.
+    # Creating these on the device would synchronise each time.
     mean, std = (
         torch.tensor(v).view(3, 1, 1).to(x.device, non_blocking=True) for v in (preprocess.mean, preprocess.std)
     )
@@ -309,8 +309,8 @@ def image_input(images: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def shorten(tokens: Tensor, end_id: int, context_length: int) -> Tensor:
-    """Cut token rows to the longest text of the batch, exact under causal attention, and to the context; a text
-    that is too long for it keeps its end token. (n, length) -> (n, shorter)."""
+    """Trim token rows to the longest text of the batch, which is exact under causal attention, and to the context
+    length; a text that is too long keeps its end token. (n, length) -> (n, shorter)."""
     ends = (tokens == end_id).int().argmax(1)
     length = min(int(ends.max()) + 1, context_length)
     cut = tokens[:, :length].clone()

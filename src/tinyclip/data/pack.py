@@ -1,4 +1,4 @@
-"""Make training shards from what people have: pictures with sidecar captions, tables, class folders. No torch."""
+"""Make training shards from pictures with sidecar captions, tables or class folders. No torch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tinyclip.inputs.transforms import open_image, plain_mode, resize_shorter
 
 @dataclass
 class Report:
-    """What `pack` did."""
+    """The result of `pack`."""
 
     packed: int
     captions: int
     shards: int
-    skipped: list[Skipped]  # the key is the file
+    skipped: list[Skipped]  # with the file as key
 
 
 def find_items(
@@ -44,18 +44,18 @@ def find_items(
     classes: str | Path | None = None,
     **table: Any,
 ) -> list[Item]:
-    """The pictures of a source, in order.
+    """Return the pictures of a source, in order.
 
-    A folder with `templates` has a folder for each class, and each template is a caption with `{c}` the class, named
-    as `open_dataset` names it. Everything else has captions of its own, see `captioned`.
+    With `templates`, a folder has one subfolder per class, and each template gives a caption with the class name in
+    place of `{c}`, named as in `open_dataset`. All other sources have their own captions, see `captioned`.
 
     Args:
-        split: of class folders in several parts; train by default.
-        classes: names of the classes, as `open_dataset` takes them.
+        split: split of the class folders, if there are several; train by default.
+        classes: class names, as for `open_dataset`.
         table: options of `captioned`.
 
     Raises:
-        ValueError: as `captioned`, and when the names of the classes cannot be found.
+        ValueError: as `captioned`, and when the class names cannot be found.
     """
     source, left_out = Path(source), list[LeftOut]()
     if templates is None or not source.is_dir() or source.suffix.lower() in TABLES:
@@ -72,14 +72,14 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Write shards of pictures and captions, `skipped.jsonl`, and the index that training needs.
+    """Write shards of pictures and captions, `skipped.jsonl`, and the index for training.
 
-    The folder appears only when it is whole. Pictures that cannot be read, and those without a caption, are
-    skipped and counted.
+    The folder appears only once it is complete. Pictures that are unreadable or have no caption are skipped and
+    counted.
 
     Args:
-        shard_size: pictures a shard.
-        resize: store pictures with their shorter side at most this, pixels.
+        shard_size: pictures per shard.
+        resize: largest shorter side of stored pictures, in pixels; larger ones are scaled down.
         progress: called after every picture.
 
     Raises:
@@ -131,7 +131,7 @@ def _pack_one(item: Item, writer: Any, resize: int | None, report: Report) -> No
 
 
 def _stored(path: Path, resize: int | None) -> tuple[str, bytes]:
-    """File ending and bytes to store; `ValueError` for what is no whole picture."""
+    """Return the file ending and the bytes to store; `ValueError` for a damaged picture."""
     image = open_image(path)
     ending = COPIED.get(path.suffix.lower())
     if resize is not None and min(image.size) > resize:
@@ -144,7 +144,7 @@ def _stored(path: Path, resize: int | None) -> tuple[str, bytes]:
 
 
 def _stored_inside(data: bytes, resize: int | None) -> tuple[str, bytes]:
-    """The same of a picture that is inside a table, whose kind its bytes tell."""
+    """Do the same for a picture inside a table, with the format detected from its bytes."""
     image = open_image(io.BytesIO(data))
     with Image.open(io.BytesIO(data)) as opened:
         ending = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(opened.format or "")

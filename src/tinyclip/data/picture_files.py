@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures. No torch here."""
+"""Find the picture files in a folder. No torch here."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from tinyclip.common.faults import Fault, Skipped
 from tinyclip.common.files import name_of
 
 JPEG = (".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".jfi", ".pjpeg", ".pjp")
-COPIED = {**dict.fromkeys(JPEG, "jpg"), ".png": "png", ".webp": "webp"}  # stored in shards as they are
+COPIED = {**dict.fromkeys(JPEG, "jpg"), ".png": "png", ".webp": "webp"}  # stored unchanged in shards
 CONVERTED = {".bmp", ".gif", ".tif", ".tiff"}  # stored as PNG
-OTHERS = {".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl"}  # stored as PNG where they can be read, else reported
+OTHERS = {".avif", ".heic", ".heif", ".hif", ".jp2", ".jxl"}  # stored as PNG if readable, else reported
 ENDINGS = {*COPIED, *CONVERTED, *OTHERS}
 
-# Folders that systems and file managers keep for themselves: thumbnails, copies, what was thrown away.
+# Internal folders of operating systems and file managers: thumbnails, copies, trash.
 THEIRS = {".thumbnails", "@eadir", ".@__thumb", "__macosx", ".appledouble", ".trash", ".trashes", "$recycle.bin"}
 THEIRS |= {"#recycle", "@recycle", "system volume information", ".git", ".fseventsd", ".spotlight-v100", ".dtrash"}
-APPLE_DOUBLE = b"\0\5\x16\7"  # begins the files `._photo.jpg`, which hold what macOS knows of `photo.jpg`
+APPLE_DOUBLE = b"\0\5\x16\7"  # magic number of `._photo.jpg` files, macOS's metadata for `photo.jpg`
 
 
 LeftOut = tuple[Path, Fault]
 
 
 def is_picture(path: Path | str) -> bool:
-    """By its ending."""
+    """Whether a path has the extension of a picture."""
     return Path(path).suffix.lower() in ENDINGS
 
 
 def is_theirs(name: str) -> bool:
-    """Whether a folder of this name is a file manager's."""
+    """Whether a folder of this name belongs to the system or a file manager."""
     return name.lower() in THEIRS or name.startswith(".Trash-")
 
 
@@ -45,13 +45,13 @@ def is_apple_double(path: Path) -> bool:
 
 
 def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[Path]:
-    """The pictures below a folder, sorted. Links to folders are followed, each real folder once, and none that leads to
-    a folder that this one is in. Folders of file managers are left out, unless `folder` itself is one.
+    """Return the pictures below a folder, sorted. Links to folders are followed, but each real folder is visited once
+    and parents of `folder` never. File managers' folders are left out, unless `folder` itself is one.
 
     Args:
-        left_out: gets the places that were left out, and why.
+        left_out: list that receives the places that were left out, with the reason.
     """
-    found, theirs = list[Path](), dict[Path, int]()  # of file managers: places, and the pictures in them
+    found, theirs = list[Path](), dict[Path, int]()  # file managers' folders -> number of pictures in them
     unread = list[LeftOut]()
     for place, names in _walk(folder, unread):
         below, top = place.relative_to(folder).parts, None
@@ -75,13 +75,13 @@ def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[P
 
 
 def has_pictures(folder: Path) -> bool:
-    """Also where it cannot be opened, so that this is said and not passed over."""
+    """Whether a folder has pictures. True as well if it cannot be opened, so that this is reported, not ignored."""
     unread = list[LeftOut]()
     return first_picture(folder, unread) is not None or any(path == folder for path, _ in unread)
 
 
 def first_picture(folder: Path, unread: list[LeftOut] | None = None) -> Path | None:
-    """The first that is met below a folder, as `find_pictures` looks for them."""
+    """Return the first picture found below a folder, searching as `find_pictures` does."""
     for place, names in _walk(folder, [] if unread is None else unread, leave_theirs=True):
         for path in (place / name for name in names if is_picture(name)):
             if not is_apple_double(path):
@@ -90,7 +90,7 @@ def first_picture(folder: Path, unread: list[LeftOut] | None = None) -> Path | N
 
 
 def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder with the names of the files in it: first all that are really there, then what links lead to."""
+    """Yield every folder with its file names: first the real folders, then those behind links."""
     seen = {identity for place in (folder, *folder.resolve().parents) if (identity := _identity(place))}
     starts = [folder]
 
@@ -105,7 +105,7 @@ def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> It
             for top, folders, names in os.walk(start, onerror=note):
                 place = Path(top)
                 yield place, names
-                # Of links that lead nowhere those whose names may be folders', on a disk that is away, say.
+                # Broken links whose names look like folders, for example to an unmounted disk.
                 lost = [place / name for name in names if "." not in name and (place / name).is_symlink()]
                 unread += [
                     (path, Fault("unreadable_folder", "a link that leads nowhere"))
@@ -129,16 +129,16 @@ def _is_new(folder: Path, seen: set[tuple[int, int]]) -> bool:
 def _identity(folder: Path) -> tuple[int, int] | None:
     try:
         state = folder.stat()
-    except OSError:  # gone meanwhile
+    except OSError:  # deleted meanwhile
         return None
     return state.st_dev, state.st_ino
 
 
 def skipped_of(left_out: Sequence[LeftOut], root: Path) -> list[Skipped]:
-    """The same for those who list what was skipped, with paths below `root`."""
+    """Convert what was left out to `Skipped`, with paths relative to `root`."""
     return [Skipped("", name_of(path.relative_to(root)), fault.cause, fault.reason) for path, fault in left_out]
 
 
 def because(left_out: Sequence[LeftOut]) -> str:
-    """What may be why there are no pictures, for the end of a message."""
+    """Return a message's ending that says why there may be no pictures."""
     return f"; left out: {left_out[0][0]}: {left_out[0][1]}" if left_out else ""

@@ -1,4 +1,4 @@
-"""Labelled pictures as they lie on a disk: a reader for each layout, that opens no picture by itself."""
+"""Readers of labelled pictures, one per layout on disk. They open no picture by themselves."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from tinyclip.data.shards import TAR_ERRORS, Header, entries, open_shard, read_s
 from tinyclip.data.tables import Inside
 from tinyclip.inputs.transforms import open_image
 
-Mine = Callable[[int], bool]  # whether a sample, by its number, is for this process
+Mine = Callable[[int], bool]  # whether the sample with this number belongs to this process
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture that is not opened yet, and what is known of it."""
+    """A picture that is not opened yet, with its labels and captions."""
 
     key: str
     open: Callable[[], Image.Image]
     label: int | None = None
-    labels: tuple[int, ...] | None = None  # of a picture that may have any number of classes
+    labels: tuple[int, ...] | None = None  # for multi-label data
     captions: tuple[str, ...] = ()
     subset: str | None = None
     shard: str = ""
 
 
-# Yields the samples that are `mine`, with their numbers, and adds to the list what cannot be read.
+# Yields the samples that are `mine`, with their numbers, and appends unreadable ones to the list.
 Reader = Callable[[Mine, list[Skipped]], Iterator[tuple[int, Item]]]
 
 
@@ -58,33 +58,33 @@ Reader = Callable[[Mine, list[Skipped]], Iterator[tuple[int, Item]]]
 
 
 def class_folders(place: Path) -> list[str]:
-    """Names of the folders in a folder that have pictures in them, sorted."""
+    """Return the names of the subfolders that contain pictures, sorted."""
     folders = sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [p.name for p in folders if not is_theirs(p.name) and has_pictures(p)]
 
 
 def has_captions(pictures: Iterable[Path]) -> bool:
-    """Whether one of these has a caption beside it."""
+    """Whether any of these pictures has a caption file next to it."""
     return any(sidecars(file) for file in pictures)
 
 
 def loose_pictures(place: Path) -> list[Path]:
-    """The pictures in a folder itself, sorted."""
+    """Return the pictures directly in a folder, sorted."""
     return sorted(f for f in place.iterdir() if is_picture(f) and f.is_file() and not is_apple_double(f))
 
 
 def first_pictures(place: Path, folders: Sequence[str]) -> Iterator[Path]:
-    """The first that is met in each of these folders."""
+    """Yield the first picture found in each of these folders."""
     for name in folders:
         if found := first_picture(place / name):
             yield found
 
 
 def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
-    """A folder for each class, with pictures at any depth. Pictures beside the folders have no class.
+    """Return a reader of class folders, with pictures at any depth. Pictures next to the folders have no class.
 
     Args:
-        with_captions: whether there are captions beside the pictures, to be read too.
+        with_captions: whether to read the caption files next to the pictures as well.
     """
 
     def items(skipped: list[Skipped]) -> Iterator[Item]:
@@ -102,12 +102,12 @@ def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
 
 
 def pictures_in(place: Path, folders: Sequence[str]) -> int:
-    """How many pictures are in class folders, at any depth."""
+    """Count the pictures in class folders, at any depth."""
     return sum(1 for folder in folders for _ in find_pictures(place / folder))
 
 
 def captioned(place: Path, pictures: Sequence[Captioned]) -> Reader:
-    """Files with their captions; keys are paths below `place` where they are."""
+    """Return a reader of captioned files; keys are paths relative to `place` where possible."""
 
     def items(skipped: list[Skipped]) -> Iterator[Item]:
         for picture in pictures:
@@ -151,13 +151,13 @@ def _open_file(file: Path) -> Image.Image:
 
 
 def karpathy(file: Path, split: str, images: Path | None) -> list[Captioned]:
-    """Pictures and captions of a split of `dataset_flickr30k.json`, `dataset_coco.json` and their like.
+    """Return the pictures and captions of one split of `dataset_flickr30k.json`, `dataset_coco.json` or similar files.
 
     Args:
-        images: the folder of the pictures; by default the first of the file's own and the folders in it that has some.
+        images: folder of the pictures; by default the first that has some of the file's own and its subfolders.
 
     Raises:
-        ValueError: when the file is another, has no such split, or its pictures are not found.
+        ValueError: when the file is of another kind, has no such split, or its pictures are not found.
     """
     rows = read_json_object(file).get("images")
     try:
@@ -180,7 +180,7 @@ def karpathy(file: Path, split: str, images: Path | None) -> list[Captioned]:
         raise ValueError(f"{images}: no such folder of pictures")
     near = [file.parent, *sorted(p for p in file.parent.iterdir() if p.is_dir() and not p.name.startswith("."))]
     for place in [images] if images else near:
-        for strip in (False, True):  # COCO's `filepath`, val2014, may be the folder itself
+        for strip in (False, True):  # COCO's `filepath`, val2014, may name the folder itself
             files = [(place / (name.name if strip else name), captions) for name, captions in chosen]
             if any(path.is_file() for path, _ in files):
                 return [Captioned(path, tuple(captions)) for path, captions in files]
@@ -192,11 +192,11 @@ def karpathy(file: Path, split: str, images: Path | None) -> list[Captioned]:
 
 
 def tar_folders(tar: Path) -> list[str]:
-    """Names of the class folders in a tar, as timm reads it: the folder that a picture is in, or of tars in a tar the
-    name of the inner one; sorted. Empty for shards: pictures in no folder, or with other files beside them.
+    """Return the names of the class folders in a tar, sorted. As in timm, a picture's class is its folder or, in nested
+    tars, the name of the inner tar. Empty for shards: pictures outside folders, or next to other files.
 
     Raises:
-        ValueError: when it cannot be read.
+        ValueError: when the tar cannot be read.
     """
     names: set[str] = set()
     try:
@@ -214,7 +214,7 @@ def tar_folders(tar: Path) -> list[str]:
 
 
 def in_tar(tar: Path, classes: Classes) -> Reader:
-    """The pictures of a tar of class folders, or of a tar that has a tar for each class."""
+    """Return a reader of a tar of class folders, or of a tar with one inner tar per class."""
 
     def read(mine: Mine, skipped: list[Skipped]) -> Iterator[tuple[int, Item]]:
         number = 0
@@ -228,7 +228,7 @@ def in_tar(tar: Path, classes: Classes) -> Reader:
 
 
 def _members(tar: Path, skipped: list[Skipped]) -> Iterator[tuple[str, str, int, int]]:
-    """Class folder, name, first byte and size of every picture."""
+    """Yield the class folder, name, first byte and size of every picture."""
     try:
         with open_shard(tar) as opened:
             for entry in entries(opened):
@@ -244,7 +244,7 @@ def _members(tar: Path, skipped: list[Skipped]) -> Iterator[tuple[str, str, int,
 def _inner(
     tar: Path, opened: tarfile.TarFile, part: tarfile.TarInfo, skipped: list[Skipped]
 ) -> Iterator[tuple[str, str, int, int]]:
-    """The same of one tar in a tar; of a damaged one what comes before the damage."""
+    """Do the same for an inner tar; of a damaged one, yield what comes before the damage."""
     try:
         with tarfile.open(fileobj=opened.extractfile(part), mode="r:", tarinfo=Header) as inner:
             for item in entries(inner):
@@ -273,8 +273,9 @@ def _open_part(tar: Path, start: int, size: int) -> Image.Image:
 
 
 def shards(files: Sequence[Path], classes: Classes) -> Reader:
-    """Samples of WebDataset shards. The class is `class` in the JSON (a name), `cls` (a number or a name), or `npy` (1
-    or 0 of each class, as a picture may have several); captions as in training data; `subset` in the JSON."""
+    """Return a reader of WebDataset shards. The class comes from `class` in the JSON (a name), `cls` (a number or a
+    name), or `npy` (multi-label: 1 or 0 per class); captions as in training data; the subset from `subset` in the
+    JSON."""
 
     def read(mine: Mine, skipped: list[Skipped]) -> Iterator[tuple[int, Item]]:
         number = 0
@@ -291,7 +292,7 @@ def shards(files: Sequence[Path], classes: Classes) -> Reader:
 
 
 def samples_in(files: Sequence[Path]) -> int | None:
-    """How many samples shards have, as far as they are whole; None where they would have to be unpacked."""
+    """Count the undamaged samples of shards; None where the shards would have to be unpacked."""
     if any(file.suffix == ".gz" for file in files):
         return None
     count = 0
@@ -320,7 +321,7 @@ def _item(sample: dict[str, Any], classes: Classes) -> Item:
 
 
 def _label(sample: dict[str, Any], info: dict[str, Any], classes: Classes) -> int | None:
-    """Raises `Fault` for a class that is not in the list."""
+    """Return a sample's label. Raises `Fault` for a class that is not in the list."""
     name = str(info.get("class") or "")
     if "cls" in sample:
         name = sample["cls"].decode("utf-8-sig", "replace").strip()

@@ -1,4 +1,4 @@
-"""What a raw sample holds: its picture, its captions, its class. No torch here."""
+"""Read the picture, captions and class of a raw sample. No torch here."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ RENAME = "a key ends at the first dot of a name, so rename them with dashes for 
 
 
 def captions_of(sample: dict[str, Any]) -> list[str]:
-    """Captions of a raw sample (file endings -> bytes): of its JSON, else the lines of its text; empty when there is
-    none.
+    """Return the captions of a raw sample (file endings -> bytes): from its JSON, else the lines of its text. Empty
+    when there is none.
 
     Raises:
-        Fault: when there is none because the text is no UTF-8, or the JSON does not parse, or has another type there.
+        Fault: when there is none because the text is not UTF-8, or the JSON does not parse or has a wrong type.
     """
     problem: Fault | None = None
     for read in (_json_captions, _text_captions):
@@ -68,9 +68,9 @@ def _usable(found: list[Any]) -> list[str]:
 
 
 def part_of(sample: Collection[str], types: Sequence[str]) -> str | None:
-    """The ending of a sample's part of one of these types: just that, else the only one that ends in it, as the
-    pictures of `key.input.jpg` and `key.outputs.txt` do. A text and a JSON beside each other are taken by their plain
-    endings alone, so that other data in a sample is no caption."""
+    """Return the ending of a sample's part that has one of these types: the plain ending, else the only compound one,
+    as in `key.input.jpg` and `key.outputs.txt`. If a sample has a plain text or JSON, compound endings are ignored for
+    both, so that other data is not mistaken for captions."""
     plain = next((ending for ending in types if ending in sample), None)
     if plain or (types[0] in TEXT_TYPES and any(ending in sample for ending in TEXT_TYPES)):
         return plain
@@ -79,12 +79,12 @@ def part_of(sample: Collection[str], types: Sequence[str]) -> str | None:
 
 
 def long_endings(sample: Collection[str], types: Sequence[str]) -> list[str]:
-    """The endings of several parts, `input.jpg`, of which the last is one of these types."""
+    """Return the compound endings, such as `input.jpg`, that end in one of these types."""
     return [ending for ending in sample if "." in ending and ending.rpartition(".")[2] in types]
 
 
 def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image:
-    """The decoded picture of a raw sample; `Fault` when there is none or it is damaged.
+    """Decode the picture of a raw sample; `Fault` when it is missing or damaged.
 
     Args:
         at_least: see `open_image`.
@@ -95,14 +95,14 @@ def image_of(sample: dict[str, Any], at_least: int | None = None) -> Image.Image
 
 
 def no_image(key: str, sample: Collection[str]) -> Fault:
-    """Why a sample has no picture to use."""
+    """Return the fault of a sample without a usable picture."""
     if several := long_endings(sample, IMAGE_TYPES):
         return Fault("shared_key", f"{len(several)} pictures share the key {key} ({_in_short(several)}); {RENAME}")
     return Fault("no_image", f"no picture (looked for {', '.join(USUAL)} and others)")
 
 
 def class_of(sample: dict[str, Any]) -> str | None:
-    """The class that the JSON of a raw sample says, if it can be read."""
+    """Return the class given in a raw sample's JSON, if that can be read."""
     with contextlib.suppress(Fault):
         return str(info_of(sample).get("class") or "") or None
     return None
@@ -113,7 +113,7 @@ def _in_short(names: Sequence[str]) -> str:
 
 
 def info_of(sample: dict[str, Any]) -> dict[str, Any]:
-    """The JSON part of a raw sample, or {}; `Fault` when it does not parse."""
+    """Return the JSON part of a raw sample, or {}; `Fault` when it does not parse."""
     try:
         name = part_of(sample, ("json",))
         data = json.loads(sample[name]) if name else {}

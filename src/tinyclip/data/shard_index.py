@@ -1,8 +1,8 @@
-"""The index of a folder of shards, and reading by it; whatever state the shards are in.
+"""Build and read the index of a folder of shards, whatever state the shards are in.
 
-Energon's own files, beside each tar the offsets of its samples and in `.nv-meta` their numbers, with two of ours:
-`faults.jsonl`, what is left out, and `ready`, the shards that the index is of. Energon's own indexing takes no
-truncated tar and no key twice. Users' tars are never written to.
+The index consists of Energon's files (the sample offsets next to each tar, and the sample counts in `.nv-meta`) and two
+of ours: `faults.jsonl` lists what is left out, and `ready` lists the indexed shards. Energon's own indexing accepts
+neither truncated tars nor duplicate keys. Users' tars are never written to.
 """
 
 from __future__ import annotations
@@ -43,43 +43,43 @@ from tinyclip.data.shards import (
 from tinyclip.version import __version__ as own_version
 
 FORMAT = 3  # of our files in .nv-meta
-# The data set that Energon opens the folder with.
+# The dataset class with which Energon opens the folder.
 READER = {"__module__": "tinyclip.data.shard_reader", "__class__": "Shards"}
-KEPT_FORMATS = (2, FORMAT)  # in which a run that is resumed may go on
-MOST_TIMES, FREE_SIZE = 100, 2**28  # what may come out of a .tar.gz: so many times its size, or so many bytes
+KEPT_FORMATS = (2, FORMAT)  # formats with which a run can be resumed
+MOST_TIMES, FREE_SIZE = 100, 2**28  # most that a .tar.gz may unpack to: times its size, or bytes
 
 
 def prepare(folder: str | Path, keep: bool = False) -> int:
-    """Make a folder of shards ready for training: unpack `.tar.gz` beside themselves, write Energon's index.
+    """Make a folder of shards ready for training: unpack each `.tar.gz` next to itself, write Energon's index.
 
-    Does nothing when the index is that of the shards as they are. Returns the number of usable samples; `known_faults`
-    then has what was left out.
+    Does nothing when the index is up to date. Returns the number of usable samples; `known_faults` then lists what was
+    left out.
 
     Args:
-        keep: an index whose shards have not changed stays, though some may be gone and others have come, since the
-            position of a run counts in it.
+        keep: keep an index whose shards are unchanged, even if shards were removed or added, since the position of a
+            run refers to it.
 
     Raises:
-        ValueError: for a folder without a usable sample, or of which most repeat a key, or that cannot be written.
+        ValueError: when the folder has no usable sample, most of its samples cannot be used, or it cannot be written.
     """
     folder = Path(folder)
     meta = folder / ".nv-meta"
-    # Before the lock, also where the folder cannot be written.
+    # Checked before taking the lock, so that it also works in a read-only folder.
     if not (_is_current(meta, find_shards(folder), keep) and _names_reader(meta)):
         try:
             _check_ours(meta)
             with Lock(folder / ".prepare.lock"):
                 damaged = [s for packed in folder.glob("*.tar.gz") if (s := _unpack(packed))]
-                if not _is_current(meta, find_shards(folder), keep):  # else another process was faster
+                if not _is_current(meta, find_shards(folder), keep):  # else another process has just indexed it
                     _index(folder, damaged)
-                _write(meta / "dataset.yaml", READER)  # the index of an older version names another
+                _write(meta / "dataset.yaml", READER)  # an older version's index names another class
         except OSError as error:
             raise ValueError(f"{folder}: cannot write its index ({in_words(error)})") from None
     return _usable(meta)
 
 
 def _unpack(packed: Path) -> Skipped | None:
-    """Put the plain `.tar` beside a `.tar.gz`, as far as it is whole; a fault when nothing of it is."""
+    """Unpack a `.tar.gz` to a `.tar` next to it, as far as it is intact; return a fault if nothing is."""
     plain = packed.with_suffix("")
     remove_halves(plain)
     if unpacked(packed):
@@ -97,11 +97,11 @@ def _unpack(packed: Path) -> Skipped | None:
 
 
 def _gunzip(packed: Path, target: Path) -> tuple[int, str]:
-    """Unpack as far as it is whole: the bytes that came out, and why no more did.
+    """Unpack the intact part of a file. Return the number of bytes, and why it stopped there.
 
     Raises:
-        ValueError: when more comes out than of pictures, which hardly compress.
-        OSError: when it is more than the disk has room for.
+        ValueError: when it unpacks to more than pictures could, which hardly compress.
+        OSError: when it unpacks to more than the free disk space.
     """
     whole, room = packed.stat().st_size, shutil.disk_usage(packed.parent).free
     most, size, problem = max(MOST_TIMES * whole, FREE_SIZE), 0, "no data"
@@ -127,14 +127,14 @@ def _gunzip(packed: Path, target: Path) -> tuple[int, str]:
 
 @dataclass
 class _Indexed:
-    """What the headers of a shard say."""
+    """The contents of a shard according to its headers."""
 
     count: int = 0
-    left_out: list[tuple[int | None, Skipped]] = field(default_factory=list)  # with their place in the shard, or None
+    left_out: list[tuple[int | None, Skipped]] = field(default_factory=list)  # with their number in the shard, or None
     lacking: list[Skipped] = field(default_factory=list)  # samples without a picture or a caption
-    beside: list[Skipped] = field(default_factory=list)  # samples with more pictures than the one that is used
+    beside: list[Skipped] = field(default_factory=list)  # samples with additional, unused pictures
     linked: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # samples with links, see `Patient`
-    apart: list[str] = field(default_factory=list)  # keys whose picture and caption do not stand together
+    apart: list[str] = field(default_factory=list)  # keys whose picture and caption are not adjacent
 
 
 def _index(folder: Path, damaged: list[Skipped]) -> None:
@@ -152,14 +152,14 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
         found = [_index_shard(shard) for shard in track(shards, f"indexing {folder}", len(shards), "shards")]
     for shard, one in zip(shards, found, strict=True):
         start = sum(counts.values())
-        # Samples are known by their number in the whole index.
+        # Samples are identified by their number in the whole index.
         faults += [asdict(s) | ({"sample": start + i} if i is not None else {}) for i, s in one.left_out]
         linked += [{"sample": start + i} | parts for i, parts in one.linked]
         if one.count:
             counts[shard.name] = one.count
     _check_usable(folder, sum(counts.values()), faults, found)
     meta = folder / ".nv-meta"
-    (meta / "ready").unlink(missing_ok=True)  # without it there is no index
+    (meta / "ready").unlink(missing_ok=True)  # without it the index is invalid
     _write(meta / "dataset.yaml", READER)  # JSON is YAML
     _write(meta / ".info.json", {"energon_version": __version__, "shard_counts": counts})
     _write(meta / "split.yaml", {"split_parts": {"train": list(counts)}, "exclude": []})
@@ -171,7 +171,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
 
 
 def _check_ours(meta: Path) -> None:
-    """Refuse to write over an index that is not ours, which somebody may have made by hand."""
+    """Refuse to overwrite an index that is not ours; someone may have made it by hand."""
     if not meta.is_dir() or not any(entry.suffix != ".tmp" for entry in meta.iterdir()):
         return
     try:
@@ -183,7 +183,7 @@ def _check_ours(meta: Path) -> None:
 
 
 def _check_usable(folder: Path, total: int, faults: list[dict[str, Any]], found: list[_Indexed]) -> None:
-    """`Unusable` when training would find no sample, or stop since more than half of them are bad."""
+    """Raise `Unusable` when training would find no usable sample, or more than half are bad."""
     lacking, apart = [s for one in found for s in one.lacking], [key for one in found for key in one.apart]
     bad = [f for f in faults if "sample" in f]
     left = total - len(bad) - len(lacking)
@@ -207,11 +207,11 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _index_shard(shard: Path) -> _Indexed:
-    """Write Energon's index of a shard, the offsets of its samples."""
+    """Write Energon's index of a shard: the offsets of its samples."""
     found = _Indexed()
     offsets: list[int] = []
     end = 0
-    alone: dict[str, str] = {}  # what samples lack that have a picture or a caption only
+    alone: dict[str, str] = {}  # key -> what is missing, for samples with only a picture or only a caption
     try:
         with open_shard(shard) as tar:
             for entry in entries(tar):
@@ -244,13 +244,13 @@ def _index_shard(shard: Path) -> _Indexed:
 
 
 def _others(entry: Entry) -> list[str]:
-    """Pictures of a sample that stand beside the one that is used since their names have more dots."""
+    """Return a sample's unused pictures, which share its key because their names have more dots."""
     used = part_of(entry.parts, IMAGE_TYPES)
     return [ending for ending in long_endings(entry.parts, IMAGE_TYPES) if ending != used]
 
 
 def _places(entry: Entry) -> dict[str, Any]:
-    """Where the bytes of a sample's links are, which Energon passes over: first byte and size by ending."""
+    """Locate the data of a sample's links, which Energon ignores: first byte and size by ending."""
     parts = {ending: [entry.parts[ending].offset_data, entry.parts[ending].size] for ending in sorted(entry.linked)}
     return {"key": entry.key, "parts": parts, "alone": len(parts) == len(entry.parts)}
 
@@ -260,14 +260,14 @@ def _skipped(shard: Path, key: str, fault: Fault) -> Skipped:
 
 
 def shard_counts(folder: str | Path, keep: bool = False) -> dict[str, int]:
-    """Samples of each shard that is read of a folder, bad ones included; it is indexed as `prepare` does."""
+    """Return the number of samples in each shard used, including bad ones. Indexes the folder like `prepare`."""
     prepare(folder, keep)
     return _counts(Path(folder) / ".nv-meta")
 
 
 def check_readers(folder: str | Path, workers: int, processes: int) -> None:
-    """Whether each process's workers, which share the samples of an indexed folder, get at least one; `ValueError` that
-    says what would do when not."""
+    """Check that every worker of every process gets at least one sample of an indexed folder; otherwise raise a
+    `ValueError` that says how to fix it."""
     samples, readers = sum(_counts(Path(folder) / ".nv-meta").values()), max(1, workers) * processes
     if samples >= readers:
         return
@@ -278,19 +278,19 @@ def check_readers(folder: str | Path, workers: int, processes: int) -> None:
 
 
 def known_samples(folder: str | Path) -> int | None:
-    """Usable samples of a folder that is indexed as it stands, else None; writes nothing."""
+    """Return the number of usable samples if the folder's index is up to date, else None; writes nothing."""
     meta = Path(folder) / ".nv-meta"
     return _usable(meta) if meta.exists() and _is_current(meta, find_shards(folder)) else None
 
 
 def known_faults(folder: str | Path) -> list[Skipped]:
-    """What the index of a folder leaves out."""
+    """Return what the index of a folder leaves out."""
     return [_of_row(row) for row in faults_in(Path(folder) / ".nv-meta")]
 
 
 def known_lacks(folder: str | Path) -> tuple[list[Skipped], list[Skipped]]:
-    """Samples that lack a picture or a caption, which `prepare` counts, as their order is that of the tars; and those
-    that have more pictures than the one that is used."""
+    """Return the samples without a picture or a caption, which `prepare` still counts since the order is that of the
+    tars; and the samples with additional, unused pictures."""
     meta = Path(folder) / ".nv-meta"
     lacking, beside = ([_of_row(row) for row in rows_in(meta / f"{name}.jsonl")] for name in ("lacking", "beside"))
     return lacking, beside
@@ -318,7 +318,7 @@ def _counts(meta: Path) -> dict[str, int]:
 
 
 def _state(shards: list[Path]) -> dict[str, list[int]]:
-    """Size and time of every shard; of one that cannot be looked at, as a link to nothing, nothing."""
+    """Return the size and time of every shard; an empty list if it cannot be accessed (a broken link)."""
     state: dict[str, list[int]] = {}
     for shard in shards:
         state[shard.name] = []
@@ -336,7 +336,7 @@ def _names_reader(meta: Path) -> bool:
 
 
 def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:
-    """Whether the index is whole, of just these shards as they are now; with `keep`, of those of them that it has."""
+    """Whether the index is complete and matches these shards; with `keep`, only those in the index must match."""
     try:
         ready = json.loads((meta / "ready").read_text(encoding="utf-8"))
         known = ready["shards"] if ready["format"] in (KEPT_FORMATS if keep else (FORMAT,)) else {}

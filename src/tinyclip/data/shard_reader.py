@@ -1,4 +1,4 @@
-"""Reading shards by their index while training: a shard that cannot be read costs its samples, not the run."""
+"""Read indexed shards during training: an unreadable shard costs its samples, not the run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tinyclip.data.shards import (
     words,
 )
 
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between tries of a shard that cannot be opened
-LENT_AFTER = 100  # samples in a row that a worker could not read
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between attempts to open a shard
+LENT_AFTER = 100  # consecutive samples that a worker could not read
 READ_ERRORS = (OSError, tarfile.TarError, ValueError, EOFError, IndexError, struct.error)
 
 
 class Shards(CrudeWebdataset):
-    """Energon's data set of raw samples, in which faults of shards are samples with `__fault__` (named by
-    `.nv-meta/dataset.yaml`). So the order of samples, and with it a saved position, does not depend on faults."""
+    """Energon's dataset of raw samples, with shard faults as samples that have `__fault__`. The order of samples, and
+    hence a saved position, does not depend on faults. `.nv-meta/dataset.yaml` names this class."""
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         dataset = super().build(worker_rotation_offset)
@@ -38,17 +38,17 @@ class Shards(CrudeWebdataset):
 
 
 class Patient:
-    """A reader of samples that tries again, with growing pauses, when a shard cannot be opened.
+    """A sample reader that retries, with growing pauses, when a shard cannot be opened.
 
-    A shard that stays away costs its pauses once; later samples of it are tried once each, so that it counts again
-    when it comes back. Where one after the other is away, as a whole file system may be, only the first is waited for.
-    A worker that has no other shard is lent samples of those that others read.
+    A missing shard costs these pauses once. Its later samples are tried once each, so it is used again when it
+    reappears. If several shards in a row are missing (a whole file system, for example), the reader waits only for the
+    first. A worker without any other shard borrows samples from the other workers' shards.
     """
 
     def __init__(self, reader: Any, known: dict[int, dict[str, Any]], linked: dict[int, dict[str, Any]]) -> None:
         self.reader, self.known, self.linked = reader, known, linked
         self.gone: set[str] = set()
-        self.missed = 0  # samples in a row
+        self.missed = 0  # consecutive samples
 
     def __getitem__(self, index: int) -> Any:
         if index in self.known:
@@ -76,7 +76,7 @@ class Patient:
         return lent or self._instead(index, shard, f"sample {index}", gone)
 
     def _lent(self, index: int) -> Any:
-        """A sample of the next shard that is there, or None."""
+        """Return a sample of the next available shard, or None."""
         counts = self.reader.shard_count_cumsum
         for step in range(len(counts) - 1):
             number = (index + step) % (len(counts) - 1)
@@ -87,7 +87,7 @@ class Patient:
         return None
 
     def _read(self, index: int, shard: str) -> Any:
-        """A sample as Energon reads it, and the parts that are links, which it passes over."""
+        """Read a sample through Energon, and add the linked parts that Energon ignores."""
         linked = self.linked.get(index)
         if linked is None:
             return self.reader[index]
@@ -111,7 +111,7 @@ class Patient:
         return str(self.reader.tar_filenames[self.reader.shard_tar_file_idxs[number]])
 
     def _close(self, shard: str) -> None:
-        """A handle of a file that cannot be read is of no use."""
+        """Close a shard's file handle after a read error."""
         file = self.reader.itar_files_cache.pop(self.reader.tar_filenames.index(shard), None)
         if file is not None:
             with contextlib.suppress(OSError):

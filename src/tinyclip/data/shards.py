@@ -1,8 +1,8 @@
-"""Shards on disk: finding, indexing and reading them, whatever state they are in.
+"""Find, check and read shards on disk, whatever state they are in.
 
 A shard is a `.tar` of samples `KEY.jpg|jpeg|png|webp` + `KEY.txt|json`, as img2dataset writes them. Captions:
-`captions` (list) or `caption` in the JSON, else the lines of the text file; of several, one is drawn a visit.
-What cannot be used is left out and listed (see `faults`).
+`captions` (list) or `caption` in the JSON, else the lines of the text file; if there are several, each visit draws one.
+Unusable samples are left out and listed (see `faults`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_
 from tinyclip.common.faults import Fault, Skipped
 from tinyclip.data.samples import IMAGE_TYPES, TEXT_TYPES, captions_of, image_of, no_image, part_of
 
-LARGEST_SAMPLE = 2**29  # bytes; a header that claims more is damaged, and reading it might take all memory
-LONGEST_END = 2**20  # bytes of zeros that may end a tar
-LONGEST_NAME = 2**20  # bytes that a header may take for a name and what else is told of a member
+LARGEST_SAMPLE = 2**29  # bytes; a header that claims more is damaged, and could exhaust memory
+LONGEST_END = 2**20  # bytes of zeros at the end of a tar
+LONGEST_NAME = 2**20  # bytes of a header's name and other metadata
 TAR_ERRORS = (
     *(tarfile.TarError, OSError, EOFError, ValueError, zlib.error),
-    *(IndexError, OverflowError, RecursionError),  # `tarfile` raises these for headers that make no sense
+    *(IndexError, OverflowError, RecursionError),  # `tarfile` raises these for corrupt headers
 )
 
 
 def find_shards(folder: str | Path) -> list[Path]:
-    """The `.tar` and `.tar.gz` shards of a folder, sorted; of `x.tar` and `x.tar.gz` the one that is newer.
+    """Return the `.tar` and `.tar.gz` shards of a folder, sorted; of `x.tar` and `x.tar.gz` the newer one.
 
     Raises:
         ValueError: when the folder is missing or holds no shards.
@@ -51,7 +51,7 @@ def find_shards(folder: str | Path) -> list[Path]:
 
 
 def unpacked(packed: Path) -> bool:
-    """Whether a `.tar.gz` has its plain `.tar` beside it, no older than itself."""
+    """Whether a `.tar.gz` has an unpacked `.tar` next to it that is not older."""
     plain = packed.with_suffix("")
     return plain.exists() and plain.stat().st_mtime >= packed.stat().st_mtime
 
@@ -60,8 +60,8 @@ def unpacked(packed: Path) -> bool:
 
 
 class Header(tarfile.TarInfo):
-    """A header of which `tarfile` is not to believe everything: a negative size would send it back for ever, and a
-    long name is read into memory whole."""
+    """A tar header with checks that `tarfile` lacks: a negative size would make it loop forever, and a long name is
+    read into memory whole."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
@@ -84,14 +84,14 @@ EXTENSIONS = (
 
 @dataclass
 class Entry:
-    """A sample as it stands in a shard: its parts by lower-case file ending."""
+    """A sample in a shard: its parts by lower-case file ending."""
 
     key: str
     offset: int  # of its first header, bytes
     end: int = 0  # of its last part, bytes
-    linked: set[str] = field(default_factory=set)  # parts that are links, and have the bytes of an earlier member
+    linked: set[str] = field(default_factory=set)  # parts that link to the data of an earlier member
     parts: dict[str, tarfile.TarInfo] = field(default_factory=dict)
-    fault: Fault | None = None  # why it is to be left out
+    fault: Fault | None = None  # why to leave it out
 
     @property
     def size(self) -> int:
@@ -99,10 +99,10 @@ class Entry:
 
 
 def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
-    """The samples of an open tar as far as they are whole.
+    """Yield the intact samples of an open tar.
 
     Raises:
-        Fault: after the last whole one, when the tar does not end as it should.
+        Fault: after the last intact sample, when the tar does not end properly.
     """
     seen: dict[str, int] = {}
     links = _Links()
@@ -114,9 +114,9 @@ def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
             member = tar.next()
         except TAR_ERRORS as error:
             member, problem = None, words(error)
-        if member and (member.size < 0 or tar.offset <= member.offset):  # by an extended header
+        if member and (member.size < 0 or tar.offset <= member.offset):  # from an extended header
             member, problem = None, "negative size"
-        tar.members.clear()  # type: ignore[attr-defined]  # else they fill memory
+        tar.members.clear()  # type: ignore[attr-defined]  # else they accumulate in memory
         linked = member is not None and (member.islnk() or member.issym())
         member = links.resolved(member) if member else None
         ended = member is None and not linked
@@ -125,7 +125,7 @@ def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
             name = None
         part = name.group(2).lower() if name else ""
         if entry and (ended or (name and (name.group(1) != entry.key or part in entry.parts))):
-            # The last sample before a damage counts when all of its bytes are there.
+            # The last sample before the damage counts if it is complete.
             if not ended or _has(tar, entry):
                 entry.fault = _fault(entry, number + 1, seen)
                 number += 1
@@ -148,13 +148,13 @@ def entries(tar: tarfile.TarFile) -> Iterator[Entry]:
 
 
 class _Links:
-    """What links in a tar lead to: earlier members of the same tar, and nothing else."""
+    """Resolves links in a tar, to earlier members of the same tar only."""
 
     def __init__(self) -> None:
         self.places: dict[str, tuple[int, int]] = {}  # first byte and size of every plain member so far
 
     def resolved(self, member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        """The member itself, or of a link a member of its name with the other's bytes; None when that is not there."""
+        """Return the member itself or, for a link, one with its name and the target's data; None if broken."""
         if member.isreg() and not member.issparse():
             self.places[posixpath.normpath(member.name)] = member.offset_data, member.size
         if not (member.islnk() or member.issym()):
@@ -178,7 +178,7 @@ def _fault(entry: Entry, number: int, seen: dict[str, int]) -> Fault | None:
 
 
 def _has(tar: tarfile.TarFile, entry: Entry) -> bool:
-    """Whether the last byte of a sample is there."""
+    """Whether a sample is complete, up to its last byte."""
     last = list(entry.parts.values())[-1]
     if last.size == 0:
         return True
@@ -191,7 +191,7 @@ def _has(tar: tarfile.TarFile, entry: Entry) -> bool:
 
 
 def _end_problem(tar: tarfile.TarFile) -> str | None:
-    """What is wrong after the last member, which `tarfile` itself passes over: a tar ends with blocks of zeros."""
+    """Say what is wrong after the last member, which `tarfile` ignores: a tar must end with blocks of zeros."""
     assert tar.fileobj is not None
     try:
         tar.fileobj.seek(tar.offset)
@@ -204,14 +204,14 @@ def _end_problem(tar: tarfile.TarFile) -> str | None:
 
 
 def words(error: Exception) -> str:
-    """What an error of a file system or a decoder says."""
+    """Return the text of a file system's or decoder's error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
 def open_shard(shard: Path) -> tarfile.TarFile:
-    """Raises `Fault` for what is no tar."""
+    """Open a shard. Raises `Fault` if it is not a tar."""
     check_is_file(shard)
     try:
         return tarfile.open(shard, "r:gz" if shard.suffix == ".gz" else "r:", tarinfo=Header)
@@ -220,7 +220,7 @@ def open_shard(shard: Path) -> tarfile.TarFile:
 
 
 def check_is_file(shard: Path) -> None:
-    """Raises `Fault` for a link to nothing, and for a pipe, which might never end."""
+    """Raise `Fault` for a broken link, and for a pipe, which might never end."""
     try:
         if not stat.S_ISREG(shard.stat().st_mode):
             raise Fault("damaged_shard", "damaged shard (no file, but a folder, a pipe or a device)")
@@ -229,7 +229,7 @@ def check_is_file(shard: Path) -> None:
 
 
 def misnamed(shard: Path) -> str | None:
-    """What a file is whose ending says something else."""
+    """Describe a file whose content does not match its extension."""
     try:
         with shard.open("rb") as file:
             start = file.read(512)
@@ -243,13 +243,13 @@ def misnamed(shard: Path) -> str | None:
 
 
 def read_shards(folder: str | Path, skipped: list[Skipped] | None = None) -> Iterator[dict[str, Any]]:
-    """Every raw sample of a folder's shards once, in order: `__key__`, `__shard__`, and bytes by file ending.
+    """Yield each raw sample of a folder's shards, in order: `__key__`, `__shard__`, and bytes by file ending.
 
     Args:
-        skipped: gets what is left out because of faults in the shards.
+        skipped: list that receives what is left out because of faults in the shards.
 
     Raises:
-        ValueError: when the folder holds no shards; without `skipped` also for the first fault, naming it.
+        ValueError: when the folder holds no shards; without `skipped`, also on the first fault, naming it.
     """
 
     for shard in find_shards(folder):
@@ -259,10 +259,10 @@ def read_shards(folder: str | Path, skipped: list[Skipped] | None = None) -> Ite
 def read_shard(
     shard: Path, skipped: list[Skipped] | None = None, wanted: Callable[[int], bool] = lambda number: True
 ) -> Iterator[dict[str, Any]]:
-    """`read_shards` of a single one.
+    """Do what `read_shards` does for a single shard.
 
     Args:
-        wanted: of which samples, numbered from 0, the files are read; others come with `__key__` and `__shard__` alone.
+        wanted: whether to read a sample's files, by its number from 0; others get only `__key__` and `__shard__`.
     """
 
     def leave_out(key: str, fault: Fault) -> None:
@@ -298,14 +298,14 @@ def _bytes_of(tar: tarfile.TarFile, entry: Entry) -> dict[str, bytes]:
 
 
 def all_captions(folder: str | Path) -> Iterator[str]:
-    """Every readable caption of a folder's shards; samples without one are what training would skip too."""
+    """Yield every readable caption of a folder's shards; training would also skip samples without one."""
     for sample in read_shards(folder, []):
         with contextlib.suppress(Fault):
             yield from captions_of(sample)
 
 
 def lack_of(entry: Entry) -> Fault | None:
-    """Why training cannot use a sample, as far as its headers show."""
+    """Return why training cannot use a sample, judging by its headers."""
     if part_of(entry.parts, IMAGE_TYPES) is None:
         return no_image(entry.key, entry.parts)
     if not any(part_of(entry.parts, (ending,)) for ending in TEXT_TYPES):
@@ -314,7 +314,7 @@ def lack_of(entry: Entry) -> Fault | None:
 
 
 def check(folder: str | Path, progress: Callable[[], None] = lambda: None) -> tuple[int, list[Skipped]]:
-    """Open every sample of a folder as training would: the number of good ones, and what is wrong with the rest.
+    """Open every sample of a folder as in training. Return the number of good ones, and the faults of the rest.
 
     Args:
         progress: called after every sample.
@@ -327,7 +327,7 @@ def check(folder: str | Path, progress: Callable[[], None] = lambda: None) -> tu
 
 
 def check_some(folder: str | Path, shards: int = 16, samples: int = 4) -> tuple[int, list[Skipped]]:
-    """The same of the first samples of shards here and there."""
+    """Do the same for the first samples of evenly spaced shards."""
     found, skipped = find_shards(folder), list[Skipped]()
     some = found[:: -(-len(found) // shards)]
     return _checked((s for shard in some for s in islice(read_shard(shard, skipped), samples)), skipped, lambda: None)

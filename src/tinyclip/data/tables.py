@@ -1,6 +1,7 @@
-"""Tables of pictures and captions as people have them: .csv, .tsv, .jsonl, .parquet. No torch here.
+"""Tables of pictures and captions: .csv, .tsv, .jsonl, .parquet. No torch here.
 
-A row is given whole or as a fault that names it: it is never cut, and never swallows the next.
+A row is either read completely or reported as a fault that names it. It is never truncated, and never swallows the next
+one.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from tinyclip.inputs.batching import is_unicode
 TABLES = {".csv", ".tsv", ".jsonl", ".parquet"}
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "file", "filename", "file_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "sentences")
-LOOKED_AT = 1000  # rows of a .jsonl that are looked at for its columns
-BATCH = 64  # rows of a .parquet at once: pictures may be inside
+LOOKED_AT = 1000  # rows of a .jsonl that are scanned for its columns
+BATCH = 64  # rows of a .parquet read at once: they may contain pictures
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its number as an editor or a reader of the format counts it, and its fields or why it has none."""
+    """A row: its number as counted by an editor or reader of the format, and its fields or its fault."""
 
     number: int  # the line, from 1, or the row of a .parquet
     fields: dict[str, Any] = field(default_factory=dict)
@@ -47,20 +48,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows can be read, again and again, as a stream."""
+    """A table whose rows can be streamed any number of times."""
 
     path: Path
     columns: list[str]
-    rows: Callable[[Sequence[str]], Iterator[Row]]  # those columns of every row that is not blank
+    rows: Callable[[Sequence[str]], Iterator[Row]]  # yields the given columns of every non-blank row
     count: int = 0  # rows of a .parquet
 
     def place(self, row: Row) -> str:
-        """Where a row is, for people."""
+        """Describe where a row is, for messages."""
         return f"{self.path.name}, {'row' if self.path.suffix.lower() == '.parquet' else 'line'} {row.number}"
 
     def column(self, given: str | None, known: Sequence[str], option: str) -> str:
-        """The column that was given, or the first known one, whatever its capitals; `ValueError` naming `option`
-        without it, or when it is there twice."""
+        """Return the given column, or the first known one, ignoring case; `ValueError` when it is missing (naming
+        `option`) or occurs twice."""
         wanted = [given] if given else known
         lower = {name.lower(): name for name in reversed(self.columns)}
         found = next((name for name in wanted if name in self.columns), None)
@@ -75,15 +76,15 @@ class Table:
 
 
 def open_table(path: Path, separator: str | None = None, known: Sequence[str] = ()) -> Table:
-    """A table by its header.
+    """Open a table and read its header.
 
     Args:
-        separator: of a .csv or .tsv; by default the one of `,`, `;`, tab and `|` that makes most known columns of
-            the header.
-        known: names of columns beside the usual ones.
+        separator: separator of a .csv or .tsv; by default whichever of `,`, `;`, tab and `|` gives the most known
+            columns in the header.
+        known: column names in addition to the usual ones.
 
     Raises:
-        ValueError: when it cannot be read, or has no header.
+        ValueError: when the table cannot be read, or has no header.
     """
     suffix = path.suffix.lower()
     if separator is not None and suffix not in SEPARATORS:
@@ -103,14 +104,14 @@ def open_table(path: Path, separator: str | None = None, known: Sequence[str] = 
 
 
 def check_bad_rows(table: Table, bad: Sequence[Skipped], total: int) -> None:
-    """`ValueError` when more than half of the rows are bad."""
+    """Raise `ValueError` when more than half of the rows are bad."""
     if 2 * len(bad) > total:
         raise ValueError(f"{table.path}: {len(bad):,} of its {total:,} rows cannot be read, the first: {bad[0]}")
 
 
 def open_text(path: Path) -> TextIO:
-    """A file of UTF-8, whose lines end at `\\n`, `\\r\\n` and `\\r` alone. Bytes that are none come as halves of
-    surrogate pairs (see `inputs.is_unicode`), so that a bad line costs no other.
+    """Open a UTF-8 file whose lines end at `\\n`, `\\r\\n` and `\\r` only. Invalid bytes become lone surrogates (see
+    `inputs.is_unicode`), so a bad line does not affect the others.
 
     Raises:
         ValueError: for UTF-16.
@@ -168,7 +169,7 @@ def _parquet(path: Path) -> Table:
 
 
 def parquet_rows(path: Path, columns: Sequence[str], first: int = 1) -> Iterator[Row]:
-    """The rows of a .parquet from a number on; row groups before it are not read."""
+    """Yield the rows of a .parquet from number `first` on; earlier row groups are not read."""
     import pyarrow.parquet
 
     try:
@@ -187,7 +188,7 @@ def parquet_rows(path: Path, columns: Sequence[str], first: int = 1) -> Iterator
 
 
 def captions_in(value: Any) -> list[str]:
-    """The captions that a row's field has; a `Fault` for other than text."""
+    """Return the captions in a row's field; `Fault` if it is not text."""
     texts = value if isinstance(value, list) else [value]
     if other := next((text for text in texts if text is not None and not isinstance(text, str)), None):
         raise Fault("no_caption", f"caption is {type(other).__name__}, not text")
@@ -198,24 +199,24 @@ def captions_in(value: Any) -> list[str]:
 
 
 def picture_in(value: Any) -> bytes | None:
-    """The bytes of a picture that is inside a table: as they are, or as Hugging Face's data sets have it."""
+    """Return the bytes of a picture inside a table: a plain value, or a dict as in Hugging Face datasets."""
     if isinstance(value, dict):
         value = value.get("bytes")
     return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else None
 
 
 class Pictures:
-    """The pictures inside a table, read when they are asked for, which threads do in about the order of the rows."""
+    """The pictures inside a table, read on demand by threads that ask roughly in row order."""
 
     def __init__(self, table: Table, column: str) -> None:
         self.table, self.column = table, column
         self.lock = Lock()
         self.rows: Iterator[Row] = iter(())
-        self.kept: dict[int, bytes | None] = {}  # the last few, by the number of their row
+        self.kept: dict[int, bytes | None] = {}  # the last few, by row number
         self.last = 0
 
     def read(self, number: int) -> bytes:
-        """Raises `Fault` when the row has none, or the table has changed."""
+        """Return a row's picture. Raises `Fault` when it has none, or the table has changed."""
         with self.lock:
             if number not in self.kept and (number <= self.last or not self.last):
                 self.rows, self.kept, self.last = self.table.rows([self.column]), {}, 0
@@ -235,7 +236,7 @@ class Pictures:
 
 
 def pictures_column(table: Table) -> str | None:
-    """The column that has pictures inside, by its first row that has any."""
+    """Return the column that contains pictures, judging by its first non-empty value."""
     for column in (name for name in table.columns if name.lower() in IMAGE_COLUMNS):
         values = (row.fields.get(column) for row in table.rows([column]))
         if picture_in(next((value for value in values if value is not None), None)) is not None:
@@ -248,10 +249,10 @@ class Inside:
     """A picture inside a table."""
 
     pictures: Pictures
-    number: int  # of its row
+    number: int  # row number
 
     def read(self) -> bytes:
-        """Raises `Fault` when it is not there."""
+        """Return the picture's bytes. Raises `Fault` when it is missing."""
         return self.pictures.read(self.number)
 
 
@@ -262,7 +263,7 @@ def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table
     with open_text(path) as file:
         lines = ((number, line.rstrip("\n")) for number, line in enumerate(file, 1))
         first, header = next(((n, line) for n, line in lines if line.strip()), (0, ""))
-        if (stated := re.fullmatch(r"sep=(.)", header)) is not None:  # Excel's
+        if (stated := re.fullmatch(r"sep=(.)", header)) is not None:  # written by Excel
             separator = separator or stated[1]
             first, header = next(((n, line) for n, line in lines if line.strip()), (0, ""))
     if not first:
@@ -297,7 +298,7 @@ def _row(number: int, record: str, fields: list[str] | None, names: list[str], d
     while len(fields) > len(names) and not fields[-1].strip():
         fields = fields[:-1]
     if len(fields) > len(names) == 2 and joined:
-        # A caption with separators and no quotes; as it stands, since quotes in it may be its own.
+        # An unquoted caption with separators in it; kept as it is, since quotes may be part of it.
         fields = [fields[0], record[record.index(dialect.separator, end_of_first(record, dialect)) + 1 :]]
     if len(fields) != len(names):
         shown = {"\t": "tabs", " ": "spaces"}.get(dialect.separator, repr(dialect.separator))

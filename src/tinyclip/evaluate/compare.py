@@ -1,4 +1,4 @@
-"""A teacher and its students on the same pictures: how good, how alike, how sure of themselves, at what cost."""
+"""Compare a teacher and its students on the same pictures: accuracy, agreement, calibration and cost."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from tinyclip.inputs.batching import batches
 from tinyclip.inputs.transforms import thumbnail
 from tinyclip.loss import affinity_loss
 
-AT_ONCE = 64  # pictures decoded and held
-TILE = 2**22  # similarities at once
+AT_ONCE = 64  # pictures decoded and held at once
+TILE = 2**22  # similarities computed at once
 RECALLS = (1, 5, 10)
 
-Columns = dict[tuple[str, str], tuple[np.ndarray, np.ndarray | float]]  # (model, figure) -> what `bootstrap` takes
+Columns = dict[tuple[str, str], tuple[np.ndarray, np.ndarray | float]]  # (model, metric) -> input of `bootstrap`
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model chooses for each picture among the classes, or where there are none, among the captions."""
+    """A model's choice for each picture among the classes or, without classes, among the captions."""
 
     choice: np.ndarray  # int64 (n,)
     confidence: np.ndarray  # (n,) probability of the choice: softmax of similarities at the model's own logit scale
-    truth: np.ndarray  # (n,) probability of what is right; captions of one picture count together, here and above
-    right: np.ndarray  # bool (n, k): right among the first 1 to k = 5 choices
+    truth: np.ndarray  # (n,) probability of the truth; here and above, captions of one picture are summed
+    right: np.ndarray  # bool (n, k): whether the top 1 to top k = 5 choices contain the truth
 
 
 @dataclass
 class Outcome:
-    """What all models make of one data set; the first of them is the teacher."""
+    """The results of all models on one dataset; the first model is the teacher."""
 
     name: str
     dataset: Dataset
-    kind: str  # what is chosen among: class or caption
+    kind: str  # what the models choose: class or caption
     choices: list[str]  # the classes or captions
-    own: np.ndarray  # int64 (n,) of each picture: its class, or its number among the captioned ones
-    groups: np.ndarray  # of each choice: the `own` of the pictures that it is right for
-    pictures: list[int]  # places in the data of the pictures that have an answer
+    own: np.ndarray  # int64 (n,): each picture's class, or its number among the captioned ones
+    groups: np.ndarray  # for each choice, the `own` of the pictures it is right for
+    pictures: list[int]  # positions in the data of the answered pictures
     keys: list[str]
     answers: dict[str, Answers]
     facts: dict[str, Any]
@@ -63,11 +63,11 @@ class Outcome:
 
     @property
     def main(self) -> str:
-        """The figure that is tested: `acc1`, and where there are no classes recall@1 of captions."""
+        """The metric under test: `acc1` or, without classes, recall@1 of captions."""
         return "acc1" if self.kind == "class" else "text_retrieval_recall@1"
 
     def truth(self, i: int) -> str:
-        """What is right for an answered picture, in words; of several captions the first."""
+        """Return the truth of an answered picture in words; the first caption, if there are several."""
         return self.choices[int(np.argmax(self.groups == self.own[i]))]
 
 
@@ -75,10 +75,10 @@ class Outcome:
 
 
 def check(dataset: Dataset) -> None:
-    """Look for a first picture that has a class, of two or more, or a caption.
+    """Check that the data has a picture with a caption, or with a class out of at least two.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when it has none.
     """
     some = False
     for example in dataset:
@@ -95,7 +95,7 @@ def check(dataset: Dataset) -> None:
 def judge(
     contenders: Sequence[Contender], dataset: Dataset, name: str, progress: Callable[[int], None] = lambda n: None
 ) -> Outcome:
-    """Read the data once for all models and compare what they make of them.
+    """Read the data once for all models, and compare their results.
 
     Args:
         contenders: the teacher first; each encodes with its own tokenizer and preprocessing.
@@ -139,7 +139,7 @@ def judge(
 def _encode(
     contenders: Sequence[Contender], dataset: Dataset, progress: Callable[[int], None]
 ) -> tuple[list[Tensor], list[Example]]:
-    """Of each model the features (pictures, embed_dim), and the examples without their pictures."""
+    """Return each model's features (pictures, embed_dim), and the examples without their pictures."""
     found: list[list[Tensor]] = [[] for _ in contenders]
     examples: list[Example] = []
     count = dataset.about() if heard() else None
@@ -157,12 +157,12 @@ def _encode(
 
 
 def answer(images: Tensor, texts: Tensor, own: np.ndarray, groups: np.ndarray, scale: float) -> Answers:
-    """What each picture is taken for.
+    """Return the model's choice for each picture.
 
     Args:
         images: (n, d) normalised.
-        texts: (m, d) normalised, one a choice.
-        own, groups: int (n,) and (m,): a choice is right for a picture of the same number.
+        texts: (m, d) normalised, one per choice.
+        own, groups: int (n,) and (m,): a choice is right for pictures with the same number.
         scale: the factor of the similarities, exp(logit_scale).
     """
     mine, theirs = torch.from_numpy(own), torch.from_numpy(groups)
@@ -179,7 +179,7 @@ def answer(images: Tensor, texts: Tensor, own: np.ndarray, groups: np.ndarray, s
 
 
 def recalled(rows: Tensor, columns: Tensor, own: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """bool (n, 3): whether the nearest 1, 5 and 10 columns of each row have one of its own number."""
+    """Return bool (n, 3): whether the nearest 1, 5 and 10 columns of each row include one with its number."""
     mine, theirs = torch.from_numpy(own), torch.from_numpy(groups)
     found = []
     for part in _tiles(len(rows), len(columns)):
@@ -198,7 +198,7 @@ def _tiles(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _of_classes(outcome: Outcome, subsets: Sequence[str | None]) -> None:
-    """`acc1`, `acc5`, those of subsets, and students' changes."""
+    """Add `acc1` and `acc5`, overall and per subset, and the students' changes."""
     columns: Columns = {}
     members = {subset: np.array([s == subset for s in subsets]) for subset in sorted({s for s in subsets if s})}
     for name, answers in outcome.answers.items():
@@ -209,7 +209,7 @@ def _of_classes(outcome: Outcome, subsets: Sequence[str | None]) -> None:
 
 
 def _of_captions(outcome: Outcome, images: Sequence[Tensor], texts: Sequence[Tensor], owner: np.ndarray) -> None:
-    """Recall both ways; a picture brings all its captions into a bootstrap sample, the gallery stays whole."""
+    """Add recall in both directions. Bootstrap samples take a picture with all its captions from a fixed gallery."""
     columns: Columns = {}
     numbers = np.arange(len(images[0]))
     captions = np.bincount(owner, minlength=len(numbers))
@@ -223,15 +223,15 @@ def _of_captions(outcome: Outcome, images: Sequence[Tensor], texts: Sequence[Ten
 
 
 def _agreement(outcome: Outcome) -> Columns:
-    """Columns of `agreement`: the share of pictures for which a student chooses what the teacher chooses, the same
-    class, or a caption of the same picture."""
+    """Return the columns of `agreement`: the share of pictures for which the student chooses the teacher's class, or a
+    caption of the same picture as the teacher."""
     chosen = {name: outcome.groups[answers.choice] for name, answers in outcome.answers.items()}
     teacher, *students = chosen
     return {(student, "agreement"): (chosen[student] == chosen[teacher], 1.0) for student in students}
 
 
 def _note(outcome: Outcome, columns: Columns) -> None:
-    """Put figures and intervals in their places; for the main one also each student's change, and its test."""
+    """Store metrics and intervals; for the main metric also each student's change and its test."""
     found = bootstrap(columns)
     for (name, key), figure in found.items():
         outcome.figures[name][key] = figure.value
@@ -259,7 +259,7 @@ def _alike(
     paired: list[int],
     texts: Sequence[Tensor],
 ) -> None:
-    """`affinity_divergence`, and cosines where the widths agree."""
+    """Add `affinity_divergence`, and cosines if the embedding widths agree."""
     first = contenders[0]
     for student, image, text in zip(contenders[1:], images[1:], texts[1:], strict=True):
         scales = exp(student.clip.logit_scale), exp(first.clip.logit_scale)
@@ -278,29 +278,30 @@ def affinity_divergence(
     student_scale: float,
     teacher_scale: float,
 ) -> float:
-    """How far the student's affinities are from the teacher's, in nats: half the mean over images of
-    KL(teacher's distribution over all texts || student's) plus half the mean over texts of the same over all images,
-    where a distribution is the softmax of cosines times the model's own scale. It is the affinity loss (TinyCLIP, ICCV
-    2023, section 3.1) less the least that it can be, the teacher's entropy, and 0 for the teacher itself.
+    """Return the distance between the student's and the teacher's affinities, in nats: half the mean over images of
+    KL(teacher's distribution over all texts || student's), plus half the mean over texts of the same over all images. A
+    distribution is the softmax of cosines times the model's own scale. The result is the affinity loss (TinyCLIP, ICCV
+    2023, section 3.1) minus its minimum, the teacher's entropy; it is 0 for the teacher itself.
 
     Args:
         student_image, teacher_image: (n, d) normalised features; d may differ between the models.
-        student_text, teacher_text: (m, d) of the captions, or where there are none of the classes.
-        student_scale, teacher_scale: exp(logit_scale) of each.
+        student_text, teacher_text: (m, d) features of the captions or, without captions, of the classes.
+        student_scale, teacher_scale: exp(logit_scale) of each model.
     """
     student = student_image.double(), student_text.double()
     teacher = teacher_image.double(), teacher_text.double()
     loss = affinity_loss(*student, *teacher, student_scale, teacher_scale)
     entropy = affinity_loss(*teacher, *teacher, teacher_scale, teacher_scale)
-    return max(0.0, (loss - entropy).item())  # rounding may go below
+    return max(0.0, (loss - entropy).item())  # rounding may make it negative
 
 
 # --- the pictures on which they differ ----------------------------------------------------------------------------
 
 
 def differences(outcome: Outcome, count: int = 12) -> dict[str, list[int]]:
-    """Answered pictures that only the teacher has right (`lost`: at least one student has not), and that only students
-    have (`won`), at most `count` of each. First those where the probability of what is right differs most."""
+    """Return the answered pictures that the teacher gets right and at least one student gets wrong (`lost`), and those
+    that only students get right (`won`), at most `count` of each, the largest differences in the truth's probability
+    first."""
     teacher, *students = outcome.answers.values()
     right = teacher.right[:, 0]
     result = {}
@@ -315,7 +316,7 @@ def differences(outcome: Outcome, count: int = 12) -> dict[str, list[int]]:
 
 
 def thumbnails(outcome: Outcome, wanted: Sequence[int]) -> dict[int, Image.Image]:
-    """Small copies of answered pictures, from a second reading of the data; what has changed since is left out."""
+    """Return thumbnails of answered pictures from a second pass; pictures changed since the first are left out."""
     places = {outcome.pictures[i]: i for i in wanted}
     found: dict[int, Image.Image] = {}
     last = max(places, default=-1)

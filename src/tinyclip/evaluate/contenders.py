@@ -1,4 +1,4 @@
-"""The models of a comparison: under short names, with what they cost."""
+"""The models of a comparison: short names and costs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tinyclip.evaluate.metrics import as_tensor
 from tinyclip.model.costs import counted
 from tinyclip.zoo.resolve import STATE
 
-ROUNDS, SECONDS = 10, 0.1  # of timing: turns of the models, and seconds for each tower in a turn
+ROUNDS, SECONDS = 10, 0.1  # timing: rounds, and seconds per tower in a round
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model under a short name that no other has."""
+    """A model under a unique short name."""
 
     name: str
     source: str
-    clip: Any  # a `Pipeline`, or what does the same on another runtime
+    clip: Any  # a `Pipeline`, or its equivalent on another runtime
     size: int  # bytes on disk
 
 
 def labels(sources: Sequence[str]) -> list[str]:
-    """Short names that differ: as many of the last parts of each path as it takes; a number for what is given twice."""
+    """Return unique short names: as many trailing path parts as needed, and numbers for repeated sources."""
     parts = [[part for part in Path(source).parts if part not in ("/", ".")] or [source] for source in sources]
     taken = [1] * len(parts)
     while True:
@@ -52,18 +52,18 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 
 def disk_size(path: Path) -> int:
-    """Bytes of a file, or of a folder's files without the state of a training."""
+    """Return the bytes of a file, or of a folder's files without training state."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.name != STATE)
 
 
 def costs(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
-    """Of each model its size (`params_*` and `macs_*` as `measure` counts them; `bytes`) and
-    speed: `pairs_per_s` in batches of 32 and `latency_ms` of one pair alone, each with the range over the rounds.
+    """Return each model's size (`params_*` and `macs_*` as in `measure`; `bytes`) and speed: `pairs_per_s` in batches
+    of 32, and `latency_ms` of a single pair, each with its range over the rounds.
 
-    Speed is that of `encode_image` of prepared pictures and `encode_text` of texts of full context, the models turn by
-    turn, so that a machine that slows down slows all.
+    Speed is measured with `encode_image` on prepared pictures and `encode_text` on texts of full context length. The
+    models take turns, so a machine that slows down affects all of them.
     """
     result: dict[str, dict[str, Any]] = {}
     for contender in contenders:
@@ -78,10 +78,10 @@ def costs(contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
 
 
 def _side_by_side(contenders: Sequence[Contender], batch: int) -> dict[str, list[float]]:
-    """Seconds of a batch of pairs, in each round."""
+    """Return the seconds per batch of pairs in each round."""
     calls = {c.name: _calls(c.clip, batch) for c in contenders}
     for call in chain(*calls.values()):
-        call()  # warm
+        call()  # warm-up
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in track(range(ROUNDS), f"timing batches of {batch}", ROUNDS, "rounds"):
         for name, towers in calls.items():
@@ -90,9 +90,9 @@ def _side_by_side(contenders: Sequence[Contender], batch: int) -> dict[str, list
 
 
 def _calls(clip: Any, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Both towers; the results come to the CPU, so that a device is waited for."""
+    """Return a call for each tower; results are copied to the CPU, which waits for the device."""
     pixels = torch.rand(batch, *clip.preprocess(Image.new("RGB", (8, 8))).shape)
-    texts = [" ".join(["a"] * clip.tokenize("a").shape[1])] * batch  # more than fits
+    texts = [" ".join(["a"] * clip.tokenize("a").shape[1])] * batch  # longer than the context
     return lambda: as_tensor(clip.encode_image(pixels)), lambda: as_tensor(clip.encode_text(texts))
 
 

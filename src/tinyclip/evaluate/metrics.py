@@ -1,7 +1,7 @@
-"""Zero-shot classification and image-text retrieval of anything with `encode_image` and `encode_text`.
+"""Zero-shot classification and image-text retrieval for anything with `encode_image` and `encode_text`.
 
-Under torchrun (`distributed.processes`) each process encodes its share, whole batches and blocks of texts in turn, and
-all get all features. So the figures are those of one process.
+Under torchrun (`distributed.processes`), the processes take turns encoding whole batches and blocks of texts, and all
+of them get all features. The metrics are therefore the same as with one process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tinyclip.data.datasets import Example as Example
 from tinyclip.data.datasets import open_dataset as open_dataset
 from tinyclip.inputs.batching import check_finite
 
-TEXTS = 2048  # encoded at once
-ROWS = 1024  # of a matrix of similarities in memory at once
+TEXTS = 2048  # texts encoded at once
+ROWS = 1024  # rows of a similarity matrix in memory at once
 
 
 class Encoder(Protocol):
-    """What an evaluator needs: normalised features (n, embed_dim) of pictures and of texts, as tensors or arrays."""
+    """What evaluation needs from a model: normalised image and text features (n, embed_dim), tensors or arrays."""
 
     def encode_image(self, images: Any, *, normalize: bool = True) -> Any: ...
 
@@ -46,13 +46,13 @@ Progress = Callable[[int], None]
 def encode_images(
     clip: Encoder, examples: Iterable[Example], batch_size: int = 64, progress: Progress = lambda done: None
 ) -> Encoded:
-    """image_features (n, embed_dim) on the CPU in float32, and the examples without their pictures.
+    """Return image_features (n, embed_dim) on the CPU in float32, and the examples without their pictures.
 
     Args:
         progress: called after every batch with the number of pictures that this process has encoded.
 
     Raises:
-        ValueError: when no picture can be read, or features are no finite numbers.
+        ValueError: when no picture can be read, or features are not finite.
     """
     features: list[Tensor] = []
     mine: list[tuple[int, Example]] = []
@@ -79,7 +79,7 @@ def encode_images(
 
 
 def _share(examples: Iterable[Example], batch_size: int) -> Iterator[tuple[int, Example]]:
-    """This process's examples with their numbers: batches in turn. A batch stays the same however many share."""
+    """Yield this process's examples with their numbers. Whole batches are dealt out, whatever the world size."""
 
     def mine(number: int) -> bool:
         return number // batch_size % world_size() == rank()
@@ -90,7 +90,7 @@ def _share(examples: Iterable[Example], batch_size: int) -> Iterator[tuple[int, 
 
 
 def _join_skipped(dataset: Dataset) -> None:
-    """What all processes left out; the faults of shards are met by each of them."""
+    """Merge the skipped samples of all processes; every process sees the faults of shards."""
     if world_size() > 1:
         dataset.skipped[:] = dict.fromkeys(s for part in gather_objects(dataset.skipped) for s in part)
 
@@ -106,12 +106,12 @@ _NO_IMAGE = Image.new("L", (1, 1))
 
 
 def as_tensor(features: Any) -> Tensor:
-    """Features of any runtime as float32 on the CPU."""
+    """Convert features of any runtime to float32 on the CPU."""
     return (features if isinstance(features, Tensor) else torch.from_numpy(np.array(features))).float().cpu()
 
 
 def class_features(clip: Encoder, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Prompt ensemble: normalised mean of a class's normalised prompt features, (classes, embed_dim)."""
+    """Return prompt ensembles: the normalised mean of a class's normalised prompt features, (classes, embed_dim)."""
 
     def ensembles(names: Sequence[str]) -> Tensor:
         prompts = [template.replace("{c}", name) for name in names for template in templates]
@@ -121,12 +121,12 @@ def class_features(clip: Encoder, classnames: Sequence[str], templates: Sequence
 
 
 def text_features(clip: Encoder, texts: Sequence[str]) -> Tensor:
-    """Normalised features of any number of texts, (n, embed_dim) on the CPU in float32."""
+    """Return normalised features of any number of texts, (n, embed_dim) on the CPU in float32."""
     return _in_blocks(lambda some: as_tensor(clip.encode_text(list(some), normalize=True)), texts, TEXTS)
 
 
 def _in_blocks(encode: Callable[[Sequence[str]], Tensor], texts: Sequence[str], size: int) -> Tensor:
-    """A row for each text, in order; the processes take blocks of `size` in turn."""
+    """Return one row per text, in order; the processes take turns with blocks of `size`."""
     blocks = [range(start, min(start + size, len(texts))) for start in range(0, len(texts), size)]
     own = blocks[rank() :: world_size()]
     mine = [encode([texts[i] for i in block]) for block in track(own, "encoding texts", len(own), "blocks")]
@@ -142,12 +142,12 @@ def _in_blocks(encode: Callable[[Sequence[str]], Tensor], texts: Sequence[str], 
 def zero_shot(
     clip: Encoder, dataset: Dataset, encoded: Encoded | None = None, *, per_class: bool = False
 ) -> dict[str, Any]:
-    """Zero-shot classification, fractions: `acc1`, `acc5`, `mean_per_class_recall` (over the classes that have
-    pictures) and `n`, and the same for each subset. Where a picture may have several classes, `mean_average_precision`.
+    """Return zero-shot metrics as fractions: `acc1`, `acc5`, `mean_per_class_recall` (over classes with pictures) and
+    `n`, overall and per subset. For multi-label data, `mean_average_precision`.
 
     Args:
-        encoded: what `encode_images` returned, when it is at hand.
-        per_class: also `per_class`, a list of `class` with its figures.
+        encoded: the result of `encode_images`, if already computed.
+        per_class: also return `per_class`, a list of `class` with its metrics.
 
     Raises:
         ValueError: when the data has no classes.
@@ -175,7 +175,7 @@ def zero_shot(
 
 
 def check_classes(dataset: Dataset, known: int) -> None:
-    """`ValueError` when no picture has a class, or more of them have one that the list lacks than have a known one."""
+    """Raise `ValueError` when no picture has a class, or more have an unknown class than a known one."""
     lacking = [s for s in dataset.skipped if s.cause == "unknown_class"]
     if len(lacking) > known:
         counted = f"{len(lacking):,} of {len(lacking) + known:,} pictures have no class that its list names"
@@ -185,13 +185,13 @@ def check_classes(dataset: Dataset, known: int) -> None:
 
 
 def best(features: Tensor, others: Tensor, k: int) -> Tensor:
-    """For each row of features (n, embed_dim) the k most similar others, int64 (n, at most k), best first."""
+    """Return for each row of features (n, embed_dim) the k most similar others, int64 (n, at most k), best first."""
     k = min(k, len(others))
     return torch.cat([(rows @ others.T).topk(k).indices for rows in features.split(ROWS)])
 
 
 def accuracies(hits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """`acc1`, `acc5`, `mean_per_class_recall` and `n` of hits (n, up to 5), whether each guess is the label (n)."""
+    """Return `acc1`, `acc5`, `mean_per_class_recall` and `n` for hits (n, up to 5) and labels (n)."""
     first = hits[:, 0].double()
     total = labels.bincount()
     recall = labels.bincount(first)[total > 0] / total[total > 0]
@@ -200,7 +200,7 @@ def accuracies(hits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def _each_class(hits: Tensor, labels: Tensor) -> dict[int, dict[str, Any]]:
-    """`acc1`, `acc5` and `n` of the classes that have pictures. Of one class `acc1` is its recall."""
+    """Return `acc1`, `acc5` and `n` of the classes with pictures. For a single class, `acc1` is its recall."""
     total = labels.bincount()
     first, any_of = (labels.bincount(hit.double()) / total for hit in (hits[:, 0], hits.any(1)))
     present = total.nonzero().flatten().tolist()
@@ -210,8 +210,8 @@ def _each_class(hits: Tensor, labels: Tensor) -> dict[int, dict[str, Any]]:
 def average_precision(
     features: Tensor, classes: Tensor, truth: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """`mean_average_precision` and `n`, and the `average_precision` and `n` of each class that has pictures: the mean,
-    over its pictures, of the precision among those that are at least as similar to it.
+    """Return `mean_average_precision` and `n`, and the `average_precision` and `n` of each class with pictures: the
+    mean, over its pictures, of the precision among all pictures at least as similar to the class as that picture.
 
     Args:
         features: (n, embed_dim).
@@ -236,9 +236,9 @@ def average_precision(
 def retrieval(
     clip: Encoder, dataset: Dataset, encoded: Encoded | None = None, subset: str | None = None
 ) -> dict[str, Any]:
-    """Recall at 1, 5 and 10, fractions: `image_retrieval_recall@k` (text to image), `text_retrieval_recall@k`.
+    """Return recall at 1, 5 and 10 as fractions: `image_retrieval_recall@k` (text to image), `text_retrieval_recall@k`.
 
-    With several captions an image, a text query has one right image, an image any of its captions.
+    With several captions per image, a text query has one right image; for an image query, any of its captions is right.
 
     Raises:
         ValueError: when no picture has a caption.
@@ -252,12 +252,12 @@ def retrieval(
 
 
 def recalls(images: Tensor, texts: Tensor, captions: Sequence[int]) -> dict[str, Any]:
-    """Recalls of normalised features.
+    """Return the recalls of normalised features.
 
     Args:
         images: (n_images, embed_dim).
-        texts: (n_texts, embed_dim), the captions of the first image, then those of the second, and so on.
-        captions: how many captions each image has.
+        texts: (n_texts, embed_dim), captions grouped by image, in the order of the images.
+        captions: number of captions of each image.
     """
     owner = torch.arange(len(images)).repeat_interleave(torch.tensor(captions))
     found = best(texts, images, 10) == owner[:, None]
@@ -272,8 +272,8 @@ def recalls(images: Tensor, texts: Tensor, captions: Sequence[int]) -> dict[str,
 def evaluate(
     clip: Encoder, dataset: Dataset, *, per_class: bool = False, progress: Progress = lambda done: None
 ) -> dict[str, Any]:
-    """Every figure the data allows, with the pictures encoded once: zero-shot where there are classes,
-    retrieval where there are captions (over all, and over each subset).
+    """Compute every metric the data allows, encoding the pictures once: zero-shot with classes, retrieval with captions
+    (overall and per subset).
 
     Args:
         per_class: as in `zero_shot`.
@@ -302,5 +302,5 @@ def _has_class(example: Example) -> bool:
 
 
 def _subsets(subsets: Sequence[str | None]) -> dict[str, list[int]]:
-    """The places of each subset."""
+    """Return the positions of each subset."""
     return {name: [i for i, s in enumerate(subsets) if s == name] for name in sorted({s for s in subsets if s})}

@@ -19,17 +19,17 @@ from tinyclip.data.datasets import Dataset
 from tinyclip.evaluate.metrics import Encoder, Progress, accuracies, check_classes, encode_images
 
 SOLVERS = ("auto", "sklearn", "torch")
-HELD_OUT = 0.2  # of each class
-STEPS = 1000  # of L-BFGS, at most
-TOLERANCE = 1e-5  # of the largest component of the gradient of the mean loss
-LARGE = 10**8  # scores (pictures x classes) at once: scikit-learn holds them all, 8 bytes each
-FITS = 15  # that a search makes at most
-ROWS = 2**14  # pictures whose scores the solver in torch holds at once
+HELD_OUT = 0.2  # share of each class
+STEPS = 1000  # most L-BFGS steps
+TOLERANCE = 1e-5  # on the largest gradient component of the mean loss
+LARGE = 10**8  # scores (pictures x classes): scikit-learn holds them all in memory, 8 bytes each
+FITS = 15  # most fits in a search
+ROWS = 2**14  # pictures whose scores the torch solver holds at once
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Scores of classes: features @ weight.T + bias."""
+    """A linear classifier: class scores are features @ weight.T + bias."""
 
     weight: Tensor  # float64 (classes, embed_dim)
     bias: Tensor  # float64 (classes,)
@@ -37,7 +37,7 @@ class Linear:
     converged: bool
 
     def best(self, features: Tensor, k: int) -> Tensor:
-        """The k likeliest labels of features (n, embed_dim), int64 (n, at most k), best first."""
+        """Return the k most likely labels of features (n, embed_dim), int64 (n, at most k), best first."""
         k = min(k, len(self.classes))
         scored = (rows.double() @ self.weight.T + self.bias for rows in features.split(ROWS))
         return torch.cat([self.classes[scores.topk(k).indices] for scores in scored])
@@ -53,21 +53,21 @@ def probe(
     device: torch.device | str = "cpu",
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
-    """Figures of a linear probe on normalised features: `acc1`, `acc5`, `mean_per_class_recall` and `n` of the test
+    """Fit a linear probe on normalised features. Return `acc1`, `acc5`, `mean_per_class_recall` and `n` on the test
     data, the chosen `C` with its `validation_acc1`, and the whole `sweep`.
 
-    C, the inverse of the weight of the squared norm, is that of the best top-1 accuracy on a fifth of the training
-    data, searched for as in the CLIP paper (Radford et al. 2021, A.3): 10^-6 to 10^6 in steps of a hundred, then
-    around the best in ever smaller steps, to an eighth of a decade. The last fit has all of the training data.
+    C, the inverse of the weight of the squared norm, has the best top-1 accuracy on a fifth of the training data. It
+    is searched for as in the CLIP paper (Radford et al. 2021, A.3): from 10^-6 to 10^6 in factors of 100, then around
+    the best value in ever smaller steps, down to an eighth of a decade. The final fit uses all of the training data.
 
     Args:
-        test: by default another fifth of the training data, left out of all else.
-        solver: `sklearn`, `torch` (L-BFGS in pieces, on `device`), or `auto`: scikit-learn where it is installed, the
-            device is a CPU and the data is not large. They minimise the same function.
-        seed: of the random parts.
+        test: by default another fifth of the training data, not used for anything else.
+        solver: `sklearn`, `torch` (L-BFGS in chunks, on `device`), or `auto`: scikit-learn if it is installed, the
+            device is a CPU and the data is not large. Both minimise the same function.
+        seed: seed of the random splits.
 
     Raises:
-        ValueError: when the data has less than two classes, or the test data one that the training data has not.
+        ValueError: when the data has fewer than two classes, or the test data a class that the training data lacks.
     """
     check_solver(solver)
     given = _labelled(clip, train, progress)
@@ -108,8 +108,8 @@ def _figures(
 
 
 def search(score: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The exponent of 10, within -6 to 6, of the highest score (of equals the lowest, the strongest regularisation),
-    and all scores that were asked for."""
+    """Return the exponent of 10, from -6 to 6, with the highest score (in a tie the lowest exponent, the strongest
+    regularisation), and all scores computed."""
     known: dict[float, float] = {}
 
     def judge(exponent: float) -> None:
@@ -147,9 +147,9 @@ def _labelled(clip: Encoder, dataset: Dataset, progress: Progress) -> Labelled:
 
 
 def _as_in(train: Dataset, test: Dataset, labels: Tensor) -> Tensor:
-    """Labels of the test data as the training data numbers the classes of those names."""
+    """Map the labels of the test data to the training data's numbers, by class name."""
     ours, theirs = train.classnames, test.classnames
-    if ours == theirs or not (ours and theirs):  # without names the numbers are all there is
+    if ours == theirs or not (ours and theirs):  # without names, compare by number
         return labels
     for name in (theirs[label] for label in labels.unique().tolist()):
         if ours.count(name) != 1:
@@ -160,12 +160,12 @@ def _as_in(train: Dataset, test: Dataset, labels: Tensor) -> Tensor:
 
 
 def split(features: Tensor, labels: Tensor, seed: int, name: str) -> tuple[Labelled, Labelled]:
-    """The data without a part, and the part: a fifth of each class, at least one picture of those that have two."""
+    """Split off a fifth of each class, at least one picture of classes with two; return the rest and that part."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    order = shuffled[labels[shuffled].argsort(stable=True)]  # class by class, at random within
+    order = shuffled[labels[shuffled].argsort(stable=True)]  # grouped by class, shuffled within each
     total = labels.bincount()
-    place = torch.arange(len(labels)) - (total.cumsum(0) - total)[labels[order]]  # of each picture in its class
+    place = torch.arange(len(labels)) - (total.cumsum(0) - total)[labels[order]]  # each picture's position in its class
     out = place < torch.where(total > 1, (total * HELD_OUT).long().clamp(min=1), 0)[labels[order]]
     if not out.any():
         raise ValueError(f"{name}: no class has two pictures, so none can be held out")
@@ -174,12 +174,12 @@ def split(features: Tensor, labels: Tensor, seed: int, name: str) -> tuple[Label
 
 
 # --- solvers ----------------------------------------------------------------------------------------------------
-# Both minimise mean cross-entropy + |weight|^2 / (2 C n). Of two classes only one has a weight, as in scikit-learn.
+# Both minimise mean cross-entropy + |weight|^2 / (2 C n). With two classes only one has weights, as in scikit-learn.
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Features (n, embed_dim) and which of the sorted classes each has, int64 (n,)."""
+    """Features (n, embed_dim), and the index of each one's class in the sorted classes, int64 (n,)."""
 
     features: Tensor
     places: Tensor
@@ -198,7 +198,7 @@ class Problem:
 
 
 def check_solver(name: str) -> None:
-    """`ValueError` for an unknown solver, or scikit-learn where it is not installed."""
+    """Raise `ValueError` for an unknown solver, or for scikit-learn if it is not installed."""
     if name not in SOLVERS:
         raise ValueError(f"solver {name!r}: choose {', '.join(SOLVERS)}")
     if name == "sklearn" and not find_spec("sklearn"):
@@ -211,19 +211,19 @@ def _chosen(solver: str, count: int, classes: int, device: torch.device) -> str:
 
 
 def fit_sklearn(problem: Problem, c: float) -> Linear:
-    """Logistic regression of scikit-learn, in float64."""
+    """Fit scikit-learn's logistic regression, in float64."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=c, tol=TOLERANCE, max_iter=STEPS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of steps that did not suffice, which `converged` says, and of few pictures
+        warnings.simplefilter("ignore")  # about non-convergence, which `converged` reports, and small data
         model.fit(problem.features.double().numpy(), problem.places.numpy())
     weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
     return problem.linear(weight, bias, bool(model.n_iter_.max() < STEPS))
 
 
 def fit_torch(problem: Problem, c: float, device: torch.device) -> Linear:
-    """The same by torch's L-BFGS, in pieces; float64 on a CPU, float32 elsewhere."""
+    """Fit the same model with torch's L-BFGS, in chunks; float64 on a CPU, float32 elsewhere."""
     count, width = problem.features.shape
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     rows = 1 if len(problem.classes) == 2 else len(problem.classes)

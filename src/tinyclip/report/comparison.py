@@ -1,4 +1,4 @@
-"""A comparison as a table, as figures, and as a folder with a page that needs nothing else."""
+"""Show a comparison as a table, as figures, and as a folder with a self-contained page."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tinyclip.evaluate.stats import BINS, LEVEL, RESAMPLES, calibration
 from tinyclip.report import html
 
 MARKERS = "osD^vP*X"
-CLASSES = 10  # that lost most, and that won most
-COARSE = 5  # pictures a class, below which its accuracy says little
-FORMULAS = "=+-@\t\r\n＝＋－＠"  # what one begins with
+CLASSES = 10  # classes shown with the largest losses, and gains
+COARSE = 5  # pictures per class below which accuracy says little
+FORMULAS = "=+-@\t\r\n＝＋－＠"  # first characters of a spreadsheet formula
 LONGEST = 36  # characters of a class name in a figure
 
 Costs = Mapping[str, Mapping[str, Any]]
 
 
 def result(outcomes: Sequence[Outcome], costs: Costs) -> dict[str, Any]:
-    """Everything in figures, as `compare.json` has it: fractions, intervals of 95 %, nats."""
+    """Return all metrics as written to `compare.json`: fractions, 95 % intervals, nats."""
     data = {
         outcome.name: outcome.facts
         | {"skipped": len(outcome.skipped), "skipped_by_cause": faults.counts(outcome.skipped)}
@@ -45,7 +45,7 @@ def result(outcomes: Sequence[Outcome], costs: Costs) -> dict[str, Any]:
 
 
 def table(outcomes: Sequence[Outcome], costs: Costs) -> tuple[list[str], list[list[str]]]:
-    """Columns, one a model, and rows, one a figure; a row of one cell names the data of those below it."""
+    """Return columns, one per model, and rows, one per metric; a row of one cell names the data of those below."""
     rows = [
         _row("parameters, M", costs, lambda c: f"{(c['params_image'] + c['params_text']) / 1e6:.2f}"),
         _row("MACs, G", costs, lambda c: f"{(c['macs_image'] + c['macs_text']) / 1e9:.3f}"),
@@ -73,7 +73,7 @@ def _quality(outcome: Outcome) -> list[list[str]]:
     for k in RECALLS:
         shares |= {f"image_retrieval_recall@{k}": f"image R@{k}, %", f"text_retrieval_recall@{k}": f"text R@{k}, %"}
     rows = []
-    for key, words in sorted(shares.items(), key=lambda item: item[0] != outcome.main):  # the tested one first
+    for key, words in sorted(shares.items(), key=lambda item: item[0] != outcome.main):  # the metric under test first
         rows.append(_row(words, figures, lambda f, key=key: _percent(f[key], f["intervals"][key])))
         if key == outcome.main:
             rows.append(
@@ -91,7 +91,7 @@ def _quality(outcome: Outcome) -> list[list[str]]:
 
 
 def _row(words: str, models: Mapping[str, Mapping[str, Any]], cell: Any) -> list[str]:
-    """A dash where a model does not have the figure."""
+    """Return a table row, with a dash for models without this metric."""
     row = [words]
     for facts in models.values():
         try:
@@ -118,14 +118,14 @@ def _points(value: float, interval: Sequence[float]) -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Names of models and classes are no formulas, and may have letters that only the reader's fonts have."""
+    """Draw figures with names as plain text (not mathtext), in fonts that the reader's machine provides."""
     with rc_context({"text.parse_math": False, "svg.fonttype": "none"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
 
 
 def accuracy_figure(outcome: Outcome, costs: Costs) -> Figure:
-    """The tested figure with its interval, against MACs and against the latency of a pair with its range."""
+    """Plot the metric under test with its interval, against MACs and the latency of a pair with its range."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     shown = {}
@@ -149,13 +149,13 @@ def accuracy_figure(outcome: Outcome, costs: Costs) -> Figure:
 
 
 def _distances(value: float, ends: Sequence[float]) -> list[list[float]]:
-    """What `errorbar` wants of an interval."""
+    """Convert an interval to the distances that `errorbar` takes."""
     return [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
 
 
 def class_figure(outcome: Outcome, student: str) -> Figure | None:
-    """The classes that lost and that won most, from the teacher's figure to the student's: accuracy, or where classes
-    have fewer than `COARSE` pictures on average, the mean probability of the right class. None when none changed."""
+    """Plot the classes with the largest losses and gains from teacher to student: in accuracy or, if classes have fewer
+    than `COARSE` pictures on average, in mean probability of the right class. None when no class changed."""
     models = list(outcome.answers)
     teacher, colour = models[0], html.COLOURS[models.index(student) % len(html.COLOURS)]
     labels, size = outcome.own, len(outcome.choices)
@@ -194,7 +194,7 @@ def _short(text: str, longest: int = LONGEST) -> str:
 
 
 def reliability_figure(outcome: Outcome) -> Figure:
-    """For each model the accuracy of its answers by their confidence, and below the share of the answers."""
+    """Plot each model's accuracy by confidence and, below, the share of its answers."""
     models = list(outcome.answers)
     width = min(4, len(models))
     lines = -(-len(models) // width)
@@ -225,7 +225,7 @@ def reliability_figure(outcome: Outcome) -> Figure:
 
 
 def figures(outcome: Outcome, costs: Costs) -> dict[str, tuple[str, Figure]]:
-    """Name -> title and figure, those that the data allow."""
+    """Return name -> title and figure, for the figures that the data allow."""
     teacher, *students = outcome.answers
     drawn = {
         "accuracy": ("Accuracy and cost", accuracy_figure(outcome, costs)),
@@ -241,11 +241,11 @@ def figures(outcome: Outcome, costs: Costs) -> dict[str, tuple[str, Figure]]:
 
 
 def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
-    """`report.html`, `compare.json`, `answers.csv` (what each model says of each picture) and the figures as files.
-    Reads the data once more, for the pictures on which the models differ.
+    """Write `report.html`, `compare.json`, `answers.csv` (each model's answer for each picture) and the figures. Reads
+    the data once more, for the pictures on which the models differ.
 
     Raises:
-        ValueError: when the folder cannot be written, or holds anything else than a comparison of ours.
+        ValueError: when the folder cannot be written, or holds anything but a comparison of ours.
     """
     teacher = next(iter(costs))
     columns, rows = table(outcomes, costs)
@@ -322,6 +322,6 @@ def _write_answers(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def cell(text: str) -> str:
-    """Text for a CSV: what a spreadsheet would run as a formula stands behind an apostrophe; a number is none."""
+    """Escape text for a CSV: anything a spreadsheet would run as a formula gets an apostrophe, except numbers."""
     number = re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", text)
     return f"'{text}" if text[:1] in FORMULAS and text and not number else text

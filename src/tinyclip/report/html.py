@@ -1,4 +1,4 @@
-"""Pieces of HTML reports: one file that needs nothing else."""
+"""Building blocks of self-contained HTML reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ th:first-child,td:first-child,.words td,.words th{text-align:left} .words td{whi
 
 
 def page(title: str, body: str) -> str:
-    """The whole file around a body of HTML."""
+    """Return the complete HTML file around a body."""
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>
 <main><h1>{html.escape(title)}</h1>
@@ -43,10 +43,10 @@ def page(title: str, body: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are plain text; a row of one cell is a heading across the table.
+    """Return an HTML table of plain-text cells; a row of one cell is a heading across the table.
 
     Args:
-        kind: `words` for columns of text instead of numbers.
+        kind: `words` for columns of text, not numbers.
     """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{_cells(row, len(columns))}</tr>" for row in rows)
@@ -62,7 +62,7 @@ def _cells(row: Sequence[str], width: int) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as it can stand in HTML."""
+    """Escape text for HTML."""
     return html.escape(text)
 
 
@@ -71,7 +71,7 @@ def note(text: str) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an `<svg>` element, which may stand in a page or be a file of its own."""
+    """Return a figure as an `<svg>` element, for use in a page or as a file."""
     file = io.BytesIO()
     figure.savefig(file, format="svg")
     text = file.getvalue().decode()
@@ -79,15 +79,15 @@ def svg(figure: Figure) -> str:
 
 
 def framed(drawing: str) -> str:
-    """An `<svg>` element as wide as the page allows."""
+    """Frame an `<svg>` element, as wide as the page allows."""
     return f'<div class="figure">{drawing}</div>'
 
 
 def card(image: Image.Image, truth: str, answers: Mapping[str, Sequence[tuple[str, bool]]]) -> str:
-    """A small picture with what is right and what each model says of it.
+    """Return a thumbnail with its truth and each model's answers.
 
     Args:
-        answers: model -> (words, whether they are right).
+        answers: model -> (text, whether it is right).
     """
     lines = []
     for model, said in answers.items():

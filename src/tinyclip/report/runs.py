@@ -1,4 +1,4 @@
-"""Tables, figures and the HTML report of one or several runs."""
+"""Tables, figures and the HTML report for one or more runs."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ COLUMNS = (
 
 @dataclass
 class Entry:
-    """A model in a report: where it is, what it costs, how well it does."""
+    """A model in a report: its place, cost and accuracy."""
 
     name: str
     path: Path
     measured: dict[str, Any]
     evaluation: dict[str, Any]
-    stored: bool = False  # a teacher's cache: its shape without its weights
+    stored: bool = False  # from a teacher's cache, which has its shape but not its weights
 
     @property
     def parameters(self) -> int:
-        """Without the token embedding."""
+        """The number of parameters, without the token embedding."""
         return int(self.measured["params_image"] + self.measured["params_text"])
 
 
 @dataclass
 class Guess:
-    """A picture with its class, and each model's best guesses."""
+    """A picture, its class and each model's best guesses."""
 
     image: Image.Image
     truth: str
@@ -69,10 +69,10 @@ class Guess:
 
 
 def gather(runs: Sequence[str | Path]) -> list[Entry]:
-    """The teacher of the runs and the result of every stage, measured side by side in this process.
+    """Collect the runs' teacher and the result of every stage, measured side by side in this process.
 
     Raises:
-        ValueError: for a folder that is no finished run.
+        ValueError: for a folder that is not a finished run.
     """
     entries: list[Entry] = []
     for folder in map(Path, runs):
@@ -91,7 +91,7 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
 
 
 def _measure_side_by_side(entries: Sequence[Entry], rounds: int = 3) -> None:
-    """Time the models turn by turn, so that a machine that slows down slows all; the median of the rounds."""
+    """Time the models in turns, so that a slowdown of the machine affects all; take the median of the rounds."""
     models = [CLIP(read_config(e.path)).eval() if e.stored else load(e.path).model for e in entries]
     turns = [
         [measure(model, seconds=0.4) for model in models]
@@ -103,13 +103,13 @@ def _measure_side_by_side(entries: Sequence[Entry], rounds: int = 3) -> None:
 
 
 def _teacher_entry(teacher: str | StoredTeachers, evaluation: Evaluation | None) -> list[Entry]:
-    """The teacher of a recipe. Of stored ones the first, without accuracies, as long as its cache is there;
-    none of another library, which cannot be measured beside ours."""
+    """Return the teacher of a recipe. For stored teachers, the first one, without accuracies, if its cache exists;
+    none for a teacher from another library, which cannot be measured next to ours."""
     if isinstance(teacher, str) and is_foreign(teacher):
         return []
     if not isinstance(teacher, str):
         stored = Path(teacher.folders[0])
-        known = (stored / "config.json").exists()  # not of a teacher of another library
+        known = (stored / "config.json").exists()  # missing for a teacher from another library
         return [Entry("teacher", stored, {}, {}, stored=True)] if known else []
     path, clip = Path(teacher), load(teacher)
     figures: dict[str, Any] = {}
@@ -119,7 +119,7 @@ def _teacher_entry(teacher: str | StoredTeachers, evaluation: Evaluation | None)
 
 
 def table(entries: Sequence[Entry]) -> list[list[str]]:
-    """Rows of text for `COLUMNS`; a dash where a figure was not computed."""
+    """Return rows of text for `COLUMNS`, with a dash for metrics that were not computed."""
     reference = next((e.parameters for e in entries if e.name == "teacher"), None)
     rows = []
     for e in entries:
@@ -142,10 +142,10 @@ def _percent(figures: dict[str, Any], name: str) -> str:
 
 
 def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Figure name -> run -> (step, value) of `acc1` in percent and of the loss, stages one after the other."""
+    """Return metric name -> run -> (step, value): `acc1` in percent and the loss, over consecutive stages."""
     result: dict[str, dict[str, list[tuple[int, float]]]] = {"top-1, %": {}, "retrieval R@1, %": {}, "loss": {}}
     for folder in map(Path, runs):
-        offsets: dict[str, int] = {}  # where each stage starts; a resumed stage is announced twice
+        offsets: dict[str, int] = {}  # first step of each stage; a resumed stage is announced twice
         before = 0
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
@@ -164,7 +164,7 @@ def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, fl
 
 
 def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, count: int = 12) -> list[Guess]:
-    """A sample of evaluation pictures, evenly spread over the data, with each model's three best classes."""
+    """Return evaluation pictures spread evenly over the data, with each model's three best classes."""
     dataset = metrics.open_dataset(data, templates)
     chosen = _spread((e for e in dataset if e.label is not None), count)
     result = [Guess(e.image, dataset.classnames[e.label or 0], {}) for e in chosen]
@@ -179,7 +179,7 @@ def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, c
 
 
 def _spread(examples: Iterable[metrics.Example], count: int) -> list[metrics.Example]:
-    """About `count` examples at equal distances, without holding more than twice as many."""
+    """Pick about `count` evenly spaced examples, holding at most twice as many in memory."""
     kept: list[metrics.Example] = []
     distance = 1
     for i, example in enumerate(examples):
@@ -191,7 +191,7 @@ def _spread(examples: Iterable[metrics.Example], count: int) -> list[metrics.Exa
 
 
 def curve_figure(series: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure:
-    """One panel a quantity, over training steps."""
+    """Plot one panel per quantity, over training steps."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(series)))
     for panel, (quantity, runs) in zip(axes, series.items(), strict=True):
@@ -213,7 +213,7 @@ def write_report(
     grid: Sequence[Guess],
     left_out: Sequence[Skipped] = (),
 ) -> None:
-    """One HTML file that needs nothing else."""
+    """Write a self-contained HTML report."""
     from tinyclip.common.files import write_atomically
 
     measured = entries[0].measured
@@ -237,7 +237,7 @@ def write_report(
 
 
 def _faults(left_out: Sequence[Skipped]) -> str:
-    """A table of what was left out of the training data, by cause."""
+    """Return a table of what was left out of the training data, by cause."""
     if not left_out:
         return ""
     note = "Each once, though it may have come up in several epochs; skipped.jsonl in the run's folder has all."
@@ -247,7 +247,7 @@ def _faults(left_out: Sequence[Skipped]) -> str:
 
 
 def _structures(entries: Sequence[Entry]) -> str:
-    """A picture of every model whose blocks are unequal, beside the teacher's."""
+    """Draw every model whose blocks differ in size, next to the teacher."""
     configs = {e.name: CLIPConfig.from_json(e.path / "config.json") for e in entries if e.name != "teacher"}
     teacher = next((e for e in entries if e.name == "teacher"), None)
     original = read_config(teacher.path) if teacher else None
@@ -271,7 +271,7 @@ def _card(guess: Guess) -> str:
 
 
 def report(runs: Sequence[str | Path], path: str | Path, title: str) -> list[Entry]:
-    """Gather the runs and write their report; returns the entries."""
+    """Gather the runs, write their report and return the entries."""
     entries = gather(runs)
     evaluation, grid = recipe_of(Path(runs[0])).evaluation, list[Guess]()
     if evaluation and any("acc1" in e.evaluation for e in entries):

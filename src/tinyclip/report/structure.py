@@ -1,4 +1,4 @@
-"""What a model is made of, block by block, as rows and as a picture beside the model it came from."""
+"""The structure of a model, block by block, as table rows and as a figure next to its original."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEPT, GONE = "#2a7de1", "#d8dee9"
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of thing in a tower, counted for each block; None where the block has no such branch."""
+    """One kind of unit in a tower, counted per block; None for a block without that branch."""
 
     tower: str
     kind: str
@@ -21,7 +21,7 @@ class Part:
 
 
 def parts(config: CLIPConfig) -> list[Part]:
-    """Heads and neurons of each block of both towers; of a ResNet its channels."""
+    """Return the heads and neurons of each block of both towers; for a ResNet, the channels."""
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
         inner = {"first": vision.conv1, "second": vision.conv2}
@@ -35,14 +35,14 @@ def parts(config: CLIPConfig) -> list[Part]:
 
 
 def widths(config: CLIPConfig) -> dict[str, str]:
-    """Channels of each tower's residual stream."""
+    """Return the width of each tower's residual stream."""
     vision = config.vision
     image = ", ".join(map(str, vision.channels)) if isinstance(vision, ResNetConfig) else str(vision.width)
     return {"image": image, "text": str(config.text.width)}
 
 
 def rows(config: CLIPConfig) -> list[list[str]]:
-    """For a table: (tower, what, in each block); a dash where a block has no such branch."""
+    """Return table rows (tower, unit, count per block), with a dash for blocks without that branch."""
     table = [[tower, "width", width] for tower, width in widths(config).items()]
     for part in parts(config):
         table.append([part.tower, part.kind, " ".join("-" if c is None else str(c) for c in part.counts)])
@@ -50,10 +50,10 @@ def rows(config: CLIPConfig) -> list[list[str]]:
 
 
 def figure(config: CLIPConfig, original: CLIPConfig | None = None) -> Figure:
-    """Bars for each block of both towers; behind them, in grey, what the original has.
+    """Draw bars for each block of both towers and, in grey behind them, the original's.
 
-    After a cut that removed whole blocks the rest are renumbered, so a grey bar is then only the original's block of
-    that number.
+    A cut that removes whole blocks renumbers the rest, so a grey bar then only shows the original's block with that
+    number.
     """
     shown, before = parts(config), parts(original) if original else []
     picture = Figure(figsize=(10, 5), layout="constrained")

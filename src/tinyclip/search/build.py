@@ -1,8 +1,8 @@
-"""Make and renew an index of a folder's pictures, which `search.py` reads.
+"""Create and update an index of a folder's pictures, which `search.py` reads.
 
-What has been computed is in `work.sqlite` at once, and goes from there into the next state, so a killed run loses a
-batch of pictures at most. A picture that is there as before (size and time) is not looked at again, be it good or
-damaged; one that could not be reached, on a disk that was away say, is tried again.
+Results go straight into `work.sqlite` and from there into the next state, so a killed run loses at most one batch of
+pictures. A picture with unchanged size and time is not read again, whether good or damaged; one that could not be
+reached, for example on an unmounted disk, is tried again.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from tinyclip.search.pending import Pending, Row, State, began
 from tinyclip.search.vectors import WASTE, Vectors
 
 SKIPPED = "skipped.jsonl"
-STATE = re.compile(r"(?:vectors|pictures)-(\d+)\.(?:usearch|sqlite)")  # the files of a state
-PUBLISH = 50_000  # new pictures after which they can be searched, while the rest is computed
-AT_ONCE = 2_000  # vectors put into the graph between two looks at the progress
-AGAIN: State = (-1, -1)  # of a picture that could not be looked at: as no file is, so that the next run tries again
-MENDABLE = {"needs_extra", "huge_image"}  # without a change of the file: by an installation, by --max-pixels
-Progress = Callable[[str, int, int], None]  # what is done, how many, of how many
+STATE = re.compile(r"(?:vectors|pictures)-(\d+)\.(?:usearch|sqlite)")  # file names of a state
+PUBLISH = 50_000  # new pictures after which a state is published, before the rest is computed
+AT_ONCE = 2_000  # vectors added to the graph between two progress reports
+AGAIN: State = (-1, -1)  # of an unreachable picture; matches no file, so the next run tries again
+MENDABLE = {"needs_extra", "huge_image"}  # faults fixed without changing the file: by an installation, by --max-pixels
+Progress = Callable[[str, int, int], None]  # task, number done, total
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,24 @@ class Folder:
     """A folder and the pictures below it."""
 
     root: Path
-    files: dict[str, State]  # by path below the root, with `/`
-    left_out: list[Skipped] = field(default_factory=list)  # places where pictures were not looked for
+    files: dict[str, State]  # by path relative to the root, with `/`
+    left_out: list[Skipped] = field(default_factory=list)  # places that were not searched for pictures
 
 
 def scan(folder: str | Path) -> Folder:
-    """The pictures below a folder, by the endings of their names.
+    """Find the pictures below a folder, by file extension.
 
     Raises:
-        ValueError: when there is no such folder, or none in it.
+        ValueError: when the folder does not exist or holds no pictures.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder")
-    root = Path(folder).absolute()  # links stay as they are
+    root = Path(folder).absolute()  # links are not resolved
     start, files, left_out = len(root.as_posix().rstrip("/")) + 1, {}, list[LeftOut]()
     for path in find_pictures(root, left_out):
         try:
             state = path.stat()
-        except OSError as error:  # gone meanwhile, a link to nothing or to itself
+        except OSError as error:  # deleted meanwhile, or a broken or circular link
             left_out.append((path, Fault("no_image", f"cannot be read ({error.strerror})")))
             continue
         if stat.S_ISREG(state.st_mode):
@@ -91,13 +91,13 @@ def scan(folder: str | Path) -> Folder:
 
 
 def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bool = False) -> None:
-    """What `build` refuses before a model is needed.
+    """Check what `build` can refuse without loading a model.
 
     Raises:
         ValueError: as `build`.
     """
     out = Path(out)
-    Vectors(1)  # USearch is installed
+    Vectors(1)  # fails if USearch is not installed
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the index")
     there = (out / INFO).exists()
@@ -127,25 +127,25 @@ def build(
     workers: int | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Make the index `out` of a folder, or bring it up to date: new pictures are added, changed ones (by size and time)
-    computed again, those that are gone taken out.
+    """Create the index `out` of a folder, or update it: add new pictures, recompute changed ones (by size and time),
+    and remove those that no longer exist.
 
-    Until the new state is whole, searches find the one before; a first index can be searched after every
+    Until the new state is complete, searches use the previous one; a first index becomes searchable after every
     50,000 pictures.
 
     Args:
-        clip: what `tinyclip.load` returns.
-        model: how `tinyclip search` loads it again, with `fingerprint` as `search.open_model` returns it.
-        overwrite: compute everything anew; the index that is there is replaced when that is done.
-        moved: the folder is the one that was indexed, at another place.
-        workers: threads that decode.
+        clip: the result of `tinyclip.load`.
+        model: name with which `tinyclip search` reloads it; `fingerprint` as returned by `search.open_model`.
+        overwrite: recompute everything; the existing index is replaced once that is done.
+        moved: accept that the indexed folder is now at another path.
+        workers: number of decoding threads.
 
     Returns:
-        What `index.json` says, and of this run `added`, `changed`, `removed`, `kept`, `computed`, `images_per_s`.
+        The content of `index.json`, and this run's `added`, `changed`, `removed`, `kept`, `computed`, `images_per_s`.
 
     Raises:
-        ValueError: when the index is of another folder or model, is damaged, is being written to or cannot be, or no
-            picture can be read.
+        ValueError: when the index belongs to another folder or model, is damaged, is being written or not writable, or
+            no picture can be read.
     """
     folder, out = folder if isinstance(folder, Folder) else scan(folder), Path(out)
     check(folder, out, overwrite=overwrite, moved=moved)
@@ -169,7 +169,7 @@ def build(
 def _rows(
     clip: Any, folder: Folder, todo: Sequence[str], batch_size: int | None, workers: int | None
 ) -> Iterator[list[Row]]:
-    """Batches of rows, in order."""
+    """Yield batches of rows, in order."""
 
     def decode(path: str) -> tuple[np.ndarray | Skipped, State]:
         file, state = folder.root / path, folder.files[path]
@@ -178,7 +178,7 @@ def _rows(
         except Fault as fault:
             found = Skipped("", path, fault.cause, fault.reason.removeprefix(f"{file}: "))
             return found, AGAIN if fault.cause in MENDABLE else state
-        except ValueError as error:  # of the disk, or of the rights to it
+        except ValueError as error:  # a disk or permission error
             return Skipped("", path, "corrupt_image", str(error).removeprefix(f"{file}: ")), AGAIN
 
     decoded = zip(todo, ahead(decode, todo, workers), strict=True)
@@ -200,11 +200,11 @@ def _rows(
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture in the present state."""
+    """A picture in the current state."""
 
     id: int
     state: State
-    good: bool  # it has features
+    good: bool  # whether it has features
 
 
 @dataclass
@@ -213,12 +213,12 @@ class _Writer:
 
     out: Path
     folder: Folder
-    facts: dict[str, Any]  # of the states that it makes
-    replacing: bool  # the state that is there stays until all is done, and nothing of it is used
+    facts: dict[str, Any]  # for the states it writes
+    replacing: bool  # the existing state stays until all is done, but is not reused
     progress: Progress
-    before: dict[str, Any] | None = None  # what index.json said, where it is built upon
+    before: dict[str, Any] | None = None  # previous content of index.json, if it is reused
     have: dict[str, Entry] = field(default_factory=dict)
-    vectors: Vectors | None = None  # those of the present state in memory
+    vectors: Vectors | None = None  # the current state's vectors, in memory
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("added", "changed", "removed"), 0))
 
     def run(self, pending: Pending, rows_of: Callable[[Sequence[str]], Iterator[list[Row]]]) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class _Writer:
         if count or self.before is None or any(path not in files for path in self.have):
             self._publish(pending)
         elif any(self.before.get(key) != value for key, value in self.facts.items()):
-            self._switch(self.before | self.facts)  # moved, or the model has another name
+            self._switch(self.before | self.facts)  # the folder moved, or the model was renamed
         assert self.before
         skipped = [*self.folder.left_out, *_skipped(self.out / self.before["list"])]
         write_atomically(self.out / SKIPPED, "".join(json_text(asdict(s)) + "\n" for s in skipped))
@@ -258,12 +258,12 @@ class _Writer:
         return entry is not None and entry.state == self.folder.files.get(path)
 
     def _is_known(self, path: str) -> bool:
-        """Whether the present state says already that it could not be looked at."""
+        """Whether the current state already records that the picture was unreachable."""
         entry = self.have.get(path)
         return entry is not None and entry.state == AGAIN
 
     def _start(self) -> None:
-        """Look at what is there, and clear up after a run that was killed."""
+        """Read the existing state, and clean up after a killed run."""
         if (self.out / INFO).exists() and not self.replacing:
             facts = read_facts(self.out)
             check_model(facts, self.out, self.facts["model"], self.facts["model_fingerprint"])
@@ -275,7 +275,7 @@ class _Writer:
         remove_leftovers(self.out)
 
     def _check_whole(self, facts: dict[str, Any]) -> None:
-        """Build upon nothing that was damaged."""
+        """Check that the existing state is undamaged before building on it."""
         file = self.out / facts["vectors"]
         try:
             check_size(self.out, facts)
@@ -288,7 +288,7 @@ class _Writer:
             )
 
     def _publish(self, pending: Pending) -> None:
-        """The next state: the present one without what is gone or was computed again, and with what waits."""
+        """Write the next state: the current one without removed and recomputed pictures, plus the pending ones."""
         waiting, number = pending.states(), self._number()
         gone = {p: e for p, e in self.have.items() if p not in self.folder.files or p in waiting}
         holes, vectors = self._without([entry.id for entry in gone.values() if entry.good])
@@ -302,7 +302,7 @@ class _Writer:
                 first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
                 raise Unusable(f"{self.folder.root}: nothing in it can be read: {first}")
             vectors.save(file)
-        except Exception:  # nothing readable, or a full disk
+        except Exception:  # no readable picture, or a full disk
             drop(self.out, (file.name, pictures.name))
             raise
         facts = self.facts | {"state": number, "vectors": file.name, "list": pictures.name, "holes": holes}
@@ -317,13 +317,13 @@ class _Writer:
     def _fill(
         self, pictures: Path, vectors: Vectors, gone: dict[str, Entry], pending: Pending, total: int
     ) -> dict[str, Entry]:
-        """Write the list of the next state, and put the features into `vectors`; what was added."""
+        """Write the next state's list, add the features to `vectors`, and return what was added."""
         added = dict[str, Entry]()
         next_id = max((entry.id for entry in self.have.values()), default=-1) + 1
         if self.before:
             shutil.copyfile(self.out / self.before["list"], pictures)
         with told(pictures), closing(sqlite3.connect(pictures)) as database:
-            database.execute("PRAGMA journal_mode = OFF")  # nobody knows of the file before it is whole
+            database.execute("PRAGMA journal_mode = OFF")  # nothing refers to the file until it is complete
             database.execute("PRAGMA synchronous = OFF")
             database.execute(f"CREATE TABLE IF NOT EXISTS pictures ({COLUMNS})")
             database.executemany("DELETE FROM pictures WHERE id = ?", [(entry.id,) for entry in gone.values()])
@@ -342,7 +342,7 @@ class _Writer:
         return added
 
     def _without(self, ids: Sequence[int]) -> tuple[int, Vectors]:
-        """The present vectors in memory without some, and how many removed ones their graph still carries."""
+        """Load the current vectors without some of them; also return how many removed ones remain in the graph."""
         if self.before is None:
             return 0, Vectors(self.facts["embed_dim"])
         vectors = self.vectors or Vectors.open(self.out / self.before["vectors"], self.facts["embed_dim"], view=False)
@@ -362,17 +362,17 @@ class _Writer:
         return max([int(name[1]) for name in found if name], default=0) + 1
 
     def _switch(self, facts: dict[str, Any]) -> None:
-        """Make a state the present one, and remove the files of the one before."""
+        """Make a state the current one, and remove the previous one's files."""
         before = _state_files(self.out)
         write_atomically(self.out / INFO, json_text(facts, indent=2) + "\n")
         flush(self.out)
         self.before = facts
-        # Windows removes nothing while somebody reads it; a later run will.
+        # Windows cannot remove files that are being read; a later run will.
         drop(self.out, before - {facts["vectors"], facts["list"]})
 
 
 def _state_files(out: Path) -> set[str]:
-    """Those of the present state; none when there is none, or it is damaged and to be replaced."""
+    """Return the current state's files; none if there is no state, or a damaged one that will be replaced."""
     with suppress(ValueError):
         facts = read_facts(out)
         return {name for name in (facts["vectors"], facts["list"]) if STATE.fullmatch(name)}

@@ -1,8 +1,7 @@
-"""Files to features: pictures, shards or texts in, parts of normalised features with their keys out.
+"""Embed files: read pictures, shards or texts, and write parts of normalised features with their keys.
 
-A part is written beside its place, renamed, and then recorded with its files' checksums; a run that starts again does
-what has no record or is not as recorded.
-Processes that `torchrun` started share the parts.
+A part is written to a temporary file, renamed, and then recorded with its files' checksums. A restarted run computes
+the parts that have no record or differ from it. Processes started by `torchrun` share the parts.
 """
 
 from __future__ import annotations
@@ -35,24 +34,24 @@ from tinyclip.inputs.transforms import DRAFT, open_image
 from tinyclip.search.feature_files import DONE, SKIPPED, Plan, files_of, is_done, record_path, write_part
 from tinyclip.search.sources import Rows, Source, Text
 
-TEXTS_AT_ONCE = 4096  # sorted by length and computed, between two looks at the progress
+TEXTS_AT_ONCE = 4096  # texts sorted by length and encoded between two progress reports
 
 
 @dataclass
 class Record:
-    """What one part holds."""
+    """The record of one part."""
 
     images: int = 0
     texts: int = 0
     skipped: list[Skipped] = field(default_factory=list)
-    files: dict[str, list[int]] = field(default_factory=dict)  # bytes and CRC-32
+    files: dict[str, list[int]] = field(default_factory=dict)  # name -> bytes and CRC-32
 
 
 @dataclass
 class Tally:
-    """What this process has done in this run."""
+    """This process's progress in this run."""
 
-    total: int | None  # pictures or texts that it has to do; unknown of shards
+    total: int | None  # pictures or texts to do; unknown for shards
     images: int = 0
     texts: int = 0
 
@@ -72,14 +71,14 @@ def embed(
     overwrite: bool = False,
     progress: Progress = lambda tally: None,
 ) -> dict[str, Any]:
-    """Compute what is not there yet, and return what `embed.json` says at the end, with this run's `images_per_s`.
+    """Compute the missing parts. Return the final content of `embed.json`, with this run's `images_per_s`.
 
     Args:
         progress: called after every batch.
 
     Raises:
         ValueError: when the folder holds something else, was made from another model or source or with other
-            options, cannot be written, or nothing of the source can be read.
+            options, or cannot be written, or when nothing in the source can be read.
     """
     out = Path(out)
     facts = from_main(lambda: check(source, out, plan, overwrite)) | _facts(clip)
@@ -110,7 +109,7 @@ def _fill(
 
 
 def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) -> dict[str, Any]:
-    """What `embed` refuses before a model is needed; the facts for `embed.json` that need none.
+    """Check what `embed` can refuse without a model, and return those facts for `embed.json` that need none.
 
     Raises:
         ValueError: as `embed`.
@@ -125,7 +124,7 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
     mine = (out / DONE).exists()
     if not mine and not is_free(out) and read_marker(out) is None:
         raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
-    if overwrite or not mine:  # nothing, or what a run left that was killed or read nothing
+    if overwrite or not mine:  # empty, or left by a run that was killed or read nothing
         check_replaceable(out, "features")
     facts = {
         "model": plan.model,
@@ -156,7 +155,7 @@ def _facts(clip: Pipeline | Tensors) -> dict[str, Any]:
 
 
 def _int8_files(clip: Pipeline | Tensors) -> dict[str, list[int]] | None:
-    """The files of an int8 export, since its fingerprint, the model's, does not tell two calibrations apart."""
+    """Return the files of an int8 export, whose fingerprint (the model's) is the same for every calibration."""
     if isinstance(clip, Tensors) and clip.facts["precision"] == "int8":
         return clip.facts["files"]
     return None
@@ -166,7 +165,7 @@ _NAMED = {
     "model_fingerprint": "model",
     "int8_files": "model",
     "source_fingerprint": "source",
-}  # where a fact has what the user calls it
+}  # fact -> the user's name for it
 _CALLED = {**_NAMED, "computed_in": "compute dtype"}
 _CHECKED = (
     "computed_in",
@@ -184,7 +183,7 @@ _CHECKED = (
 
 
 def _check_same(out: Path, facts: dict[str, Any]) -> None:
-    """Refuse to go on with features that were made in another way."""
+    """Refuse to continue with features that were made with other settings."""
     before = read_json_object(out / DONE)
     for key in _CHECKED:
         if key in facts and before.get(key) != facts[key]:
@@ -197,13 +196,13 @@ def _check_same(out: Path, facts: dict[str, Any]) -> None:
 
 
 def _open(out: Path, facts: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder ready."""
+    """Prepare the output folder."""
     if overwrite:
         remove(out, "features", keep=LOCKS)
     elif (out / DONE).exists():
         _check_same(out, facts)
     claim(out, "features", files_of(facts))
-    remove_leftovers(out)  # of a run that was killed
+    remove_leftovers(out)  # from a killed run
     write_atomically(out / DONE, json_text(facts | {"done": False}, indent=2) + "\n")
 
 
@@ -265,7 +264,7 @@ def _part(
     return record
 
 
-Item = tuple[str, Callable[[int], Any]]  # a key, and what opens its picture
+Item = tuple[str, Callable[[int], Any]]  # a key, and a function that opens its picture
 
 
 def _of_paths(paths: Sequence[Path], root: Path) -> Iterator[Item]:
@@ -274,7 +273,7 @@ def _of_paths(paths: Sequence[Path], root: Path) -> Iterator[Item]:
 
 
 def _opened(path: Path, at_least: int) -> Image.Image:
-    """`open_image`, its errors without the path."""
+    """Call `open_image`, with errors that omit the path."""
     try:
         return open_image(path, at_least)
     except ValueError as error:
@@ -283,7 +282,7 @@ def _opened(path: Path, at_least: int) -> Image.Image:
 
 
 def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Iterator[Item]:
-    """The shard's pictures; its captions go to `texts`, what cannot be read to `record`."""
+    """Yield the shard's pictures; append its captions to `texts` and its faults to `record`."""
     for sample in read_shard(shard, record.skipped):
         key = str(sample["__key__"])
         if plan.what != "image":
@@ -296,7 +295,7 @@ def _of_shard(shard: Path, plan: Plan, record: Record, texts: list[Text]) -> Ite
 
 
 def _of_rows(rows: Rows, plan: Plan, record: Record, texts: list[Text]) -> Iterator[Item]:
-    """The same of rows of a table with pictures inside; keys are their numbers."""
+    """Do the same for table rows that contain pictures, with row numbers as keys."""
     for number, picture, captions in rows:
         key = str(number)
         if plan.what != "image":
@@ -317,7 +316,7 @@ def _picture(data: bytes | None, at_least: int) -> Image.Image:
 def _images(
     clip: Pipeline | Tensors, items: Iterable[Item], shard: str, plan: Plan, record: Record
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Batches of keys and features (n, embed_dim) of the pictures that can be read; the others go to `record`."""
+    """Yield batches of keys and features (n, embed_dim) of readable pictures; the others go to `record`."""
     at_least = DRAFT * clip.preprocessing.image_size
 
     def decode(item: Item) -> tuple[str, Tensor | Skipped]:

@@ -1,4 +1,4 @@
-"""The files of embedded features: parts, their records, and whether one is there as it was written."""
+"""Files of embedded features: parts, their records, and checks that a part is intact."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ DONE, RECORDS, SKIPPED = "embed.json", ".parts", "skipped.jsonl"
 class Plan:
     """How features are made and written."""
 
-    model: str  # as the user named it
-    what: str = "both"  # of shards: image, text or both
+    model: str  # as given by the user
+    what: str = "both"  # for shards: image, text or both
     format: str = "parquet"  # or npy
-    dtype: str = "float16"  # of the features on disk, or float32
+    dtype: str = "float16"  # of the features on disk; or float32
     part_size: int = 10_000
     batch_size: int | None = None
-    workers: int | None = None  # threads that decode
+    workers: int | None = None  # decoding threads
 
     def __post_init__(self) -> None:
         for name, known in (("format", FORMATS), ("dtype", DTYPES), ("what", WHATS)):
@@ -36,7 +36,7 @@ class Plan:
 
 
 def files_of(facts: dict[str, Any]) -> Iterator[str]:
-    """All files of a run."""
+    """Yield the names of all files of a run."""
     yield from (DONE, SKIPPED)
     endings = (facts["format"], "jsonl") if facts["format"] == "npy" else (facts["format"],)
     kinds = ("image", "text") if facts["what"] == "both" else (facts["what"],)
@@ -50,7 +50,7 @@ def record_path(out: Path, number: int) -> Path:
 
 
 def is_done(out: Path, number: int) -> bool:
-    """Whether a part's files are there as they were written."""
+    """Whether a part's files exist, unchanged since they were written."""
     try:
         files = read_json_object(record_path(out, number))["files"]
         return all(state_of(out / name) == state for name, state in files.items())
@@ -65,7 +65,7 @@ def state_of(path: Path) -> list[int]:
 def write_part(
     out: Path, name: str, columns: dict[str, list[Any]], features: Tensor, plan: Plan
 ) -> dict[str, list[int]]:
-    """`name.parquet` with the columns and `features`, or `name.npy` and the columns as `name.jsonl`; what it wrote."""
+    """Write `name.parquet` with the columns and `features`, or `name.npy` with `name.jsonl`; return the files."""
     values = features.numpy().astype(plan.dtype)
     check_finite(values)
     if plan.format == "npy":
@@ -91,5 +91,5 @@ def _write_parquet(file: Any, columns: dict[str, list[Any]], values: np.ndarray)
     arrays = {name: pyarrow.array(column, types[name]) for name, column in columns.items()}
     flat = pyarrow.array(values.reshape(-1))
     arrays["features"] = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    # Features are noise to a compressor.
+    # Features do not compress.
     pyarrow.parquet.write_table(pyarrow.table(arrays), file, compression="none")

@@ -1,8 +1,8 @@
-"""Find the pictures of a folder by words, or by a picture: an index on disk. No torch here.
+"""Search the pictures of a folder by text or by picture, with an index on disk. No torch here.
 
-An index is a folder. `index.json` names the two files of its present state: `vectors-N` with the features and
-`pictures-N` with the paths. Neither is ever written again: a new state is two new files and then, in one step, a new
-`index.json`. So whoever reads, and whatever is killed, there is always a whole state (`indexing.py` makes them).
+An index is a folder. Its `index.json` names the two files of the current state: `vectors-N` with the features and
+`pictures-N` with the paths. They never change: a new state is two new files and then, in one atomic step, a new
+`index.json`. Readers therefore always find a complete state, even after a kill (`build.py` writes the states).
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from tinyclip.zoo.resolve import find_export
 
 INFO, WORK, FORMAT = "index.json", "work.sqlite", 1
 COLUMNS = "id INTEGER PRIMARY KEY, path BLOB NOT NULL, size INTEGER, mtime_ns INTEGER, cause TEXT, reason TEXT"
-ATTEMPTS = 5  # to open a state before another one takes its place
+ATTEMPTS = 5  # to open a state that may be replaced meanwhile
 
 
 @dataclass(frozen=True)
 class Match:
-    """A picture that was found."""
+    """A picture found by a search."""
 
-    path: str  # below the index's root, with `/`
+    path: str  # relative to the index's root, with `/`
     cosine: float
 
 
 class Index:
-    """An index that was opened, for any number of searches, from any threads. It stays at the state that it had then,
-    also while `tinyclip index` makes a new one."""
+    """An open index, for any number of searches from any threads. It keeps the state it was opened with, even while
+    `tinyclip index` writes a new one."""
 
     def __init__(self, path: Path, facts: dict[str, Any], vectors: Vectors, pictures: sqlite3.Connection) -> None:
-        self.path, self.facts = path, facts  # what index.json says
-        self.root = Path(facts["root"])  # what the paths are below
+        self.path, self.facts = path, facts  # the content of index.json
+        self.root = Path(facts["root"])  # the folder the paths are relative to
         self._vectors, self._pictures, self._lock = vectors, pictures, Lock()
 
     @classmethod
     def open(cls, path: str | Path) -> Index:
-        """The present state of an index.
+        """Open the current state of an index.
 
         Raises:
-            ValueError: when there is none, or it is damaged, or USearch is not installed.
+            ValueError: when there is no index, it is damaged, or USearch is not installed.
         """
         path = Path(path)
         for attempt in range(ATTEMPTS):
@@ -66,23 +66,23 @@ class Index:
                 if isinstance(error, ValueError):
                     raise
                 raise ValueError(f"{path} is damaged: it lacks files; rebuild it with --overwrite") from None
-        raise AssertionError  # the last attempt returned or raised
+        raise AssertionError  # unreachable: the last attempt returned or raised
 
     def __len__(self) -> int:
-        """Pictures that can be found."""
+        """The number of searchable pictures."""
         return len(self._vectors)
 
     def search(self, features: Any, k: int = 10, exact: bool | None = None) -> list[list[Match]]:
-        """For each query its `k` nearest pictures, best first; fewer when the index has no more.
+        """Return the `k` nearest pictures for each query, best first; fewer if the index has fewer.
 
         Args:
-            features: (n, embed_dim) or (embed_dim,) of the index's model, of texts or of pictures: anything that
+            features: text or image features from the index's model, (n, embed_dim) or (embed_dim,): anything that
                 NumPy takes.
-            exact: compare all pictures; False follows the graph, which is faster in a large index and may miss some;
+            exact: compare all pictures; False follows the graph, which is faster in a large index but may miss some;
                 by default exact up to `vectors.EXACT` pictures.
 
         Raises:
-            ValueError: for features of another size, or that are no numbers, or `k` below 1.
+            ValueError: for features of another size or that are not finite, or `k` below 1.
         """
         queries = np.atleast_2d(np.asarray(features, np.float32))
         dim = self.facts["embed_dim"]
@@ -112,7 +112,7 @@ class Index:
         return matches
 
     def file(self, path: str) -> Path:
-        """Where a picture that was found is; nothing outside the indexed folder.
+        """Return the path of a picture that was found, never outside the indexed folder.
 
         Raises:
             ValueError: for a path that leaves the folder.
@@ -133,11 +133,11 @@ class Index:
 
 
 def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile: bool = False) -> tuple[Any, str]:
-    """A model as `tinyclip.load` returns it, and its fingerprint: of weights, shape, vocabulary and preprocessing as
-    they are stored, whatever it computes in.
+    """Load a model with `tinyclip.load`, and compute its fingerprint: over the stored weights, shape, vocabulary and
+    preprocessing, independent of the compute dtype.
 
     Args:
-        device, dtype, compile: as of `tinyclip.load`.
+        device, dtype, compile: as for `tinyclip.load`.
 
     Raises:
         ValueError: as `tinyclip.load`.
@@ -145,7 +145,7 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
     if find_export(name):
         clip = load(name, device=device, dtype=dtype, compile=compile)
         return clip, clip.fingerprint()
-    clip = load(name)  # in float32, whatever it will compute in
+    clip = load(name)  # in float32, whatever the compute dtype
     found = clip.fingerprint()
 
     from tinyclip.common.devices import resolve_device, resolve_dtype
@@ -160,10 +160,10 @@ def open_model(name: str, device: str = "cpu", dtype: str | None = None, compile
 
 
 def check_model(facts: dict[str, Any], index: Path, model: str, fingerprint: str) -> None:
-    """Refuse a model that the index was not made with: its features would mean nothing there.
+    """Refuse a model that the index was not made with: its features would be meaningless there.
 
     Raises:
-        ValueError: when it is another one.
+        ValueError: when it is another model.
     """
     if facts["model_fingerprint"] != fingerprint:
         before = facts["model"]
@@ -172,8 +172,8 @@ def check_model(facts: dict[str, Any], index: Path, model: str, fingerprint: str
 
 
 def pixels(clip: Any, file: Path | BinaryIO) -> np.ndarray:
-    """A picture as the model looks at it, uint8 (image_size, image_size, 3): large JPEGs are decoded at a reduced size
-    (docs/embed.md), the same for a picture in the index and one to search by.
+    """Return a picture as the model sees it, uint8 (image_size, image_size, 3). Large JPEGs are decoded at a reduced
+    size (docs/embed.md), in the same way for indexed pictures and for queries.
 
     Raises:
         ValueError: when it cannot be read.
@@ -183,7 +183,7 @@ def pixels(clip: Any, file: Path | BinaryIO) -> np.ndarray:
 
 
 def plain(features: Any) -> np.ndarray:
-    """Features of any device as a NumPy array."""
+    """Convert features on any device to a NumPy array."""
     return np.asarray(features.cpu() if hasattr(features, "cpu") else features)
 
 
@@ -191,7 +191,7 @@ def plain(features: Any) -> np.ndarray:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What `index.json` says.
+    """Return the content of `index.json`.
 
     Raises:
         ValueError: when it is missing, damaged, or of another version.
@@ -215,10 +215,10 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path, facts: dict[str, Any]) -> None:
-    """A file that was cut off would end the process once its pages are touched.
+    """Check the size of a memory-mapped file; a truncated one would crash the process on access.
 
     Raises:
-        FileNotFoundError: when it is not there.
+        FileNotFoundError: when it does not exist.
         ValueError: when it is damaged.
     """
     file = path / facts["vectors"]
@@ -227,10 +227,10 @@ def check_size(path: Path, facts: dict[str, Any]) -> None:
 
 
 def open_list(file: Path) -> sqlite3.Connection:
-    """The pictures of a state, read only, in a file that nobody writes to any more.
+    """Open a state's list of pictures, read-only; the file no longer changes.
 
     Raises:
-        FileNotFoundError: when it is not there.
+        FileNotFoundError: when it does not exist.
         ValueError: when it is damaged.
     """
     file.stat()
@@ -244,7 +244,7 @@ def open_list(file: Path) -> sqlite3.Connection:
 
 @contextmanager
 def told(file: Path) -> Iterator[None]:
-    """SQLite's errors in one line."""
+    """Turn SQLite's errors into one-line messages."""
     try:
         yield
     except sqlite3.Error as error:
@@ -252,12 +252,12 @@ def told(file: Path) -> Iterator[None]:
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that any terminal and file can take, in one line."""
+    """Return a path as one line of text that any terminal or file can hold."""
     return printable(str(path))
 
 
 def queries_from(texts: Sequence[str]) -> list[str]:
-    """Texts to search for, without blanks around them.
+    """Return the query texts, stripped.
 
     Raises:
         ValueError: when one is empty.

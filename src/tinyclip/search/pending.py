@@ -1,4 +1,4 @@
-"""What runs of `tinyclip index` have computed and no state of the index holds yet: one SQLite file. No torch here."""
+"""Results of `tinyclip index` that are not in any state of the index yet, in one SQLite file. No torch here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 from tinyclip.common.faults import Skipped
 from tinyclip.search.index import told
 
-State = tuple[int, int]  # of a file: size in bytes, time of its last change in ns
+State = tuple[int, int]  # of a file: size in bytes, modification time in ns
 
 
 @dataclass(frozen=True)
 class Row:
-    """A picture's features, or why it has none."""
+    """A picture's features, or the reason it has none."""
 
     path: str
     state: State
@@ -30,7 +30,7 @@ class Row:
 
 
 def began(path: Path) -> bool:
-    """Whether a file is the work of a first `tinyclip index` that has not come to an end; it is not changed."""
+    """Whether a file comes from an unfinished first `tinyclip index`; does not change it."""
     if not path.is_file():
         return False
     try:
@@ -42,17 +42,17 @@ def began(path: Path) -> bool:
 
 
 class Pending:
-    """What was computed and is in no state yet."""
+    """Results that are not in any state yet."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        """Go on with what is there, if it was computed in the same way."""
+        """Continue with existing results if they were computed with the same settings."""
         self.path, said = path, json.dumps(facts, sort_keys=True)
         try:
             self._open()
             same = self._db.execute("SELECT said FROM facts").fetchall() == [(said,)]
-        except sqlite3.OperationalError as error:  # a full disk, for one: what is there is still good
+        except sqlite3.OperationalError as error:  # for example a full disk: existing results are still good
             raise ValueError(f"{path}: {error}") from None
-        except sqlite3.DatabaseError:  # of a run that lost its disk: computed again
+        except sqlite3.DatabaseError:  # damaged by a run that lost its disk: recompute
             self._remove()
             with told(path):
                 self._open()
@@ -65,8 +65,8 @@ class Pending:
 
     def _open(self) -> None:
         self._db = sqlite3.connect(self.path)
-        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # so that no shared memory is needed: network disks
-        self._db.execute("PRAGMA journal_mode = WAL")  # a commit costs no wait for the disk and survives a kill
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")  # needs no shared memory, so it works on network disks
+        self._db.execute("PRAGMA journal_mode = WAL")  # commits survive a kill without waiting for the disk
         self._db.execute("PRAGMA synchronous = NORMAL")
         with self._db:
             self._db.execute("CREATE TABLE IF NOT EXISTS facts (said TEXT)")
@@ -79,7 +79,7 @@ class Pending:
             file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave what is there; nothing when nothing is."""
+        """Close the file, and remove it if it is empty."""
         with told(self.path):
             if self._db.execute("SELECT 1 FROM rows").fetchone():
                 self._db.close()
@@ -108,7 +108,7 @@ class Pending:
                 yield Row(name, (size, mtime), features, Skipped("", name, cause, reason) if cause else None)
 
     def drop(self, paths: Sequence[str] | None = None) -> None:
-        """Take out those of some paths, or all."""
+        """Remove the results of some paths, or all."""
         with told(self.path), self._db:
             if paths is None:
                 self._db.execute("DELETE FROM rows")

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures side by side with a line below each. No torch here."""
+"""Contact sheets: a grid of pictures with captions below them. No torch here."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tinyclip.inputs.transforms import open_image, plain_mode
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SIDE, GAP, LINE, FONT = 200, 16, 22, 15  # pixels
 COLUMNS = 5
-MOST = 500  # pictures on a sheet; more are no longer looked at, and would fill the memory
+MOST = 500  # pictures on a sheet; nobody looks at more, and they would fill memory
 PAPER, INK, PALE, TILE = "#ffffff", "#202124", "#5f6368", "#eceff1"
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture and the lines below it."""
+    """A picture and the lines of text below it."""
 
     file: Path
     lines: tuple[str, ...]
 
 
 def check(path: Path, tiles: int) -> None:
-    """What `draw` refuses, before anything is looked for.
+    """Check before the search what `draw` would refuse.
 
     Raises:
-        ValueError: for a kind of file that it does not write, or more pictures than fit.
+        ValueError: for an unsupported file type, or more pictures than fit.
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a sheet is written as {', '.join(FORMATS)}")
@@ -40,9 +40,9 @@ def check(path: Path, tiles: int) -> None:
 
 
 def draw(path: Path, sections: Sequence[tuple[str | Path, Sequence[Tile]]]) -> None:
-    """Write a sheet of sections, each below its title: a text, or a picture.
+    """Write a sheet of sections, each below its title: a text or a picture.
 
-    A picture that cannot be read any more is an empty tile that says so.
+    A picture that can no longer be read becomes an empty tile that says so.
 
     Raises:
         ValueError: when the file cannot be written.
@@ -82,12 +82,12 @@ def _rows(tiles: Sequence[Tile], columns: int) -> int:
 
 
 def _step(tiles: Sequence[Tile]) -> int:
-    """From one row to the next."""
+    """Return the distance from one row to the next, in pixels."""
     return SIDE + GAP + LINE * max((len(tile.lines) for tile in tiles), default=0)
 
 
 def _thumbnail(file: Path, side: int) -> Image.Image:
-    """The whole picture in the middle of a square, as large as fits."""
+    """Return the whole picture, centred in a square and as large as fits."""
     square = Image.new("RGB", (side, side), TILE)
     try:
         picture = small_copy(file, side)
@@ -100,7 +100,7 @@ def _thumbnail(file: Path, side: int) -> Image.Image:
 
 
 def small_copy(file: Path, side: int) -> Image.Image:
-    """The whole picture in RGBA, its longer side `side`.
+    """Return the whole picture in RGBA, its longer side `side`.
 
     Raises:
         ValueError: when it cannot be read (see `open_image`).
@@ -118,7 +118,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, its middle left out where it is too wide."""
+    """Return the text, with its middle elided if it is too wide."""
     if font.getlength(text) <= width:
         return text
     kept = len(text)

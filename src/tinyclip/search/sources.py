@@ -31,7 +31,7 @@ TEXTS = {".txt", *TABLES}
 
 @dataclass(frozen=True)
 class Text:
-    """One text: of a sample's captions the one with this number, from 0."""
+    """One text; for captions, with its number among the sample's captions, from 0."""
 
     key: str
     number: int
@@ -40,7 +40,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a .parquet with pictures inside."""
+    """A range of rows of a .parquet that contains pictures."""
 
     table: Table
     image: str
@@ -52,7 +52,7 @@ class Rows:
         return self.last - self.first + 1
 
     def __iter__(self) -> Iterator[tuple[int, Any, Any]]:
-        """Number, picture and caption of each."""
+        """Yield each row's number, picture and caption."""
         columns = [self.image, self.caption] if self.caption else [self.image]
         for row in islice(parquet_rows(self.table.path, columns, self.first), len(self)):
             yield row.number, row.fields.get(self.image), row.fields.get(self.caption) if self.caption else None
@@ -60,13 +60,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be embedded, in parts: lists of paths (pictures), of `Text`, one shard each, or `Rows` of a table."""
+    """The data to embed, in parts: lists of paths (pictures) or of `Text`, single shards, or `Rows` of a table."""
 
     kind: str  # pictures, texts, shards or rows
     root: Path
     parts: list[Any]
     fingerprint: str
-    skipped: list[Skipped] = field(default_factory=list)  # before anything is computed
+    skipped: list[Skipped] = field(default_factory=list)  # found before anything is computed
     text_column: str | None = None  # of a table
     key_column: str | None = None  # of a table; None: the row's number
 
@@ -78,16 +78,16 @@ def open_source(
     key_column: str | None = None,
     separator: str | None = None,
 ) -> Source:
-    """A folder of shards, else of pictures (with subfolders), a shard, a picture, a text file or a table.
+    """Open a folder of shards or of pictures (with subfolders), a shard, a picture, a text file or a table.
 
     Args:
-        part_size: pictures or texts a part; a part of shards is one shard.
-        text_column: of a table, one of `tables.CAPTION_COLUMNS` by default.
-        key_column: of a table; the number of the row, from 1, by default.
-        separator: of a .csv or .tsv, by default as its header shows.
+        part_size: pictures or texts per part; with shards, each part is one shard.
+        text_column: column of a table; one of `tables.CAPTION_COLUMNS` by default.
+        key_column: column of a table; the row number, from 1, by default.
+        separator: separator of a .csv or .tsv; detected from the header by default.
 
     Raises:
-        ValueError: when there is nothing to embed in it.
+        ValueError: when it has nothing to embed.
     """
     path = Path(path)
     name = path.name.lower()
@@ -139,7 +139,7 @@ def _of_rows(table: Table, image: str, text_column: str | None, part_size: int) 
 def _file_state(file: Path, root: Path) -> str:
     try:
         state = file.stat()
-    except OSError:  # a link to nothing or to itself, or gone since: it is skipped when it is to be read
+    except OSError:  # a broken or circular link, or deleted since: skipped when read
         return f"{file.relative_to(root)} missing\n"
     return f"{file.relative_to(root)} {state.st_size} {state.st_mtime_ns}\n"
 
@@ -151,7 +151,7 @@ def digest(lines: Iterable[str]) -> str:
 def _read_texts(
     path: Path, text_column: str | None, key_column: str | None, separator: str | None
 ) -> tuple[list[Text], list[Skipped], str | None]:
-    """Texts, what has none, and the column that they are from."""
+    """Return the texts, the rows without one, and the column they come from."""
     rows: list[tuple[str, Any]] = []
     skipped = list[Skipped]()
     if path.suffix.lower() == ".txt":

@@ -1,6 +1,6 @@
-"""Many features in one file, and the nearest of them: a thin layer over USearch, the only place that knows it.
+"""Feature storage and nearest-neighbour search: a thin layer over USearch, and the only module that uses it.
 
-A file is searched through a memory map: its pages are the system's cache, shared by all who search it.
+A file is searched through a memory map, so its pages are in the system's cache, shared by all searching processes.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 
 from tinyclip.common.files import flush
 
-# By measurement (docs/search.md, benchmarks/search.py).
+# Chosen by measurement (docs/search.md, benchmarks/search.py).
 DTYPE = "f16"
 CONNECTIVITY = 16  # neighbours of a vector in the graph
-EXPANSION_ADD = 128  # candidates looked at when one is added
-EXPANSION = 512  # and when one is searched
-EXACT = 100_000  # up to so many vectors every one is compared: that takes milliseconds, and misses nothing
-WASTE = 0.25  # of removed vectors, until the graph is made anew
+EXPANSION_ADD = 128  # candidates examined per added vector
+EXPANSION = 512  # candidates examined per query
+EXACT = 100_000  # up to this many vectors, all are compared: takes milliseconds and misses none
+WASTE = 0.25  # share of removed vectors at which the graph is rebuilt
 
 
 class Vectors:
-    """Vectors of `dim` numbers under whole numbers from 0 as keys, compared by their cosine."""
+    """Vectors of `dim` numbers with non-negative integer keys, compared by cosine."""
 
     def __init__(self, dim: int) -> None:
-        """None yet; `add` some.
+        """Create an empty set of vectors.
 
         Raises:
             ValueError: when USearch is not installed.
@@ -43,10 +43,10 @@ class Vectors:
 
     @classmethod
     def open(cls, path: Path, dim: int, *, view: bool = True) -> Vectors:
-        """Those of a file that `save` wrote.
+        """Open a file written by `save`.
 
         Args:
-            view: only to be searched, through a memory map; else read into memory, to be changed.
+            view: open for search only, through a memory map; else read it into memory, for changes.
 
         Raises:
             ValueError: when USearch is not installed, or the file is damaged.
@@ -63,29 +63,29 @@ class Vectors:
         return len(self._index)
 
     def keys(self) -> np.ndarray:
-        """uint64 (n,), in no particular order."""
+        """Return the keys, uint64 (n,), in no particular order."""
         return np.asarray(self._index.keys)
 
     def get(self, keys: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The vectors float16 (n, dim) under these keys, all of which must be there."""
+        """Return the vectors float16 (n, dim) with these keys, all of which must exist."""
         return np.concatenate([row.reshape(1, -1) for row in self._index.get(np.asarray(keys, np.uint64))])
 
     def add(self, keys: Sequence[int] | np.ndarray, vectors: np.ndarray) -> None:
-        """Put in (n, dim) vectors under new keys.
+        """Add (n, dim) vectors with new keys.
 
         Raises:
-            ValueError: when there is no memory for them.
+            ValueError: when memory runs out.
         """
         with _faults("no place for more vectors"):
             self._index.add(np.asarray(keys, np.uint64), vectors)
 
     def remove(self, keys: Sequence[int] | np.ndarray) -> None:
-        """Take out vectors by their keys."""
+        """Remove vectors by key."""
         if len(keys):
             self._index.remove(np.asarray(keys, np.uint64))
 
     def save(self, path: Path) -> None:
-        """Write all to a file, down to the disk.
+        """Write all vectors to a file, synced to disk.
 
         Raises:
             ValueError: when it cannot be written.
@@ -95,16 +95,16 @@ class Vectors:
             flush(path)
 
     def search(self, queries: np.ndarray, k: int, exact: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """For each of the (n, dim) queries the keys of its `k` nearest, or of all when there are fewer, and their
+        """Return for each of the (n, dim) queries the keys of its `k` nearest vectors (or of all, if fewer) and their
         cosines, best first.
 
         Args:
-            exact: compare every vector; else follow the graph, which may miss some.
+            exact: compare every vector; otherwise follow the graph, which may miss some.
         """
         queries, k = np.asarray(queries, np.float32), min(k, len(self))
         found = self._index.search(queries, k, exact=exact)
         rows = [found] if len(queries) == 1 else [found[i] for i in range(len(queries))]
-        if any(len(row.keys) < k for row in rows):  # by the graph alone not all can be reached
+        if any(len(row.keys) < k for row in rows):  # the graph alone may not reach all of them
             return self.search(queries, k, exact=True)
         return [row.keys for row in rows], [1 - row.distances for row in rows]
 
@@ -119,7 +119,7 @@ def _usearch() -> Any:
 
 @contextmanager
 def _faults(what: str) -> Iterator[None]:
-    """USearch's errors in one line."""
+    """Turn USearch's errors into one-line messages."""
     try:
         yield
     except (RuntimeError, OSError, MemoryError) as error:
