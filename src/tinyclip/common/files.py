@@ -25,8 +25,8 @@ def name_of(path: Path) -> str:
 
 
 def as_text(text: str) -> str:
-    """Text that every file and terminal can take: bytes that were no UTF-8 stand as `\\xe9`, other halves of surrogate
-    pairs as `\\ud800`."""
+    """Escape text so that every file and terminal accepts it: bytes that were not UTF-8 become `\\xe9`, other lone
+    surrogates `\\ud800`."""
     try:
         return os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
@@ -41,12 +41,12 @@ STEERING = {code: ascii(chr(code))[1:-1] for code in _STEERS}
 
 
 def printable(text: str) -> str:
-    """Text in one line that steers no terminal: as `as_text`, and a control character stands as `\\x1b`."""
+    """Escape text to one line that cannot control a terminal: as `as_text`, and control characters become `\\x1b`."""
     return as_text(text).translate(STEERING)
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: enough to find a torn or flipped one, at the speed of the disk."""
+    """Return the CRC-32 of a file: enough to detect truncation or bit flips, at disk speed."""
     value = 0
     for piece in _pieces(path):
         value = zlib.crc32(piece, value)
