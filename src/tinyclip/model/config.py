@@ -266,7 +266,7 @@ def _resnet(width: int, text_layers: int) -> CLIPConfig:
     return CLIPConfig(embed_dim=1024, vision=resnet_tower((3, 4, 6, 3), width), text=_text(text_layers, 512))
 
 
-# METHOD of the TinyCLIP paper, table of models; OpenCLIP's ViT-B-32 of LAION-2B uses GELU, OpenAI's own QuickGELU.
+# TinyCLIP paper, table of models; OpenCLIP's ViT-B-32 trained on LAION-2B uses GELU, OpenAI's own uses QuickGELU.
 NAMED: dict[str, CLIPConfig] = {
     "ViT-B-32": vit_clip(512, (12, 768), (12, 512), 32),
     "ViT-B-16": vit_clip(512, (12, 768), (12, 512), 16),
