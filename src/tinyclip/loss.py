@@ -1,8 +1,8 @@
 """Losses as pure functions of normalised features.
 
-In tiles: no matrix of all rows by all columns is ever held, forward or backward, so memory grows linearly with the
-batch. On several processes each takes its own rows against everyone's columns and returns the mean over its own; the
-mean of that over the processes, values and gradients alike, is the loss of the joined batch.
+Computed in tiles: the full rows-by-columns matrix is never held, forward or backward, so memory grows linearly with the
+batch. With several processes, each compares its own rows with the columns of all and returns the mean over its rows;
+the mean over processes, of values and gradients alike, is the loss of the joint batch.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def affinity_loss(
     Half the cross-entropy image-to-text plus half text-to-image, against the teacher's softmax, averaged
     over rows (TinyCLIP, ICCV 2023, section 3.1). The teacher's side takes no gradient.
 
-    Of a teacher that was trained with a sigmoid (SigLIP, ICCV 2023) it is the same. That gives each pair a probability
-    of its own, p_ij = sigmoid(x_ij) with x_ij = scale * cosine + bias. Which text of a row fits, given that just one
-    does, has probabilities in proportion to p_ij * prod_{k != j}(1 - p_ik), and so to the odds p_ij / (1 - p_ij) =
+    The same holds for a teacher trained with a sigmoid loss (SigLIP, ICCV 2023), which gives each pair its own
+    probability p_ij = sigmoid(x_ij) with x_ij = scale * cosine + bias. Given that exactly one text of a row matches,
+    text j has a probability proportional to p_ij * prod_{k != j}(1 - p_ik), hence to the odds p_ij / (1 - p_ij) =
     exp(x_ij): the softmax of the row, in which the bias cancels. The shares p_ij / sum_k p_ik are close to that while
-    all p are small, and level where pairs are sure, so they would hide which of them fits best.
+    all p are small, but flat where several pairs are near 1, which would hide the best match.
 
     Args:
         student_image: (n, d) normalised features.
-        student_text: (n, d), as are those of pictures.
+        student_text: (n, d) normalised features.
         teacher_image: (n, d') normalised features; d' may differ from d.
-        teacher_text: (n, d').
+        teacher_text: (n, d') normalised features.
         student_scale: exp(logit_scale) of the student.
         teacher_scale: exp(logit_scale) of the teacher.
 
@@ -68,8 +68,8 @@ def contrastive_loss(
         image_features: (n, d) normalised.
         text_features: (n, d) normalised.
         scale: exp(logit_scale).
-        groups: int (n,); pairs of one group are all positives of each other, with equal shares. By default
-            each pair is its own group.
+        groups: int (n,); pairs of one group are all positives of each other, with equal weight. By default each
+            pair is its own group.
     """
     targets = _shares(image_features, groups)
     image = cross_entropy(image_features, text_features, scale, targets)
@@ -77,7 +77,7 @@ def contrastive_loss(
 
 
 def feature_loss(student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:
-    """Feature mimicking: squared distance of the student's features, projected to the teacher's size, from the
+    """Feature mimicking: squared distance between the student's features, projected to the teacher's size, and the
     teacher's, summed over both modalities and averaged over pairs (CLIP-KD, CVPR 2024, section 3.2.2).
 
     Args:
@@ -97,7 +97,7 @@ def interactive_loss(
     groups: Tensor | None = None,
 ) -> Tensor:
     """Interactive contrastive learning: the student's images against the teacher's texts, and its texts against the
-    teacher's images, each to find its own (CLIP-KD, CVPR 2024, section 3.2.4).
+    teacher's images (CLIP-KD, CVPR 2024, section 3.2.4).
 
     Args:
         student_image, student_text: (n, d) projected to the teacher's size and normalised.
@@ -113,8 +113,8 @@ def interactive_loss(
 def within_affinity_loss(
     student: Tensor, teacher: Tensor, student_scale: Tensor | float, teacher_scale: Tensor | float
 ) -> Tensor:
-    """Affinity of one modality with itself: the student copies how the teacher's features of the batch resemble each
-    other. Each row's similarity with itself, which is always 1, is left out.
+    """Affinity within one modality: the student copies the similarities among the teacher's features of the batch. Each
+    row's similarity with itself, which is always 1, is left out.
 
     Cross-entropy against the teacher's softmax, averaged over rows (the form of `affinity_loss`; the idea is
     similarity-preserving distillation, Tung and Mori, ICCV 2019).
@@ -136,8 +136,8 @@ def cross_entropy(
     """Mean over rows of the cross-entropy of softmax(scale * rows @ columns.T) against soft targets; a scalar.
 
     Args:
-        rows, columns: (n, d) of this process; columns are gathered from all, with gradient.
-        targets: of a slice of rows over all columns; constants.
+        rows, columns: (n, d) of this process; columns are gathered from all processes, with gradient.
+        targets: return the targets of a slice of rows over all columns; they take no gradient.
         without_self: leave out each row's own column.
     """
     columns = gather(columns)
@@ -149,7 +149,7 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradients are made with the loss, tile by tile: going back costs only their product with the incoming one."""
+    """Computes the gradients with the loss, tile by tile; backward only multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, targets: Targets, own: int | None) -> Tensor:
@@ -196,7 +196,7 @@ def _diagonal(tile: Tensor, part: slice, first: int) -> tuple[Tensor, Tensor]:
 
 
 def _without(logits: Tensor, part: slice, own: int) -> Tensor:
-    """log_softmax over all columns but each row's own, which becomes 0 (it has no share in any target)."""
+    """log_softmax over all columns except each row's own, which becomes 0 (its target is 0)."""
     place = _diagonal(logits, part, own)
     logits[place] = -torch.inf
     log_p = logits.log_softmax(1)
@@ -218,7 +218,7 @@ def _softmax_targets(rows: Tensor, columns: Tensor, scale: Tensor | float, witho
 
 
 def _shares(rows: Tensor, groups: Tensor | None) -> Targets:
-    """What each row's target gives to each column; pairs of one group share equally."""
+    """Targets of each row over the columns; pairs of one group share equally."""
     n = len(rows)
     mine = torch.arange(rank() * n, (rank() + 1) * n, device=rows.device) if groups is None else groups
     everyones = gather(mine)

@@ -11,14 +11,14 @@ from tinyclip.common.schema import Precision
 
 
 def best_device() -> torch.device:
-    """CUDA if there is one, else MPS, else the CPU."""
+    """Return CUDA if available, else MPS, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's: one GPU a process
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by torchrun: one GPU per process
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device of that name, `auto` for the best; `ValueError` when this machine does not have it."""
+    """Return the device of that name, the best one for `auto`; `ValueError` when this machine does not have it."""
     if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
         return best_device()
     try:
@@ -30,7 +30,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def best_precision(device: torch.device) -> Precision:
-    """bfloat16 where the device computes in it, float16 (with loss scaling) on older GPUs, else float32."""
+    """Return bfloat16 where the device has it natively, float16 (with loss scaling) on older GPUs, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "cpu" and _cpu_has_bfloat16():
@@ -39,10 +39,10 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """A dtype by itself or by name: None is float32, "auto" what `best_precision` says of the device.
+    """Resolve a dtype or its name: None is float32, "auto" is `best_precision` of the device.
 
     Raises:
-        ValueError: for another.
+        ValueError: for an unsupported dtype.
     """
     name = str(dtype or "float32").removeprefix("torch.")
     name = best_precision(device) if name == "auto" else name
@@ -53,7 +53,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 natively; emulated, it is slower than float32."""
+    """Whether the CPU multiplies bfloat16 natively; emulated bfloat16 is slower than float32."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

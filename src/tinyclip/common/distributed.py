@@ -1,4 +1,4 @@
-"""Devices and precision: what this machine can do; and the processes that share the work."""
+"""Distributed processes: joining them, ranks, and collective operations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ T = TypeVar("T")
 
 # --- several processes ------------------------------------------------------------------------------------------
 
-PATIENCE = timedelta(hours=4)  # others wait this long while the first process evaluates or cuts
+PATIENCE = timedelta(hours=4)  # how long the others wait while the first process evaluates or cuts
 
 
 @contextmanager
 def processes(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Join the processes that `torchrun` started, and leave them at the end; alone, do nothing.
+    """Join the processes that `torchrun` started and leave them at the end; do nothing in a single process.
 
-    NCCL between GPUs, gloo between CPUs.
+    Uses NCCL between GPUs and gloo between CPUs.
 
     Raises:
         ValueError: when the others cannot be reached, there is no GPU for this process, or another one has died.
-        SystemExit: with code 2 when another one has ended with an error, which it says itself.
+        SystemExit: with code 2 when another process failed; that process reports the error itself.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -40,17 +40,17 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= here:
             raise ValueError(f"more processes than GPUs ({here} here); take --nproc-per-node {here}")
-        torch.cuda.set_device(local)  # what travels as objects between the processes goes through it
+        torch.cuda.set_device(local)  # object collectives use the current GPU
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:  # torch's ValueError: a variable that torchrun sets is missing
+    except (RuntimeError, ValueError) as error:  # ValueError: a variable set by torchrun is missing
         raise ValueError(
             f"cannot join the other processes ({str(error).splitlines()[0]}); start with torchrun"
         ) from None
     try:
         yield
     except Exception as error:
-        if not claim("an error"):  # asked before the connections close, through which the others would learn of it
+        if not claim("an error"):  # before the connections close, which the others would notice
             _leave()
         if isinstance(error, RuntimeError) and _is_lost(error):
             raise ValueError("another process has died; run the same command again (a run: with --resume)") from None
@@ -60,64 +60,63 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# Groups are kept for good. One that only a DDP held would be destroyed with the interpreter's lock taken, while its
-# threads wait for that lock, to let go of the last tensors: a deadlock, as the destructor waits for the threads.
+# Groups are never freed. If only a DDP held one, it would be destroyed while holding the GIL; its destructor waits for
+# its threads, and they wait for the GIL to release their last tensors: a deadlock.
 _left: list[Any] = []
 
 
 def _leave() -> NoReturn:
-    """End as another process has failed, but not before it has said why: torchrun ends all when the first is gone."""
+    """Exit after another process failed, once it had time to report why: torchrun kills all when the first exits."""
     time.sleep(1)
     raise SystemExit(2)
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    """Whether an operation failed since the process at the other end is gone."""
+    """Whether an operation failed because the process at the other end is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def claim(what: str) -> bool:
-    """Whether this process is the first of those that torchrun started to claim something; alone, always. It asks
-    their common store, so it also works before they have joined."""
+    """Whether this process is the first one started by torchrun to claim `what`; a single process always is.
+
+    Uses torchrun's store, so it also works before the processes have joined.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        socket.create_connection(
-            (address, port), timeout=5
-        ).close()  # torch's client would wait longer, and not quietly
+        socket.create_connection((address, port), timeout=5).close()  # torch's client would wait longer and log
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address, port, is_master=False, timeout=timedelta(seconds=10)
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return bool(store.add(f"tinyclip/{attempt}/{what}", 1) == 1)
-    except (KeyError, ValueError, OSError, RuntimeError):  # nobody to ask
+    except (KeyError, ValueError, OSError, RuntimeError):  # no store to ask
         return True
 
 
-_alone = False  # the first process works while the others wait, see `from_main`
+_alone = False  # the first process works while the others wait (see `from_main`)
 
 
 def world_size() -> int:
-    """Processes that share the work; 1 outside of `processes`, and in what `from_main` calls."""
+    """Number of processes that share the work; 1 outside `processes` and inside a `from_main` call."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Every process's rows, in the order of ranks, with gradient: (n, ...) -> (world_size * n, ...).
+    """Gather every process's rows in rank order, with gradient: (n, ...) -> (world_size * n, ...).
 
-    The gradient of a process's rows is the sum of what the losses of all processes say of them. All must come with
-    the same shape.
+    The gradient of a process's rows is summed over the losses of all processes. All must pass the same shape.
     """
     return _Gather.apply(rows) if world_size() > 1 else rows
 
@@ -137,13 +136,12 @@ class _Gather(torch.autograd.Function):
             dist.reduce_scatter(mine, list(total.chunk(world_size())))
             return mine
         total = total.clone()
-        dist.all_reduce(total)  # gloo scatters no sums
+        dist.all_reduce(total)  # gloo has no reduce_scatter
         return total.chunk(world_size())[rank()]
 
 
 def gather_uneven(rows: Tensor) -> Tensor:
-    """Every process's rows (n, ...) as `gather`, though each has another number of them. One without any may leave out
-    their shape, (0, 0)."""
+    """Gather rows (n, ...) like `gather`, with a different n per process. A process without rows may pass (0, 0)."""
     if world_size() == 1:
         return rows
     shapes = gather_objects(tuple(rows.shape))
@@ -156,7 +154,7 @@ def gather_uneven(rows: Tensor) -> Tensor:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """What each process has, by rank, in every process; small things only."""
+    """Gather one small object from each process, in rank order, in every process."""
     if world_size() == 1:
         return [mine]
     everyones: list[Any] = [None] * world_size()
@@ -165,12 +163,13 @@ def gather_objects(mine: T) -> list[T]:
 
 
 def from_main(call: Callable[[], T]) -> T:
-    """What `call` returns in the first process, in every one; the others wait and do not call it. Within it the first
-    process is as if alone: a loss there gathers nothing.
+    """Run `call` in the first process only and return its result in every process; the others wait.
+
+    Inside `call` the first process acts as if it were alone: a loss computed there gathers nothing.
 
     Raises:
-        ValueError: the first process's, there.
-        SystemExit: in the others then, with code 2, as the first one has said what is wrong.
+        ValueError: in the first process, when `call` raises it.
+        SystemExit: in the others in that case, with code 2, since the first one reports the error.
     """
     global _alone
     if world_size() == 1:
@@ -190,7 +189,7 @@ def from_main(call: Callable[[], T]) -> T:
 
 
 def average(value: Tensor) -> Tensor:
-    """Mean over the processes of a tensor without gradient."""
+    """Average a tensor over the processes, without gradient."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -199,8 +198,10 @@ def average(value: Tensor) -> Tensor:
 
 
 def any_of(*flags: bool, device: torch.device | str = "cpu") -> list[bool]:
-    """For each flag, whether any process raised it; all processes get the same answer. It travels from `device`:
-    among many GPUs NCCL is the faster way."""
+    """Return for each flag whether any process raised it; all processes get the same answer.
+
+    The flags are reduced on `device`: with many GPUs, NCCL is faster.
+    """
     if world_size() == 1:
         return list(flags)
     raised = torch.tensor(flags, dtype=torch.int32, device=device)

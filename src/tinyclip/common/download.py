@@ -1,7 +1,7 @@
-"""Downloads that go on where they stopped, kept in a cache with the SHA-256 of their first download.
+"""Resumable downloads into a cache that records the SHA-256 of the first download.
 
-Beside a cached file lie `FILE.json` (its record), `FILE.lock`, and during a download `FILE.part` and
-`FILE.part.json`: the bytes so far, and which version of the file they belong to.
+Next to a cached file are `FILE.json` (its record), `FILE.lock`, and during a download `FILE.part` and
+`FILE.part.json`: the bytes so far and the version of the file they belong to.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from tinyclip.common.files import sha256, write_atomically
 from tinyclip.common.locks import Lock
 from tinyclip.common.progress import tell_bytes
 
-CHUNK = 1 << 17  # bytes; what a broken connection can lose
-TIMEOUT_S = (10, 60)  # to connect, and between two reads
-ATTEMPTS = 4  # in a row that brought nothing new
+CHUNK = 1 << 17  # bytes; the most that a broken connection can lose
+TIMEOUT_S = (10, 60)  # connect timeout, read timeout
+ATTEMPTS = 4  # in a row without progress
 FIRST_WAIT_S = 0.5  # before the second attempt; doubles from there
 
 
 class _Retry(Exception):
-    """Something that may pass: try again."""
+    """A transient failure: try again."""
 
 
 def fetch(url: str, path: Path) -> Path:
-    """Download a file once; other processes that want it wait, and an interrupted download goes on.
+    """Download a file once; other processes that want it wait, and an interrupted download resumes.
 
-    Proxies are taken from the usual environment variables. What came before a failure is kept.
+    Proxies come from the usual environment variables. Bytes received before a failure are kept.
 
     Raises:
         ValueError: when the server cannot be reached or refuses, or the file cannot be written.
@@ -57,12 +57,12 @@ def fetch(url: str, path: Path) -> Path:
 
 
 def check(path: Path, url: str = "", *, full: bool = False) -> dict[str, Any]:
-    """The record of a cached file: `url`, `sha256`, `size` (bytes), `mtime_ns`; made when there is none.
+    """Return the record of a cached file (`url`, `sha256`, `size` in bytes, `mtime_ns`); create a missing one.
 
-    The file is read and compared when its size or time are not those recorded, or always with `full`.
+    The file's hash is checked when its size or mtime differ from the record, or always with `full`.
 
     Raises:
-        ValueError: when the content is not what was recorded.
+        ValueError: when the content does not match the record.
     """
     record, stat = read_record(path), path.stat()
     if record and not full and (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
@@ -78,7 +78,7 @@ def check(path: Path, url: str = "", *, full: bool = False) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What is recorded of a cached file; None without a record.
+    """Return the record of a cached file; None if it has none.
 
     Raises:
         ValueError: for a damaged record.
@@ -96,7 +96,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def add_to_record(path: Path, **items: Any) -> dict[str, Any]:
-    """Write more into a file's record; returns all of it, also where the cache is read only."""
+    """Add fields to a file's record and return the whole record, even if the cache is read-only."""
     record = (read_record(path) or {}) | items
     with suppress(ValueError):
         write_atomically(_beside(path, ".json"), json.dumps(record, indent=2) + "\n")
@@ -104,7 +104,7 @@ def add_to_record(path: Path, **items: Any) -> dict[str, Any]:
 
 
 def partial_size(path: Path) -> int:
-    """Bytes of a download that was stopped."""
+    """Return the size in bytes of an interrupted download."""
     part = _beside(path, ".part")
     return part.stat().st_size if part.exists() else 0
 
@@ -128,7 +128,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _attempt(session: requests.Session, url: str, part: Path) -> None:
-    """One request, for all of the file or for what `part` lacks of the same version (RFC 9110: Range, If-Range)."""
+    """Make one request, for the whole file or for the rest of the version in `part` (RFC 9110: Range, If-Range)."""
     state = _read_state(part, url)
     start, version = (part.stat().st_size, state["version"]) if state else (0, None)
     if state and start == state["total"]:
@@ -149,7 +149,7 @@ def _attempt(session: requests.Session, url: str, part: Path) -> None:
                 "make room there or choose another cache"
             )
         with part.open("ab" if begin else "wb") as file:
-            # Only now that old bytes are gone may the state speak of the new version.
+            # The state may describe the new version only now that the old bytes are gone.
             found = {"url": url, "version": _version(response), "total": total}
             write_atomically(_state(part), json.dumps(found))
             for chunk in response.iter_content(CHUNK):
@@ -183,7 +183,7 @@ def _judge(response: requests.Response, url: str, path: Path) -> None:
 
 
 def _span(response: requests.Response) -> tuple[int, int | None]:
-    """First byte of the response, and the size of the whole file where the server says it."""
+    """Return the first byte of the response, and the size of the whole file if the server states it."""
     if response.status_code == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if not found:
@@ -194,13 +194,13 @@ def _span(response: requests.Response) -> tuple[int, int | None]:
 
 
 def _version(response: requests.Response) -> str | None:
-    """What If-Range may carry: a strong ETag, else the date of the last change."""
+    """Return a value for If-Range: a strong ETag, else the Last-Modified date."""
     tag = response.headers.get("ETag", "")
     return tag if tag.startswith('"') else response.headers.get("Last-Modified")
 
 
 def _read_state(part: Path, url: str) -> dict[str, Any] | None:
-    """The state of a part that can be gone on with."""
+    """Return the state of a partial download that can be resumed."""
     try:
         state = json.loads(_state(part).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What can be wrong with data: a fixed list of causes, and what was left out because of them. No torch here."""
+"""What can be wrong with data: a fixed list of causes, and the samples skipped because of them. No torch here."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CAUSES = {
     "not_in_cache": "not in the teacher's cache, or there with other captions",
     "unknown_class": "a class that classnames.txt does not name",
 }
-EXAMPLES = 3  # of each cause, where they are listed
+EXAMPLES = 3  # per cause, in listings
 LONGEST_EXAMPLE = 100  # characters
 SHORTEST_PLACE = 20
 
 
 class Unusable(ValueError):
-    """Nothing of the data can be used, as has been found by reading it; exit code 1, where a bad request has 2."""
+    """None of the data turned out to be usable when read; exit code 1, whereas a bad request has 2."""
 
 
 class Fault(ValueError):
@@ -54,7 +54,7 @@ class Fault(ValueError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample, or with an empty key a shard or a part of one, that was left out."""
+    """A skipped sample, or with an empty key a skipped shard or part of one."""
 
     shard: str
     key: str
@@ -67,7 +67,7 @@ class Skipped:
 
 
 def counts(skipped: Iterable[Skipped]) -> dict[str, int]:
-    """How often each cause occurs, in the order of `CAUSES`."""
+    """Count each cause, in the order of `CAUSES`."""
     found = Counter(s.cause for s in skipped)
     return {cause: found[cause] for cause in CAUSES if found[cause]}
 
@@ -78,7 +78,7 @@ def summary(by_cause: dict[str, int]) -> str:
 
 
 def why(skipped: Sequence[Skipped]) -> str:
-    """For the end of a message, what was left out by cause, and the first of it; nothing when nothing was."""
+    """Return the end of a message: counts of skipped samples by cause and the first one; empty if none were skipped."""
     return f" ({summary(counts(skipped))}; the first: {skipped[0]})" if skipped else ""
 
 
@@ -86,7 +86,7 @@ COLUMNS = ("cause", "left out", "examples")
 
 
 def rows(skipped: Sequence[Skipped]) -> list[list[str]]:
-    """A row of `COLUMNS` for each cause. What was met several times, epoch after epoch, counts once."""
+    """Return a row of `COLUMNS` for each cause. A sample skipped in several epochs counts once."""
     distinct = list(dict.fromkeys(skipped))
     result = []
     for cause, n in counts(distinct).items():
@@ -96,7 +96,7 @@ def rows(skipped: Sequence[Skipped]) -> list[list[str]]:
 
 
 def _short(skipped: Skipped) -> str:
-    """In one line of a table: of a long path the end, so that the reason, which may say what to do, has its place."""
+    """Shorten for one table line: keep only the end of a long path, to leave room for the reason and its remedy."""
     text = str(skipped)
     place, over = text.removesuffix(skipped.reason), len(text) - LONGEST_EXAMPLE
     kept = max(SHORTEST_PLACE, len(place) - over - 3)
@@ -106,14 +106,14 @@ def _short(skipped: Skipped) -> str:
 
 
 def append(path: Path, skipped: Iterable[Skipped], **where: Any) -> None:
-    """Add a line each to a `skipped.jsonl`; `where` (stage, step) goes into every line."""
+    """Append one line per sample to a `skipped.jsonl`; `where` (stage, step) goes into every line."""
     lines = [json_text(asdict(s) | where) + "\n" for s in skipped]
     if lines:
         append_text(path, "".join(lines))
 
 
 def read(path: Path) -> list[Skipped]:
-    """What a `skipped.jsonl` lists; nothing when it is not there. A line torn by a kill is passed over."""
+    """Read the entries of a `skipped.jsonl`; none if it is missing. A line truncated by a kill is ignored."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half of anything."""
+"""Atomic file writes, so that a reader never sees a partial file, and safe reading of text and JSON."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from tinyclip.common.progress import tell_bytes
 
 
 def name_of(path: Path) -> str:
-    """A path, with `/`, as `as_text`."""
+    """Return a path with `/` separators, cleaned by `as_text`."""
     return as_text(path.as_posix())
 
 
 def as_text(text: str) -> str:
-    """Text that every file and terminal can take: bytes that were no UTF-8 stand as `\\xe9`, other halves of surrogate
-    pairs as `\\ud800`."""
+    """Escape text so that every file and terminal accepts it: bytes that were not UTF-8 become `\\xe9`, other lone
+    surrogates `\\ud800`."""
     try:
         return os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
-LARGEST_TEXT = 2**31  # bytes of a file of texts
+LARGEST_TEXT = 2**31  # bytes of a text file
 
-# What moves the cursor, ends a line or turns the direction of writing.
+# Characters that move the cursor, end a line or change the text direction.
 _STEERS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 STEERING = {code: ascii(chr(code))[1:-1] for code in _STEERS}
 
 
 def printable(text: str) -> str:
-    """Text in one line that steers no terminal: as `as_text`, and a control character stands as `\\x1b`."""
+    """Escape text to one line that cannot control a terminal: as `as_text`, and control characters become `\\x1b`."""
     return as_text(text).translate(STEERING)
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file: enough to find a torn or flipped one, at the speed of the disk."""
+    """Return the CRC-32 of a file: enough to detect truncation or bit flips, at disk speed."""
     value = 0
     for piece in _pieces(path):
         value = zlib.crc32(piece, value)
@@ -54,7 +54,7 @@ def checksum(path: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     for piece in _pieces(path):
         digest.update(piece)
@@ -71,11 +71,11 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a new file to fill, which then takes the place of `path`, so that a reader sees the old or the new one,
-    never a part; on an error it vanishes. What is no plain file, as `/dev/stdout`, is given itself.
+    """Yield a temporary file that replaces `path` once filled, so that a reader sees the old or the new file, never a
+    part; it is removed on an error. A path that is not a regular file, such as `/dev/stdout`, is yielded itself.
 
     Raises:
-        ValueError: for an `OSError` of whoever fills it, a full disk for one, or when the place cannot be written.
+        ValueError: for an `OSError` raised while it is filled, e.g. a full disk, or when the path cannot be written.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -102,7 +102,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_halves(path: Path) -> None:
-    """Remove what killed writers left that were to replace a file; for who holds the lock, as no other writes then."""
+    """Remove temporary files left by killed writers; call it with the lock held, so that no other writer is active."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")
     for entry in path.parent.iterdir():
         if name.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
@@ -110,8 +110,8 @@ def remove_halves(path: Path) -> None:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Strict JSON: null stands for a number that is not finite, as JSON has no word for it. All figures go through
-    here; `options` are those of `json.dumps`."""
+    """Dump strict JSON, with null for non-finite numbers, which JSON cannot express. All figures go through here;
+    `options` are those of `json.dumps`."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -124,13 +124,13 @@ def _finite(value: Any) -> Any:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a file by `replacing`, text as UTF-8; `ValueError` as there."""
+    """Write a file through `replacing`, text as UTF-8; raises its `ValueError`."""
     with replacing(path) as file:
         file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to the end of a file; `ValueError` when it cannot be written."""
+    """Append to a file; `ValueError` when it cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
@@ -139,7 +139,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def in_words(error: OSError) -> str:
-    """What the system said, in one line with the file, where it is known."""
+    """Format an `OSError` in one line, with the file if it is known."""
     said = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOSPC and error.filename is None:
         return f"{said}: the disk that is written to is full"
@@ -154,7 +154,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8, without a byte order mark; `ValueError` when it cannot be read or is no such text."""
+    """Read a UTF-8 file without its byte order mark; `ValueError` when it cannot be read or is not UTF-8."""
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_TEXT + 1)
@@ -168,7 +168,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; `ValueError` when it is missing or anything else."""
+    """Read a JSON object from a file; `ValueError` when the file is missing or holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Folders that are written whole: beside their place, then into it in one step."""
+"""Atomic folder writes: into a temporary folder next to the target, then swapped in in one step."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tinyclip.common.ownership import MARKER, Marker
 def atomic_directory(
     path: str | Path, kind: str, aside: Path | None = None, known: Collection[str] = ()
 ) -> Iterator[Path]:
-    """Give a new directory to fill; on success it takes the place of `path`, on an error it vanishes. It gets a marker
-    with a record of its files (see `ownership`).
+    """Yield a new directory to fill; on success it replaces `path`, on an error it is removed. It gets a marker with a
+    record of its files (see `ownership`).
 
     Args:
         kind: what it is, one of `ownership.KINDS`.
-        aside: where the directory that it replaces goes, on the same file system; by default that is removed.
-        known: inside of a run of ours, the names that a checkpoint there is made of: what others put into the old one
-            moves to the new one. Without it an old one that is not ours, or not all of it, is refused.
+        aside: where to move the replaced directory, on the same file system; by default it is removed.
+        known: for a checkpoint inside one of our runs, the names it consists of: foreign files in the old one move to
+            the new one. Without it, an old directory that is not ours, or holds foreign files, is refused.
 
     Raises:
-        ValueError: when the place cannot be written, or what is there is not ours to replace.
+        ValueError: when the path cannot be written, or holds something that is not ours to replace.
     """
     path = Path(path).resolve()  # a link to a folder stays a link
     try:
@@ -63,7 +63,7 @@ def atomic_directory(
         if type(error) is not ValueError or str(temporary) not in str(error):
             raise
         said = str(error).replace(str(temporary / MARKER), str(path))
-        raise ValueError(said.replace(str(temporary), str(path))) from None  # as people know it
+        raise ValueError(said.replace(str(temporary), str(path))) from None  # the path that the user knows
     finally:
         ownership.discard(temporary)
 
@@ -79,11 +79,11 @@ def _check(path: Path, kind: str) -> None:
 
 
 def _replace(path: Path, new: Path, kind: str, aside: Path | None, known: Collection[str]) -> None:
-    """Put a new folder in the place of an old one, which is then in the new one's or aside."""
+    """Put a new folder in place of an old one, which ends up in the new one's place or aside."""
     if known:
         ownership.adopt(path, known)
     else:
-        _check(path, kind)  # something may have come in the meantime
+        _check(path, kind)  # something may have appeared in the meantime
     _exchange(new, path)
     if known:
         ownership.carry(new, path)
@@ -92,9 +92,9 @@ def _replace(path: Path, new: Path, kind: str, aside: Path | None, known: Collec
 
 
 def _exchange(one: Path, two: Path) -> None:
-    """Swap two directories in one step, so that a kill at any moment leaves a whole one in each place.
+    """Swap two directories atomically, so that a kill at any moment leaves a complete one in each place.
 
-    Where the file system cannot (NFS, exFAT), in three steps; a kill between them leaves the old one as `*.old`.
+    On file systems that cannot (NFS, exFAT), use three renames; a kill between them leaves the old one as `*.old`.
     """
     try:
         _swap(one, two)
@@ -120,7 +120,7 @@ def _swap(one: Path, two: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back a directory that a kill between the three steps left as `*.old`."""
+    """Restore a directory that a kill between the three renames left as `*.old`."""
     if path.exists() or not path.parent.is_dir():
         return
     name = re.compile(rf"\.{re.escape(path.name)}\.\w+\.old")
@@ -129,7 +129,7 @@ def recover(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear up after writers that were killed anywhere in a folder of ours."""
+    """Clean up after writers that were killed anywhere in a folder of ours."""
     for left, place in list(ownership.leftovers(folder)):
         if left.suffix == ".old":
             recover(place)

@@ -1,4 +1,4 @@
-"""One writer to a folder at a time, on any file system."""
+"""Locks that allow one writer per folder at a time, on any file system."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from types import TracebackType
 from filelock import FileLock, SoftFileLease, Timeout
 
 LOCK = ".lock"  # the file's name in the folder
-PATIENCE = 5.0  # seconds for the processes of a run that was killed to end
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}  # of NFS without lockd, and of some FUSE
-LEASE = 60.0  # seconds after the last sign of life of a holder on another machine, until its lock is taken over
-HEARTBEAT = 10.0  # seconds between two signs of life
+PATIENCE = 5.0  # seconds to wait for the processes of a killed run to end
+NO_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+}  # NFS without lockd, and some FUSE file systems
+LEASE = 60.0  # seconds after the last heartbeat of a holder on another machine before its lock is taken over
+HEARTBEAT = 10.0  # seconds between heartbeats
 
-_said: set[Path] = set()  # folders without locks
+_said: set[Path] = set()  # folders without locks, already warned about
 
 
 class Lock:
-    """A lock on a file, not held yet; to be released by whoever takes it, from any thread.
+    """A lock on a file, not yet held; its holder must release it, from any thread.
 
-    Where the file system has none, a second file beside it says who holds it: process, machine, and by its time that
-    they are alive. That of a process that is gone is taken over at once, that of another machine after `LEASE`.
+    On a file system without locks, a lease file next to it names the holder (process and machine), and its mtime shows
+    that the holder is alive. The lease of a dead process is taken over at once, one of another machine after `LEASE`.
     """
 
     def __init__(self, file: Path, patience: float = -1) -> None:
-        """Wait at most `patience` seconds for who holds it; for ever when it is negative."""
+        """Wait at most `patience` seconds for the current holder; forever when negative."""
         self.file, self._patience = file, patience
         self._native = FileLock(file, timeout=patience, thread_local=False, fallback_to_soft=False)
         self._lease: SoftFileLease | None = None
 
     def acquire(self) -> None:
-        """Raises `Timeout` when it is held for longer, `OSError` when the file cannot be written."""
+        """Take the lock; raises `Timeout` when it is held for longer, `OSError` when the file cannot be written."""
         try:
             self._native.acquire()
         except Timeout:
@@ -51,7 +56,7 @@ class Lock:
         )
         try:
             lease.acquire()
-        except Timeout:  # whoever holds it may have died on another machine, else it is about to show a sign of life
+        except Timeout:  # the holder may have died on another machine; if not, its next heartbeat is due
             before = _changed(place)
             lease.acquire(timeout=LEASE + HEARTBEAT, cancel_check=lambda: _changed(place) not in (before, None))
         self._lease = lease
@@ -82,7 +87,7 @@ class Lock:
 
 
 def _changed(file: Path) -> int | None:
-    """When, in ns; None when it is gone."""
+    """Return the mtime in ns; None when the file is gone."""
     try:
         return file.stat().st_mtime_ns
     except OSError:
@@ -90,12 +95,12 @@ def _changed(file: Path) -> int | None:
 
 
 def lock_of(folder: Path, patience: float | None = None) -> Lock:
-    """The folder's lock, not held yet."""
+    """Return the folder's lock, not yet held."""
     return Lock(folder / LOCK, PATIENCE if patience is None else patience)
 
 
 def take(lock: Lock, command: str) -> None:
-    """Make the folder and hold its lock.
+    """Create the folder and take its lock.
 
     Raises:
         ValueError: when another process holds it, or the folder cannot be written.

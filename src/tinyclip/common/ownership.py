@@ -1,9 +1,9 @@
-"""Whose a folder is. No torch here.
+"""Ownership of folders: which files tinyclip may replace or remove. No torch here.
 
-What tinyclip makes carries a marker, `.tinyclip.json`: our name and version, the kind of folder, and a record of the
-files in it. Only a folder with such a marker is replaced or removed, and of it only what the record lists. Whatever
-else is in it belongs to somebody: it is named and left alone. Links are never followed, and the marker goes last, so
-that a removal that was killed can be done again.
+Every folder that tinyclip creates carries a marker, `.tinyclip.json`: our name and version, the kind of folder, and a
+record of its files. Only a folder with such a marker is replaced or removed, and only the files in its record.
+Anything else in it belongs to somebody else: it is named and left alone. Links are never followed, and the marker is
+removed last, so that an interrupted removal can be repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from tinyclip.common.files import as_text, read_json_object, write_atomically
 
 MARKER, VERSION = ".tinyclip.json", 1
-LOCKS = (".lock", ".lock.lease", ".prepare.lock", ".prepare.lock.lease")  # no data, whoever left them
+LOCKS = (".lock", ".lock.lease", ".prepare.lock", ".prepare.lock.lease")  # never data, whoever left them
 KINDS = {
     "run": "a run",
     "model": "a checkpoint",  # or an export
@@ -32,7 +32,7 @@ KINDS = {
     "comparison": "a comparison",
 }
 _WANDB = r"wandb/(?:offline-)?run-\d{8}_\d{6}-\w[\w-]*"
-# What arises in a run under names that nobody knows before: folders with a marker of their own, files, and links.
+# Entries of a run whose names are not known in advance: folders with their own marker, files, and links.
 _STEP = re.compile(r"stages/[^/]+/step-\d{6,}")
 _TRACKED = re.compile(
     r"tensorboard(?:/events\.out\.tfevents\.\d+\.[^/]+\.\d+\.\d+)?"
@@ -42,16 +42,18 @@ _TRACKED = re.compile(
 )
 _LINKS = re.compile(r"wandb/(?:latest-run|debug(?:-internal|-core)?\.log)")
 _TEMPORARY = re.compile(r"\.(.+)\.(?:tmp|old)")
-NAMED = 3  # of somebody's files, in an error
+NAMED = 3  # foreign files listed in an error
 
 
 @dataclass
 class Marker:
-    """What `.tinyclip.json` says."""
+    """The content of `.tinyclip.json`."""
 
     kind: str
-    files: set[str] = field(default_factory=set)  # by path below the folder, with `/`; one with a marker ends in `/`
-    unfinished: bool = False  # it is being written, out of sight: all in it is ours
+    files: set[str] = field(
+        default_factory=set
+    )  # paths relative to the folder, with `/`; a folder with its own marker ends in `/`
+    unfinished: bool = False  # still being written as a temporary folder: everything in it is ours
 
     @property
     def folders(self) -> set[str]:
@@ -59,10 +61,10 @@ class Marker:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The marker of a folder, or None.
+    """Return the marker of a folder, or None.
 
     Raises:
-        ValueError: when it is damaged, another's, or of a newer tinyclip.
+        ValueError: when it is damaged, not ours, or from a newer tinyclip.
     """
     path = folder / MARKER
     try:
@@ -83,7 +85,7 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def write_marker(folder: Path, marker: Marker) -> None:
-    """Raises `ValueError` when it cannot be written."""
+    """Write a folder's marker; `ValueError` when it cannot be written."""
     from tinyclip.version import __version__
 
     said = {"tinyclip": __version__, "kind": marker.kind, "version": VERSION, "files": sorted(marker.files)}
@@ -93,8 +95,8 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 
 def claim(folder: Path, kind: str, names: Iterable[str]) -> None:
-    """Add names to the record of a folder, before they are written. One that an older tinyclip made, which has no
-    marker, gets none: nobody knows what else is in it.
+    """Add names to a folder's record before they are written. A folder from an older tinyclip, without a marker, gets
+    none, since its other contents are unknown.
 
     Raises:
         ValueError: as `read_marker`, for a folder of another kind, or when it cannot be written.
@@ -110,7 +112,7 @@ def claim(folder: Path, kind: str, names: Iterable[str]) -> None:
 
 
 def record(folder: Path, kind: str) -> None:
-    """Mark a folder that was made out of sight, with all that is in it."""
+    """Mark a folder that was built as a temporary one, recording everything in it."""
     names = set[str]()
     for place, folders, files in os.walk(folder):
         below = Path(place).relative_to(folder)
@@ -122,8 +124,8 @@ def record(folder: Path, kind: str) -> None:
 
 
 def adopt(folder: Path, known: Collection[str]) -> None:
-    """Mark a checkpoint inside of a run of ours that has no whole marker, since an older tinyclip wrote it or the disk
-    has faults: of it the `known` names are ours."""
+    """Mark a checkpoint inside one of our runs that lacks a valid marker, because an older tinyclip wrote it or the
+    disk is faulty; only the `known` names in it are ours."""
     with suppress(ValueError):
         if read_marker(folder) is not None:
             return
@@ -136,19 +138,19 @@ def adopt(folder: Path, known: Collection[str]) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether there is nothing that could be lost: no folder, or nothing in it but locks and a marker."""
+    """Whether there is nothing to lose: no folder, or one that holds only locks and a marker."""
     return not folder.exists() or all(entry.name in (*LOCKS, MARKER) for entry in folder.iterdir())
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
-    """Refuse to replace what is not ours.
+    """Refuse to replace anything that is not ours.
 
     Args:
-        kind: what is to be written there, one of `KINDS`.
+        kind: what will be written there, one of `KINDS`.
 
     Raises:
-        ValueError: for a file, a folder without our marker or of another kind, and one that holds anything that its
-            record does not list, naming it.
+        ValueError: for a file, a folder without our marker or of another kind, or one that holds entries missing from
+            its record (they are named).
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, so it is not replaced by a folder; choose another place")
@@ -174,7 +176,7 @@ def check_replaceable(folder: Path, kind: str) -> None:
 
 
 def _sorted(folder: Path, marker: Marker) -> tuple[list[Path], list[Path]]:
-    """What of a folder is ours, in the order in which it can be removed; and what is not."""
+    """Split a folder's entries into ours, in the order in which they can be removed, and foreign ones."""
     ours, others = list[Path](), list[Path]()
     _sort(folder, "", marker, marker.folders, ours, others)
     if (folder / MARKER).exists():
@@ -183,7 +185,7 @@ def _sorted(folder: Path, marker: Marker) -> tuple[list[Path], list[Path]]:
 
 
 def _sort(place: Path, below: str, marker: Marker, known: set[str], ours: list[Path], others: list[Path]) -> None:
-    """Sort the entries of a folder of ours, `below` its top; `known` are the folders of the record."""
+    """Sort the entries of a folder of ours, at `below` relative to its top; `known` are the record's folders."""
     for entry in sorted(place.iterdir()):
         name, mode = below + entry.name, _mode(entry)
         if name == MARKER:
@@ -210,8 +212,8 @@ def _sort(place: Path, below: str, marker: Marker, known: set[str], ours: list[P
 
 
 def _sort_marked(folder: Path, temporary: bool, ours: list[Path], others: list[Path]) -> None:
-    """Sort a folder that has a marker of its own. Of one without it only what was to become its marker is ours; a
-    temporary one that was being written is ours with all in it."""
+    """Sort a folder that should have its own marker. If it has none, only temporary files of the marker are ours; an
+    unfinished temporary folder is ours with everything in it."""
     try:
         marker = read_marker(folder)
     except ValueError:
@@ -229,13 +231,13 @@ def _sort_marked(folder: Path, temporary: bool, ours: list[Path], others: list[P
 
 
 def _halves_of_marker(folder: Path) -> list[Path]:
-    """What a writer leaves in a new folder when it is killed as it writes the marker."""
+    """Return the temporary files left in a new folder by a writer that was killed while writing the marker."""
     nothing = Marker("model")
     return [p for p in sorted(folder.iterdir()) if stat.S_ISREG(_mode(p)) and _half_of(p.name, nothing) == MARKER]
 
 
 def _half_of(name: str, marker: Marker) -> str | None:
-    """The name of the record that `.NAME.tmp`, `.NAME.SOMETHING.tmp` or `.NAME.SOMETHING.old` stands for."""
+    """Return the recorded name that `.NAME.tmp`, `.NAME.SOMETHING.tmp` or `.NAME.SOMETHING.old` belongs to."""
     above, _, last = name.rpartition("/")
     found = _TEMPORARY.fullmatch(last)
     if found is None:
@@ -261,13 +263,13 @@ def _mode(path: Path) -> int:
 
 
 def remove(folder: Path, kind: str, keep: Collection[str] = ()) -> None:
-    """Empty a folder of ours, and remove it when nothing is to be kept.
+    """Empty a folder of ours, and remove it unless something is to be kept.
 
     Args:
-        keep: names in it that stay.
+        keep: names in it to keep.
 
     Raises:
-        ValueError: as `check_replaceable`, before anything is removed; or when something cannot be removed.
+        ValueError: as in `check_replaceable`, before anything is removed; or when something cannot be removed.
     """
     check_replaceable(folder, kind)
     if not folder.exists():
@@ -282,7 +284,7 @@ def remove(folder: Path, kind: str, keep: Collection[str] = ()) -> None:
 
 
 def discard(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove of a folder what is ours, as far as that is possible; the folder too when nothing is left in it."""
+    """Remove our files from a folder as far as possible, and the folder too if that empties it."""
     with suppress(ValueError, OSError):
         marker = read_marker(folder)
         if marker is None:
@@ -297,7 +299,7 @@ def discard(folder: Path, keep: Collection[str] = ()) -> None:
 
 
 def drop(folder: Path, names: Collection[str]) -> None:
-    """Remove files of a folder's record, as far as that is possible, and strike them out of it."""
+    """Remove recorded files from a folder as far as possible, and delete them from its record."""
     for name in names:
         if stat.S_ISREG(_mode(folder / name)):
             with suppress(OSError):
@@ -306,7 +308,7 @@ def drop(folder: Path, names: Collection[str]) -> None:
     gone = {name for name in names if not os.path.lexists(folder / name)}
     if marker is not None and marker.files & gone:
         marker.files -= gone
-        with suppress(ValueError):  # a full disk, for one: a name too many does no harm
+        with suppress(ValueError):  # e.g. a full disk: an extra name in the record does no harm
             write_marker(folder, marker)
 
 
@@ -319,7 +321,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def leftovers(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """What killed writers left in a folder of ours, each with the place that it was for."""
+    """Return what killed writers left in a folder of ours, each with its intended path."""
     marker = read_marker(folder)
     if marker is None or not folder.is_dir():
         return
@@ -334,7 +336,7 @@ def leftovers(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def carry(old: Path, new: Path) -> None:
-    """Move what others put into a checkpoint of a run to the one that takes its place."""
+    """Move foreign files from a checkpoint of a run to the one that replaces it."""
     marker = read_marker(old)
     others = _sorted(old, marker)[1] if marker is not None else list(old.iterdir())
     for path in others:

@@ -1,4 +1,4 @@
-"""How far long work is: the library tells it, and the command line listens. To Python alone nothing is shown."""
+"""Progress of long work: the library reports it and the command line listens. Plain Python use shows nothing."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _listeners: list[Listener] = []
 
 
 def heard() -> bool:
-    """Whether anybody listens, where there is something to be found out first."""
+    """Whether anybody listens; ask before computing something only to report it."""
     return bool(_listeners)
 
 
 def tell(what: str, done: int, total: int | None = None, unit: str = "") -> None:
-    """Say how far work is. It ends when `done` reaches `total`; then `what` may begin anew.
+    """Report progress. The work ends when `done` reaches `total`; `what` may then start again.
 
     Args:
-        what: the work, as `calibrating`.
-        total: None where it is not known.
-        unit: of both numbers, as `batches`.
+        what: the work, e.g. `calibrating`.
+        total: None if unknown.
+        unit: of both numbers, e.g. `batches`.
     """
     if _listeners:
         _listeners[-1](what, done, total, unit)
 
 
 def ended(what: str) -> None:
-    """Say that work is over."""
+    """Report that work is over."""
     tell(what, 1, 1)
 
 
@@ -42,7 +42,7 @@ def tell_bytes(what: str, done: int, total: int | None) -> None:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Let a listener hear what is told inside, in place of the one outside."""
+    """Send the progress reported inside to a listener, in place of the outer one."""
     _listeners.append(listener)
     try:
         yield
@@ -51,7 +51,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "") -> Iterator[T]:
-    """The items, told one by one as they are taken and worked on."""
+    """Yield the items and report progress after each."""
     done = 0
     try:
         for item in items:
@@ -64,7 +64,7 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
 
 @dataclass
 class Counted(Iterator[T]):
-    """Items, with the number of those that were taken."""
+    """An iterator that counts the items taken from it."""
 
     items: Iterator[T]
     count: int = 0
@@ -76,7 +76,7 @@ class Counted(Iterator[T]):
 
 
 def counter(what: str, total: int, unit: str = "") -> Callable[[], None]:
-    """What is to be called after every one of so many."""
+    """Return a function to call after each of `total` items."""
     done = 0
 
     def one() -> None:
@@ -89,7 +89,7 @@ def counter(what: str, total: int, unit: str = "") -> Callable[[], None]:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Work without parts that could be counted."""
+    """Report work that has no countable parts."""
     tell(what, 0)
     try:
         yield

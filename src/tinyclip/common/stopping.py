@@ -1,4 +1,4 @@
-"""How a command is asked to stop: Ctrl-C and SIGTERM raise wherever it is, so that every `finally` clears up."""
+"""Stopping a command: Ctrl-C and SIGTERM raise wherever it is, so that every `finally` cleans up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TWICE = 2.0  # seconds: `timeout` and groups of processes send a signal twice, which must not cut short the clearing up
+TWICE = 2.0  # seconds: `timeout` and process groups send a signal twice, which must not interrupt the cleanup
 
 
 class Terminated(SystemExit):
@@ -23,7 +23,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` at a SIGINT, `Terminated` at a SIGTERM; in the main thread, for others have no say."""
+    """Raise `KeyboardInterrupt` on SIGINT and `Terminated` on SIGTERM; only the main thread can handle signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -36,7 +36,7 @@ def stoppable() -> Iterator[None]:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def unraisable(lost: sys.UnraisableHookArgs, /) -> None:
-        """Where nothing can be raised, as in a destructor, it is raised again after."""
+        """Send the signal again later if it was raised where exceptions are lost, e.g. in a destructor."""
         nonlocal last
         if isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
             last = -TWICE

@@ -1,4 +1,4 @@
-"""Ends a run that stands still, and says where. No torch here."""
+"""A watchdog that ends a stalled run and reports where it hangs. No torch here."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-HURRIED = 120.0  # seconds that a step may take after a stop signal, unless steps have taken longer
-GRACE = 60.0  # seconds to end by itself, before the process is ended
+HURRIED = 120.0  # seconds a step may take after a stop signal, unless earlier steps took longer
+GRACE = 60.0  # seconds to end by itself before the process is killed
 GO_ON = "continue from the last checkpoint with --resume"
 PACKAGE = Path(__file__).parent.parent
 
 
 class Stalled(ValueError):
-    """Nothing has happened for too long; the message says where."""
+    """Raised when nothing has happened for too long; the message says where."""
 
 
 @dataclass(eq=False)
 class Work:
-    """One thing that the main thread does; `seconds`: how long it may take where that is more than the usual."""
+    """One task of the main thread; `seconds`: how long it may take, if longer than the usual limit."""
 
     name: str
     seconds: float = 0.0
@@ -35,8 +35,8 @@ class Watchdog:
     """A thread that watches the main thread.
 
     Args:
-        minutes: how long one thing may take; None: for ever.
-        who: what to call this process in the message, where there are several.
+        minutes: how long one task may take; None: no limit.
+        who: name of this process in the message, if there are several.
     """
 
     def __init__(self, minutes: float | None = None, who: str = "") -> None:
@@ -46,20 +46,20 @@ class Watchdog:
         self._text = ""
 
     def doing(self, name: str, seconds: float = 0.0) -> None:
-        """Note what the main thread turns to, which is the sign that it is alive."""
+        """Note what the main thread does next, which also shows that it is alive."""
         self._work = Work(name, seconds)
 
     def hurry(self) -> None:
-        """The run is asked to stop, so what is at work may no longer take the usual time."""
+        """Shorten the time limit of the current task, because the run was asked to stop."""
         self._hurried = True
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the body, from the main thread. In another thread, which no signal reaches, do nothing.
+        """Watch the body in the main thread. In another thread, which receives no signals, do nothing.
 
         Raises:
-            Stalled: in the body, where it stood still. Where not even that reaches it, as in a call to a library that
-                does not come back, the process says so and ends with code 2.
+            Stalled: in the body, where it hangs. If that cannot be raised, e.g. in a library call that never returns,
+                the process prints the message and exits with code 2.
         """
         if self.minutes is None or threading.current_thread() is not threading.main_thread():
             yield
@@ -106,14 +106,14 @@ class Watchdog:
 
 
 def _wait(over: threading.Event, patience: float) -> float:
-    """Wait a little; returns for how long. While the process itself was stopped, as by Ctrl-Z, nothing stood still."""
+    """Wait a little and return for how long. Time while the process was suspended, e.g. by Ctrl-Z, does not count."""
     tick, began = min(1.0, patience / 10), time.monotonic()
     over.wait(tick)
     return min(time.monotonic() - began, 2 * tick)
 
 
 def _place() -> str:
-    """Where the main thread is: the innermost line, and the innermost of ours."""
+    """Describe where the main thread is: its innermost line, and the innermost line in tinyclip."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     places: list[str] = []
     while frame is not None:

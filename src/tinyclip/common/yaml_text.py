@@ -1,4 +1,4 @@
-"""YAML of people and of strangers: read whole, of bounded size, or refused in one line. All YAML is read here."""
+"""Reading of untrusted YAML: bounded in size, or refused in one line. All YAML is read here."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import yaml
 
 MOST_BYTES = 4 << 20
-MOST_NODES = 50_000  # keys and values, with each alias counted as all that it stands for
+MOST_NODES = 50_000  # keys and values, with each alias counted as its expansion
 DEEPEST = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also bounds its size and depth as aliases expand, and whose keys are unique words.
+    """Safe YAML loader that bounds size and depth with aliases expanded, and requires unique scalar keys.
 
-    Keys are the text as it is written, so that `on`, which YAML takes for true, is a key like any other.
+    Keys are kept as written, so that `on`, which YAML reads as true, is an ordinary key.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.measured: dict[yaml.Node, tuple[int, int]] = {}  # nodes and levels of what is complete
+        self.measured: dict[yaml.Node, tuple[int, int]] = {}  # nodes and levels of each finished node
         self.depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -68,7 +68,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
-    """In two steps, as YAML's own, so that what an alias stands for is one object."""
+    """Construct a mapping in two steps, like PyYAML, so that an alias and its anchor are one object."""
     data: dict[str, Any] = {}
     yield data
     loader.flatten_mapping(node)
@@ -87,10 +87,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse(text: str) -> Any:
-    """What a YAML document says.
+    """Parse a YAML document.
 
     Raises:
-        ValueError: what is wrong, and in which line.
+        ValueError: naming what is wrong and the line.
     """
     try:
         return _Loader(text).get_single_data()
@@ -104,16 +104,16 @@ def parse(text: str) -> Any:
         code = error.character if isinstance(error.character, int) else ord(error.character)
         raise ValueError(f"no valid YAML (the character U+{code:04X} cannot be in a text)") from None
     except (ValueError, ArithmeticError, TypeError, KeyError, IndexError, AttributeError) as error:
-        # PyYAML's conversions of dates and numbers, and of values with a tag of another kind.
+        # From PyYAML's conversions of dates, numbers and values with a mismatched tag.
         raise ValueError(f"no valid YAML (a value that cannot be converted: {error})") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file in UTF-8 says.
+    """Read a YAML file in UTF-8.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: naming the file, when it cannot be read or is no such YAML.
+        FileNotFoundError: when the file is missing.
+        ValueError: naming the file, when it cannot be read or is not valid YAML in UTF-8.
     """
     try:
         with path.open("rb") as file:

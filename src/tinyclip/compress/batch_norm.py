@@ -1,4 +1,4 @@
-"""Batch norm of ResNet towers in training: its statistics are re-estimated and frozen, or learned on."""
+"""Batch norm of ResNet towers in training: its statistics are re-estimated and frozen, or trained further."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Normalise by the running statistics and leave them alone, whatever the mode of the rest; weights and biases
-    still learn. To be called after every `model.train()`."""
+    """Normalise by fixed running statistics, whatever the mode of the other modules; weights and biases still learn.
+    Call this after every `model.train()`."""
     for norm in batch_norms(model):
         norm.eval()
 
@@ -26,8 +26,8 @@ def freeze(model: nn.Module) -> None:
 def reestimate(model: CLIP, images: Iterable[Tensor]) -> None:
     """Replace the running mean and variance of every batch norm by their averages over these batches.
 
-    A cut changes what a layer receives, so the teacher's statistics no longer hold. All layers are estimated in one
-    pass, each seeing what the batch's own statistics make of the layers before. No weight changes.
+    A cut changes the inputs of a layer, so the teacher's statistics no longer hold. All layers are estimated in one
+    pass, in which earlier layers normalise by the statistics of the batch. No weight changes.
 
     Args:
         images: batches of normalised pixels, (n, 3, image_size, image_size) on the model's device.
@@ -37,7 +37,7 @@ def reestimate(model: CLIP, images: Iterable[Tensor]) -> None:
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's word for a cumulative average
+        norm.momentum = None  # in torch: cumulative average
         norm.train()
     for batch in images:
         model.encode_image(batch)
@@ -47,7 +47,7 @@ def reestimate(model: CLIP, images: Iterable[Tensor]) -> None:
 
 
 def synchronise(model: CLIP, device: torch.device) -> None:
-    """On several GPUs, let batch norms in training take the statistics of the whole batch."""
+    """On several GPUs, make batch norms in training use the statistics of the whole batch."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

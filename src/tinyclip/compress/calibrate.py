@@ -1,8 +1,9 @@
 """Calibrated inheritance: masks of 0 and 1 from the importance of every element, measured on a few batches.
 
-Importance (see `importance`) is what the affinity loss gains when an element goes, so heads, neurons and channels
-of both towers are comparable. A greedy cut removes what matters least for the size that it saves, in a few rounds:
-what is left is measured again before more of it goes. There is no training; `inheritance.compact` cuts by the masks.
+Importance (see `importance`) is the increase of the affinity loss when an element is removed, so heads, neurons and
+channels of both towers are comparable. A greedy cut removes the elements with the least importance per size saved, in
+a few rounds; each round measures the remaining elements again. There is no training; `inheritance.compact` applies
+the masks.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from tinyclip.model.model import CLIP
 
 BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
 NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
-# Of what is still to go, the part that goes before costs are worked out anew.
+# Fraction of the excess size to remove before costs are recomputed.
 CHUNK = 1 / 16
-FIRST_TRIAL = 8  # batches of a round
-SETTLED = 0.05  # of what a cut loses
+FIRST_TRIAL = 8  # batches of a round before the first trial cut
+SETTLED = 0.05  # tolerated relative difference in the importance that a cut loses
 WORK = "calibrating"
 GATE_OF = {"heads": "attn", "mlp": "ffn"}
-UNALIGNED = (*GATES, "heads", "pool_heads")  # a head is head_dim wide
+UNALIGNED = (*GATES, "heads", "pool_heads")  # not aligned: a head is already head_dim wide
 
 
 def fill_budget(
@@ -46,15 +47,15 @@ def fill_budget(
     unit: Unit = "params",
     align: int = 1,
 ) -> dict[str, Tensor]:
-    """Remove what is least important for the size it saves until the target is met: masks of 0 and 1.
+    """Remove the elements with the least importance per size saved until the target is met; return masks of 0 and 1.
 
     Args:
-        importance: by axis name; elements of axes that are absent stay.
+        importance: by axis name; axes that are absent are not cut.
         target_sparsity: fraction of the original to remove (see `masks.sparsity`), of `visual`, `text` or `both`.
         original: the teacher's config, which sparsity counts from; by default the model itself.
-        masks: of 0 for what is gone already.
+        masks: 0 for elements that are already removed.
         unit: what sparsity counts.
-        align: neurons and channels go so that a multiple of this is left.
+        align: keep a multiple of this many neurons and channels.
 
     Raises:
         ValueError: for a target that is out of reach, or already met.
@@ -86,10 +87,10 @@ def _remove(
     allowed: float,
     align: int,
 ) -> bool:
-    """Close masks of `kept`, least importance per size first, until `size` is `allowed`; whether it could be.
+    """Close masks of `kept`, least importance per size first, until `size` is `allowed`; return whether that succeeded.
 
-    Sizes are linear in the length of each axis, so what an element costs is the gradient in that length. Elements
-    go in units of `align`, and a chunk of units goes before the costs are worked out at the new shape.
+    Sizes are linear in the length of each axis, so the cost of an element is the gradient with respect to that length.
+    Elements are removed in units of `align`, and costs are recomputed for the new shape after each chunk of units.
     """
     names, orders, axis, score, count = list(importance), [], [], [], []
     lasting = _lasting(importance, kept)
@@ -126,8 +127,8 @@ def _remove(
 
 
 def _lasting(importance: Mapping[str, Tensor], kept: Masks) -> set[str]:
-    """Of each transformer, the heads or neurons with the most important of all, and their gate: they are not cut to
-    nothing, so that a tower always computes something."""
+    """Return, for each transformer, the heads or neurons axis with the most important element, and its gate. They are
+    never removed completely, so that a tower always computes something."""
     names: set[str] = set()
     for tower in BOTH:
         inner = [n for n in importance if n.startswith(f"{tower}.") and axis_kind(n) in GATE_OF and kept[n].any()]
@@ -139,21 +140,21 @@ def _lasting(importance: Mapping[str, Tensor], kept: Masks) -> set[str]:
 
 
 def _units(length: int, align: int) -> list[int]:
-    """Lengths of the units of an axis, least important first, so that multiples of `align` are left."""
+    """Return the lengths of an axis's units, least important first; removing any leaves a multiple of `align`."""
     rest = [length % align] if length % align else []
     return rest + [align] * (length // align)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How importance is measured and what may go.
+    """How importance is measured and what may be removed.
 
     Args:
         scale: exp(logit_scale) of the affinity.
         original: the teacher's config, which sparsity counts from; by default the model's.
-        batches: measured in all, at most.
-        rounds: the size falls by one factor each, and each measures on its share of the batches.
-        seed: of the labels that the score `taylor` draws.
+        batches: largest total number of batches to measure.
+        rounds: each reduces the size by the same factor and measures on its share of the batches.
+        seed: for the labels drawn by the score `taylor`.
         unit, gates, align: as in `fill_budget` and `prunable`.
     """
 
@@ -170,7 +171,7 @@ class Calibration:
     def measure(
         self, model: CLIP, samples: Iterable[Sample], masks: Masks, seed: int, enough: Enough = never
     ) -> dict[str, Tensor]:
-        """Importance under masks, which may lie elsewhere than the model."""
+        """Measure importance under masks, which may be on another device than the model."""
         placed = {name: mask.to(model.logit_scale.device) for name, mask in masks.items()}
         generator = torch.Generator().manual_seed(seed)
         how: dict[str, Any] = {"score": self.score, "scale": self.scale, "generator": generator, "enough": enough}
@@ -186,7 +187,7 @@ class Calibration:
         return sparsity(config, self.original or config, masks, BUDGETS[budget], self.unit).item()
 
     def check(self, config: CLIPConfig, targets: Mapping[str, float]) -> None:
-        """`ValueError` for a target that no masks can meet, or that is already met; nothing is measured."""
+        """`ValueError` for a target that is out of reach or already met; measures nothing."""
         for name, target in targets.items():
             sizes = prunable(config, BUDGETS[name], self.gates)
             self.fill({axis: torch.ones(size) for axis, size in sizes.items()}, config, {name: target})
@@ -195,13 +196,13 @@ class Calibration:
 def calibrate(
     model: CLIP, samples: Iterable[Sample], target_sparsity: Mapping[str, float], how: Calibration
 ) -> dict[str, Tensor]:
-    """Masks of 0 and 1 for the model that meet the target; the model is left as it is.
+    """Return masks of 0 and 1 that meet the target; the model does not change.
 
-    A round ends before its share of the batches when more would not change what it keeps, see `settled`.
+    A round ends early when more batches would not change what it keeps (see `settled`).
 
     Args:
         model: in evaluation mode.
-        samples: on the model's device; no more are taken than are measured.
+        samples: on the model's device; only those that are measured are consumed.
         target_sparsity: as in `fill_budget`.
 
     Raises:
@@ -218,7 +219,7 @@ def calibrate(
         goals = {}
         for name, target in target_sparsity.items():
             goal = 1 - left[name] * ((1 - target) / left[name]) ** (r / rounds) if r < rounds else target
-            if how.sparsity(config, masks, name) < goal:  # else the round before removed more than it had to
+            if how.sparsity(config, masks, name) < goal:  # else an earlier round overshot this goal
                 goals[name] = goal
         cut = partial(how.fill, config=config, targets=goals, masks=masks)
         found = how.measure(
@@ -230,21 +231,21 @@ def calibrate(
 
 
 def telling(samples: Iterator[Sample], start: int, end: int, batches: int) -> Iterator[Sample]:
-    """The samples of a round, from the batch `start` to before `end`."""
+    """Yield the samples of a round, batches `start` up to (excluding) `end`, and report progress."""
     for number, sample in enumerate(islice(samples, end - start), start):
         tell(WORK, number, batches, "batches")
         yield sample
 
 
 def settled(cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], masks: Masks) -> Enough:
-    """Whether more batches would not change what a cut keeps.
+    """Whether the cut has settled: more batches would not change what it keeps.
 
-    A trial cut is made whenever the batches have doubled. Elements at the edge always change places, as they matter
-    equally little. So the cut has settled when that of half the batches, judged by all of them, loses hardly more than
-    the new one.
+    A trial cut is made each time the number of batches has doubled. Elements near the threshold always swap, since they
+    matter equally little. So the cut counts as settled when the previous trial, judged by the importance over all
+    batches, loses hardly more than the new one.
 
     Args:
-        masks: what the round begins with.
+        masks: at the start of the round.
     """
     due, before = FIRST_TRIAL, dict[str, Tensor]()
 
@@ -262,5 +263,5 @@ def settled(cut: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], masks: Mas
 
 
 def _loss_of(masks: Masks, importance: Mapping[str, Tensor]) -> float:
-    """What goes with the elements that are closed."""
+    """Return the importance of the elements that are closed."""
     return sum(((1 - masks[name]) * value).sum().item() for name, value in importance.items())

@@ -1,4 +1,4 @@
-"""How much every head, neuron and channel of a model matters, measured on a few batches."""
+"""The importance of every head, neuron and channel of a model, measured on a few batches."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tinyclip.model.model import CLIP
 
 Score = Literal["taylor", "activation", "magnitude"]
 BOTH: tuple[Tower, ...] = ("visual", "text")
-GATE_BATCHES = 2  # the loss changes much when a branch goes, so few batches show it
+GATE_BATCHES = 2  # removing a branch changes the loss a lot, so a few batches suffice
 
 
 @dataclass(frozen=True)
 class Sample:
     """A batch to calibrate on, on the model's device."""
 
-    images: Tensor  # (n, 3, s, s), as the model takes them
+    images: Tensor  # (n, 3, s, s), preprocessed
     tokens: Tensor  # int64 (n, length)
 
 
-# Whether so many batches are enough, given what they have found.
+# Whether this many batches are enough, given the importance found so far.
 Enough = Callable[[int, Callable[[], Mapping[str, Tensor]]], bool]
 
 
@@ -39,7 +39,7 @@ def never(count: int, found: Callable[[], Mapping[str, Tensor]]) -> bool:
 
 
 def prunable(config: CLIPConfig, towers: tuple[Tower, ...] = BOTH, gates: bool = False) -> dict[str, int]:
-    """Axes that may be cut and are not empty, with their lengths."""
+    """Return the non-empty axes that may be cut, with their lengths."""
     skipped = {"context", "vocab"} if gates else {"context", "vocab", *GATES}
     sizes = axis_sizes(config).items()
     return {name: n for name, n in sizes if n and name.split(".")[0] in towers and axis_kind(name) not in skipped}
@@ -55,18 +55,18 @@ def importance(
     generator: torch.Generator | None = None,
     enough: Enough = never,
 ) -> dict[str, Tensor]:
-    """What matters how much, for every element of every axis in `masks`.
+    """Return the importance of every element of every axis in `masks`.
 
     `taylor` and gates are in units of the affinity loss; `activation` and `magnitude` are shares of a tower.
 
     Args:
-        masks: of ones for what is measured, zeros for what is gone.
+        masks: 1 for elements to measure, 0 for removed ones.
         scale: exp(logit_scale) of the affinity.
-        generator: on the CPU, of the labels that `taylor` draws.
-        enough: asked after every batch; when it says so, no more are taken.
+        generator: on the CPU, for the labels drawn by `taylor`.
+        enough: called after every batch; measuring stops when it returns True.
 
     Raises:
-        ValueError: when there are no samples, or a score that the model cannot have.
+        ValueError: when there are no samples, or the score does not apply to the model.
     """
     source = iter(samples)
     few = list(islice(source, GATE_BATCHES))
@@ -93,10 +93,10 @@ def taylor(
     generator: torch.Generator | None = None,
     enough: Enough = never,
 ) -> dict[str, Tensor]:
-    """Second-order Taylor estimate of what the affinity loss gains when an element's mask goes from 1 to 0.
+    """Second-order Taylor estimate of the increase in affinity loss when an element's mask goes from 1 to 0.
 
-    The loss is that of the pruned model against the model as it is. There its gradient is exactly 0, since that is
-    softmax(student) - softmax(teacher): a first-order estimate would be nothing, so the gain is half the curvature.
+    The loss compares the pruned model with the unpruned one. At the unpruned model its gradient is exactly 0, being
+    softmax(student) - softmax(teacher): a first-order estimate would be 0, so the increase is half the curvature.
     The curvature is the Fisher information, E[gradient^2] of a cross-entropy whose labels are drawn from the model's
     own affinity (Martens, "New insights and perspectives on the natural gradient method", 2020, section 9.2). With
     n independent labels, the mean loss has 2 n E[gradient^2] where rows and columns count half each.
@@ -128,8 +128,8 @@ def drawn_loss(logits: Tensor, generator: torch.Generator | None = None) -> Tens
 def removal(
     model: CLIP, samples: Iterable[Sample], masks: Masks, names: Iterable[str], scale: float
 ) -> dict[str, Tensor]:
-    """What the affinity loss gains when a gate is closed, by closing it: a whole branch is no small step, so its
-    curvature says little (by a factor of hundreds too little for the first attention of the emoji teacher's text)."""
+    """Measure the increase in affinity loss from closing a gate by closing it: a whole branch is not a small step, so
+    its curvature says little (too small by a factor of hundreds for the emoji teacher's first text attention)."""
     gains = {name: torch.zeros_like(masks[name]) for name in names}
     count = 0
     for sample in samples:
@@ -149,7 +149,7 @@ def _encode(model: CLIP, sample: Sample, masks: Masks, tower: str) -> Tensor:
     return encode(inputs, masks, normalize=True).float()
 
 
-# --- alternatives, which know nothing of the loss ---------------------------------------------------------------
+# --- alternatives that do not use the loss ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def activation(model: CLIP, samples: Iterable[Sample], masks: Masks, enough: Eno
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float().square()
             x = x.sum((0, 2, 3)) if x.ndim == 4 else x.flatten(0, -2).sum(0)
-            sums[name] += x.view(len(sums[name]), -1).sum(1)  # a head is several dims
+            sums[name] += x.view(len(sums[name]), -1).sum(1)  # a head has several dims
 
         return add
 
@@ -182,7 +182,7 @@ def activation(model: CLIP, samples: Iterable[Sample], masks: Masks, enough: Eno
 
 
 def _readers(config: CLIPConfig) -> Iterator[tuple[str, str]]:
-    """Axes, each with a module that it is the input of; a residual stream is read by every block."""
+    """Return axes, each with a module that reads it as input; a residual stream is read by every block."""
     for tower, part in (("visual", config.vision), ("text", config.text)):
         if isinstance(part, TransformerConfig):
             for i in range(part.layers):
@@ -215,8 +215,8 @@ def magnitude(model: CLIP, masks: Masks) -> dict[str, Tensor]:
 
 
 def _shares(config: CLIPConfig, sums: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-    """What the branches lose with an element, as shares of 1 for each branch: so an axis that n branches have in
-    common, such as a residual stream, has n in all, and a gate has 1."""
+    """Return what the branches lose with each element, as shares that sum to 1 per branch: an axis shared by n
+    branches, such as a residual stream, sums to n, and a gate to 1."""
     branches: dict[str, set[str | None]] = {}
     for entry in axis_table(config).values():
         for axis in entry.axes:

@@ -1,4 +1,4 @@
-"""Weight inheritance: masks by rule, then one pure cut."""
+"""Weight inheritance: masks by the manual rule, and the cut that applies any masks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tinyclip.model.model import CLIP
 
 
 def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
-    """The student as a slice of the teacher by the manual rule (TinyCLIP, ICCV 2023, section 3.2).
+    """Slice the student out of the teacher by the manual rule (TinyCLIP, ICCV 2023, section 3.2).
 
-    Channels, heads, neurons and embedding: the first k. Blocks (of a ResNet: of each stage): 0, step, 2*step, ...
-    with step = teacher_layers // student_layers. Across image sizes the position embeddings are interpolated;
-    a shorter context keeps the first positions. The teacher is not changed. Warns when the activations differ.
+    Channels, heads, neurons and embedding: keep the first k. Blocks (in a ResNet, of each stage): keep 0, step, 2*step,
+    ... with step = teacher_layers // student_layers. A different image size interpolates the position embeddings;
+    a shorter context keeps the first positions. The teacher does not change. Warns when the activations differ.
 
     Raises:
-        ValueError: naming what the teacher has too little of, or a family that differs.
+        ValueError: naming every size in which the teacher is too small, or a different family.
 
     >>> import tinyclip
     >>> teacher = tinyclip.load("emoji-student").model
@@ -41,10 +41,10 @@ def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
 
 
 def manual_masks(teacher: CLIPConfig, student: CLIPConfig) -> dict[str, Tensor]:
-    """Masks of 0 and 1 that cut a teacher to the student by the manual rule.
+    """Return masks of 0 and 1 that cut a teacher to the student by the manual rule.
 
     Raises:
-        ValueError: when the student is larger anywhere, or of another family; every misfit is named.
+        ValueError: when the student is larger anywhere, or of another family; names every mismatch.
     """
     problems: list[str] = []
     masks: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def _block_masks(masks, problems, tower: str, big: TransformerConfig, small: Tra
 
 
 def _resnet_masks(masks, problems, big: ResNetConfig, small: ResNetConfig, first) -> None:  # type: ignore[no-untyped-def]
-    """The block rule in every stage; the first block of a stage always stays."""
+    """Apply the block rule in every stage; the first block of a stage always stays."""
     sizes, wanted = resnet_sizes(big), resnet_sizes(small)
     for name, size in sizes.items():
         if axis_kind(name) not in ("conv1", "conv2", "block"):
@@ -120,17 +120,17 @@ def _resnet_masks(masks, problems, big: ResNetConfig, small: ResNetConfig, first
 
 
 def describe(config: CLIPConfig, masks: Masks, which: str = "the first {}") -> list[list[str]]:
-    """What masks of 0 and 1 keep, for people: rows of (axis, before, after, what); equal blocks on one row.
+    """Describe what masks of 0 and 1 keep, in rows of (axis, before, after, what); equal blocks share a row.
 
     Args:
-        which: says which ones of an axis are kept, {} for how many.
+        which: text naming the kept elements of an axis, {} for their number.
     """
     rows: dict[tuple[str, ...], list[str]] = {}
     for name, size in axis_sizes(config).items():
         tower, kind, block = [*name.split(".", 2), "", ""][:3]
         if kind in GATES:
             continue
-        if kind in ("stem", "stage"):  # of the tower, not of a block
+        if kind in ("stem", "stage"):  # belongs to the tower, not to a block
             kind, block = f"{kind} {block}", ""
         gate = masks.get(_gate_of(name)) if block else None
         closed = gate is not None and not gate.any()
@@ -145,27 +145,27 @@ def describe(config: CLIPConfig, masks: Masks, which: str = "the first {}") -> l
 
 
 def _gate_of(name: str) -> str:
-    """The gate of the branch that an axis is within: `visual.attn.3` of `visual.heads.3`; of no branch: the name."""
+    """Return the gate of an axis's branch: `visual.attn.3` for `visual.heads.3`; the name itself outside a branch."""
     kinds = {"heads": "attn", "mlp": "ffn", "conv1": "block", "conv2": "block"}
     tower, kind, block = [*name.split(".", 2), "", ""][:3]
     return f"{tower}.{kinds[kind]}.{block}" if kind in kinds else name
 
 
 def kept_blocks(teacher_layers: int, student_layers: int) -> list[int]:
-    """Blocks that the manual rule keeps: 12 to 6 keeps 0, 2, 4, 6, 8, 10; 12 to 9 keeps 0 to 8."""
+    """Return the blocks that the manual rule keeps: 12 to 6 keeps 0, 2, 4, 6, 8, 10; 12 to 9 keeps 0 to 8."""
     step = teacher_layers // max(1, student_layers)
     return list(range(0, step * student_layers, step))
 
 
 def compact(model: CLIP, masks: Masks) -> CLIP:
-    """Fold mask values into the weights and cut what they close: a new model with the same outputs.
+    """Fold mask values into the weights and cut the closed elements: return a new model with the same outputs.
 
-    `compact(m, z)(x)` equals `m(x, masks=z)`, also for graded masks and gates. A branch whose gate is 0 goes
-    with its bias, a block without branches goes, and the rest are renumbered; a branch that only lost all
-    heads or neurons stays as its bias. Dims of `embed` that are cut leave the features.
+    `compact(m, z)(x)` equals `m(x, masks=z)`, also for graded masks and gates. A branch whose gate is 0 is removed with
+    its bias, a block without branches is removed, and the rest are renumbered; a branch that merely lost all heads or
+    neurons stays as its bias. Cut dims of `embed` are dropped from the features.
 
     Raises:
-        ValueError: when a mask does not fit the model, or nothing would be left of an axis that needs something.
+        ValueError: when a mask does not fit the model, or would empty an axis that must not be empty.
 
     >>> import torch, tinyclip
     >>> model = tinyclip.load("emoji-student").model
@@ -192,8 +192,8 @@ def compact(model: CLIP, masks: Masks) -> CLIP:
 
 
 def _cut(tensor: Tensor, entry: Entry, masks: Masks, kept: dict[str, Tensor]) -> Tensor:
-    """One parameter or buffer, mask values folded in and closed elements cut; always a copy, in the same dtype.
-    Below 32 bits the values are folded in float32 and rounded once."""
+    """Fold mask values into one parameter or buffer and cut closed elements; return a copy in the same dtype. Below 32
+    bits, values are folded in float32 and rounded once."""
     dtype = tensor.dtype
     tensor = tensor.detach().clone()
     if tensor.is_floating_point() and dtype.itemsize < 4:
@@ -219,7 +219,7 @@ def _expand(mask: Tensor, axis: Axis) -> Tensor:
 
 
 def _cut_config(config: CLIPConfig, kept: dict[str, Tensor], closed: set[str]) -> tuple[CLIPConfig, dict[str, int]]:
-    """The config after the cut, and the new number of every block that stays (`visual.3` -> 2, `visual.4.2` -> 1)."""
+    """Return the config after the cut, and the new index of every kept block (`visual.3` -> 2, `visual.4.2` -> 1)."""
     sizes = axis_sizes(config) | {name: len(indices) for name, indices in kept.items()}
     block_of: dict[str, int] = {}
     towers: dict[str, TransformerConfig | ResNetConfig] = {}
@@ -261,14 +261,14 @@ def _renumbered(key: str, branch: str | None, block_of: dict[str, int]) -> str:
     if branch is None:
         return key
     tower, _, block = branch.split(".", 2)
-    if "." in block:  # a ResNet's: stage and block
+    if "." in block:  # ResNet: stage and block
         stage = block.partition(".")[0]
         return key.replace(f".layer{block}.", f".layer{stage}.{block_of[f'{tower}.{block}']}.", 1)
     return key.replace(f".resblocks.{block}.", f".resblocks.{block_of[f'{tower}.{block}']}.", 1)
 
 
 def _load(config: CLIPConfig, state: dict[str, Tensor], like: CLIP) -> CLIP:
-    """A model of `config` with copies of these weights, each in its dtype, on the device and in the mode of `like`."""
+    """Build a model of `config` from copies of these weights, dtypes kept, on the device and in the mode of `like`."""
     model = CLIP(config).to(like.logit_scale.device)
     for key, parameter in model.named_parameters():
         parameter.data = parameter.data.to(state[key].dtype)
@@ -280,9 +280,9 @@ def _load(config: CLIPConfig, state: dict[str, Tensor], like: CLIP) -> CLIP:
 
 
 def resize_positions(model: CLIP, student: CLIPConfig) -> CLIP:
-    """The model at the student's image size: position embeddings of the patches (of a ResNet: in its attention
-    pool) interpolated (bicubic, antialiased), the first token's kept. Returns the model itself when the size is the
-    same."""
+    """Resize the model to the student's image size: interpolate (bicubic, antialiased) the position embeddings of the
+    patches (in a ResNet: of its attention pool) and keep the first token's. Returns the model itself when the size is
+    the same."""
     vision, target = model.config.vision, student.vision
     if vision.image_size == target.image_size:
         return model
@@ -297,7 +297,7 @@ def resize_positions(model: CLIP, student: CLIPConfig) -> CLIP:
 
 
 def prune_vocabulary(model: CLIP, kept: list[int]) -> CLIP:
-    """The model with only these token ids, renumbered in order (see `CLIPTokenizer.kept_ids`)."""
+    """Return the model with only these token ids, renumbered in order (see `CLIPTokenizer.kept_ids`)."""
     mask = torch.zeros(model.config.text.vocab_size)
     mask[kept] = 1
     return compact(model, {"text.vocab": mask})

@@ -1,4 +1,4 @@
-"""A target in milliseconds: the sparsity at which a pair of picture and text takes that long."""
+"""Latency targets: the sparsity at which an image-text pair takes a given number of milliseconds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tinyclip.model.speed import measure
 
 
 def pair_latency_ms(model: CLIP, batch_size: int = 32) -> float:
-    """Milliseconds an image-text pair, in a batch, texts of full context; median of a few runs."""
+    """Measure milliseconds per image-text pair, in a batch with texts of full context; median of a few runs."""
     every_kernel = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(every_kernel):  # training may have chosen one
+    with sdpa_kernel(every_kernel):  # training may have restricted the kernels
         return 1000 / float(measure(model, batch_size=batch_size, seconds=0.5)["pairs_per_s"])
 
 
 def fraction_for_latency(latency_ms: Callable[[float], float], wanted_ms: float, tries: int = 6) -> float:
-    """The smallest fraction to remove whose latency is at most `wanted_ms`, by bisection.
+    """Find the smallest fraction to remove for a latency of at most `wanted_ms`, by bisection.
 
     Args:
         latency_ms: measures a model with that fraction of its MACs removed.
@@ -49,8 +49,8 @@ def fraction_for_latency(latency_ms: Callable[[float], float], wanted_ms: float,
 def targets_for_latency(
     model: CLIP, samples: Iterable[Sample], latency_ms: float, towers: tuple[Tower, ...], how: Calibration
 ) -> tuple[dict[str, float], float]:
-    """The target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
-    the model's MACs that this removes. Importance is measured once, on the batches of one round.
+    """Find the target sparsity, in MACs, at which a pair takes `latency_ms` on the model's device, and the fraction of
+    the model's MACs that it removes. Importance is measured once, on the batches of one round.
 
     Raises:
         ValueError: when it cannot be reached, or nothing needs to be removed.

@@ -1,11 +1,11 @@
-"""Masks: one multiplier for each element of a named axis, and one for each branch.
+"""Learned masks: one multiplier per element of a named axis, and one per branch.
 
-`Masks` maps axis names (see `axes`) to 1-D tensors. A name that is absent is not masked; an element at 0 is
-removed, one between is graded. Gates (`visual.attn.3`, `text.ffn.3`) have one element. The masks of a ResNet
-image tower are 0 or 1 only, as batch norm and shared channels leave no one place to fold a grade into.
+`Masks` maps axis names (see `axes`) to 1-D tensors. An axis that is absent is not masked; an element at 0 is removed,
+one between 0 and 1 is graded. Gates (`visual.attn.3`, `text.ffn.3`) have one element. The masks of a ResNet image tower
+are only 0 or 1, since batch norm and shared channels leave no single place to fold a graded value into.
 
-`HardConcrete` are masks that are learned (TinyCLIP, ICCV 2023, section 3.2, after CoFi pruning), and `Constraint`
-is what drives them to a size.
+`HardConcrete` holds the learned masks (TinyCLIP, ICCV 2023, section 3.2, after CoFi pruning), and `Constraint` drives
+them to a target size.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tinyclip.model.axes import axis_sizes
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.masks import Masks, Tower, Unit
 
-START, LARGEST = 10.0, math.log(100)  # log_alpha: its first value, and what it is clamped to either way
+START, LARGEST = 10.0, math.log(100)  # log_alpha: initial value, and clamp bound on either side
 TEMPERATURE, LOWER, UPPER = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, stretched to (LOWER, UPPER)
 NOISE_MARGIN = 1e-6  # the uniform noise stays this far from 0 and 1
-SHARPNESS = 0.8  # of the deterministic value, the reference code's `magical_number`
+SHARPNESS = 0.8  # of the deterministic value; `magical_number` in the reference code
 
 
 # --- size under masks -------------------------------------------------------------------------------------------
@@ -40,16 +40,16 @@ def probability_kept(log_alpha: Tensor) -> Tensor:
 
 
 def stretched_sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """A hard concrete sample in [0, 1] for uniform noise in (0, 1) of the same shape (Louizos et al., 2018)."""
+    """Return a hard concrete sample in [0, 1] from uniform noise in (0, 1) of the same shape (Louizos et al., 2018)."""
     soft = torch.sigmoid((uniform.log() - (1 - uniform).log() + log_alpha) / TEMPERATURE)
     return (soft * (UPPER - LOWER) + LOWER).clamp(0, 1)
 
 
 def deterministic_value(log_alpha: Tensor, align: int = 1) -> Tensor:
-    """The mask in evaluation: graded, the smallest `round(expected number of zeros)` set to 0.
+    """Return the evaluation mask: graded, with the smallest `round(expected number of zeros)` values set to 0.
 
     Args:
-        align: round the number that is kept up to a multiple of this.
+        align: round the number of kept elements up to a multiple of this.
     """
     value = torch.sigmoid(log_alpha / TEMPERATURE * SHARPNESS)
     kept = len(value) - int((len(value) - probability_kept(log_alpha).sum()).round())
@@ -60,19 +60,19 @@ def deterministic_value(log_alpha: Tensor, align: int = 1) -> Tensor:
 class HardConcrete(nn.Module):
     """Learnable masks of both towers, or of one.
 
-    `log_alpha` has, for each tower, `visual_hidden` (a parameter of the tower's width), `visual_heads` and
-    `visual_mlp` (lists of one parameter a block, empty where the branch is gone), and with gates `visual_attn` and
-    `visual_ffn` (the same, of one element).
+    For each tower, `log_alpha` has `visual_hidden` (a parameter of the tower's width), `visual_heads` and `visual_mlp`
+    (lists with one parameter per block, empty where the branch is gone), and with gates `visual_attn` and `visual_ffn`
+    (the same, with one element each).
 
     Args:
-        config: the model that is masked.
-        original: what sparsity counts from; by default the model itself.
-        towers: those that are masked.
-        gates: whether whole branches can go too.
+        config: the model to mask.
+        original: the config that sparsity is relative to; by default the model itself.
+        towers: the towers to mask.
+        gates: whether whole branches can be removed too.
         unit: what sparsity counts.
 
     Raises:
-        ValueError: for a tower that takes no learned masks.
+        ValueError: for a tower that does not support learned masks.
 
     >>> import tinyclip
     >>> model = tinyclip.load("emoji-student").model
@@ -104,7 +104,7 @@ class HardConcrete(nn.Module):
                 self.log_alpha[f"{tower}_{kind}"] = nn.ParameterList(blocks)
 
     def named_log_alpha(self) -> Iterator[tuple[str, Tensor]]:
-        """Every log_alpha that is not empty, by its axis name."""
+        """Yield every non-empty log_alpha with its axis name."""
         for key, entry in self.log_alpha.items():
             tower, kind = key.split("_")
             blocks = [(f"{tower}.{kind}", entry)]
@@ -113,7 +113,7 @@ class HardConcrete(nn.Module):
             yield from ((name, block) for name, block in blocks if len(block))
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Masks of one draw of the noise, differentiable in `log_alpha`.
+        """Sample masks with one draw of noise, differentiable in `log_alpha`.
 
         Args:
             generator: on the CPU, so that every device and rank draws the same.
@@ -126,11 +126,10 @@ class HardConcrete(nn.Module):
 
     @torch.no_grad()
     def deterministic(self, align: int = 1) -> dict[str, Tensor]:
-        """Masks to evaluate with and to cut by.
+        """Return the masks for evaluation and for the cut.
 
         Args:
-            align: channels and neurons that are kept are rounded up to a multiple of this; heads are not, since
-                each is `head_dim` wide.
+            align: round kept channels and neurons up to a multiple of this; not heads, since each is `head_dim` wide.
         """
         return {
             name: deterministic_value(value, align if name.split(".")[1] in ("hidden", "mlp") else 1)
@@ -140,7 +139,7 @@ class HardConcrete(nn.Module):
     def expected_sparsity(self, tower: Literal["visual", "text", "both"] = "both") -> Tensor:
         """Expected fraction of the original's size that the masks remove (see `sparsity`); a scalar.
 
-        `both` adds up the sizes of the towers, so that a tower without masks counts as it is.
+        `both` adds up the sizes of the towers; a tower without masks counts in full.
         """
         keep = {name: probability_kept(log_alpha) for name, log_alpha in self.named_log_alpha()}
         towers: tuple[Tower, ...] = ("visual", "text") if tower == "both" else (tower,)
@@ -148,7 +147,7 @@ class HardConcrete(nn.Module):
 
     @torch.no_grad()
     def filled(self, values: Tensor) -> HardConcrete:
-        """The same masks on the CPU with these values, which are there: of all parameters, one after the other."""
+        """Copy these masks on the CPU, filled with `values` (also on the CPU): all parameters, concatenated."""
         settings = {"towers": self.towers, "gates": self.gates, "unit": self.unit}
         dtype = next(self.parameters()).dtype
         copy = HardConcrete(self.config, self.original, **settings).to(dtype)  # type: ignore[arg-type]
@@ -157,7 +156,7 @@ class HardConcrete(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep every log_alpha within its bounds; to be called after each step."""
+        """Clamp every log_alpha to its bounds; call this after each step."""
         for _, log_alpha in self.named_log_alpha():
             log_alpha.clamp_(-LARGEST, LARGEST)
 
@@ -167,7 +166,7 @@ def _fresh(size: int) -> nn.Parameter:
 
 
 def lagrangian(expected: Tensor, target: float, multipliers: Tensor) -> Tensor:
-    """One-sided: l1 * relu(target - expected) + l2 * relu(target - expected)^2; multipliers: (2,)."""
+    """One-sided penalty l1 * relu(target - expected) + l2 * relu(target - expected)^2; multipliers: (2,)."""
     missing = torch.relu(target - expected)
     return multipliers[0] * missing + multipliers[1] * missing**2
 
@@ -176,7 +175,7 @@ class Constraint(nn.Module):
     """Holds `hard` to target sparsities that rise linearly over `ramp_steps`.
 
     Args:
-        targets: for `visual`, `text` or `both`; one budget each.
+        targets: target sparsity of each budget: `visual`, `text` or `both`.
     """
 
     def __init__(self, hard: HardConcrete, targets: Mapping[str, float], ramp_steps: int) -> None:
@@ -191,7 +190,7 @@ class Constraint(nn.Module):
         return self.start[name] + done * (self.targets[name] - self.start[name])
 
     def forward(self, hard: HardConcrete, step: int) -> Tensor:
-        """The term that is added to the loss; the multipliers are to ascend on it."""
+        """Return the term to add to the loss; the multipliers must ascend on it."""
         terms = [
             lagrangian(hard.expected_sparsity(name), self.target(name, step), multipliers)  # type: ignore[arg-type]
             for name, multipliers in self.multipliers.items()
@@ -201,7 +200,7 @@ class Constraint(nn.Module):
 
 @torch.no_grad()
 def budget_bounds(hard: HardConcrete, name: str) -> tuple[float, float]:
-    """Sparsity of a budget before anything is masked, and the largest that the clamp allows."""
+    """Return the sparsity of a budget before masking, and the largest one that the clamp allows."""
     towers: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
 
     def at(keep: Masks) -> float:
@@ -212,10 +211,10 @@ def budget_bounds(hard: HardConcrete, name: str) -> tuple[float, float]:
 
 
 def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
-    """Refuse what masks cannot do.
+    """Refuse targets that the masks cannot meet.
 
     Raises:
-        ValueError: for a target that cannot be reached, or that the model has already passed.
+        ValueError: for a target that is out of reach, or that the model already meets.
     """
     for name, target in targets.items():
         what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]

@@ -1,4 +1,4 @@
-"""Size of a model under masks, differentiable in how many elements are kept; and the sparsity that follows."""
+"""Size of a model under masks, differentiable in the number of kept elements, and the resulting sparsity."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tinyclip.model.masks import Masks, Tower, Unit
 
 
 def resnet_size(config: CLIPConfig, keep: Mapping[str, Tensor], unit: str) -> Tensor:
-    """Weights of the convolutions and of the attention pool (`params`), or the products that they take for one
-    image (`macs`), a scalar; norms, biases and position embeddings are left out.
+    """Weights of the convolutions and the attention pool (`params`), or their multiply-accumulates for one image
+    (`macs`); a scalar. Norms, biases and position embeddings are not counted.
 
     Args:
         keep: by axis name, as masks; what is absent is kept whole.
@@ -39,15 +39,15 @@ def resnet_size(config: CLIPConfig, keep: Mapping[str, Tensor], unit: str) -> Te
 
 
 def _places(key: str, vision: ResNetConfig) -> int:
-    """How often a weight is used for one image: the positions of its convolution's outputs."""
+    """Return how often a weight is used for one image: the number of output positions of its convolution."""
     if "attnpool" in key:
-        return vision.grid**2 + 1  # for every position, as `measurement.macs` counts it
+        return vision.grid**2 + 1  # for every position, as `costs.macs` counts it
     found = re.search(r"layer(\d)\.(\d+)\.(conv1|conv2)?", key)
     side = (vision.image_size + 1) // 2
     if found is None:
         return side**2
     stage, block, early = int(found[1]), int(found[2]), found[3] is not None
-    # A stage after the first halves its side, behind conv2 of its first block.
+    # Every stage after the first halves the side, after conv2 of its first block.
     halvings = stage - (1 if early and block == 0 and stage > 1 else 0)
     for _ in range(halvings):
         side //= 2
@@ -55,10 +55,10 @@ def _places(key: str, vision: ResNetConfig) -> int:
 
 
 def tower_of(config: CLIPConfig, tower: Tower) -> TransformerConfig:
-    """The config of a tower that takes masks.
+    """Return the config of a tower that supports learned masks.
 
     Raises:
-        ValueError: for a ResNet, whose channels are cut by rule or by importance only.
+        ValueError: for a ResNet, whose channels are cut only by rule or by importance.
     """
     part = config.vision if tower == "visual" else config.text
     if not isinstance(part, TransformerConfig):
@@ -70,8 +70,8 @@ def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tow
     """Size of a tower's blocks under masks or probabilities of keeping; a scalar, differentiable.
 
     In parameters: sum(hidden x heads) * 4 * head_dim * (1 + 1/d) + 2 * sum(hidden x mlp), over all blocks, with d
-    the original width (reference code, `l0_module`). In MACs: the products of one image, or of one text of full
-    context. Embeddings and norms are left out. For a ResNet: `sizes.resnet_size`.
+    the original width (reference code, `l0_module`). In MACs: the products for one image, or for one text of full
+    context. Embeddings and norms are not counted. For a ResNet: `resnet_size`.
 
     Args:
         keep: by axis name, as masks; what is absent is kept whole.
@@ -99,7 +99,7 @@ def tower_size(config: CLIPConfig, original: CLIPConfig, keep: Masks, tower: Tow
 
 
 def prunable_size(original: CLIPConfig, tower: Tower, unit: Unit) -> int:
-    """What `tower_size` is compared with: all blocks of the original tower, in parameters biases included."""
+    """Return the reference for `tower_size`: all blocks of the original tower; in parameters, biases included."""
     if unit == "macs" or (tower == "visual" and isinstance(original.vision, ResNetConfig)):
         return int(tower_size(original, original, {}, tower, unit).item())
     part = tower_of(original, tower)
@@ -114,8 +114,8 @@ def kept_length(part: TransformerConfig) -> int:
 
 
 def sparsity(config: CLIPConfig, original: CLIPConfig, keep: Masks, towers: tuple[Tower, ...], unit: Unit) -> Tensor:
-    """Fraction of the original's size that is gone, the towers' sizes added up; a scalar."""
-    # Added one by one: of a tower without masks the size is on the CPU, as a number that goes with any device.
+    """Fraction of the original's size that is removed, with the towers' sizes added up; a scalar."""
+    # Added one by one: the size of a tower without masks is a CPU scalar, which combines with any device.
     remaining = sum((tower_size(config, original, keep, t, unit) for t in towers), torch.zeros(()))
     return 1 - remaining / sum(prunable_size(original, t, unit) for t in towers)
 
@@ -124,8 +124,8 @@ TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("v
 
 
 def thinner(config: CLIPConfig, removed: float, towers: tuple[Tower, ...]) -> CLIPConfig:
-    """A shape of about `1 - removed` of the MACs of these towers: widths, heads and neurons by one factor. It
-    stands for a shape that is yet to be learned, to time it."""
+    """Return a shape with about `1 - removed` of these towers' MACs: widths, heads and neurons scaled by one factor. It
+    stands in for a shape that is not yet learned, to time it."""
     factor = (1 - removed) ** 0.5
 
     def scaled(part: TransformerConfig) -> TransformerConfig:

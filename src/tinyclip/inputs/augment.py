@@ -1,7 +1,7 @@
-"""Random training views of a picture, on Pillow. No torch here.
+"""Random training views of an image, on Pillow. No torch here.
 
-Randomness comes only from the generator that is passed in, so a view can be made again exactly. A view is drawn as
-plain numbers and then applied, so that it can also be stored.
+Randomness comes only from the generator passed in, so a view can be reproduced exactly. A view is drawn as plain
+numbers and then applied, so that it can also be stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 
 
 class Augment(Strict):
-    """What a training view may change. The default is the released recipes': a random resized crop alone."""
+    """What a training view may change. The default, as in the released recipes, is only a random resized crop."""
 
     scale: tuple[Fraction, Fraction] = Field((0.9, 1.0), description="area of the crop as a fraction of the image")
     ratio: float = Field(4 / 3, ge=1, le=4, description="largest aspect ratio of the crop, either way")
@@ -43,7 +43,7 @@ class Augment(Strict):
         return self.draw(image.width, image.height, rng).apply(image, size)
 
     def draw(self, width: int, height: int, rng: Random) -> View:
-        """All random numbers of a view of a picture of this size, in pixels."""
+        """Draw all random numbers of a view of an image of this size, in pixels."""
         red, green, blue = (rng.randrange(256) for _ in range(3)) if self.background else (-1, -1, -1)
         angle, shear, zoom = 0.0, 0.0, 1.0
         if self.rotate or self.shear or self.shrink:
@@ -68,15 +68,15 @@ class Augment(Strict):
 
 
 class View(NamedTuple):
-    """One view as plain numbers, so that it can be stored and made again to the bit."""
+    """One view as plain numbers, so that it can be stored and reproduced bit for bit."""
 
     red: float  # of the background, 0 to 255; below 0: transparency as in the evaluation transform
     green: float
     blue: float
     angle: float  # radians
     shear: float  # tangent of the horizontal shear's angle
-    zoom: float  # pixels of the picture a pixel of the view
-    left: float  # of the crop, pixels of the picture
+    zoom: float  # image pixels per view pixel
+    left: float  # of the crop, in image pixels
     top: float
     width: float
     height: float
@@ -85,7 +85,7 @@ class View(NamedTuple):
     saturation: float
 
     def apply(self, image: Image.Image, size: int) -> np.ndarray:
-        """This view of a picture, uint8 (3, size, size)."""
+        """Apply this view to an image: uint8 (3, size, size)."""
         backdrop = (255, 255, 255)
         if self.red >= 0:
             backdrop = (int(self.red), int(self.green), int(self.blue))
@@ -112,7 +112,7 @@ class View(NamedTuple):
 
 
 def jitter(pixels: np.ndarray, brightness: float, contrast: float, saturation: float) -> np.ndarray:
-    """uint8 (h, w, 3) with brightness, contrast and saturation multiplied by these factors."""
+    """Multiply brightness, contrast and saturation of uint8 (h, w, 3) by these factors."""
     x = pixels.astype(np.float32) * brightness
     x = x.mean() + (x - x.mean()) * contrast
     grey = x.mean(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What people give to a model, made ready for it: pictures and texts in any form, one or many. No torch here."""
+"""Preparing user input for a model: images and texts in any form, one or many. No torch here."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 T = TypeVar("T")
-BATCH = 32  # pictures at once on a CPU: more no longer fit its caches and are slower
-AHEAD = 64  # pictures decoded before they are needed
+BATCH = 32  # images per batch on a CPU: larger batches exceed its caches and are slower
+AHEAD = 64  # images decoded in advance
 
 
 def picture_of(item: Any) -> Image.Image:
-    """A path, a PIL picture, or an array uint8 (h, w[, 3 or 4]) as a PIL picture.
+    """Convert a path, a PIL image, or an array uint8 (h, w[, 3 or 4]) to a PIL image.
 
     Raises:
         ValueError: for anything else, or a file that cannot be read.
@@ -44,13 +44,13 @@ def picture_of(item: Any) -> Image.Image:
 
 
 def pictures(items: Sequence[Any], prepare: Callable[[Any], T]) -> Iterator[T]:
-    """`prepare` of each item, in order; threads work a little ahead of what is taken."""
+    """Yield `prepare` of each item, in order; threads work slightly ahead of the consumer."""
     loaded = map(_loaded, items)
     yield from ahead(prepare, loaded) if len(items) > 1 else map(prepare, loaded)
 
 
 def _loaded(item: Any) -> Any:
-    """In the first thread, as one picture may be given twice, and loading it is not safe in several."""
+    """Load an image in the calling thread: the same one may be given twice, and loading is not thread-safe."""
     if isinstance(item, Image.Image):
         try:
             item.load()
@@ -60,12 +60,14 @@ def _loaded(item: Any) -> Any:
 
 
 def ahead(call: Callable[[S], T], items: Iterable[S], workers: int | None = None) -> Iterator[T]:
-    """`call` of each item, in order, by threads that work a little ahead of what is taken.
+    """Yield `call` of each item, in order, computed by threads slightly ahead of the consumer.
 
     Args:
-        workers: threads; by default one a core of this process's share, 8 at most.
+        workers: threads; by default one per core of this process's share, at most 8.
     """
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: processes here
+    share = (os.cpu_count() or 1) // int(
+        os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )  # set by torchrun: processes on this machine
     with ThreadPoolExecutor(workers or max(1, min(8, share))) as pool:
         waiting: deque[Future[T]] = deque()
         try:
@@ -80,27 +82,27 @@ def ahead(call: Callable[[S], T], items: Iterable[S], workers: int | None = None
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one what is left."""
+    """Yield lists of `size` items; the last may be shorter."""
     source = iter(items)
     while batch := list(islice(source, size)):
         yield batch
 
 
 def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Places of rows of tokens, `size` at once, longest first: what needs most memory is met at once, and a batch
-    is no longer than it must be."""
+    """Yield batches of `size` row indices, longest rows of tokens first: peak memory is reached at once, and padding
+    stays minimal."""
     return batches(sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True), size)
 
 
 def at_once(given: int | None, default: int) -> int:
-    """Items in a batch; `ValueError` when less than 1 is given."""
+    """Return the batch size; `ValueError` when it is below 1."""
     if given is not None and given < 1:
         raise ValueError(f"batch_size {given}: at least 1 is needed")
     return given or default
 
 
 def same_shape(shapes: Iterable[tuple[int, ...]]) -> None:
-    """Whether preprocessed pictures can be one batch; `ValueError` when not."""
+    """Check that preprocessed images fit into one batch; `ValueError` if not."""
     if len(distinct := set(shapes)) > 1:
         raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(distinct)))}")
 
@@ -114,21 +116,21 @@ def check_labels(labels: str | Sequence[str]) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it has no half of a surrogate pair; bytes that are no UTF-8 are read as such."""
+    """Whether the text has no lone surrogates, which stand for bytes that are not UTF-8."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def check_finite(features: np.ndarray) -> None:
-    """`ValueError` for features that can be compared with nothing."""
+    """`ValueError` for features that are not finite, which cannot be compared."""
     if not np.isfinite(features).all():
         raise ValueError("the model's features are not finite numbers; try another dtype or another checkpoint")
 
 
 def is_tensor(item: Any) -> TypeGuard[torch.Tensor]:
-    """Whether it is torch's, which is not loaded for the question.
+    """Whether the item is a torch tensor; does not import torch to find out.
 
     Raises:
-        ValueError: for a tensor of whole numbers, as pictures are before they are prepared.
+        ValueError: for an integer tensor, i.e. an image that was not preprocessed.
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(item, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Pictures whose pixels are 16- or 32-bit numbers, as scanners, microscopes and programs write them. No torch here."""
+"""Images with 16- or 32-bit pixels, as scanners, microscopes and programs write them. No torch here."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image
 
 from tinyclip.inputs.decoding import WARNINGS
 
-TOPS = (1, 255, 65_535)  # of the ranges that such numbers usually have
-FILLED = 16  # a range is one that they fill to a sixteenth at least: 12-bit numbers would be black among 16-bit ones
-SLACK = 1e-3  # of a range, by which resampled floats may leave it
+TOPS = (1, 255, 65_535)  # upper ends of the usual ranges
+FILLED = 16  # values must fill 1/16 of a range for it to apply: 12-bit values read as 16-bit are almost black
+SLACK = 1e-3  # fraction of a range by which resampled floats may exceed it
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """A picture of mode I, I;16 or F in grey levels: 16-bit numbers from 0 to 65,535, 32-bit ones by their range.
-    What is no number becomes black."""
+    """Convert an image of mode I, I;16 or F to 8-bit grey: 16-bit values from 0 to 65,535, 32-bit ones by their range.
+    NaN becomes black."""
     values = np.asarray(image).astype(np.float64)
     low, high = (0.0, 65_535.0) if image.mode.startswith("I;16") else _range(values)
     scaled = np.nan_to_num((values - low) * (255 / ((high - low) or 1)), nan=0, posinf=255, neginf=0)
@@ -25,7 +25,7 @@ def eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """What is black and what is white: 0 and 1, 255 or 65,535 where that fits, else the lowest and highest number."""
+    """Return the values of black and white: 0 and 1, 255 or 65,535 where that fits, else the minimum and maximum."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     for top in TOPS:
@@ -41,7 +41,7 @@ def _told() -> list[str]:
 
 
 def _say(found: str) -> None:
-    """Once in a process."""
+    """Warn once per process."""
     with WARNINGS:
         if not _told():
             _told().append(found)

@@ -1,4 +1,4 @@
-"""The one place where files become pictures, whatever state they are in. No torch here."""
+"""The one place where files are decoded into images, whatever state they are in. No torch here."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from PIL import Image, UnidentifiedImageError
 from tinyclip.common.faults import Fault
 from tinyclip.inputs.metadata import ORIENTATION, TURNS, bare, may_be_bare, upright
 
-WARNINGS = Lock()  # Python's filters of warnings are shared by all threads
-LARGEST_MENDED = 2**28  # bytes of a file whose metadata is looked through
-# Of what a file says, where it is of this type.
+WARNINGS = Lock()  # Python's warning filters are shared by all threads
+LARGEST_MENDED = 2**28  # largest file, in bytes, whose metadata is repaired
+# Metadata to keep, if it has one of these types.
 KEPT: dict[str, tuple[type, ...]] = {"transparency": (int, bytes, tuple), "icc_profile": (bytes,)}
-SIXTEEN_BITS = {"PNG", "PPM", "JPEG2000"}  # formats whose pictures of mode I have numbers up to 65,535
+SIXTEEN_BITS = {"PNG", "PPM", "JPEG2000"}  # formats whose mode-I images have values up to 65,535
 HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1", b"heif"}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings of odd metadata, and pictures too large as errors. One thread at a time; decoding itself stays
-    outside."""
+    """Silence warnings about odd metadata and turn those about oversized images into errors. One thread at a time;
+    decoding itself stays outside."""
     with WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -39,8 +39,8 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def pixels_at_most(count: int | None) -> Iterator[None]:
-    """Inside, pictures of up to that many pixels are opened, by any thread: Pillow's own limit,
-    `PIL.Image.MAX_IMAGE_PIXELS`, which is put back at the end. None leaves it as it is."""
+    """Limit the pixels of images opened inside, by any thread, through Pillow's own `PIL.Image.MAX_IMAGE_PIXELS`, which
+    is restored at the end. None leaves it as it is."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = count or before
     try:
@@ -50,15 +50,15 @@ def pixels_at_most(count: int | None) -> Iterator[None]:
 
 
 def open_image(source: Any, at_least: int | None = None) -> Image.Image:
-    """Open a file (path or binary file object), decode it whole and turn it as its EXIF or XMP says. Broken metadata
-    is passed over.
+    """Open a file (path or binary file object), decode it fully and apply its EXIF or XMP orientation. Broken metadata
+    is ignored.
 
     Args:
-        at_least: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as both sides have this many pixels.
+        at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep this many pixels.
 
     Raises:
-        ValueError: when it is missing; as `Fault` when it is no picture, damaged, of a format that needs an extra, or
-            too large (see `pixels_at_most`).
+        ValueError: when it is missing; as `Fault` when it is not an image, is damaged, needs an extra for its format,
+            or is too large (see `pixels_at_most`).
     """
     name = f"{source}: " if isinstance(source, (str, Path)) else ""
     try:
@@ -71,7 +71,7 @@ def open_image(source: Any, at_least: int | None = None) -> Image.Image:
         raise Fault("huge_image", f"{name}{_too_large(error)}") from None
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         if name and isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            # of the file, not of Pillow, also by a senseless seek
+            # from the file, not from Pillow; also caused by an invalid seek
             raise ValueError(f"{name}cannot be read ({error.strerror})") from None
         reason = str(error) or type(error).__name__
         if isinstance(error, Fault):
@@ -84,13 +84,13 @@ def open_image(source: Any, at_least: int | None = None) -> Image.Image:
 
 
 def _decoded(source: Any, at_least: int | None, exif: bytes = b"") -> Image.Image:
-    """Raises whatever Pillow raises."""
+    """Decode an image; raises whatever Pillow raises."""
     if isinstance(source, (str, Path)):
         mode = Path(source).stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise Fault("corrupt_image", "a pipe or a device, not a picture")  # and reading it might never end
+            raise Fault("corrupt_image", "a pipe or a device, not a picture")  # reading it might never end
     with _opened(source) as image:
-        if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+        if image.format == "EPS":  # a program that Pillow would run with Ghostscript
             raise UnidentifiedImageError
         if at_least is not None:
             image.draft(None, (at_least, at_least))
@@ -103,7 +103,7 @@ def _decoded(source: Any, at_least: int | None, exif: bytes = b"") -> Image.Imag
 
 
 def _opened(source: Any) -> Image.Image:
-    """Raises `Fault` for a format that needs an extra."""
+    """Open an image without decoding it; raises `Fault` for a format that needs an extra."""
     try:
         with _quiet():
             return Image.open(source)
@@ -132,15 +132,15 @@ def _start(source: Any, size: int = 12) -> bytes:
 
 
 def _keep_orientation(image: Image.Image) -> None:
-    """Of a TIFF's metadata, which Pillow reads while it decodes, and writes anew when it turns the picture, leave the
-    orientation alone."""
+    """Keep only the orientation of a TIFF's metadata, which Pillow reads while decoding and rewrites when it rotates
+    the image."""
     value: Any = None
     with _quiet():
         with suppress(Exception):
             value = image.tag_v2.get(ORIENTATION)  # type: ignore[attr-defined]
         with suppress(Exception):
             value = image.getexif().get(ORIENTATION, value)
-        exif = image.getexif()  # what was read of it, also after an error
+        exif = image.getexif()  # what could be read, even after an error
         for tag in list(exif):
             del exif[tag]
         if value in TURNS:
@@ -149,18 +149,18 @@ def _keep_orientation(image: Image.Image) -> None:
 
 
 def _as_numbers(image: Image.Image) -> Image.Image:
-    """Pixels in a mode that says how many bits they have."""
+    """Convert pixels to a mode that states their bit depth."""
     if image.mode == "I" and image.format in SIXTEEN_BITS:
         return image.convert("I;16")
     if image.mode == "I" and image.format == "TIFF" and 339 not in image.tag_v2:  # type: ignore[attr-defined]
         values = np.asarray(image)
-        if (values < 0).any():  # 339 says whether there is a sign, and Pillow reads all as if there were
+        if (values < 0).any():  # tag 339 says whether values are signed; Pillow reads all as signed
             return Image.fromarray(values.view(np.uint32).astype(np.float32))
     return image
 
 
 def _mended(source: Any, at_least: int | None) -> Image.Image | None:
-    """The picture of a file without its metadata, where that is what was wrong."""
+    """Decode a file without its metadata, in case that was what was broken."""
     with suppress(Exception):
         data = _start(source, LARGEST_MENDED + 1) if may_be_bare(_start(source)) else b""
         found = bare(data) if len(data) <= LARGEST_MENDED else None

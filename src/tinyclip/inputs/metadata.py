@@ -1,4 +1,4 @@
-"""What is in a picture's file beside its pixels. It is often broken, and never worth the picture. No torch here."""
+"""Metadata of image files. It is often broken, and never a reason to lose the image. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from PIL import Image
 
 ORIENTATION = 0x112
-TURNS = {  # by EXIF's orientation, as `PIL.ImageOps.exif_transpose` does, which also writes the rest of the EXIF anew
+TURNS = {  # by EXIF orientation, as in `PIL.ImageOps.exif_transpose`, which also rewrites the rest of the EXIF
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -19,9 +19,9 @@ TURNS = {  # by EXIF's orientation, as `PIL.ImageOps.exif_transpose` does, which
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# EXIF's types of numbers: how one is unpacked. Texts are none.
+# EXIF's numeric types and their struct formats.
 NUMBERS = {1: "B", 3: "H", 4: "I", 5: "II", 6: "b", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d"}
-# The tags of a TIFF that say how its pixels lie, and the orientation.
+# TIFF tags that describe the pixel layout, and the orientation.
 LAYOUT = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325}
 LAYOUT |= {332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
 KEPT_IN_PNG = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
@@ -29,10 +29,10 @@ METADATA_IN_WEBP = {b"ICCP", b"EXIF", b"XMP "}
 
 
 def upright(image: Image.Image, exif: bytes = b"") -> Image.Image:
-    """A copy of a loaded picture, turned as its EXIF says, or without one its XMP.
+    """Return a copy of a loaded image, rotated by its EXIF orientation, or without one by its XMP.
 
     Args:
-        exif: what `bare` took from the file.
+        exif: the EXIF that `bare` removed from the file.
     """
     found = orientation_in(exif or _exif_of(image))
     turn = TURNS.get(_orientation_in_xmp(image) if found is None else found)
@@ -43,18 +43,18 @@ def _exif_of(image: Image.Image) -> bytes:
     info = image.info
     if isinstance(info.get("exif"), bytes):
         return info["exif"]
-    with suppress(ValueError, AttributeError):  # what ImageMagick writes into a PNG: hexadecimal after three lines
+    with suppress(ValueError, AttributeError):  # ImageMagick writes hexadecimal after three lines into a PNG
         return bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))
     return b""
 
 
 def orientation_in(exif: bytes) -> int | None:
-    """The orientation that EXIF gives, whatever state its other fields are in; None when it gives none."""
+    """Return the EXIF orientation, whatever state the other fields are in; None if it has none."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     found = None
-    with suppress(struct.error, ValueError, OverflowError, ZeroDivisionError):  # ends early, or is no number
+    with suppress(struct.error, ValueError, OverflowError, ZeroDivisionError):  # truncated, or not a number
         if order is None:
             return None
         (start,) = struct.unpack_from(f"{order}I", exif, 4)
@@ -85,14 +85,14 @@ def _orientation_in_xmp(image: Image.Image) -> int:
 
 
 def may_be_bare(start: bytes) -> bool:
-    """By its first 12 bytes, whether a file is one that `bare` knows."""
+    """Whether `bare` supports a file, judged by its first 12 bytes."""
     signs = (b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF", b"II*\0", b"MM\0*")
     return start.startswith(signs) or start[4:8] == b"ftyp"
 
 
 def bare(data: bytes) -> tuple[bytes, bytes] | None:
-    """A JPEG, PNG, WebP, TIFF, HEIC or AVIF file without its metadata, and the EXIF that was in it (of the last three
-    none); None of other files, and where there is no metadata."""
+    """Strip a JPEG, PNG, WebP, TIFF, HEIC or AVIF file of its metadata; return it and its EXIF (no EXIF for the last
+    three formats). None for other files, and for files without metadata."""
     try:
         if data.startswith(b"\xff\xd8"):
             found = _bare_jpeg(data)
@@ -102,7 +102,7 @@ def bare(data: bytes) -> tuple[bytes, bytes] | None:
             found = _bare_webp(data)
         elif data[:4] in (b"II*\0", b"MM\0*"):
             found = _bare_tiff(data), b""
-        elif data[4:8] == b"ftyp":  # items of these types are no longer found, and all else stays in its place
+        elif data[4:8] == b"ftyp":  # items of these types are no longer found; all other offsets stay valid
             found = re.sub(rb"(infe.{8}(?:..)?)(?:Exif|mime)", rb"\1skip", data, flags=re.DOTALL), b""
         else:
             return None
@@ -112,10 +112,10 @@ def bare(data: bytes) -> tuple[bytes, bytes] | None:
 
 
 def _bare_jpeg(data: bytes) -> tuple[bytes, bytes]:
-    """Without comments and application segments, but for whole ones of JFIF and Adobe, which say what colours mean."""
+    """Drop comments and application segments, except complete JFIF and Adobe ones, which define the colour space."""
     kept, exif, place = [data[:2]], b"", 2
     while data[place] == 0xFF and data[place + 1] != 0xDA:
-        if data[place + 1] == 0xFF:  # a marker may be filled up with these
+        if data[place + 1] == 0xFF:  # padding before a marker
             place += 1
             continue
         kind, (size,) = data[place + 1], struct.unpack_from(">H", data, place + 2)
@@ -167,7 +167,7 @@ def _chunks(data: bytes, place: int) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _bare_tiff(data: bytes) -> bytes:
-    """Its first picture alone, with the tags that say how its pixels lie."""
+    """Keep only the first image, with the tags that describe its pixel layout."""
     order = "<" if data.startswith(b"II") else ">"
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)

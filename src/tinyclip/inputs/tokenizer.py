@@ -20,24 +20,24 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 START, END = "<start_of_text>", "<end_of_text>"  # OpenCLIP's spelling
 OPENAI_SPECIAL = ("<|startoftext|>", "<|endoftext|>")  # also Hugging Face's
 WORD_END = "</w>"
-BYTE_TOKENS = 512  # 256 bytes, each inside a word and at its end
+BYTE_TOKENS = 512  # 256 bytes, each within a word and at a word's end
 PLAIN = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+")  # PATTERN for plain text in lower case
-KNOWN_WORDS = 100_000  # whose ids are remembered, at most
+KNOWN_WORDS = 100_000  # largest number of words whose ids are cached
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clean(text: str) -> str:
-    """OpenCLIP's cleaning: ftfy, html unescape twice, single spaces, lower case."""
+    """Clean text as OpenCLIP does: ftfy, HTML unescape twice, single spaces, lower case."""
     if not is_plain(text):
-        import ftfy  # takes as long as tokenising some thousand plain texts
+        import ftfy  # the import takes as long as tokenising a few thousand plain texts
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def is_plain(text: str) -> bool:
-    """Whether ftfy and html leave the text alone and no special token can be in it: most captions, at a tenth of
-    the time."""
+    """Whether ftfy and HTML unescaping leave the text alone and it has no special token: true of most captions, and
+    ten times faster."""
     return text.isascii() and text.isprintable() and "&" not in text and "<" not in text
 
 
@@ -45,10 +45,10 @@ class CLIPTokenizer:
     """Texts to token ids, `[start, ..., end]`, zero-padded to the context length.
 
     Args:
-        merges: byte-pair merges as (left, right), by rank. The vocabulary is the 512 byte tokens, one token
-            a merge, start and end: so the end token is always the highest id.
-        context_length: default length of a row, start and end included.
-        special: how the start and the end token are written inside of a text.
+        merges: byte-pair merges as (left, right), by rank. The vocabulary is the 512 byte tokens, one token per
+            merge, start and end, so the end token always has the highest id.
+        context_length: default length of a row, including start and end.
+        special: how the start and end tokens are written in a text.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class CLIPTokenizer:
         return self.end_id + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, without start and end."""
+        """Return the ids of one text, without start and end."""
         if not is_plain(text):
             return self._bpe.encode(clean(text)).ids
         ids: list[int] = []
@@ -90,7 +90,7 @@ class CLIPTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; start, end and what follows the end are left out."""
+        """Return the text of ids, without start, end and anything after the end."""
         table = {symbol: byte for byte, symbol in _symbol_of_byte().items()}
         tokens, words = self.tokens(), []
         for i in ids:
@@ -106,7 +106,7 @@ class CLIPTokenizer:
         """int64 (n, context_length); a text that is too long is cut and keeps its end token.
 
         Raises:
-            ValueError: for something that is no text, or a context below 2.
+            ValueError: for something that is not text, or a context below 2.
         """
         length = self.context_length if context_length is None else context_length
         return pad(self.rows(texts, length), length)
@@ -128,8 +128,8 @@ class CLIPTokenizer:
         return rows
 
     def kept_ids(self, texts: Iterable[str]) -> list[int]:
-        """Ids to keep so that `texts` encode exactly as before: their tokens and, recursively, the tokens these
-        are merged from; always the byte tokens, start and end. Ascending."""
+        """Return the ids to keep so that `texts` encode exactly as before, ascending: their tokens and, recursively,
+        the tokens these are merged from, plus the byte tokens, start and end."""
         needed = set(range(BYTE_TOKENS)) | {self.start_id, self.end_id}
         ids = {token: i for i, token in enumerate(self.tokens())}
         stack = [i for text in texts for i in set(self.encode(text))]
@@ -141,7 +141,7 @@ class CLIPTokenizer:
         return sorted(needed)
 
     def pruned(self, kept: Sequence[int]) -> CLIPTokenizer:
-        """The tokenizer of the kept ids (see `kept_ids`), renumbered in order."""
+        """Return a tokenizer with only the kept ids (see `kept_ids`), renumbered in order."""
         merges = [self.merges[i - BYTE_TOKENS] for i in kept if BYTE_TOKENS <= i < self.start_id]
         return CLIPTokenizer(merges, self.context_length, self.special)
 
@@ -155,18 +155,18 @@ class CLIPTokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        """What `save` writes."""
+        """Return the JSON that `save` writes."""
         lines = [f"{a} {b}" for a, b in self.merges]
         data = {"type": "clip-bpe", "context_length": self.context_length, "special": self.special, "merges": lines}
         return json.dumps(data, ensure_ascii=False)
 
     @classmethod
     def from_file(cls, path: str | Path) -> CLIPTokenizer:
-        """Read what `save` wrote; `ValueError` when it is something else."""
+        """Read a tokenizer written by `save`; `ValueError` for anything else."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             merges = [_pair(line) for line in data["merges"]]
-            start, end = map(str, data.get("special", (START, END)))  # older files do not say it
+            start, end = map(str, data.get("special", (START, END)))  # missing in older files
             return cls(merges, int(data["context_length"]), (start, end))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
@@ -175,7 +175,7 @@ class CLIPTokenizer:
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """Rows of at most `length` ids -> int64 (n, length), zeros after each."""
+    """Zero-pad rows of at most `length` ids: int64 (n, length)."""
     tokens = np.zeros((len(rows), length), np.int64)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids

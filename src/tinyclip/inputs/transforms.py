@@ -13,12 +13,12 @@ from tinyclip.inputs.decoding import open_image as open_image
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-# In these modes pixels are resized as they are and become RGB after, as torchvision's transform does.
+# Images of these modes are resized first and then converted to RGB, as in torchvision's transform.
 RESIZED_AS_THEY_ARE = {"L", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}  # LA and RGBA too
 
-LONGEST = 100  # times the shorter side
-# A JPEG decoded at a fraction of its size may differ by a grey level on average where less than this many of its
-# pixels go into one of the result (docs/embed.md).
+LONGEST = 100  # largest aspect ratio
+# A JPEG decoded at a fraction of its size may differ by one grey level on average if fewer than this many of its
+# pixels go into one result pixel (docs/embed.md).
 DRAFT = 4
 
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -52,8 +52,8 @@ class Preprocess(BaseModel):
 
 
 def plain_mode(image: Image.Image) -> Image.Image:
-    """Bring rare modes to one that resizes well: palette and 1-bit to RGB, 16 and 32 bits to 8, Lab to sRGB. What is
-    fully transparent becomes black; a palette's and a plain colour's transparency is passed over (docs/data.md)."""
+    """Convert rare modes to one that resizes well: palette and 1-bit to RGB, 16 and 32 bits to 8, Lab to sRGB. Fully
+    transparent pixels become black; transparency of a palette or a single colour is ignored (docs/data.md)."""
     if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     if image.mode in ("LA", "RGBA"):
@@ -67,13 +67,13 @@ def plain_mode(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None
         return converted
-    # By way of RGBA, since Pillow warns of a palette with transparency that becomes RGB.
+    # Through RGBA, since Pillow warns when a palette with transparency is converted to RGB.
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
 
 
 def _nothing_hidden(image: Image.Image) -> Image.Image:
-    """Black where it is fully transparent, as resizing makes it: a model never sees what is hidden there, also in a
-    picture that has the right size already."""
+    """Make fully transparent pixels black, as resizing does, so that a model never sees hidden content, even in an
+    image that already has the right size."""
     transparent = image.getchannel("A").point(lambda alpha: 0 if alpha else 255)
     if transparent.getbbox() is None:
         return image
@@ -83,7 +83,7 @@ def _nothing_hidden(image: Image.Image) -> Image.Image:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Of a picture longer than `LONGEST` to 1 the middle, as the whole of a thin one would fill the memory."""
+    """Crop an image longer than `LONGEST` to 1 to its middle, since resizing a thin one whole would fill the memory."""
     short, long = sorted(image.size)
     if long <= LONGEST * short:
         return image
@@ -93,7 +93,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size`, the longer in proportion (rounded down, as torchvision does)."""
+    """Resize the shorter side to `size`, the longer in proportion (rounded down, as torchvision does)."""
     width, height = image.size
     if width <= height:
         target = (size, int(size * height / width))
@@ -103,25 +103,25 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central (size, size) of a picture at least that large (torchvision's rounding)."""
+    """Crop the central (size, size) of an image at least that large, with torchvision's rounding."""
     left, top = round((image.width - size) / 2.0), round((image.height - size) / 2.0)
     return image.crop((left, top, left + size, top + size))
 
 
 def on_colour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """A picture with transparency, be it of a palette or of one colour, laid on a plain colour; others as they are."""
+    """Composite an image with transparency (alpha, palette or one colour) onto a plain colour; return others as is."""
     if not image.has_transparency_data or image.mode.startswith("I"):
         return image
-    image = image.convert(image.mode.upper()).convert("RGBA")  # La and RGBa by way of LA and RGBA
+    image = image.convert(image.mode.upper()).convert("RGBA")  # La and RGBa through LA and RGBA
     backdrop = Image.new("RGBA", image.size, (*colour, 255))
     return Image.alpha_composite(backdrop, image).convert("RGB")
 
 
-THUMBNAIL = 144  # pixels: twice what is shown, for fine screens
+THUMBNAIL = 144  # pixels: twice the displayed size, for high-density screens
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """A small copy in RGB, as a model sees it."""
+    """Return a small RGB copy, with the colours that a model sees."""
     small = plain_mode(image).copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small.convert("RGB")

@@ -1,6 +1,6 @@
 """The axis table: which axis of which parameter means what.
 
-Every dimension of every parameter has a named axis or none. Axes with one name are cut together:
+Every dimension of every parameter has a named axis or none. Axes of the same name are cut together:
 
     visual.hidden, text.hidden      channels of a tower's residual stream
     visual.heads.3, text.heads.3    attention heads of block 3
@@ -9,7 +9,7 @@ Every dimension of every parameter has a named axis or none. Axes with one name 
     text.context, text.vocab        positions and tokens
 
 and every parameter of a residual branch names its gate: `visual.attn.3`, `text.ffn.3`.
-A ResNet image tower (stages 1 to 4 and their blocks from 0, as in its keys) has instead
+A ResNet image tower (stages from 1 to 4, blocks from 0, as in its keys) instead has
 
     visual.stem.1                   outputs of the stem's first convolution, likewise 2 and 3
     visual.stage.3                  channels between the blocks of stage 3
@@ -29,23 +29,23 @@ from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, V
 
 TOWERS = {"visual": "visual.transformer.resblocks", "text": "transformer.resblocks"}
 GATES = ("attn", "ffn", "block")
-# Kinds of axes of which something must stay; a block that is to go whole has a gate.
+# Kinds of axes that must keep at least one element; a block that can be removed as a whole has a gate.
 NEEDED = ("embed", "hidden", "context", "vocab", "stem", "stage", "conv1", "conv2", "pool_heads")
 
 
 def axis_kind(name: str) -> str:
-    """`heads` of `visual.heads.3`, `embed` of `embed`."""
+    """Return the kind of an axis: `heads` for `visual.heads.3`, `embed` for `embed`."""
     return name.split(".")[1] if "." in name else name
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of a parameter: `outer * size(name) * inner` long, e.g. q, k, v of heads of 64."""
+    """One dimension of a parameter, of length `outer * size(name) * inner`: e.g. 3 * heads * 64 for q, k and v."""
 
     name: str
     outer: int = 1
     inner: int = 1
-    scaled: bool = False  # `compact` folds the mask values in here; elsewhere it only cuts
+    scaled: bool = False  # `compact` folds mask values in here; other axes are only cut
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Entry:
 
 
 def axis_table(config: CLIPConfig) -> dict[str, Entry]:
-    """Every parameter and buffer of the model, by its OpenAI/OpenCLIP key."""
+    """Return every parameter and buffer of the model, by its OpenAI/OpenCLIP key."""
     text = config.text
     sizes = axis_sizes(config)
     table: dict[str, Entry] = {}
@@ -98,7 +98,7 @@ def _add_vit(add, vision: VisionConfig) -> None:  # type: ignore[no-untyped-def]
 
 
 def _add_resnet(add, vision: ResNetConfig) -> None:  # type: ignore[no-untyped-def]
-    """Masks of a ResNet are 0 or 1, so there is nothing to fold: no axis but `embed` is scaled."""
+    """Add a ResNet tower. Its masks are 0 or 1, so there is nothing to fold: only `embed` is scaled."""
 
     def convolution(place: str, conv: str, norm: str, out: Axis, inputs: Axis | int, side: int, **branch: str) -> None:
         add(f"{place}.{conv}.weight", out, inputs, side, side, **branch)
@@ -156,7 +156,7 @@ def _add_blocks(add, tower: str, config: TransformerConfig) -> None:  # type: ig
 
 
 def axis_sizes(config: CLIPConfig) -> dict[str, int]:
-    """Length of every named axis; gates (of branches that exist) have length 1."""
+    """Return the length of every named axis; gates (of existing branches) have length 1."""
     text = config.text
     sizes = {"embed": config.embed_dim, "text.context": text.context_length, "text.vocab": text.vocab_size}
     towers = {"visual": config.vision, "text": config.text}
@@ -174,7 +174,7 @@ def axis_sizes(config: CLIPConfig) -> dict[str, int]:
 
 
 def resnet_sizes(vision: ResNetConfig) -> dict[str, int]:
-    """Length of every named axis of a ResNet tower."""
+    """Return the length of every named axis of a ResNet tower."""
     sizes = {f"visual.stem.{i}": channels for i, channels in enumerate(vision.stem, 1)}
     for stage, (channels, ones, twos) in enumerate(zip(vision.channels, vision.conv1, vision.conv2, strict=True), 1):
         sizes[f"visual.stage.{stage}"] = channels
@@ -186,7 +186,7 @@ def resnet_sizes(vision: ResNetConfig) -> dict[str, int]:
 
 
 def count_parameters(table: Mapping[str, Entry]) -> dict[str, int]:
-    """Parameters by part: `image`, `text` (both without the token embedding), `embedding` (the token embedding)."""
+    """Count parameters by part: `image`, `text` (both without the token embedding), `embedding` (token embedding)."""
     counts = {"image": 0, "text": 0, "embedding": 0}
     for key, entry in table.items():
         if entry.buffer:

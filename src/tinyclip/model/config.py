@@ -1,8 +1,8 @@
-"""What a CLIP model is: every shape it can have, before and after compression.
+"""Configs for every shape that a CLIP model can have, before and after compression.
 
-Heads and MLP width are stated per block, so a full model, a manual student and an automatically cut one are
-the same kind of config. In a block `None` means that the branch is gone (with its bias and norm), and `0`
-that it has no heads (or neurons) left and is only its output bias.
+Heads and MLP width are stated per block, so a full model, a manual student and an automatically cut one use the same
+kind of config. In a block, `None` means that the branch is gone (with its bias and norm), and `0` that it has no
+heads (or neurons) left, only its output bias.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pydantic import Field, ValidationError, model_validator
 from tinyclip.common.schema import LARGEST, Count, Positive, Strict, explain
 
 MOST_BLOCKS, MOST_WEIGHTS = 1024, 20_000_000_000
-LARGEST_IMAGE = 4096  # pixels; also of `transforms.Preprocess`
+LARGEST_IMAGE = 4096  # pixels; the same limit as in `transforms.Preprocess`
 ImageSize = Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
 Activation = Literal["gelu", "quick_gelu"]
 
 
 class TransformerConfig(Strict):
-    """A stack of residual blocks, one entry of `heads` and `mlp_width` a block."""
+    """A stack of residual blocks, with one entry of `heads` and `mlp_width` per block."""
 
     width: Positive = Field(description="channels of the residual stream")
     head_dim: Positive = Field(64, description="channels of one attention head")
@@ -49,7 +49,7 @@ class TransformerConfig(Strict):
 
     @property
     def block_weights(self) -> int:
-        """Values of the blocks' matrices."""
+        """Number of weights in the blocks' matrices."""
         channels = sum(
             4 * (h or 0) * self.head_dim + 2 * (m or 0) for h, m in zip(self.heads, self.mlp_width, strict=True)
         )
@@ -81,9 +81,9 @@ Blocks = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=MOST_BLO
 class ResNetConfig(Strict):
     """CLIP's modified ResNet with its attention pool.
 
-    An uncut tower is written as `layers` (bottlenecks of each stage) and `width` alone; what is not stated follows
-    from them as in OpenAI's: stem width/2, width/2, width; stage i has bottlenecks of width * 2^i and 4 times as
-    many channels between them; the pool has as many heads of `head_dim` as fit into the last stage.
+    An uncut tower needs only `layers` (bottlenecks of each stage) and `width`; the rest follows as in OpenAI's models:
+    stem width/2, width/2, width; stage i has bottlenecks of width * 2^i and 4 times as many channels between them;
+    the pool has as many heads of `head_dim` as fit into the last stage.
     """
 
     kind: Literal["resnet"] = "resnet"
@@ -124,7 +124,7 @@ class ResNetConfig(Strict):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks of each stage."""
+        """Number of blocks of each stage."""
         return tuple(len(stage) for stage in self.conv1)
 
     @property
@@ -134,7 +134,7 @@ class ResNetConfig(Strict):
 
     @property
     def block_weights(self) -> int:
-        """Values of the blocks' kernels of 3 x 3, which are the most."""
+        """Number of weights in the blocks' 3 x 3 kernels, the bulk of all weights."""
         return sum(
             9 * a * b
             for ones, twos in zip(self.conv1, self.conv2, strict=True)
@@ -187,7 +187,7 @@ class CLIPConfig(Strict):
 
     @classmethod
     def from_json(cls, path: str | Path) -> CLIPConfig:
-        """Read a config file; `ValueError` when it is missing, no JSON, or does not fit."""
+        """Read a config file; `ValueError` when it is missing, not JSON, or does not fit."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -198,7 +198,7 @@ class CLIPConfig(Strict):
 
     @classmethod
     def named(cls, name: str) -> CLIPConfig:
-        """The config of a published model, e.g. `ViT-B-32` or `TinyCLIP-ViT-40M-32-Text-19M`.
+        """Return the config of a published model, e.g. `ViT-B-32` or `TinyCLIP-ViT-40M-32-Text-19M`.
 
         Raises `ValueError` for an unknown name, and for an automatically compressed model, whose shape
         is only known from its checkpoint.
@@ -229,7 +229,7 @@ def vit_clip(
     context_length: int = 77,
     activation: Activation = "gelu",
 ) -> CLIPConfig:
-    """A ViT CLIP of equal blocks; `vision` and `text` are (layers, width), with MLPs of 4 * width."""
+    """Return a ViT CLIP of equal blocks; `vision` and `text` are (layers, width), with MLPs of 4 * width."""
     (layers, width), (text_layers, text_width) = vision, text
     return CLIPConfig(
         embed_dim=embed_dim,
@@ -258,7 +258,7 @@ def _text(layers: int, width: int, head_dim: int = 64, vocab_size: int = 49408, 
 
 
 def resnet_tower(layers: Sequence[int], width: int, **fields: Any) -> ResNetConfig:
-    """A ResNet tower from what OpenAI's names say (see `ResNetConfig`); `fields` state what differs."""
+    """Return a ResNet tower from `layers` and `width` (see `ResNetConfig`); `fields` override the rest."""
     return ResNetConfig.model_validate({"layers": layers, "width": width} | fields)
 
 
@@ -266,7 +266,7 @@ def _resnet(width: int, text_layers: int) -> CLIPConfig:
     return CLIPConfig(embed_dim=1024, vision=resnet_tower((3, 4, 6, 3), width), text=_text(text_layers, 512))
 
 
-# METHOD of the TinyCLIP paper, table of models; OpenCLIP's ViT-B-32 of LAION-2B uses GELU, OpenAI's own QuickGELU.
+# TinyCLIP paper, table of models; OpenCLIP's ViT-B-32 trained on LAION-2B uses GELU, OpenAI's own uses QuickGELU.
 NAMED: dict[str, CLIPConfig] = {
     "ViT-B-32": vit_clip(512, (12, 768), (12, 512), 32),
     "ViT-B-16": vit_clip(512, (12, 768), (12, 512), 16),

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a shape, worked out from its config. No torch here."""
+"""Parameters and multiply-accumulates of a shape, computed from its config. No torch here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, V
 
 
 def macs(config: CLIPConfig) -> dict[str, int]:
-    """Multiply-accumulates of one image and one text of full context, `image` and `text`.
+    """Count the multiply-accumulates of one image and one text of full context, `image` and `text`.
 
-    Matrix products and convolutions count, both products of the attention included; norms, activations and
-    additions do not. Counted as published: what a shortcut spares (an output that nobody reads) counts too.
+    Counts matrix products and convolutions, including both attention products, but not norms, activations and
+    additions. Follows published counts: outputs that this implementation skips because nothing reads them count too.
     """
     vision, text = config.vision, config.text
     image = _vit(vision, config.embed_dim) if isinstance(vision, VisionConfig) else _resnet(vision, config.embed_dim)
@@ -42,7 +42,7 @@ def _resnet(config: ResNetConfig, embed_dim: int) -> int:
             total += side**2 * two * outputs
             inputs = outputs
     length, inner = config.grid**2 + 1, config.heads * config.head_dim
-    # The pool as published computes an output for every position; ours only for the first, which is read.
+    # The published pool computes an output for every position; ours only for the first, the one that is used.
     return total + length * (3 * inputs * inner + 2 * length * inner + inner * embed_dim)
 
 
@@ -56,6 +56,6 @@ def _transformer(config: TransformerConfig, length: int) -> int:
 
 
 def counted(config: CLIPConfig) -> dict[str, Any]:
-    """Parameters and MACs of a shape, as `measure` names them."""
+    """Return the parameters and MACs of a shape, under the names of `measure`."""
     counts, operations = count_parameters(axis_table(config)), macs(config)
     return {f"params_{k}": n for k, n in counts.items()} | {f"macs_{k}": n for k, n in operations.items()}

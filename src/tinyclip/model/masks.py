@@ -1,4 +1,4 @@
-"""Masks as data: one multiplier for each element of a named axis, and one for each branch."""
+"""Masks as data: one multiplier per element of a named axis, and one per branch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Unit = Literal["params", "macs"]
 
 
 def validate(masks: Masks, config: CLIPConfig) -> None:
-    """Check that every mask belongs to the model and has its length.
+    """Check that every mask names an axis of the model and has its length.
 
     Raises:
         ValueError: naming the mask, its shape, and what the model has; a graded mask for a ResNet tower.

@@ -1,7 +1,7 @@
-"""CLIP with a ViT or ResNet image tower and a text transformer, any shape a `CLIPConfig` can state.
+"""CLIP with a ViT or ResNet image tower and a text transformer, in any shape that `CLIPConfig` can express.
 
-State-dict keys are OpenAI's and OpenCLIP's. Everything is batch-first. `masks` (see `masks.py`) scale the
-residual writes, heads, neurons and branches; `inheritance.compact` cuts what they close, outputs unchanged.
+State-dict keys are OpenAI's and OpenCLIP's. Everything is batch-first. `masks` (see `masks.py`) scale the residual
+writes, heads, neurons and branches; `inheritance.compact` cuts whatever they close, without changing outputs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(heads * head_dim, width)
 
     def forward(self, x: Tensor, causal: bool, mask: Tensor | None = None, read: Tensor | None = None) -> Tensor:
-        """x: (n, length, width) -> (n, length, width), or (n, 1, width) of the positions `read` (n,) alone;
+        """x: (n, length, width) -> (n, length, width), or (n, 1, width) for only the positions `read` (n,);
         mask: (heads,)."""
         if self.heads == 0:
             return self.out_proj.bias.expand_as(x if read is None else x[:, :1])
@@ -65,11 +65,11 @@ class Attention(nn.Module):
             seen = torch.arange(length, device=x.device) <= read.view(-1, 1, 1, 1) if causal else None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)  # (n, heads, 1, head_dim)
         if mask is not None:
-            y = (y * mask.view(-1, 1, 1)).to(y.dtype)  # masks stay in float32 where the weights do not
+            y = (y * mask.view(-1, 1, 1)).to(y.dtype)  # masks stay in float32 when the weights do not
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor, first: int, stop: int) -> Tensor:
-        """x: (n, length, width) -> its queries, keys and values (0, 1, 2) from `first` to before `stop`:
+        """x: (n, length, width) -> its projections `first` up to (excluding) `stop` of queries, keys, values (0, 1, 2):
         (stop - first, n, heads, length, head_dim)."""
         inner = self.heads * self.head_dim
         rows = slice(first * inner, stop * inner)
@@ -78,14 +78,14 @@ class Attention(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A Linear that leaves its first weights to `CLIP.reset_parameters`; may have no inputs or outputs."""
+    """A Linear that leaves initialisation to `CLIP.reset_parameters`; may have no inputs or outputs."""
 
     def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """An Embedding without first weights on the meta device, where drawing them makes torch import its compiler."""
+    """An Embedding that skips initialisation on the meta device, where it would make torch import its compiler."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -111,7 +111,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (n, length, width) -> the same; mask: (mlp_width,), applied after the non-linearity."""
-        if self.c_fc.out_features == 0 and not self.training:  # runtimes know no empty matrices; DDP wants all used
+        if (
+            self.c_fc.out_features == 0 and not self.training
+        ):  # runtimes do not support empty matrices; DDP needs every parameter used
             return self.c_proj.bias.expand_as(x)
         x = self.act(self.c_fc(x))
         return self.c_proj(x if mask is None else (x * mask).to(x.dtype))
@@ -129,13 +131,13 @@ class Block(nn.Module):
 
     @property
     def mixes(self) -> bool:
-        """Whether positions see one another here."""
+        """Whether positions interact in this block."""
         return self.attn is not None and self.attn.heads > 0
 
     def forward(
         self, x: Tensor, causal: bool, masks: dict[str, Tensor] | None = None, read: Tensor | None = None
     ) -> Tensor:
-        """x: (n, length, width) -> the same, or (n, 1, width) of the positions `read` (n,) alone; masks: this
+        """x: (n, length, width) -> the same, or (n, 1, width) for only the positions `read` (n,); masks: this
         block's `hidden`, `heads`, `mlp`, `attn`, `ffn`."""
         masks = masks or {}
         hidden = masks.get("hidden")
@@ -150,7 +152,7 @@ class Block(nn.Module):
 
 
 def _sum(x: Tensor, y: Tensor) -> Tensor:
-    """x + y; under `torch.inference_mode` in the memory of x, which nobody needs any more. A compiler plans its own."""
+    """Add x + y; in place under `torch.inference_mode`, as x is no longer needed. Compilers plan memory themselves."""
     return x.add_(y) if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() else x + y
 
 
@@ -172,9 +174,9 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor, causal: bool, read: Tensor, masks: Masks | None = None) -> Tensor:
-        """x: (n, length, width), read: int64 (n,), the position that is wanted of each row -> (n, width).
+        """x: (n, length, width), read: int64 (n,), the position to read in each row -> (n, width).
 
-        From the last block in which positions see one another, only the wanted ones are computed.
+        From the last block in which positions interact, only the positions to read are computed.
         """
         mixing = [i for i, block in enumerate(self.resblocks) if block.mixes]
         last = mixing[-1] if mixing else None
@@ -216,14 +218,14 @@ class VisionTransformer(nn.Module):
         return layer_norm(self.ln_post, x, hidden) @ self.proj
 
     def _patches(self, images: Tensor) -> Tensor:
-        """images: (n, 3, s, s) -> (n, grid^2, width); what is left over at the right and bottom is dropped."""
+        """images: (n, 3, s, s) -> (n, grid^2, width); leftover pixels at the right and bottom are dropped."""
         n, _, side, _ = images.shape
         size, grid, weight = self.patch_size, side // self.patch_size, self.conv1.weight
         if images.dtype.itemsize <= weight.dtype.itemsize:
             return self.conv1(images).flatten(2).transpose(1, 2)
-        # Rounded to fewer bits, all pixels of an even surface would be off the same way, and so would the sum over a
-        # patch. So only what differs from the patch's mean is rounded; the mean has a product of its own. As a product
-        # of matrices, as that is also twice as fast in bfloat16 on a CPU.
+        # In a low-precision dtype, all pixels of a uniform area would be rounded the same way, and the errors would add
+        # up over a patch. So only the difference from the patch's mean is rounded; the mean has its own product. A
+        # matrix product is also twice as fast as a convolution in bfloat16 on a CPU.
         cut = images[:, :, : grid * size, : grid * size].view(n, 3, grid, size, grid, size)
         patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(n, grid**2, 3, size**2)
         mean = patches.mean(-1, keepdim=True)
@@ -258,12 +260,12 @@ class CLIP(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix products: the narrowest of the weights' (see `cast`)."""
+        """Dtype of the matrix products: the narrowest of the weights' (see `cast`)."""
         return min((p.dtype for p in self.parameters()), key=lambda dtype: dtype.itemsize)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random weights as OpenCLIP initialises them (scaled by width and depth); none on the meta device."""
+        """Initialise weights as OpenCLIP does (scaled by width and depth); does nothing on the meta device."""
         if self.logit_scale.is_meta:
             return
         vision, text = self.config.vision, self.config.text
@@ -296,7 +298,7 @@ class CLIP(nn.Module):
         self.logit_scale.fill_(math.log(1 / 0.07))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep for the backward pass only what goes into each block, and compute the rest again."""
+        """Keep only each block's input for the backward pass and recompute the rest."""
         for module in self.modules():
             if isinstance(module, Transformer | ModifiedResNet):
                 module.grad_checkpointing = enable
@@ -304,7 +306,7 @@ class CLIP(nn.Module):
     def encode_image(self, images: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
         """images: float (n, 3, image_size, image_size), normalised pixels -> image_features (n, embed_dim).
 
-        Pixels are best left in float32, whatever the model's dtype.
+        Pass pixels in float32, whatever the model's dtype.
 
         Raises:
             ValueError: for another shape.
@@ -320,7 +322,7 @@ class CLIP(nn.Module):
         """tokens: int (n, length), length up to context_length, zero-padded -> text_features (n, embed_dim).
 
         Raises:
-            ValueError: for another shape, or more tokens than the context.
+            ValueError: for another shape, or more tokens than the context length.
         """
         if masks:
             validate(masks, self.config)
@@ -329,7 +331,7 @@ class CLIP(nn.Module):
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected (n, 1 to {context})")
         hidden = masks.get("text.hidden") if masks else None
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        # The end token is the highest id, so argmax finds its (first) place.
+        # The end token is the highest id, so argmax finds its first position.
         x = self.transformer(_scaled(x, hidden), True, tokens.argmax(-1), masks)
         return self._finish(layer_norm(self.ln_final, x, hidden) @ self.text_projection, masks, normalize)
 
@@ -339,13 +341,13 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, images: Tensor, tokens: Tensor, masks: Masks | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised image_features and text_features (n, embed_dim), and exp(logit_scale)."""
+        """Return normalised image_features and text_features (n, embed_dim), and exp(logit_scale)."""
         image_features = self.encode_image(images, masks, normalize=True)
         return image_features, self.encode_text(tokens, masks, normalize=True), self.logit_scale.exp()
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Of all parameters and buffers, so that another model of the same name is noticed."""
+    """Hash all parameters and buffers, to detect a different model of the same name."""
     digest = hashlib.sha256()
     state = network.state_dict()
     for key, value in track(sorted(state.items()), "hashing the weights", len(state), "tensors"):
@@ -355,9 +357,9 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def cast(model: CLIP, dtype: torch.dtype) -> CLIP:
-    """Weights to `dtype`, in place. Below 32 bits only those of matrix products in blocks and of convolutions, but
-    for a ResNet's first: pixels, the residual stream, norms, embeddings, projections and the logit scale stay in
-    float32 (`docs/inference.md`)."""
+    """Cast weights to `dtype`, in place. Below 32 bits, cast only the blocks' matrices and convolutions (except a
+    ResNet's first): pixels, the residual stream, norms, embeddings, projections and the logit scale stay in float32
+    (`docs/inference.md`)."""
     if dtype.itemsize >= 4:
         return model.to(dtype)
     of_pixels = model.visual.conv1 if isinstance(model.visual, ModifiedResNet) else None

@@ -15,7 +15,7 @@ from tinyclip.model.masks import Masks
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the first of a stage changes channels and may stride."""
+    """1x1, 3x3, 1x1 convolutions with a shortcut; the first of a stage changes channels and may stride."""
 
     def __init__(self, inputs: int, inner: tuple[int, int], outputs: int, stride: int, first: bool) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class AttentionPool(nn.Module):
-    """The mean of all positions attends to itself and to each of them."""
+    """Attention pooling: the mean over positions attends to itself and to every position."""
 
     def __init__(self, channels: int, grid: int, heads: int, head_dim: int, embed_dim: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class ModifiedResNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random weights as OpenAI initialises them: each block's branch starts at 0."""
+        """Initialise weights as OpenAI does: each block's branch starts at 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
                 module.reset_parameters()
@@ -113,7 +113,7 @@ class ModifiedResNet(nn.Module):
     def forward(self, images: Tensor, masks: Masks | None = None) -> Tensor:
         """images: (n, 3, image_size, image_size), normalised -> (n, embed_dim)."""
         masks = masks or {}
-        x = images.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
+        x = images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
         for i in (1, 2, 3):
             if i == 2 and self.conv2.weight.dtype.itemsize < x.dtype.itemsize:
                 x = x.to(self.conv2.weight.dtype)  # pixels went through float32 (see `model.cast`)

@@ -14,12 +14,12 @@ from tinyclip.model.model import CLIP
 
 
 def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[str, Any]:
-    """`params_image`, `params_text` (both without the token embedding), `params_embedding`, `macs_image`,
-    `macs_text`, and the throughput here: `images_per_s`, `texts_per_s`, `pairs_per_s` (median of several runs).
+    """Measure `params_image`, `params_text` (both without the token embedding), `params_embedding`, `macs_image`,
+    `macs_text`, and throughput on this machine: `images_per_s`, `texts_per_s`, `pairs_per_s` (median of several runs).
 
     Args:
-        model: on the device and in the dtype to time; texts have the full context.
-        seconds: time to spend on timing each tower; 0 leaves the throughput out.
+        model: on the device and in the dtype to time; texts have the full context length.
+        seconds: time to spend on timing each tower; 0 skips the throughput.
 
     >>> import tinyclip
     >>> figures = tinyclip.measure(tinyclip.load("emoji-student").model, seconds=0)
@@ -43,7 +43,7 @@ def measure(model: CLIP, *, batch_size: int = 32, seconds: float = 2.0) -> dict[
 
 @torch.inference_mode()
 def median_seconds(call: Any, device: torch.device, seconds: float) -> float:
-    """Median seconds of a call, after a warm-up."""
+    """Return the median seconds of a call, after a warm-up."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 4 or time.perf_counter() < end:

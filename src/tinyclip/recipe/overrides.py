@@ -1,4 +1,4 @@
-"""Settings given one by one on the command line, as `key.path=value`."""
+"""Settings given individually on the command line, as `key.path=value`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ M = TypeVar("M", bound=Strict)
 
 
 def override(data: Any, text: str, option: str = "--set", form: str = "key.path=value, e.g. stages.0.steps=200") -> Any:
-    """Set one value of a recipe's data, in place; the value as in YAML, which is returned. `ValueError`, naming the
-    option, for a key that it cannot have."""
+    """Set one value of a recipe's data, in place, and return it, parsed as YAML. `ValueError`, naming the option, for
+    an invalid key."""
     path, equals, value = text.partition("=")
     *parents, last = path.split(".")
     if not equals or not all([*parents, last]):
@@ -43,7 +43,7 @@ def override(data: Any, text: str, option: str = "--set", form: str = "key.path=
 
 
 def _child(node: Any, key: str) -> Any:
-    """What lies under a key, made where there is nothing yet."""
+    """Return the value of a key, created as a mapping if missing."""
     if isinstance(node, list):
         return node[_entry(node, key)]
     if not isinstance(node, dict):
@@ -54,7 +54,7 @@ def _child(node: Any, key: str) -> Any:
 
 
 def _entry(entries: list[Any], key: str) -> int:
-    """The place in a list that a key names: plain digits, as Python's `int` takes much else (-1, 1_0, ٣)."""
+    """Return the list index that a key names: plain digits only, as Python's `int` takes much else (-1, 1_0, ٣)."""
     if re.fullmatch(r"[0-9]{1,6}", key) and int(key) < len(entries):
         return int(key)
     known = f"entries 0 to {len(entries) - 1}" if entries else "no entries"
@@ -62,7 +62,7 @@ def _entry(entries: list[Any], key: str) -> int:
 
 
 def model_from(model: type[M], option: str, overrides: Sequence[str], example: str) -> M:
-    """A model from `key=value` each; `ValueError`, naming the option, for an unknown key or a bad value."""
+    """Build a model from `key=value` items; `ValueError`, naming the option, for an unknown key or a bad value."""
     data: dict[str, Any] = {}
     for text in overrides:
         if override(data, text, option, f"e.g. {example}") is None:

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file that says everything of a run, validated into `Recipe` and `Stage`."""
+"""Recipes: a YAML file that fully describes a run, validated into `Recipe` and `Stage`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyclip.recipe.student_shape import Shape, StudentShape
 
 
 class Evaluation(Strict):
-    """Data never trained on."""
+    """Evaluation data, never trained on."""
 
     data: Place = Field(description="class folders, or shards with `class` or `captions`")
     templates: Place | None = Field(None, description="file of prompt templates, one per line, {c} for the class")
@@ -26,7 +26,7 @@ class Evaluation(Strict):
 
 
 class StoredTeachers(Strict):
-    """Teachers whose features `tinyclip cache` has stored; of several the affinities are averaged."""
+    """Teachers whose features `tinyclip cache` has stored; the affinities of several teachers are averaged."""
 
     cache: Place | Annotated[tuple[Place, ...], Field(min_length=1)] = Field(
         description="folder made by `tinyclip cache`, or a list of them: several teachers on the same views"
@@ -116,12 +116,13 @@ class Recipe(Strict):
 
     @property
     def caches(self) -> tuple[str, ...]:
-        """Folders of the teachers' stored features; empty with a live teacher, or none."""
+        """Folders of the teachers' stored features; empty with a live teacher or without one."""
         return self.teacher.folders if isinstance(self.teacher, StoredTeachers) else ()
 
 
 def _check_stored(i: int, stage: Stage, teachers: int) -> None:
-    """A cache has the teacher's features, not its weights; several teachers have no feature space in common."""
+    """Check a stage against stored teachers: a cache has features but no weights, and several teachers share no
+    feature space."""
     if stage.inherit != "none" and (stage.start == "teacher" or (stage.start == "previous" and i == 0)):
         raise ValueError(
             f"stages.{i}.start: name the checkpoint to inherit from, since a cache has the teacher's features and not "
@@ -135,8 +136,8 @@ def _check_stored(i: int, stage: Stage, teachers: int) -> None:
 
 
 def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
-    """Sparsity counts from the original teacher, so it must rise from stage to stage. A shape cannot be given relative
-    to one that is yet to be found."""
+    """Check that sparsity rises from stage to stage, since it is relative to the original teacher, and that no shape is
+    relative to one that is not known yet."""
     if before is None or stage.start != "previous" or before.target is None:
         return
     if stage.inherit == "manual" and stage.student != StudentShape():
@@ -159,7 +160,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe; `overrides` are `key.path=value`, values as in YAML (`stages.0.steps=200`).
 
     Raises:
-        ValueError: when the file is missing or no YAML, or a key or value does not fit, with the key's path.
+        ValueError: when the file is missing or not YAML, or a key or value is invalid, with the key's path.
     """
     try:
         data = read_yaml(Path(path))
@@ -167,7 +168,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path}: no such recipe") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys, see docs/recipes.md")
-    data = json.loads(json.dumps(data, default=str))  # so that what YAML aliases share can be set apart
+    data = json.loads(json.dumps(data, default=str))  # so that values shared by YAML aliases can be set separately
     for text in overrides:
         override(data, text)
     try:
@@ -177,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The recipe that a run has written into its folder; `ValueError` when it is damaged, or there is none."""
+    """Return the recipe that a run wrote into its folder; `ValueError` when it is missing or damaged."""
     path = run / "recipe.yaml"
     try:
         return load_recipe(path)
@@ -187,17 +188,17 @@ def recipe_of(run: Path) -> Recipe:
 
 
 def shape_from(overrides: Sequence[str]) -> StudentShape:
-    """A shape from `vision.width=128` and the like; `ValueError` for an unknown key or value."""
+    """Build a shape from overrides like `vision.width=128`; `ValueError` for an unknown key or bad value."""
     return model_from(StudentShape, "--shape", overrides, "vision.width=128")
 
 
 def augment_from(overrides: Sequence[str]) -> Augment:
-    """Views from `rotate=20` and the like; `ValueError` for an unknown key or value."""
+    """Build an `Augment` from overrides like `rotate=20`; `ValueError` for an unknown key or bad value."""
     return model_from(Augment, "--augment", overrides, "rotate=20")
 
 
 def calibrated_from(settings: dict[str, Any]) -> Calibrated:
-    """Settings of calibrated inheritance given on the command line; `ValueError` for a bad value."""
+    """Validate settings of calibrated inheritance from the command line; `ValueError` for a bad value."""
     try:
         return Calibrated.model_validate(settings)
     except ValidationError as error:

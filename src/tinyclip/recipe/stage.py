@@ -1,4 +1,4 @@
-"""A stage of a recipe as data, and its sections: how it inherits, its losses, its optimiser."""
+"""A stage of a recipe as data, with its sections: inheritance, losses, optimiser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinyclip.recipe.student_shape import StudentShape
 
 
 def _not_empty(value: str) -> str:
-    """An empty path would be the folder that one is in."""
+    """Refuse an empty path, which would mean the current folder."""
     if not value.strip():
         raise ValueError("is empty")
     return value
@@ -54,7 +54,7 @@ class Target(Strict):
 
     @property
     def counted(self) -> Literal["params", "macs"]:
-        """What sparsity counts; a latency is found by way of MACs."""
+        """The unit of sparsity; a latency target is met through MACs."""
         return self.unit if self.latency_ms is None else "macs"
 
 
@@ -114,7 +114,7 @@ class Loss(Strict):
 
     @property
     def distils(self) -> list[str]:
-        """The terms with a weight that need a teacher."""
+        """The terms with a nonzero weight that need a teacher."""
         return [name for name in TEACHER_TERMS if getattr(self, name) > 0]
 
     @property
@@ -135,7 +135,7 @@ class Optimizer(Strict):
 
 
 class Stage(Strict):
-    """One student, trained from the one before (or the teacher)."""
+    """One student, trained from the previous stage's student (or the teacher)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="folder of the stage's checkpoint")
     student: StudentShape = Field(StudentShape(), description="shape, relative to what the stage starts from")
@@ -215,7 +215,7 @@ class Stage(Strict):
 
     @property
     def target(self) -> Target | None:
-        """What masks are to remove, where the shape is not given."""
+        """How much the masks must remove; None when the shape is given."""
         return self.auto or self.calibrated
 
     def _shape_is_found(self, target: Target) -> None:

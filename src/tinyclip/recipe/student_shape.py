@@ -20,7 +20,7 @@ StageLayers = tuple[Positive, Positive, Positive, Positive]
 
 
 class TowerShape(Strict):
-    """What to change of a tower; what is left out stays as in the model before."""
+    """What to change in a tower; omitted keys stay as in the model it starts from."""
 
     layers: Positive | None = Field(None, description="number of blocks")
     width: Positive | None = Field(None, description="channels of the residual stream")
@@ -70,7 +70,7 @@ class StudentShape(Strict):
 
 
 def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]:
-    """Fields of the base that the shape changes. A tower that keeps its layers keeps unequal blocks as well."""
+    """Return the fields of the base that the shape changes. A tower that keeps its layers also keeps unequal blocks."""
     layers, width = shape.layers or len(base["heads"]), shape.width or base["width"]
     if not isinstance(layers, int):
         raise ValueError(f"student.{name}.layers: one number of blocks, not {len(layers)}; only a ResNet has stages")
@@ -95,7 +95,7 @@ def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]
 
 
 def _resnet(shape: VisionShape, base: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a ResNet that the shape changes: every channel count scales as the first bottleneck's does."""
+    """Return the fields of a ResNet that the shape changes: all channel counts scale like the first bottleneck's."""
     if shape.mlp_width is not None:
         raise ValueError("student.vision.mlp_width: a ResNet has no MLPs")
     old = base["conv1"][0][0]
