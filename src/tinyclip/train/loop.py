@@ -1,4 +1,4 @@
-"""The training loop, the same for teachers and students; a run passes through it once per stage.
+"""The training loop, shared by teachers and students; a run goes through it once per stage.
 
 A run's folder:
 
@@ -44,7 +44,7 @@ from tinyclip.zoo import card
 from tinyclip.zoo.checkpoint import FILES, load_checkpoint, read_config, save_checkpoint
 from tinyclip.zoo.resolve import STATE
 
-UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # of a run that has not begun
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # in a run before its start
 NEAR = 0.02  # how far a cut may miss its target sparsity without a warning
 
 
@@ -110,7 +110,8 @@ def _describe(run: Run, i: int, result: dict[str, Any]) -> None:
 
 
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
-    """Report that a stage starts, or resumes after a step; drop what it logged after that step, since it runs again."""
+    """Report that a stage starts, or resumes after a step; drop its log entries after that step, since those steps
+    run again."""
     stage = run.recipe.stages[i]
     last = run.folder / "stages" / stage.name / "last"
     for log in ("metrics.jsonl", "skipped.jsonl"):
@@ -140,12 +141,12 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
     from_main(lambda: write_atomically(folder / "result.json", json_text(result, indent=2) + "\n"))
-    from_main(lambda: finish(last))  # the state is not needed any more only from here on
+    from_main(lambda: finish(last))  # the state is needed up to here
     return trainee.model.eval(), result
 
 
 def _begun(run: Run, i: int, student: CLIP, last: Path, resumed: bool) -> Trainee:
-    """Return a trainee without masks, ready for its next step."""
+    """Return a trainee without masks, new or restored, ready for its next step."""
     stage = run.recipe.stages[i]
     if resumed:
         student = load_checkpoint(last)[0].to(run.device)
@@ -158,8 +159,8 @@ def _begun(run: Run, i: int, student: CLIP, last: Path, resumed: bool) -> Traine
 
 
 def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) -> tuple[Trainee, Progress]:
-    """Run the first part of an auto stage, from its start or from the masks in `last`. Save the cut student there and
-    return it with the stage's progress, ready for the second part."""
+    """Run the first part of an auto stage, starting fresh or from the masks in `last`. Save the cut student in `last`
+    and return it with the stage's progress, ready for the second part."""
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
     targets = saved_targets(last) if masked else mask_targets(run, stage, student)
@@ -170,7 +171,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision, pruner)
     progress = _loop(run, i, trainee, folder, stage.auto.steps)
     cut = pruner.cut(student)
-    # From here on it is a student like any other, with a new optimizer.
+    # From here on the cut student is an ordinary student with a new optimizer.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
     figures = pruner.figures(progress.step)
@@ -249,7 +250,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
 def _overflowed(run: Run, trainee: Trainee, progress: Progress) -> None:
     scale = trainee.scaler.get_scale()
     text = f"a batch overflowed in float16 and was left out; the loss scale falls to {scale:g}"
-    # Logged under the step it would have been: a resumed run repeats that step, so the warning appears once.
+    # Logged under the step that was due: a resumed run repeats that step, so the warning appears once.
     run.emit({"event": "warning", "stage": trainee.stage.name, "step": progress.step + 1, "text": text})
 
 
@@ -281,7 +282,7 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
 
 def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
     """Re-estimate batch-norm statistics on the first batches of the stage's data. A separate loader is used, so the
-    training loader still starts at its first batch, and a resumed run finds it at the right position."""
+    training loader still starts at its first batch, and a resumed run restores it at the right position."""
     batches, pairs = trainee.stage.batch_norm_batches or 20, trainee.stage.batch_size // world_size()
 
     def measured() -> list[dict[str, Tensor]]:
@@ -298,7 +299,7 @@ def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
 
 
 def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
-    """Evaluate in the first process and share the outcome with all processes."""
+    """Evaluate in the first process and share the result with all processes."""
 
     def judged() -> dict[str, Any]:
         _judge(run, trainee, progress, folder)

@@ -1,7 +1,8 @@
-"""Estimate what a recipe takes without running it: shapes, sizes, operations, memory and hours.
+"""Estimate the cost of a recipe without running it: shapes, sizes, operations, memory and hours.
 
 Sizes come from the axis table and operations from `measurement.macs`. If a stage learns or measures its masks, its
-final shape is not known in advance: the plan shrinks all widths of its start by one factor until the target is met.
+final shape is not known in advance, so the plan shrinks all widths of its start by one factor until
+it meets the target.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tinyclip.zoo.checkpoint import read_config
 # Tiles alive at the same time in a distillation loss: similarities, the student's logits, their softmax, the targets.
 LOSS_TILES = 4
 
-Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s per device for a stage's student of that shape
+Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s per device when a stage trains a student of that shape
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _beside_foreign(recipe: Recipe, name: str) -> tuple[CLIPConfig, list[str]]:
 
 
 def first_start(recipe: Recipe) -> CLIPConfig:
-    """Return the shape the first stage starts from if not the teacher; `ValueError` if the recipe does not give it."""
+    """Return the shape a first stage starts from without its teacher; `ValueError` if the recipe does not give it."""
     stage = recipe.stages[0]
     named = stage.start not in ("previous", "teacher")
     shape = known_shape(stage.start) if named else stage.student.like
@@ -101,7 +102,7 @@ def first_start(recipe: Recipe) -> CLIPConfig:
 
 
 def known_shape(name_or_path: str) -> CLIPConfig | None:
-    """Return the shape of a checkpoint or zoo model without downloading it; None if only the missing file tells.
+    """Return the shape of a checkpoint or zoo model without downloading it; None if that takes the missing file.
 
     Raises:
         ValueError: if the checkpoint cannot be read or the name is ambiguous.
@@ -121,7 +122,7 @@ def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes]
     """Return the shapes of every stage, and notes for the user about them.
 
     Raises:
-        ValueError: if a student does not fit its start; names the stage.
+        ValueError: if a student does not fit its start; the message names the stage.
     """
     shapes: list[StageShapes] = []
     notes: list[str] = []
@@ -183,9 +184,9 @@ def _resnet_text(vision: ResNetConfig) -> str:
 
 
 def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pairs: int | None = None) -> int:
-    """Return the training MACs per pair: forward and backward of the student's trained towers (3x their forward), one
-    more forward each for replaying micro-batches and for gradient checkpointing, and the teacher's forward. Texts
-    count at full context, although training trims them to the longest of the batch.
+    """Return the training MACs per pair: forward and backward pass of the student's trained towers (3x their forward
+    pass), one more forward pass each for replaying micro-batches and for gradient checkpointing, and the teacher's
+    forward pass. Captions count at full context, although training trims them to the longest in the batch.
 
     Args:
         pairs: pairs of the batch per device; by default all of them.
@@ -197,7 +198,7 @@ def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pai
 
 
 def needs_teacher(stage: Stage) -> bool:
-    """Whether the teacher runs on every batch: for its loss terms, or because one tower remains the teacher's."""
+    """Whether the teacher runs on every batch: for its loss terms, or because one tower stays the teacher's."""
     return bool(stage.loss.distils) or stage.towers != "both"
 
 
@@ -207,8 +208,8 @@ def memory(
     """Return the bytes a device needs with `pairs` pairs of the batch on it.
 
     Student: float32 weights, gradients and AdamW's two moments for trained parameters (4 + 4 + 8 bytes), and a copy of
-    the weights in the autocast dtype. Teacher: float32 weights. Activations: those the backward pass needs, see
-    `activation_bytes`; with `micro_batch`, those of one micro-batch, while the features of all pairs are kept. Loss:
+    the weights in the autocast dtype. Teacher: float32 weights. Activations: those the backward pass needs (see
+    `activation_bytes`); with `micro_batch`, those of one micro-batch, plus the features of all pairs. Loss:
     `LOSS_TILES` tiles, and the features of the whole batch with their gradients. Not counted: fragmentation,
     workspaces and the decoding workers.
     """
@@ -252,8 +253,8 @@ def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int, checkpoi
 
 
 def _transformer_blocks(config: TransformerConfig, length: int, dtype_bytes: int) -> list[tuple[int, int]]:
-    """Return input and inner bytes per block. After the last attention only the position that is read out is
-    computed."""
+    """Return input and inner bytes per block. After the last attention, only the position that is read out
+    is computed."""
     last = max((i for i, heads in enumerate(config.heads) if heads), default=-1)
     stream = config.width * (4 + dtype_bytes)  # per token: before and after a norm
     blocks = []
@@ -350,7 +351,7 @@ def _stage_plan(
     speed: Speed | None,
 ) -> dict[str, Any]:
     seen = stage.steps * stage.batch_size
-    # Masked steps run at the size of the start, steps after the cut at the size of the student.
+    # Steps with masks run at the size of the start, steps after the cut at the size of the student.
     masked = stage.batch_size * (stage.auto.steps if stage.auto else 0)
     phases = [(shapes.start, masked), (shapes.student, seen - masked)]
     if stage.calibrated:

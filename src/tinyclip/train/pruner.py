@@ -1,4 +1,4 @@
-"""Automatic inheritance during training: masks, their constraint and their optimizer."""
+"""Automatic inheritance during training: the masks, their constraint and their optimizer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MASKS = "masks.safetensors"  # present in a checkpoint whose student is not cut 
 class Pruner:
     """Masks learned together with the weights.
 
-    AdamW without weight decay for masks and multipliers; the multipliers use gradient ascent (as in the reference
+    Masks and multipliers use AdamW without weight decay, the multipliers with gradient ascent (as in the reference
     code, after CoFi pruning).
 
     Args:
         config, original: shape of the student before the cut, and of the teacher that sparsity is relative to.
         targets: sparsity by budget: `visual`, `text` or `both`.
-        seed: seed of the noise, which depends only on it and the step, so a resumed run draws the same noise.
+        seed: seed of the noise; the noise depends only on the seed and the step, so a resumed run draws the same noise.
 
     Raises:
         ValueError: if a tower does not support learned masks, or a target is out of reach.
@@ -70,7 +70,7 @@ class Pruner:
         return self.hard.sample(torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
     def cut(self, model: CLIP) -> CLIP:
-        """Return the student cut to what the masks keep."""
+        """Return the student, cut down to what the masks keep."""
         return compact(model, self.hard.deterministic(self.auto.align))
 
     def values(self) -> Tensor:
@@ -79,7 +79,7 @@ class Pruner:
 
     @torch.no_grad()
     def figures(self, step: int, values: Tensor | None = None) -> dict[str, Any]:
-        """Return sparsity and target of each budget, and how much of each block is kept.
+        """Return each budget's sparsity and target, and how many units each mask keeps.
 
         Args:
             values: the result of `values`, on the CPU, if already available.

@@ -34,7 +34,7 @@ from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
 from tinyclip.zoo.resolve import MANIFEST, STATE
 
-PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # keys of the state
+PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # keys in the state file
 SAVED = (*FILES, STATE, MANIFEST, MASKS)  # files in a checkpoint of a stage in progress
 STEP = re.compile(r"step-(\d{6,})")  # folder name of a checkpoint older than `last`
 # Errors raised when reading a truncated or malicious state.
@@ -126,7 +126,7 @@ def settle(last: Path) -> tuple[int, list[str]]:
     """Make `last` the newest intact checkpoint of an unfinished stage, before anything reads it.
 
     Returns:
-        Its step, 0 if there is none yet; and one line for each damaged checkpoint, which is removed.
+        The checkpoint's step (0 if there is none yet), and one line for each damaged checkpoint, which is removed.
 
     Raises:
         ValueError: if all checkpoints are damaged; none of them is changed.
@@ -198,7 +198,7 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     Returns:
         The loader's state, to be restored into a loader made with `progress.order`. None if there is no checkpoint, or
         if it was saved with another number of processes or workers: then the data order starts over, and
-        `progress.order` is set to the step at which it does.
+        `progress.order` is set to the current step.
 
     Raises:
         ValueError: if the checkpoint is damaged.
@@ -226,7 +226,7 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
 
 def _read_state(place: Path) -> dict[str, Any]:
     try:
-        # On the CPU, because the workers take their random states from it; the optimizer moves its tensors itself.
+        # On the CPU, because the workers take their random states from here; the optimizer moves its own tensors.
         data = dict(torch.load(place / STATE, weights_only=True, map_location="cpu"))
         if not (missing := PARTS - data.keys()) and rank() < len(data["ranks"]):
             mine = data["ranks"][rank()]
@@ -241,7 +241,7 @@ def _read_state(place: Path) -> dict[str, Any]:
 
 
 class _LoaderState(pickle.Unpickler):
-    """Unpickler for Energon's state; refuses any name outside `LOADER_STATE` before anything is called."""
+    """Unpickler for Energon's state; refuses any name outside `LOADER_STATE` before calling anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in LOADER_STATE:
@@ -250,7 +250,7 @@ class _LoaderState(pickle.Unpickler):
 
 
 def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
-    """Drop what a stage logged after the `step` of its checkpoint `last`, since those steps run again, and any line
+    """Drop a stage's log entries after the `step` of its checkpoint `last`, since those steps run again, and any line
     truncated by a kill. Evaluations and cuts are logged before the checkpoint that includes them."""
     if not path.exists():
         return
@@ -271,7 +271,7 @@ def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
 
 
 class Clock:
-    """Tells when the minutes between two checkpoints have passed (None: never). Only the first process's clock
+    """Timer for the minutes between two checkpoints (None: never due). Only the first process's clock
     counts."""
 
     def __init__(self, minutes: float | None) -> None:
@@ -291,15 +291,15 @@ class Stops:
 
     received: list[int] = field(default_factory=list)
     parent: int = field(default_factory=os.getppid)
-    saved: int | None = None  # the saved step, while stopping at once would lose nothing
+    saved: int | None = None  # the saved step while stopping at once loses nothing, else None
 
     def alone(self) -> int:
         """Return the signal received by a single-process run, else 0; several processes use `agreed` once per step."""
         return self.received[0] if self.received and world_size() == 1 else 0
 
     def agreed(self, *flags: bool, device: torch.device) -> tuple[int, ...]:
-        """Return the signal any process received, or 0, and for each flag whether any process raised it. Costs one
-        small exchange per step, none with a single process."""
+        """Return the signal any process received (0 if none), and for each flag whether any process raised it. Costs
+        one small exchange per step; a single process needs none."""
         orphaned = world_size() > 1 and os.getppid() != self.parent
         terminate = signal.SIGTERM in self.received or orphaned
         interrupt, terminate, *others = any_of(signal.SIGINT in self.received, terminate, *flags, device=device)
@@ -307,7 +307,7 @@ class Stops:
 
     @contextmanager
     def at_once(self, step: int) -> Iterator[None]:
-        """Raise `Interrupted` as soon as a signal arrives, or has arrived; for long work right after a save."""
+        """Raise `Interrupted` as soon as a signal arrives, or if one already has; for long work right after a save."""
         self.saved = step
         try:
             if stop := self.alone():

@@ -1,4 +1,4 @@
-"""The state of a run, and what its parts share: batches, attention kernel, preprocessing."""
+"""The state of a run, and helpers its parts share: batches, attention kernel, preprocessing."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Run:
     recipe: Recipe
     folder: Path
     teacher: AnyTeacher | None
-    original: CLIPConfig  # what sparsity is relative to: the shape of the teacher, else of the first stage's start
+    original: CLIPConfig  # base of the sparsity: the shape of the teacher, else of the first stage's start
     configs: list[CLIPConfig]
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
     device: torch.device
     precision: str
-    lock: Lock  # lock of the folder, held by the first process until the run ends
+    lock: Lock  # the folder's lock, held by the first process until the run ends
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
     caches: list[Cache] = field(default_factory=list)  # caches of a cached teacher
@@ -68,10 +68,10 @@ def preprocess_for(run: Run, model: CLIP) -> Preprocess:
 
 
 def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | None = None) -> Any:
-    """Return the loader of this process's share of a stage's batches.
+    """Return the loader for this process's share of a stage's batches.
 
     Args:
-        cut: whether this is the part of an auto stage after its cut.
+        cut: whether an auto stage is past its cut.
         order: the step at which the data order last started over, see `resume.restore`.
         pairs: batch size of this process; by default its share of the stage's batch size.
     """
@@ -122,7 +122,7 @@ class Progress:
     skipped: dict[str, int] = field(default_factory=dict)  # by cause, counted each time a sample comes up
     skipped_steps: int = 0  # batches that overflowed in float16; not counted as steps
     seconds: float = 0.0
-    order: int = 0  # step at which the data order last started over, as the number of processes or workers changed
+    order: int = 0  # step at which the data order last started over, after the number of processes or workers changed
     evaluated_step: int = 0
     precision: str = ""  # precision of the steps so far
     best_step: int | None = None
@@ -136,8 +136,8 @@ class Progress:
         self._waits: list[float] = []
 
     def advance(self, count: int, stepped: bool = True) -> None:
-        """Record a step on `count` samples of all processes. A skipped step (`stepped` false) uses up its batch, but
-        the stage still has as many steps to do and the schedule does not advance."""
+        """Record a step on `count` samples, summed over all processes. A skipped step (`stepped` false) uses up its
+        batch, but neither the step count nor the schedule advances."""
         now = time.perf_counter()
         self._recent = [*self._recent[-49:], (now - self._since, count)]
         self.seconds += now - self._since
@@ -165,7 +165,7 @@ class Progress:
         return list(vanished.values())
 
     def waited(self, seconds: float) -> None:
-        """Record how long the starting step waited for its data; the first step also waits for the workers to start."""
+        """Record how long a step waited for its data; the first one is ignored because it includes worker start-up."""
         self._waits = [*self._waits[-49:], seconds] if self._recent else []
 
     def pause(self) -> None:

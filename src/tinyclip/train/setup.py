@@ -39,13 +39,13 @@ from tinyclip.zoo.checkpoint import load_checkpoint, read_config, read_tokenizer
 from tinyclip.zoo.openai import own_tokenizer
 from tinyclip.zoo.resolve import resolve
 
-# Keys in which a resumed run may differ from the original one.
+# Recipe keys that may change when a run is resumed.
 FREE_TO_CHANGE = (
     *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "stall_minutes"),
     *("tracking", "workers"),
 )
 FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
-PATIENCE = 30.0  # seconds to wait until the processes of a killed run have ended; each may be in a long step
+PATIENCE = 30.0  # seconds to wait for the processes of a killed run to end; each may be in a long step
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
@@ -73,7 +73,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher: AnyTeacher | None = None
-    foreign: str | None = None  # the kind of a teacher that no student can inherit from
+    foreign: str | None = None  # kind of a teacher that no student can inherit from
     caches = open_caches(recipe.caches, recipe.data)
     if caches:
         first = caches[0]
@@ -116,8 +116,8 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
 
 
 def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
-    """Return what a run starts with if its teacher provides no weights: the checkpoint that the first stage names, else
-    the shape it gives, with CLIP's tokenizer.
+    """Return the start of a run whose teacher provides no weights: the checkpoint that the first stage names, else the
+    shape it gives, with CLIP's tokenizer.
 
     Raises:
         ValueError: if a stage needs the teacher's weights.
@@ -149,7 +149,7 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
     """Return the config of every stage's student, checked against the model it inherits from.
 
     Raises:
-        ValueError: if a stage does not fit; names the stage.
+        ValueError: if a stage does not fit; the message names the stage.
     """
     configs: list[CLIPConfig] = []
     for i, stage in enumerate(recipe.stages):
@@ -158,7 +158,7 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
                 base = read_config(resolve(stage.start))
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
-            config = stage.student.apply(base)  # auto and calibrated: the base, as the final shape is not known yet
+            config = stage.student.apply(base)  # auto and calibrated: the base, since the final shape is not known yet
             if stage.inherit == "manual":
                 manual_masks(base, config)
             _check_towers(stage, base, config, first)
@@ -176,7 +176,7 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
 
 
 def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
-    """Check that all stages start with the run's vocabulary."""
+    """Check that every stage starts with the run's vocabulary."""
     for i, stage in enumerate(recipe.stages):
         named = stage.start not in ("previous", "teacher")
         if named and read_tokenizer(resolve(stage.start)).merges != tokenizer.merges:
@@ -184,7 +184,7 @@ def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
 
 
 def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
-    """Fail early if a tower that must remain the teacher's differs, or if masks cannot reach their targets."""
+    """Fail early if a tower that must stay the teacher's differs, or if masks cannot reach their targets."""
     kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
     for name in kept:
         if getattr(student, name) != getattr(base, name) or student.embed_dim != base.embed_dim:
@@ -273,7 +273,7 @@ def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder with a `recipe.yaml` is a run, possibly of an older tinyclip without markers."""
+    """Whether a folder with a `recipe.yaml` is a run, possibly from an older tinyclip that wrote no markers."""
     marker = ownership.read_marker(folder)
     if marker is not None:
         return marker.kind == "run"
@@ -281,7 +281,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _written(recipe: Recipe) -> list[str]:
-    """Return the paths a run writes into its folder; those with a marker of their own end in `/`."""
+    """Return the paths a run writes in its folder; those with their own marker end in `/`."""
     files = ["recipe.yaml", "metrics.jsonl", "skipped.jsonl", "tracking.json", "report.html", "student/"]
     for stage in recipe.stages:
         files += [f"stages/{stage.name}/{name}" for name in ("result.json", "last/", "best/")]
@@ -289,7 +289,7 @@ def _written(recipe: Recipe) -> list[str]:
 
 
 def _fixed(settings: dict[str, Any], key: str) -> Any:
-    """Return the part of a setting that a resumed run must share with the original one."""
+    """Return the part of a setting that a resumed run may not change."""
     value = settings.get(key)
     if key == "stages" and isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
         return [{k: v for k, v in stage.items() if k not in FREE_IN_STAGES} for stage in value]

@@ -32,7 +32,7 @@ from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import save_checkpoint
 
 WORDS = ("red", "green", "blue", "round", "small", "old", "apple", "dog")
-BATCH = 8  # most pairs per step
+BATCH = 8  # maximum number of pairs per step
 SMALL_VOCABULARY = BYTE_TOKENS + 2 + 64
 
 
@@ -41,9 +41,9 @@ def smoke(
 ) -> list[dict[str, Any]]:
     """Run two steps of every stage in a temporary folder, and return `stage`, `shape` and `seconds` of each.
 
-    A stage with learned masks runs one step with masks and one after the cut; a stage with measured masks measures two
+    A stage with learned masks runs one step with masks and one after the cut; a stage that measures its masks uses two
     batches. A latency target becomes half of the MACs. Batches have at most `BATCH` pairs. Real checkpoints are read
-    only for their shape, and data is not read at all.
+    only for their shape, data not at all.
 
     Args:
         small: use a quarter of every width and head size, few tokens and pixels; layers and heads are unchanged.
@@ -74,7 +74,7 @@ def smoke(
 
 
 def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
-    """Return the recipe with two steps per stage, and with synthetic teacher, data and starts written to `folder`.
+    """Return the recipe with two steps per stage and a synthetic teacher, data and starts, all written to `folder`.
 
     Raises:
         ValueError: if the teacher's shape is unknown, a student does not fit its start, or the evaluation data is
@@ -119,7 +119,7 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
 
 
 def _caches(recipe: Recipe, folder: Path, config: CLIPConfig, image_size: int) -> list[str]:
-    """Make caches of random teachers of this shape for the data in `folder`."""
+    """Make caches of random teachers with this shape for the data in `folder`."""
     places = []
     for i in range(len(recipe.caches)):
         clip = load(random_checkpoint(folder / f"teacher-{i}", config, recipe.seed + i))
@@ -130,8 +130,8 @@ def _caches(recipe: Recipe, folder: Path, config: CLIPConfig, image_size: int) -
 
 
 def _without_latency(target: dict[str, Any], before: float) -> float:
-    """Replace a latency target, meaningless for other sizes and machines, by removing half of the MACs that remain
-    after the fraction `before`. Return the fraction removed in total; 0 if each tower has its own target."""
+    """Replace a latency target, which is meaningless for other sizes and machines, by a target that removes half of the
+    MACs left after the fraction `before`. Return the total fraction removed; 0 if each tower has its own target."""
     if target["latency_ms"] is not None:
         target |= {"latency_ms": None, "target_sparsity": (1 + before) / 2, "unit": "macs"}
     return target["target_sparsity"] if isinstance(target["target_sparsity"], float) else 0.0
@@ -195,7 +195,7 @@ def _tokenizer(config: CLIPConfig) -> CLIPTokenizer:
 
 
 def measured_speed(recipe: Recipe, steps: int = 3, pairs: int = 32) -> Speed:
-    """Measure pairs/s of real training steps on the recipe's device, with random weights, texts of full context and no
+    """Measure pairs/s of real training steps on the recipe's device, with random weights, full-length captions and no
     data loading.
 
     Batches have at most `pairs` pairs; larger ones hardly change the speed. The first step is not counted.

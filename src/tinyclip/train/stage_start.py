@@ -1,4 +1,4 @@
-"""The model a stage starts from: sliced by rule, cut by importance, or random weights."""
+"""The model a stage starts from: sliced by rule, cut by importance, or randomly initialised."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """Return the student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
-    pairs = run.recipe.stages[i].batch_size // world_size()  # this many fit in memory if training does
+    pairs = run.recipe.stages[i].batch_size // world_size()  # if training fits in memory, so does this
     masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
@@ -60,7 +60,7 @@ def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
 
 
 def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str, Tensor], int]:
-    """Return the measured masks, on the CPU as they may be sent to other processes, and the number of batches used."""
+    """Return the measured masks, on the CPU since they may go to other processes, and the number of batches used."""
     stage = run.recipe.stages[i]
     settings, preprocess = stage.calibrated, preprocess_for(run, base)
     assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
@@ -100,7 +100,7 @@ def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 @torch.no_grad()
 def _keep_tower(student: CLIP, teacher: CLIP, towers: str) -> None:
-    """Copy the teacher's weights into the student's tower that the stage does not train."""
+    """Copy the teacher's weights into the tower of the student that the stage does not train."""
     own = student.state_dict()
     for key, value in teacher.state_dict().items():
         if key != "logit_scale" and key.startswith("visual.") != (towers == "image"):

@@ -27,9 +27,9 @@ from tinyclip.train.student import Student, make_projections, set_trained
 
 LARGEST_LOGIT_SCALE = math.log(100)  # OpenAI's CLIP clamps a learned scale at 100
 SMALLEST_LOSS_SCALE = 1.0  # float16 overflow at this scale is not caused by loss scaling
-SHOWN = 8  # most keys of a batch to name in an error
-MOST_UNREAD = 1000  # most steps whose figures may stay on the device
-OTHER = {"image": "text", "text": "image"}  # the tower that a stage does not train
+SHOWN = 8  # maximum number of a batch's keys to name in an error
+MOST_UNREAD = 1000  # maximum number of steps whose figures may stay on the device
+OTHER = {"image": "text", "text": "image"}  # the tower a stage does not train, by the one it trains
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Unread:
 
 @dataclass
 class Trainee:
-    """A student in a stage, with everything its steps need.
+    """A student and everything its training steps in one stage need.
 
-    All processes must create it together, since they synchronise to the first one's weights; each process gets its
-    share of every batch.
+    All processes must create it together, since they synchronise to the first process's weights. Each process gets
+    its share of every batch.
     """
 
     model: CLIP
@@ -88,7 +88,7 @@ class Trainee:
             freeze(self.model)
 
     def _fix_logit_scale(self) -> None:
-        """If the scale is not learned, store the scale used in training in the model."""
+        """If the stage does not learn the scale, store the one it trains with in the model."""
         loss = self.stage.loss
         if loss.contrastive == 0 and loss.student_scale != "learned":
             with torch.no_grad():
@@ -104,11 +104,11 @@ class Trainee:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Take one optimizer step; return the loss terms, averaged over the processes, and the gradient norm. They stay
-        on the device and nothing here waits for it. They are checked for finite values when read: by `figures`, or
-        by `check` before a save.
+        """Take one optimizer step; return the loss terms, averaged over the processes, and the gradient norm. The
+        values stay on the device, and nothing here waits for it. Reading them (`figures`, or `check` before a save)
+        checks that they are finite.
 
-        Only float16 asks the device at each step whether it overflowed. If so, the step is skipped: weights and
+        Only float16 synchronises at every step, to see whether it overflowed. If so, the step is skipped: weights and
         optimizer are unchanged, and the loss scale is lowered.
 
         Raises:
@@ -195,7 +195,7 @@ class Trainee:
         self.scaler.update(lower)
 
     def _broken(self, what: str, how: str, at: Unread | None) -> str:
-        """Return the error message. All processes find the same, so either all of them raise or none."""
+        """Return the error message. All processes see the same values, so either all of them raise or none does."""
         place = f" at step {at.step + 1}; samples {', '.join(at.keys)}, ..." if at else ""
         return (
             f"{what} of stage {self.stage.name} is {how}{place}; a checkpoint from before it is kept, if there is one. "
@@ -209,7 +209,7 @@ class Trainee:
         The loss takes the features of the whole batch as leaves. With micro-batches the features come from forward
         passes without a graph; each pass is then replayed with its original random state, and the gradient at the
         leaves is propagated through it (GradCache, Gao et al., RepL4NLP 2021). The gradient equals that of the whole
-        batch, however many pieces there are.
+        batch for any number of pieces.
         """
         size = self.stage.micro_batch or len(batch.tokens)
         pieces = [slice(start, start + size) for start in range(0, len(batch.tokens), size)]
@@ -297,7 +297,7 @@ class Trainee:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """Concatenate the rows of all pieces, or take the scalar that all pieces share; detached."""
+    """Concatenate the rows of all pieces, or return the scalar that all pieces share; detached."""
     return (parts[0] if parts[0].ndim == 0 else torch.cat(parts)).detach()
 
 
@@ -308,7 +308,7 @@ def _joined(parts: list[list[Features]]) -> list[Features]:
 
 def _backward_through(outputs: dict[str, Tensor], leaves: dict[str, Tensor], piece: slice, last: bool) -> None:
     """Propagate the gradients at the leaves into the outputs they were copied from. A scalar's gradient counts only in
-    the last piece; the others pass zeros, as DistributedDataParallel waits for all parameters."""
+    the last piece; the others pass zeros, because DistributedDataParallel waits for every parameter."""
     tensors, gradients = [], []
     for name, output in outputs.items():
         gradient = leaves[name].grad
@@ -347,8 +347,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.op
 
 
 def learning_rate(step: int, stage: Stage) -> float:
-    """Return the learning rate at `step` (from 0): linear warm-up, as long as masks are learned if they are, then
-    cosine to 0."""
+    """Return the learning rate at `step` (from 0): linear warm-up, which lasts through mask learning in an auto stage,
+    then cosine decay to 0."""
     settings = stage.optimizer
     warmup_steps = stage.auto.steps if stage.auto else settings.warmup_steps
     if step < warmup_steps:

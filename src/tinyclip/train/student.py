@@ -20,11 +20,11 @@ from tinyclip.train.pruner import Pruner
 
 
 class Student(nn.Module):
-    """A CLIP with its projections to the teacher's embedding size and its learned masks, as trained by a stage.
+    """A CLIP with its learned masks and its projections to the teacher's embedding size, as trained by a stage.
 
     Args:
         projections: from `make_projections`; may be empty.
-        end_id: the end token, after which texts are cut.
+        end_id: id of the end token, after which texts are cut.
         precision: precision of the towers; everything else is float32.
     """
 
@@ -45,7 +45,7 @@ class Student(nn.Module):
         self.pruner, self.stage, self.preprocess = pruner, stage, preprocess
         self.end_id, self.precision = end_id, precision
         self.encode_image, self.encode_text = model.encode_image, model.encode_text
-        if stage.compile:  # texts come in many lengths; one kernel should handle all of them
+        if stage.compile:  # texts come in many lengths; one kernel should serve them all
             self.encode_image = torch.compile(model.encode_image)
             self.encode_text = torch.compile(model.encode_text, dynamic=True)
             # Dynamo reads `.grad` of every argument, and masks are not leaves.
@@ -57,7 +57,7 @@ class Student(nn.Module):
         Args:
             images: uint8 (n, 3, s, s) on the model's device.
             tokens: int64 (n, length).
-            step: step of the stage; the noise of the masks depends on it.
+            step: step of the stage; the masks' noise depends on it.
             theirs: the teacher's features; they replace those of an untrained tower, which is the teacher's own.
 
         Returns:
@@ -91,8 +91,8 @@ class Student(nn.Module):
 
 def set_trained(model: CLIP, stage: Stage) -> None:
     """Set `requires_grad` exactly for the parameters that the stage's loss reaches. Excluded are an untrained tower
-    (the text tower with `towers: image`), a fixed scale, and the inputs of an attention without heads, which is only
-    a bias."""
+    (the text tower with `towers: image`), a fixed scale, and the inputs of an attention without heads, which only
+    adds a bias."""
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(stage.towers in ("both", "image" if key.startswith("visual.") else "text"))
     model.logit_scale.requires_grad_(stage.loss.learns_scale)
@@ -104,7 +104,7 @@ def set_trained(model: CLIP, stage: Stage) -> None:
 
 def make_projections(student: CLIP, teacher: AnyTeacher | None, stage: Stage) -> nn.ModuleDict:
     """Return learned maps from the student's embedding to the teacher's, for the loss terms that need them. They start
-    as the identity on the first dimensions, as inherited, and are not part of the student."""
+    as the identity on the first dimensions, which is how students inherit, and are not part of the student."""
     projections = nn.ModuleDict()
     if teacher is not None and {"feature", "interactive"} & set(stage.loss.distils):
         for name in ("image", "text"):

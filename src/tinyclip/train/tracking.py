@@ -1,7 +1,7 @@
-"""Log a run's figures to TensorBoard, trackio or wandb; `metrics.jsonl` is written in any case.
+"""Log a run's figures to TensorBoard, trackio or wandb; `metrics.jsonl` is always written.
 
-A tracker is an open run of one of them, with `log(figures, step)` and `finish()`. Steps are counted across all stages,
-so a run gives one curve.
+A tracker is an open run in one of these, with `log(figures, step)` and `finish()`. Steps are counted across all stages,
+so each run has one curve.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinyclip.recipe.recipe import Recipe
 from tinyclip.train.resume import saved_step
 from tinyclip.train.run import Run
 
-FOLDERS = ("tensorboard", "wandb", "tracking.json")  # what trackers leave in the run's folder
+FOLDERS = ("tensorboard", "wandb", "tracking.json")  # files that trackers write in the run's folder
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -64,7 +64,7 @@ def tracked(run: Run) -> Iterator[None]:
 
 
 class Trackers:
-    """The open trackers of a run; called with each of its events."""
+    """The open trackers of a run; call it with each event."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -158,8 +158,8 @@ class TensorBoard:
 
 
 def _wandb(run: Run, name: str, done: int | None) -> Any:
-    """Open a wandb run. wandb's own step may only increase, so our step is logged as a figure that all charts use as
-    their axis."""
+    """Open a wandb run. wandb's own step may only increase, so our step is logged as a figure that every chart uses as
+    its axis."""
     import wandb
 
     opened = wandb.init(
@@ -201,7 +201,7 @@ OPEN: dict[str, Callable[[Run, str, int | None], Any]] = {
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak memory so far in 1e9 bytes, of the GPU, else of this process."""
+    """Return the peak memory so far in GB (1e9 bytes): the GPU's, or without one this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
