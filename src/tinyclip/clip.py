@@ -112,7 +112,7 @@ def load(
         (3, input_resolution, input_resolution).
 
     Raises:
-        ValueError: as `tinyclip.load`, or with `jit=True`.
+        ValueError: as in `tinyclip.load`, or if `jit` is True.
 
     >>> import tinyclip.clip as clip
     >>> from PIL import Image

@@ -60,7 +60,7 @@ def export(
         int8: quantise to 8 bits, calibrated on `calibration`.
         calibration: images with captions, in a folder or in shards; also used for the comparison.
         data: evaluation data with classes; both models are evaluated on it.
-        activation, mean, std: as `load_checkpoint`.
+        activation, mean, std: as in `load_checkpoint`.
 
     Raises:
         ValueError: if something is missing, the format cannot express the model's shape, or the export disagrees with
