@@ -66,7 +66,7 @@ class CacheInfo(Strict):
 
     version: Literal[1] = 1
     teacher: str
-    weights: str  # hash of the teacher's weights weights
+    weights: str  # hash of the teacher's weights
     scale: float  # exp(logit_scale)
     precision: Precision
     augment: Augment

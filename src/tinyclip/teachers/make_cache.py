@@ -115,7 +115,7 @@ def make_cache(
             features.check(shard, counts[shard.name])
             done += features.seen
             features.write(feature_file(output, shard.name), shard, info, teacher.embed_dim)
-        gather_objects(None)  # wait for all processes processes
+        gather_objects(None)  # wait for all processes
         return from_main(lambda: _summary(output, shards, len(pending)))
 
 
