@@ -1,7 +1,7 @@
-"""Drop-in replacement for OpenAI's `clip` package. Write `import tinyclip.clip as clip` and the rest stays.
+"""Drop-in replacement for OpenAI's `clip` package: change the import to `import tinyclip.clip as clip`.
 
-`load`, `tokenize` and `available_models` have the signatures of openai/CLIP (clip/clip.py); what `load` returns has
-the methods and attributes of its model (clip/model.py).
+`load`, `tokenize` and `available_models` have the signatures of openai/CLIP (clip/clip.py); the model that `load`
+returns has the methods and attributes of its model (clip/model.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinyclip.zoo import catalogue
 
 __all__ = ["available_models", "load", "tokenize"]
 
-# OpenAI's own files (openai/CLIP, clip/clip.py). A link has the SHA-256 of its file.
+# OpenAI's own files (openai/CLIP, clip/clip.py). Each link contains the SHA-256 of its file.
 OPENAI = "https://openaipublic.azureedge.net/clip/models/"
 OPENAI_FILES = {
     "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
@@ -41,11 +41,11 @@ OPENAI_FILES = {
 
 
 class Model(CLIP):
-    """A `CLIP` that answers as OpenAI's does: raw features in the model's `dtype`, `forward` gives logits.
+    """A `CLIP` that behaves like OpenAI's: raw features in the model's `dtype`, `forward` returns logits.
 
     Args:
-        vocabulary: the model's own tokenizer, where its vocabulary was reduced; it then takes `clip.tokenize`'s
-            tokens all the same.
+        vocabulary: the model's own tokenizer if its vocabulary was reduced; the model still accepts the tokens of
+            `clip.tokenize`.
     """
 
     def __init__(self, config: CLIPConfig, vocabulary: CLIPTokenizer | None = None) -> None:
@@ -61,15 +61,15 @@ class Model(CLIP):
         return self.config.text.vocab_size
 
     def encode_image(self, image: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
-        """image: (n, 3, input_resolution, input_resolution), preprocessed -> image_features (n, embed_dim)."""
-        image = image.to(self.text_projection.dtype)  # not below float32 without need, see `cast`
+        """Encode preprocessed images (n, 3, input_resolution, input_resolution) -> image_features (n, embed_dim)."""
+        image = image.to(self.text_projection.dtype)  # not below float32 unnecessarily, see `cast`
         return super().encode_image(image, masks, normalize).to(self.dtype)
 
     def encode_text(self, text: Tensor, masks: Masks | None = None, normalize: bool = False) -> Tensor:
-        """text: int (n, length), tokens of `clip.tokenize` -> text_features (n, embed_dim).
+        """Encode int tokens (n, length) from `clip.tokenize` -> text_features (n, embed_dim).
 
-        What follows the last end token of the batch is not computed. A reduced vocabulary's own tokens are found by
-        way of the words.
+        Positions after the last end token of the batch are not computed. For a reduced vocabulary, the tokens are
+        decoded to words and tokenized again.
         """
         if self.vocabulary is not None:
             words = [clip_tokenizer().decode(row) for row in text.tolist()]
@@ -82,7 +82,7 @@ class Model(CLIP):
     def forward(  # type: ignore[override]
         self, image: Tensor, text: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """logits_per_image (images, texts) and logits_per_text (texts, images): scaled cosine similarities."""
+        """Return logits_per_image (images, texts) and logits_per_text (texts, images): scaled cosine similarities."""
         image_features = F.normalize(self.encode_image(image), dim=-1)
         text_features = F.normalize(self.encode_text(text), dim=-1)
         logits_per_image = self.logit_scale.exp().to(self.dtype) * image_features @ text_features.t()
@@ -90,7 +90,7 @@ class Model(CLIP):
 
 
 def available_models() -> list[str]:
-    """Names that `load` knows: OpenAI's, those of the zoo, and what ships with the package."""
+    """Return the names that `load` knows: OpenAI's models, those of the zoo, and those shipped with the package."""
     return [*OPENAI_FILES, *(entry.name for entry in catalogue.ENTRIES), *catalogue.SHIPPED]
 
 
@@ -100,19 +100,19 @@ def load(
     jit: bool = False,
     download_root: str | None = None,
 ) -> tuple[Model, TensorPreprocess]:
-    """A model and its preprocessing, from a name of `available_models()` or whatever `tinyclip.load` takes.
+    """Load a model and its preprocessing, by a name from `available_models()` or anything `tinyclip.load` accepts.
 
     Args:
-        device: CUDA where there is one, else the CPU. On CUDA it computes in float16, as OpenAI's does.
-        jit: only False, as there is no TorchScript here.
-        download_root: folder of downloads; $TINYCLIP_CACHE or the platform's by default.
+        device: by default CUDA if available, else the CPU. On CUDA the model computes in float16, like OpenAI's.
+        jit: must be False, as TorchScript is not supported.
+        download_root: download folder; by default $TINYCLIP_CACHE or the platform's cache folder.
 
     Returns:
-        The model, in evaluation mode; and a callable from a PIL picture to a float32 tensor
+        The model, in evaluation mode; and a callable that converts a PIL image to a float32 tensor
         (3, input_resolution, input_resolution).
 
     Raises:
-        ValueError: as `tinyclip.load`, or with `jit=True`.
+        ValueError: as in `tinyclip.load`, or if `jit` is True.
 
     >>> import tinyclip.clip as clip
     >>> from PIL import Image
@@ -135,14 +135,14 @@ def load(
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = False) -> Tensor:
-    """CLIP's own vocabulary: int32 (n, context_length), zero-padded. `<|startoftext|>` and `<|endoftext|>` in a text
-    are the special tokens, as in OpenAI's function.
+    """Tokenize with CLIP's own vocabulary: int32 (n, context_length), zero-padded. `<|startoftext|>` and
+    `<|endoftext|>` in a text become the special tokens, as in OpenAI's function.
 
     Args:
-        truncate: cut a text that is too long, keeping its end token.
+        truncate: cut texts that are too long, keeping the end token.
 
     Raises:
-        RuntimeError: for a text that is too long, as OpenAI's function does.
+        RuntimeError: if a text is too long, as in OpenAI's function.
     """
     tokenizer = openai_tokenizer()
     texts = [texts] if isinstance(texts, str) else list(texts)
@@ -154,7 +154,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
 
 
 def _openai_file(name: str, cache: str | None) -> Path:
-    """One of OpenAI's files, downloaded once, its SHA-256 that of its link."""
+    """Return one of OpenAI's files, downloaded once and checked against the SHA-256 in its link."""
     digest, _, file = OPENAI_FILES[name].partition("/")
     path = catalogue.cache_folder(cache) / file
     if not path.exists():

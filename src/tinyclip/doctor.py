@@ -1,4 +1,4 @@
-"""What this machine has for tinyclip, and what is missing."""
+"""Check what this machine has for tinyclip, and what is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from tinyclip.version import __version__
 from tinyclip.zoo.catalogue import SHIPPED, cache_folder
 
-# What each extra of pyproject.toml is for; its packages are read from there. The others are for the project itself.
+# Purpose of each extra in pyproject.toml, where its packages are listed. Other extras are for developing tinyclip.
 EXTRAS = {
     "app": "tinyclip app",
     "heif": "HEIC and HEIF pictures",
@@ -26,12 +26,12 @@ EXTRAS = {
     "teachers": "teachers from OpenCLIP and transformers",
     "tracking": "following runs in TensorBoard, trackio or wandb",
 }
-LOW_DISK_GB = 2  # a published model has up to 1 GB
+LOW_DISK_GB = 2  # a published model takes up to 1 GB
 
 
 def examine(cache: str | Path | None = None) -> dict[str, Any]:
-    """Everything that `tinyclip doctor` says, ready for JSON. `problems` is empty when all is well; each is a line
-    that says what is broken and what to do."""
+    """Return everything that `tinyclip doctor` reports, ready for JSON. `problems` is empty if all is well; each is one
+    line that says what is broken and what to do."""
     problems: list[str] = []
     packages = _packages(problems)
     result: dict[str, Any] = {
@@ -48,7 +48,7 @@ def examine(cache: str | Path | None = None) -> dict[str, Any]:
 
 
 def _packages(problems: list[str]) -> list[dict[str, Any]]:
-    """Required and optional packages: `name`, `version` here or None, `wanted`, `extra` (None where required)."""
+    """Return all packages, also optional ones: `name`, installed `version` or None, `wanted`, `extra` or None."""
     try:
         requirements = metadata.requires("tinyclip") or []
     except metadata.PackageNotFoundError:
@@ -68,7 +68,7 @@ def _packages(problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _parsed(requirement: str) -> tuple[str, str, str | None]:
-    """Name, versions, extra of a requirement like `onnx>=1.17; extra == "export"`."""
+    """Return name, versions and extra of a requirement like `onnx>=1.17; extra == "export"`."""
     name, _, marker = requirement.partition(";")
     match = re.match(r"\s*([\w.-]+)(\[[^\]]*\])?\s*(.*)", name)
     assert match, requirement
@@ -90,12 +90,12 @@ def _fits(version: str, wanted: str) -> bool:
 
 
 def _torch(problems: list[str]) -> dict[str, Any]:
-    """Device, precision, threads, compiler, and whether the shipped student answers."""
+    """Return device, precision, threads and compiler, and whether the shipped student runs."""
     try:
         import torch
 
         from tinyclip.common.devices import best_device, best_precision
-    except Exception as error:  # a broken installation raises almost anything
+    except Exception as error:  # a broken installation can raise almost anything
         text = str(error).splitlines()
         reason = text[0] if text else type(error).__name__
         problems.append(f"torch cannot be imported ({reason}): pip install --force-reinstall torch")
@@ -128,7 +128,7 @@ def _answers(precision: str) -> None:
 
 
 def _why(device: str, precision: str) -> str:
-    """Why `dtype="auto"` is what it is (see `distributed.best_precision`)."""
+    """Explain the choice of `dtype="auto"` (see `devices.best_precision`)."""
     return {
         ("cuda", "bfloat16"): "the GPU computes in it",
         ("cuda", "float16"): "the GPU is older than bfloat16",
@@ -138,12 +138,12 @@ def _why(device: str, precision: str) -> str:
 
 
 def _threads(used: int) -> dict[str, Any]:
-    """Threads that torch uses, and the cores that this process may have, by affinity and by its control group."""
+    """Return the threads torch uses, and the cores available to this process by affinity and by its control group."""
     cores: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, int(quota) / int(period))
-    except (OSError, ValueError):  # no such group, or "max": no limit
+    except (OSError, ValueError):  # no control group, or "max": no limit
         pass
     more = used > cores + 0.5
     advice = f"more threads than cores are slow: set OMP_NUM_THREADS={max(1, int(cores))}" if more else None
@@ -151,12 +151,12 @@ def _threads(used: int) -> dict[str, Any]:
 
 
 def _compiler() -> str | None:
-    """What `torch.compile` would take on a CPU."""
+    """Return the compiler `torch.compile` would use on a CPU."""
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
 def _cache(cache: str | Path | None, problems: list[str]) -> dict[str, Any]:
-    """The folder of downloads and its free space, GB."""
+    """Return the download folder and its free space in GB."""
     folder = cache_folder(cache)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free / 1e9
@@ -170,7 +170,7 @@ def _cache(cache: str | Path | None, problems: list[str]) -> dict[str, Any]:
 
 
 def rows(facts: dict[str, Any]) -> list[list[str]]:
-    """What `examine` found, as rows of name, value and remark."""
+    """Format the result of `examine` as rows of name, value and remark."""
     device, precision, threads, cache = (facts[key] for key in ("device", "precision", "threads", "cache"))
     lines = [
         ["tinyclip", facts["tinyclip"], facts["place"]],

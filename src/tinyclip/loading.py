@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tinyclip.inference.pipeline import Pipeline, Tensors
 
 
-@overload  # of an export too, which only its folder can tell: `RuntimePipeline` has the methods of `Pipeline`
+@overload  # exports too, as only the folder tells them apart: `RuntimePipeline` has `Pipeline`'s methods
 def load(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
@@ -56,28 +56,29 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Any:
-    """A model ready to use: from a checkpoint of ours or of others (`docs/convert.md`), by its name in the zoo
-    (`docs/zoo.md`), from the Hugging Face hub (`org/name`), or from a folder that `tinyclip export` wrote
-    (`docs/export.md`). The last comes as a `RuntimePipeline`, which has the methods of a `Pipeline` and gives NumPy
-    arrays; torch is then not imported.
+    """Load a model, ready to use: a checkpoint of tinyclip or another library (`docs/convert.md`), a zoo model by name
+    (`docs/zoo.md`), one from the Hugging Face hub (`org/name`), or a folder written by `tinyclip export`
+    (`docs/export.md`). The last is returned as a `RuntimePipeline`, which has the methods of a `Pipeline` and returns
+    NumPy arrays; torch is then not imported.
 
     Args:
-        device: where the weights go; "auto" takes CUDA, then MPS, then the CPU. Exports run on the CPU.
-        dtype: of the weights, float32 by default; "auto" is bfloat16 where the device computes in it, float16 on
+        device: device for the weights; "auto" takes CUDA, then MPS, then the CPU. Exports run on the CPU.
+        dtype: dtype of the weights, float32 by default; "auto" is bfloat16 if the device supports it, float16 on
             older GPUs, else float32.
-        activation: `gelu` or `quick_gelu`, for a file of others that cannot say it.
-        mean: three numbers that are taken from pictures of 0 to 1, for a file of others that cannot say it.
-        std: three numbers that they are then divided by.
-        cache: folder of zoo downloads; $TINYCLIP_CACHE or the platform's by default.
-        compile: run both towers through `torch.compile`, which takes a minute here and pays for long work
-            (`docs/inference.md`); the weights must not change after.
-        runtime: "auto" is the fastest that is installed for an export, and torch for a checkpoint, as converting
-            takes longer than it spares until there are thousands of pictures (`docs/export.md`). "openvino" and
-            "onnxruntime" convert a checkpoint in memory.
+        activation: `gelu` or `quick_gelu`, for other libraries' files that do not specify it.
+        mean: three numbers to subtract from pixel values of 0 to 1, for other libraries' files that do not specify
+            them.
+        std: three numbers to divide by after that.
+        cache: folder for zoo downloads; by default $TINYCLIP_CACHE or the platform's cache folder.
+        compile: run both towers through `torch.compile`, which takes a minute and pays off for long jobs
+            (`docs/inference.md`); the weights must not change afterwards.
+        runtime: "auto" is the fastest installed runtime for an export, and torch for a checkpoint, since converting
+            only pays off for thousands of images (`docs/export.md`). "openvino" and "onnxruntime" convert a
+            checkpoint in memory.
 
     Raises:
-        ValueError: when it is missing, cannot be downloaded, anything in it does not fit, or the runtime is not
-            installed or cannot run it.
+        ValueError: if the model is missing, cannot be downloaded or is inconsistent, or the runtime is not installed
+            or cannot run it.
 
     >>> import tinyclip
     >>> tinyclip.load("emoji-student")
@@ -106,7 +107,7 @@ def load(
 
 
 def _converted(clip: Pipeline, runtime: str, dtype: Any) -> RuntimePipeline:
-    """A checkpoint's model on another runtime, by way of a folder that is gone after."""
+    """Convert a checkpoint's model to another runtime, through a temporary folder."""
     from tinyclip.export.export import check_request, write
 
     to = "onnx" if runtime == "onnxruntime" else "openvino"
@@ -125,7 +126,7 @@ def load_encoder(
     compile: bool = False,
     runtime: str = "auto",
 ) -> Pipeline | Tensors:
-    """`tinyclip.load` for what computes with torch: exports give tensors too.
+    """`tinyclip.load` for code that uses torch: exports return tensors too.
 
     Raises:
         ValueError: as `tinyclip.load`.

@@ -1,5 +1,5 @@
-"""Exports to other runtimes: written, quantised, checked against the original.
+"""Export models to other runtimes: write, quantise, and check them against the original.
 
-`export` writes them, `quantise` makes them 8-bit, `agreement` compares features.
+`export` writes them, `quantise` converts them to 8 bits, `agreement` compares features.
 
 May import: inference, evaluate and below. Start with `export`."""

@@ -1,4 +1,4 @@
-"""Whether an exported model is the model it came from: the same pictures and texts through both."""
+"""Check that an exported model agrees with its original: run the same images and texts through both."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tinyclip.inference.exported import RuntimePipeline
 from tinyclip.inference.pipeline import Pipeline, Tensors
 from tinyclip.inputs.transforms import open_image
 
-COUNT = 300  # pictures and captions to calibrate and compare on
-HELD_OUT = 5  # one of so many is compared on and not calibrated on
-PIECES = (1, 2, 5)  # sizes of the first batches; the rest goes at once
+COUNT = 300  # images and captions to calibrate and compare on
+HELD_OUT = 5  # one in this many is held out from calibration, for the comparison
+PIECES = (1, 2, 5)  # sizes of the first batches; the rest is one batch
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What models are calibrated and compared on."""
+    """Images and texts that models are calibrated and compared on."""
 
     pixels: np.ndarray  # float32 (n, 3, image_size, image_size), preprocessed
     texts: list[str]
-    real: bool = True  # the user's, not made up
+    real: bool = True  # the user's data, not synthetic
 
     def part(self, held_out: bool) -> Samples:
-        """Those to compare on, or those to calibrate on; of too few to share, all."""
+        """Return the samples to compare on, or those to calibrate on; all of them if there are too few to split."""
         if min(len(self.pixels), len(self.texts)) < 2 * HELD_OUT:
             return self
 
@@ -49,11 +49,11 @@ class Samples:
 
 
 def samples_of(path: str | Path, clip: Pipeline) -> Samples:
-    """The first pictures and captions of each shard of a folder, or some of a folder of pictures with captions
-    beside them; `COUNT` at most.
+    """Return the first images and captions of each shard in a folder, or some from a folder of images with caption
+    files; at most `COUNT`.
 
     Raises:
-        ValueError: when there are none.
+        ValueError: if there are none.
     """
     path = Path(path)
     pixels, texts, first = list[np.ndarray](), list[str](), ""
@@ -90,7 +90,7 @@ def _pictures(path: Path) -> Iterator[tuple[Path | Image.Image, list[str]]]:
 
 
 def synthetic(clip: Pipeline, count: int = 16) -> Samples:
-    """Made-up pictures, from even to noisy, and texts of every length, when there are no real ones."""
+    """Return synthetic images, from uniform to noisy, and texts of every length, for use without real data."""
     random = np.random.default_rng(0)
     side, context = clip.preprocessing.image_size, clip.model.config.text.context_length
     pixels = []
@@ -98,7 +98,7 @@ def synthetic(clip: Pipeline, count: int = 16) -> Samples:
         detail = min(side, 2 ** (i % 8))  # squares along one side
         picture = Image.fromarray(random.integers(0, 256, (detail, detail, 3), np.uint8))
         pixels.append(clip.preprocessing(picture.resize((side, side), Image.Resampling.BICUBIC)))
-    lengths = np.linspace(0, context, count).astype(int)  # the last is cut
+    lengths = np.linspace(0, context, count).astype(int)  # the last text is truncated
     words = clip.tokenizer.start_id
     texts = [clip.tokenizer.decode(random.integers(0, words, length).tolist()) for length in lengths]
     return Samples(np.stack(pixels), texts, real=False)
@@ -106,7 +106,7 @@ def synthetic(clip: Pipeline, count: int = 16) -> Samples:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of samples: normalised features (n, embed_dim), and its accuracy on evaluation data."""
+    """A model's results on samples: normalised features (n, embed_dim), and its accuracy on evaluation data."""
 
     image: np.ndarray
     text: np.ndarray
@@ -114,7 +114,8 @@ class Answers:
 
 
 def answers(clip: Pipeline | RuntimePipeline, samples: Samples, dataset: metrics.Dataset | None) -> Answers:
-    """Batches of several sizes, and so texts of several lengths; `ValueError` when the data has no classes."""
+    """Compute a model's answers in batches of several sizes, and so text lengths; `ValueError` if the data has no
+    classes."""
     encoder = Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
     image = torch.cat([encoder.encode_image(some) for some in _pieces(torch.from_numpy(samples.pixels))])
     text = torch.cat([encoder.encode_text(some) for some in _pieces(samples.texts)])
@@ -123,8 +124,9 @@ def answers(clip: Pipeline | RuntimePipeline, samples: Samples, dataset: metrics
 
 
 def compare(ours: Answers, theirs: Answers, real: bool) -> dict[str, Any]:
-    """`image_max_error`, `image_min_cosine`, `image_mean_cosine`, the same of texts; of real samples
-    `top1_agreement` (how often a picture's best caption is the same); of evaluation data `acc1` of both. Fractions."""
+    """Return `image_max_error`, `image_min_cosine`, `image_mean_cosine` and the same for texts; for real samples also
+    `top1_agreement` (how often an image's best caption is the same); for evaluation data `acc1` of both models. Rates
+    are fractions."""
     figures: dict[str, Any] = {"images": len(ours.image), "texts": len(ours.text)}
     for what in ("image", "text"):
         mine, other = getattr(ours, what), getattr(theirs, what)
@@ -147,17 +149,17 @@ def _pieces(items: Any) -> Iterator[Any]:
         start += size
 
 
-# What an export may differ by. float32 computes the same in another order; bfloat16 rounds each value to 8 bits of
-# precision, int8 to one of 256.
-LEAST = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.95}  # cosine of each picture and text with the model's
-MOST_LOST = {"float32": 0.002, "bfloat16": 0.005, "int8": 0.01}  # of the accuracy on `--data`
+# How much an export may differ. float32 does the same computation in another order; bfloat16 rounds each value to
+# 8 bits of precision, int8 to one of 256 values.
+LEAST = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.95}  # cosine of each image and text with the model's
+MOST_LOST = {"float32": 0.002, "bfloat16": 0.005, "int8": 0.01}  # loss of accuracy on `--data`
 
 
 def refuse(figures: dict[str, Any], precision: str, what: str) -> None:
-    """`ValueError` when figures of `compare` are beyond the bounds of this precision."""
+    """Raise `ValueError` if the figures from `compare` exceed the bounds for this precision."""
     for tower in ("image", "text"):
         cosine = figures[f"{tower}_min_cosine"]
-        if not cosine >= LEAST[precision]:  # NaN too
+        if not cosine >= LEAST[precision]:  # also catches NaN
             raise ValueError(
                 f"the {what} disagrees with the model: {tower} features have cosines down to {cosine:.4f}, at least "
                 f"{LEAST[precision]} is asked of {precision}; nothing was written"

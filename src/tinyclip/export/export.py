@@ -1,5 +1,5 @@
-"""Models for other runtimes: written, loaded back in their runtime, compared with the model in float32, and refused
-when they disagree."""
+"""Export models to other runtimes: write them, load them back in their runtime, compare them with the float32 model,
+and refuse those that disagree."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tinyclip.zoo.convert import WRITERS
 from tinyclip.zoo.resolve import ENDINGS, FACTS, TOKENIZER
 
 FORMATS = ("onnx", "openvino", "torch", "hf", "open_clip")
-OPSET = 18  # what ONNX Runtime reads since 1.14, and OpenVINO since 2023
-LARGEST_FILE = 2**31 - 2**24  # bytes of an ONNX file; of larger models the weights go beside it
+OPSET = 18  # supported by ONNX Runtime since 1.14 and OpenVINO since 2023
+LARGEST_FILE = 2**31 - 2**24  # bytes of an ONNX file; weights of larger models go into a separate file
 
 
 def export(
@@ -51,19 +51,20 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """Write a model for another runtime to the folder `target`; returns what is written to `tinyclip.json` there.
+    """Write a model for another runtime to the folder `target`; return the contents of the `tinyclip.json` written
+    there.
 
     Args:
-        source: a checkpoint, or a name of the zoo or the hub.
+        source: a checkpoint, or a name from the zoo or the hub.
         to: one of `FORMATS`.
         int8: quantise to 8 bits, calibrated on `calibration`.
-        calibration: pictures with captions, in a folder or in shards; also what is compared on.
-        data: evaluation data with classes; both models are judged on it.
-        activation, mean, std: as `load_checkpoint`.
+        calibration: images with captions, in a folder or in shards; also used for the comparison.
+        data: evaluation data with classes; both models are evaluated on it.
+        activation, mean, std: as in `load_checkpoint`.
 
     Raises:
-        ValueError: when something is missing, the format cannot say the model's shape, or the export disagrees with
-            the model. Then nothing is written.
+        ValueError: if something is missing, the format cannot express the model's shape, or the export disagrees with
+            the model. Nothing is written then.
     """
     check_request(to, int8, calibration)
     dataset = open_dataset(data, templates) if data else None
@@ -84,7 +85,7 @@ def export(
 
 
 def check_request(to: str, int8: bool, calibration: str | Path | None) -> None:
-    """What can be refused before a model is loaded; `ValueError` as `export`."""
+    """Refuse what can be refused before loading a model; `ValueError` as `export`."""
     if to not in FORMATS:
         raise ValueError(f"no format {to!r} to export to; choose {', '.join(FORMATS)}")
     if int8 and to not in ("onnx", "openvino"):
@@ -101,20 +102,20 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvin
 
 
 class Check:
-    """Compares exports with the model that they came from, which answers once."""
+    """Compares exports with their original model, whose answers are computed only once."""
 
     def __init__(self, clip: Pipeline, samples: Samples, dataset: Dataset | None) -> None:
         self.samples, self.dataset = samples, dataset
         self.expected = answers(clip, samples, dataset)
 
     def of(self, clip: Pipeline | RuntimePipeline, precision: str, what: str) -> dict[str, Any]:
-        """Figures of `compare`; `ValueError` when they are beyond the bounds of the precision."""
+        """Return the figures from `compare`; `ValueError` if they exceed the bounds for the precision."""
         figures = compare(self.expected, answers(clip, self.samples, self.dataset), self.samples.real)
         refuse(figures, precision, what)
         return figures
 
     def everywhere(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """An export in every runtime and dtype that it can be computed with here."""
+        """Check an export in every runtime and dtype available on this machine."""
         result = {}
         facts = read_facts(folder)
         for runtime in (name for name in RUNS[facts["export"]] if find_spec(name)):
@@ -127,7 +128,7 @@ class Check:
 
 
 def _write_int8(folder: Path, clip: Pipeline, facts: dict[str, Any], samples: Samples, check: Check) -> dict[str, Any]:
-    """Quantise, and keep more and more in float as long as the check fails."""
+    """Quantise, keeping more layers in float as long as the check fails."""
     from tinyclip.export.quantise import KEPT, quantise
 
     with tempfile.TemporaryDirectory(dir=folder) as float32:
@@ -163,7 +164,7 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
-        self.clip = copy.copy(clip)  # the same weights, but for those of the other tower
+        self.clip = copy.copy(clip)  # shares the weights, without the other tower's
         self.clip._modules = {name: module for name, module in clip._modules.items() if name != "visual"}
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -172,7 +173,8 @@ class TextTower(nn.Module):
 
 
 def programs(model: CLIP) -> dict[str, ExportedProgram]:
-    """Both towers through `torch.export`: any batch, and texts of 2 tokens (start and end) to the whole context."""
+    """Trace both towers with `torch.export`, for any batch size and texts of 2 tokens (start and end) up to the full
+    context."""
     size, context = model.config.vision.image_size, model.config.text.context_length
     tokens = torch.full((3, min(5, context)), model.config.text.vocab_size - 1)
     length = {1: Dim("length", min=2, max=context)} if context > 2 else {}
@@ -188,10 +190,10 @@ def programs(model: CLIP) -> dict[str, ExportedProgram]:
 
 
 def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = True) -> dict[str, Any]:
-    """Write a folder that `load_export` reads, in float32; returns all its facts.
+    """Write a folder that `load_export` reads, in float32; return all its facts.
 
     Args:
-        towers: not when they come from elsewhere.
+        towers: whether to write the towers; False if the caller provides them.
     """
     with busy("tracing both towers"):
         traced = programs(clip.model) if towers else {}
@@ -211,7 +213,7 @@ def write(folder: Path, clip: Pipeline, facts: dict[str, Any], towers: bool = Tr
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """`tinyclip.json`, with the size and CRC-32 of every other file."""
+    """Write `tinyclip.json`, with the size and CRC-32 of every other file."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (FACTS, MARKER))
     facts["files"] = {file.name: [file.stat().st_size, checksum(file)] for file in files}
     (folder / FACTS).write_text(json_text(facts, indent=2) + "\n", encoding="utf-8")
@@ -221,7 +223,7 @@ def _onnx(program: ExportedProgram, file: Path) -> None:
     names: dict[str, Any] = {"input_names": ["input"], "output_names": ["features"]}
     graph = torch.onnx.export(program, opset_version=OPSET, dynamo=True, verbose=False, **names)
     assert graph is not None
-    # By default weights are left to be cut and transposed at every start, and quantisation would not know them.
+    # By default slices and transposes of weights are left to run at every start, hiding the weights from quantisation.
     limits = {"input_size_limit": sys.maxsize, "output_size_limit": sys.maxsize}
     needed("onnxscript.optimizer", "onnx").optimize_ir(graph.model, **limits)
     size = sum(p.numel() * p.element_size() for p in program.state_dict.values())
@@ -233,7 +235,7 @@ def _openvino(program: ExportedProgram, file: Path) -> None:
 
 
 def _torch(program: ExportedProgram, file: Path) -> None:
-    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+    buffer = io.BytesIO()  # torch's own writer aborts the process on a full disk
     torch.export.save(program, buffer)
     file.write_bytes(buffer.getbuffer())
 
@@ -243,7 +245,7 @@ TOWERS: dict[str, Callable[[ExportedProgram, Path], None]] = {"onnx": _onnx, "op
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Converters talk and warn much; what goes wrong is raised."""
+    """Silence the output and warnings of converters; real errors are raised."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

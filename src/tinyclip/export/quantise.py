@@ -1,4 +1,4 @@
-"""8 bits: towers in ONNX or OpenVINO quantised after training, calibrated on pictures and captions."""
+"""Post-training quantisation to 8 bits of ONNX or OpenVINO towers, calibrated on images and captions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.tokenizer import pad
 from tinyclip.zoo.resolve import ENDINGS
 
-# How many products with weights, from the first and from the last of a tower, stay in float; the next when the check
-# fails. The last is the projection, which computes one position and decides the most.
+# How many weight matmuls at the start and end of a tower stay in float; the next entry is tried if the check fails.
+# The last matmul is the projection, which computes only one position and matters most.
 KEPT = ((0, 1), (1, 1), (5, 5))
 
 
 def quantise(
     source: Path, target: Path, to: str, clip: Pipeline, samples: Samples, kept: tuple[int, int]
 ) -> dict[str, list[str]]:
-    """Write both towers of an export in 8 bits to another folder; returns what stayed in float, by tower."""
+    """Write both towers of an export in 8 bits to another folder; return what stayed in float, by tower."""
     context = clip.model.config.text.context_length
     rows = clip.tokenizer.rows(samples.texts, context)
     inputs = {
@@ -42,7 +42,7 @@ def quantise(
 
 
 class _Told:
-    """Inputs to calibrate on, of which it is told how many are done."""
+    """Calibration inputs that report how many have been used."""
 
     def __init__(self, inputs: list[np.ndarray], tower: str) -> None:
         self.inputs, self.what = inputs, f"quantising the {tower} tower"
@@ -74,10 +74,10 @@ def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[
             model,
             nncf.Dataset(_Told(inputs, target.stem)),
             model_type=nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric: no zero points to make up for
+            preset=nncf.QuantizationPreset.PERFORMANCE,  # symmetric: no zero points to correct for
             subset_size=len(inputs),
-            # Attention in 8 bits costs accuracy and is slower (`benchmarks/export.py`); so is smoothing, which
-            # multiplies what goes into each product.
+            # 8-bit attention costs accuracy and is slower (`benchmarks/export.py`). Smoothing is slower too, as it
+            # multiplies the input of each matmul.
             ignored_scope=nncf.IgnoredScope(names=ignored, types=["ScaledDotProductAttention"], validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=unsmoothed),
         )
@@ -86,10 +86,10 @@ def _openvino(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[
 
 
 def _nncf() -> Any:
-    """NNCF without what reports its use to the makers."""
+    """Import NNCF without its usage reporting."""
     reporter = "openvino_telemetry"
     if "nncf" not in sys.modules and reporter not in sys.modules:
-        sys.modules[reporter] = None  # type: ignore[assignment]  # an import of it fails, which NNCF allows for
+        sys.modules[reporter] = None  # type: ignore[assignment]  # makes its import fail, which NNCF tolerates
         try:
             return needed("nncf", "openvino")
         finally:
@@ -99,7 +99,7 @@ def _nncf() -> Any:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without progress bars and remarks of others."""
+    """Silence progress bars and messages of other libraries."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -121,7 +121,7 @@ def _onnx(source: Path, target: Path, inputs: list[np.ndarray], kept: tuple[int,
     ]
     ignored = _ends(products, kept)
     chosen = [name for name in products if name not in ignored]
-    if not chosen:  # ONNX Runtime would take an empty list for all
+    if not chosen:  # ONNX Runtime treats an empty list as all
         onnx.save(model, target)
         return ignored
 

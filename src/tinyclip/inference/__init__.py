@@ -1,4 +1,4 @@
-"""Encoding images and texts, with torch or with an exported model.
+"""Encode images and texts, with torch or with an exported model.
 
 `pipeline` is the torch path, `exported` runs exports without torch, on the runtimes in `engines`.
 

@@ -1,5 +1,5 @@
-"""What runs an exported tower: OpenVINO, ONNX Runtime, or torch for its own format. Each is imported when it is
-needed, and no other."""
+"""The runtimes for exported towers: OpenVINO, ONNX Runtime, or torch for its own format. Each is imported only when
+needed."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower that is ready to run: batches in, their features out, in order."""
+    """A tower ready to run: takes batches, yields their features in order."""
 
     run: Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
-    lanes: int = 1  # batches that it computes at once, each on its share of the cores
+    lanes: int = 1  # batches it computes in parallel, each on its share of the cores
 
     def batch(self, count: int, most: int) -> int:
-        """How many of `count` items to compute together, so that no lane is idle; `most` at most."""
+        """Return the batch size for `count` items that keeps all lanes busy; at most `most`."""
         return max(1, min(most, -(-count // self.lanes)))
 
 
-# What can run each format, fastest first (docs/export.md).
+# Runtimes for each format, fastest first (docs/export.md).
 RUNS = {"onnx": ("openvino", "onnxruntime"), "openvino": ("openvino",), "torch": ("torch",)}
 EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}  # OpenVINO's names
 
 
 def needed(package: str, extra: str | None = None) -> Any:
-    """The package, imported.
+    """Import a package and return it.
 
     Raises:
-        ValueError: when it is not installed, with what to type.
+        ValueError: if it is not installed; says what to type.
     """
     root = package.partition(".")[0]
     try:
@@ -53,11 +53,11 @@ def needed(package: str, extra: str | None = None) -> Any:
 
 
 def _openvino_alone() -> Any:
-    """OpenVINO without its converter, whose import takes half of the time and reports its use to the makers."""
+    """Import OpenVINO without its converter, which takes half of the import time and sends usage data."""
     converter = "openvino.tools.ovc"
     if "openvino" in sys.modules or converter in sys.modules:
         return import_module("openvino")
-    sys.modules[converter] = None  # type: ignore[assignment]  # an import of it fails, which OpenVINO allows for
+    sys.modules[converter] = None  # type: ignore[assignment]  # makes its import fail, which OpenVINO tolerates
     try:
         return import_module("openvino")
     finally:
@@ -65,10 +65,10 @@ def _openvino_alone() -> Any:
 
 
 def choose(kind: str, wanted: str, where: str) -> str:
-    """The runtime for a format: that of this name, or with "auto" the fastest that is installed.
+    """Return the runtime for a format: the named one, or with "auto" the fastest that is installed.
 
     Raises:
-        ValueError: when it cannot run the format or is not installed; `where` is named.
+        ValueError: if it cannot run the format or is not installed; names `where`.
     """
     able = RUNS[kind]
     if wanted == "auto":
@@ -83,13 +83,13 @@ def choose(kind: str, wanted: str, where: str) -> str:
 
 
 def compute_dtype(runtime: str, dtype: Any) -> str:
-    """What a runtime computes in: float32 unless told otherwise; "auto" is bfloat16 where it has that here.
+    """Return the dtype a runtime computes in: float32 by default; "auto" is bfloat16 if the runtime supports it here.
 
     Args:
-        dtype: a name, or torch's.
+        dtype: a name or a torch dtype.
 
     Raises:
-        ValueError: for what the runtime cannot compute in here.
+        ValueError: if the runtime does not support the dtype on this machine.
     """
     name = str(dtype or "float32").removeprefix("torch.")
     has = computes_in(runtime)
@@ -101,9 +101,9 @@ def compute_dtype(runtime: str, dtype: Any) -> str:
 
 
 def core() -> Any:
-    """OpenVINO's, one for the whole life of a process. Where AMX is, the first lends its thread a stack for signals and
-    takes it back when it is deleted; deleted by another thread, it leaves the first with a signal stack that is gone,
-    and the next signal, of a child that ends say, kills the process."""
+    """Return OpenVINO's `Core`, one for the lifetime of the process. On CPUs with AMX, the first `Core` gives its
+    thread a signal stack and frees it when deleted. Deleted by another thread, it leaves the first thread with a freed
+    signal stack, and the next signal, such as SIGCHLD, kills the process."""
     return _core_of(os.getpid())
 
 
@@ -113,7 +113,7 @@ def _core_of(process: int) -> Any:
 
 
 def computes_in(runtime: str) -> list[str]:
-    """The floating-point types that a runtime computes in on this processor."""
+    """Return the floating-point types that a runtime supports on this processor."""
     if runtime != "openvino":
         return ["float32"]
     found = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -121,28 +121,28 @@ def computes_in(runtime: str) -> list[str]:
 
 
 def save_openvino(model: Any, file: Path) -> None:
-    """Write a model of OpenVINO's as it is.
+    """Write an OpenVINO model without converting its weights.
 
     Raises:
-        OSError: when it cannot be written.
+        OSError: if it cannot be written.
     """
     try:
         needed("openvino").save_model(model, file, compress_to_fp16=False)
-    except RuntimeError as error:  # its own word for a full disk
+    except RuntimeError as error:  # what OpenVINO raises when the disk is full
         raise OSError(errno.ENOSPC, f"is the disk full? ({_gist(error)})") from None
 
 
 def start(runtime: str, file: Path, dtype: str) -> Tower:
-    """The tower in a file, ready to run.
+    """Load the tower in a file, ready to run.
 
     Raises:
-        ValueError: when the runtime cannot load it, with what it says.
+        ValueError: if the runtime cannot load it; includes the runtime's message.
     """
     try:
         return STARTS[runtime](file, dtype)
     except ValueError:
         raise
-    except Exception as error:  # each has classes of its own
+    except Exception as error:  # each runtime has its own exception classes
         version = getattr(sys.modules.get(runtime), "__version__", "")
         raise ValueError(
             f"{file}: {runtime} {version} cannot load it ({_gist(error)}); export the model again"
@@ -150,23 +150,23 @@ def start(runtime: str, file: Path, dtype: str) -> Tower:
 
 
 def _gist(error: Exception) -> str:
-    """What an error of a runtime says, without the places in its sources."""
+    """Return the message of a runtime's error, without its source locations."""
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith(("Exception from", "Check '", "["))]
     return (said or lines or [type(error).__name__])[0][:300]
 
 
 def _openvino(file: Path, dtype: str) -> Tower:
-    # Several batches at once, each on its share of the cores: a quarter faster than one after another on all of them.
+    # Several batches in parallel, each on its share of the cores: 25 % faster than one at a time on all cores.
     settings = {"INFERENCE_PRECISION_HINT": HINTS[dtype], "PERFORMANCE_HINT": "THROUGHPUT"}
     compiled = core().compile_model(file, "CPU", settings)
     at_once = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-    free: list[Any] = []  # requests that were used before
+    free: list[Any] = []  # requests to reuse
 
     def unused() -> Any:
         try:
             return free.pop()
-        except IndexError:  # none is left, perhaps since another thread was faster
+        except IndexError:  # none left; another thread may have taken the last one
             return compiled.create_infer_request()
 
     def run(inputs: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -185,10 +185,10 @@ def _openvino(file: Path, dtype: str) -> Tower:
                     yield first_done()
                 request = unused()
                 request.start_async([batch], share_inputs=True)
-                busy.append((request, batch))  # the batch must outlive the request
+                busy.append((request, batch))  # keep the batch alive as long as the request
             while busy:
                 yield first_done()
-        finally:  # also when a later batch cannot be made
+        finally:  # also if producing a later batch fails
             for request, _ in busy:
                 request.wait()
 
@@ -198,7 +198,7 @@ def _openvino(file: Path, dtype: str) -> Tower:
 def _onnxruntime(file: Path, dtype: str) -> Tower:
     onnxruntime = needed("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; they are raised
+    options.log_severity_level = 3  # errors only; they are raised anyway
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -209,7 +209,7 @@ def _onnxruntime(file: Path, dtype: str) -> Tower:
     return Tower(run)
 
 
-_loading = Lock()  # torch reads one program at a time: its reader is global
+_loading = Lock()  # torch can load only one program at a time: its reader is global
 
 
 def _torch(file: Path, dtype: str) -> Tower:

@@ -1,6 +1,6 @@
-"""Exported models, ready to use without torch: what `load` returns for a folder that `tinyclip export` wrote.
+"""Exported models, usable without torch: what `load` returns for a folder written by `tinyclip export`.
 
-`tinyclip.json` in the folder says everything but the weights; `image.*` and `text.*` are the two towers.
+`tinyclip.json` in the folder describes everything except the weights; `image.*` and `text.*` are the two towers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.zoo.resolve import ENDINGS, FACTS, TOKENIZER, find_export
 
-FORMAT = 1  # of `FACTS`
+FORMAT = 1  # format version of `FACTS`
 NEEDED = {
     "export": str,
     "precision": str,
@@ -48,15 +48,15 @@ NEEDED = {
 
 @dataclass(repr=False)
 class RuntimePipeline:
-    """An exported CLIP with its tokenizer and preprocessing: `Pipeline` on another runtime, its features NumPy arrays.
+    """An exported CLIP with its tokenizer and preprocessing: a `Pipeline` on another runtime that returns NumPy arrays.
 
-    A tower is loaded when it is first used. Pickled, it is the place of the folder, and loads anew.
+    Each tower is loaded on first use. Pickling stores only the folder's path; unpickling loads it again.
     """
 
     folder: Path
-    facts: dict[str, Any]  # what `tinyclip.json` says
+    facts: dict[str, Any]  # contents of `tinyclip.json`
     runtime: str  # openvino, onnxruntime or torch
-    dtype: str  # of what is not int8
+    dtype: str  # compute dtype of the parts that are not int8
     config: CLIPConfig
     tokenizer: CLIPTokenizer
     preprocessing: Preprocess
@@ -68,7 +68,7 @@ class RuntimePipeline:
 
     @property
     def computing(self) -> dict[str, str]:
-        """What it computes in, where and with what, as commands report it."""
+        """Dtype, device and runtime it computes with, as commands report them."""
         int8 = self.facts["precision"] == "int8"
         return {"dtype": "int8" if int8 else self.dtype, "device": "cpu", "runtime": self.runtime}
 
@@ -78,7 +78,7 @@ class RuntimePipeline:
 
     @property
     def logit_scale(self) -> float:
-        """Its exponential is the factor of the similarities in `classify`."""
+        """The logarithm of the factor on similarities in `classify`."""
         return float(self.facts["logit_scale"])
 
     @cached_property
@@ -93,12 +93,12 @@ class RuntimePipeline:
         return self.folder / f"{tower}{ENDINGS[self.facts['export']]}"
 
     def load_towers(self) -> None:
-        """Both now and at once, instead of when they are used; `ValueError` when the runtime cannot load one."""
+        """Load both towers now, in parallel, instead of on first use; `ValueError` if the runtime cannot load one."""
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(partial(getattr, self), ("_image_tower", "_text_tower")))
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> np.ndarray:
-        """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
+        """Tokenize with the model's own vocabulary, int64 (n, context_length); by default at the model's context."""
         return self.tokenizer(texts, self._context if context_length is None else context_length)
 
     @property
@@ -106,18 +106,18 @@ class RuntimePipeline:
         return self.config.text.context_length
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """A picture -> float32 (3, image_size, image_size), normalised as this model wants it."""
+        """Convert a PIL image to float32 (3, image_size, image_size), normalised for this model."""
         return self.preprocessing(image)
 
     def encode_image(self, images: Any, *, batch_size: int | None = None, normalize: bool = True) -> np.ndarray:
-        """image_features float32 (n, embed_dim) of paths, PIL pictures, uint8 arrays (h, w[, 3]), or preprocessed
-        pictures: a float array or tensor (n, 3, s, s). Any number of them, as `Pipeline.encode_image`.
+        """Return image_features, float32 (n, embed_dim), of paths, PIL images, uint8 arrays (h, w[, 3]), or
+        preprocessed images: a float array or tensor (n, 3, s, s). Any number of them, as `Pipeline.encode_image`.
 
         Args:
-            batch_size: at most so many at once, 32 by default; fewer where that keeps more cores busy.
+            batch_size: largest batch, 32 by default; smaller ones are used if that keeps more cores busy.
 
         Raises:
-            ValueError: for an unreadable picture or a wrong shape.
+            ValueError: for an unreadable image or a wrong shape.
         """
         tower, most = self._image_tower, self.batch_size(batch_size)
         if _is_prepared(images):
@@ -134,13 +134,13 @@ class RuntimePipeline:
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int | None = None, normalize: bool = True
     ) -> np.ndarray:
-        """text_features float32 (n, embed_dim) of any number of texts, in batches of like length.
+        """Return text_features, float32 (n, embed_dim), of any number of texts, in batches of similar length.
 
         Args:
-            batch_size: at most so many at once, 64 by default; fewer where that keeps more cores busy.
+            batch_size: largest batch, 64 by default; smaller ones are used if that keeps more cores busy.
 
         Raises:
-            ValueError: for something that is no text.
+            ValueError: if an item is not a text.
         """
         rows, most = self.tokenizer.rows(texts, self._context), self.batch_size(batch_size) * (1 if batch_size else 2)
         tower = self._text_tower
@@ -152,15 +152,15 @@ class RuntimePipeline:
         return _finished(features, normalize)
 
     def similarity(self, images: Any, texts: str | Sequence[str]) -> np.ndarray:
-        """Cosine similarity of every image with every text, (images, texts)."""
+        """Return the cosine similarity of every image with every text, (images, texts)."""
         self.load_towers()
         return self.encode_image(images) @ self.encode_text(texts).T
 
     def classify(self, images: Any, labels: str | Sequence[str]) -> np.ndarray:
-        """Probability of each label for each image, (images, labels): softmax of scaled similarities.
+        """Return the probability of each label for each image, (images, labels): softmax of scaled similarities.
 
         Raises:
-            ValueError: without labels, or for an empty one.
+            ValueError: without labels, or for an empty label.
         """
         check_labels(labels)
         logits = self.similarity(images, labels) * np.float32(math.exp(self.logit_scale))
@@ -168,15 +168,15 @@ class RuntimePipeline:
         return weights / weights.sum(1, keepdims=True)
 
     def fingerprint(self) -> str:
-        """Of the model that was exported, so that what it made, an index say, serves here too."""
+        """Fingerprint of the exported model, so whatever was made with that model, such as an index, works here too."""
         return str(self.facts["fingerprint"])
 
     def size(self) -> int:
-        """Bytes of its files on disk; of a model that was converted in memory, what they were."""
+        """Bytes of its files on disk; for a model converted in memory, of its temporary files."""
         return sum(size for size, _ in self.facts["files"].values())
 
     def batch_size(self, given: int | None = None) -> int:
-        """Pictures at once: what is given, else 32; twice as many texts."""
+        """Return the batch size for images, 32 unless given; texts use twice as many."""
         return at_once(given, BATCH)
 
     def _image(self, item: Any) -> np.ndarray:
@@ -192,13 +192,13 @@ class RuntimePipeline:
         return np.empty((count, self.embed_dim), np.float32)
 
     def __reduce__(self) -> Any:
-        if not self.folder.is_dir():  # it was converted in memory
+        if not self.folder.is_dir():  # converted in memory
             raise ValueError("only exports can be pickled: `tinyclip export` the model and load what that writes")
         return load_export, (self.folder, self.runtime, self.dtype)
 
 
 def _is_prepared(item: Any) -> bool:
-    """Whether it went through `preprocess`: pictures are uint8."""
+    """Whether an item went through `preprocess`; raw images are uint8."""
     return is_tensor(item) or (isinstance(item, np.ndarray) and item.dtype.kind == "f" and item.ndim in (3, 4))
 
 
@@ -221,16 +221,16 @@ def _finished(features: np.ndarray, normalize: bool) -> np.ndarray:
 
 
 def check_device(where: str, device: Any) -> None:
-    """`ValueError` for any but the CPU."""
+    """Raise `ValueError` for any device other than the CPU."""
     if str(device) not in ("cpu", "auto"):
         raise ValueError(f"{where} is an export, which runs on the CPU, not on {device}")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What `tinyclip.json` says, checked.
+    """Read and check `tinyclip.json`.
 
     Raises:
-        ValueError: when it is damaged or of a newer format, or a file is not as it says.
+        ValueError: if it is damaged or has a newer format, or a file does not match it.
     """
     facts = read_json_object(folder / FACTS)
     again = "export the model again"
@@ -258,14 +258,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_export(path: str | Path, runtime: str = "auto", dtype: Any = None) -> RuntimePipeline:
-    """An exported model, ready to use.
+    """Load an exported model, ready to use.
 
     Args:
-        runtime: openvino, onnxruntime or torch; "auto" is the fastest that is installed and can run the format.
-        dtype: of what is not int8: float32 by default, "auto" is bfloat16 where the runtime has it here.
+        runtime: openvino, onnxruntime or torch; "auto" is the fastest installed one that can run the format.
+        dtype: compute dtype of the parts that are not int8: float32 by default; "auto" is bfloat16 if the runtime
+            supports it on this machine.
 
     Raises:
-        ValueError: when the folder is damaged, or the runtime is not installed or cannot run it.
+        ValueError: if the folder is damaged, or the runtime is not installed or cannot run it.
     """
     folder = find_export(path)
     if folder is None:

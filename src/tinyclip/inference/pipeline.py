@@ -1,4 +1,4 @@
-"""What `load` returns: a model with its own tokenizer and preprocessing, ready for pictures and words."""
+"""What `load` returns: a model with its own tokenizer and preprocessing, ready for images and texts."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 class Pipeline:
     """A CLIP with its tokenizer and preprocessing.
 
-    `clip.model` is the plain `CLIP`; the methods here take what people have: paths, pictures, words. It may be used by
-    several threads at once, pickled, and sent to other processes.
+    `clip.model` is the plain `CLIP`; the methods here take ordinary inputs: paths, images, texts. A pipeline is
+    thread-safe and can be pickled and sent to other processes.
 
     >>> import tinyclip
     >>> clip = tinyclip.load("emoji-student")
@@ -65,7 +65,7 @@ class Pipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; features come back as float32."""
+        """The dtype it computes in; features are returned as float32."""
         return self.model.dtype
 
     @property
@@ -83,16 +83,16 @@ class Pipeline:
 
     @property
     def logit_scale(self) -> float:
-        """Its exponential is the factor of the similarities in `classify`."""
+        """The logarithm of the factor on similarities in `classify`."""
         return float(self.model.logit_scale.detach())
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """int64 (n, context_length) with the model's own vocabulary; the model's context by default."""
+        """Tokenize with the model's own vocabulary, int64 (n, context_length); by default at the model's context."""
         length = self.model.config.text.context_length if context_length is None else context_length
         return torch.from_numpy(self.tokenizer(texts, length))
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture -> float32 (3, image_size, image_size), normalised as this model wants it."""
+        """Convert a PIL image to float32 (3, image_size, image_size), normalised for this model."""
         return torch.from_numpy(self.preprocessing(image))
 
     def __repr__(self) -> str:
@@ -103,15 +103,15 @@ class Pipeline:
     def encode_image(
         self, images: ImageLike | Sequence[ImageLike], *, batch_size: int | None = None, normalize: bool = True
     ) -> Tensor:
-        """image_features float32 (n, embed_dim) of paths, PIL pictures, uint8 arrays (h, w[, 3]), or a preprocessed
-        float tensor (n, 3, s, s). Any number of them: they are decoded by threads while the model computes, and no
-        more than a few batches are in memory.
+        """Return image_features, float32 (n, embed_dim), of paths, PIL images, uint8 arrays (h, w[, 3]), or a
+        preprocessed float tensor (n, 3, s, s). Any number of them: threads decode images while the model computes, and
+        only a few batches are in memory at a time.
 
         Args:
             batch_size: by default 32 on a CPU, 256 elsewhere.
 
         Raises:
-            ValueError: for an unreadable picture or a wrong shape.
+            ValueError: for an unreadable image or a wrong shape.
         """
         items, size = _as_list(images), self.batch_size(batch_size)
         if isinstance(items, Tensor):
@@ -123,21 +123,21 @@ class Pipeline:
             for batch in ready:
                 batch = batch.to(self.device, self.model.text_projection.dtype)
                 features.append(_finished(self.model.encode_image(batch), normalize))
-        return torch.cat(features)  # outside, where autograd takes the result: for a probe that is trained on it
+        return torch.cat(features)  # outside inference mode, so a probe can be trained on the result
 
     def encode_text(
         self, texts: str | Sequence[str], *, batch_size: int | None = None, normalize: bool = True
     ) -> Tensor:
-        """text_features float32 (n, embed_dim) of any number of texts.
+        """Return text_features, float32 (n, embed_dim), of any number of texts.
 
-        They are computed in order of length, each batch only as long as its longest text: under causal attention
+        Texts are computed in order of length, each batch only as long as its longest text: with causal attention
         nothing after a text's end token matters.
 
         Args:
             batch_size: by default 64 on a CPU, 512 elsewhere.
 
         Raises:
-            ValueError: for something that is no text.
+            ValueError: if an item is not a text.
         """
         rows = self.tokenizer.rows(texts, self.model.config.text.context_length)
         features = self._empty(len(rows))
@@ -148,7 +148,7 @@ class Pipeline:
         return features
 
     def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Tensor:
-        """Cosine similarity of every image with every text, float32 (images, texts).
+        """Return the cosine similarity of every image with every text, float32 (images, texts).
 
         >>> clip.similarity("photo.jpg", ["a red apple", "a dog"]).shape
         torch.Size([1, 2])
@@ -156,30 +156,30 @@ class Pipeline:
         return self.encode_image(images) @ self.encode_text(texts).T
 
     def classify(self, images: ImageLike | Sequence[ImageLike], labels: str | Sequence[str]) -> Tensor:
-        """Probability of each label for each image, float32 (images, labels): softmax of scaled similarities.
+        """Return each label's probability for each image: softmax of scaled similarities, float32 (images, labels).
 
         >>> probabilities = clip.classify("photo.jpg", ["a red apple", "a dog", "a bicycle"])
         >>> probabilities.shape, round(probabilities.sum().item(), 3)
         (torch.Size([1, 3]), 1.0)
 
         Raises:
-            ValueError: without labels, or for an empty one.
+            ValueError: without labels, or for an empty label.
         """
         check_labels(labels)
         logits = self.similarity(images, labels) * self.model.logit_scale.detach().float().exp()
         return logits.softmax(1)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, card: Card | None = None) -> None:
-        """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`); one of tinyclip's that is
-        there is replaced.
+        """Write a checkpoint directory that `load` reads (see `checkpoint.save_checkpoint`), replacing an existing
+        tinyclip checkpoint.
 
         Raises:
-            ValueError: when the place cannot be written, or holds anything else than a checkpoint that tinyclip wrote.
+            ValueError: if the path cannot be written, or holds anything other than a checkpoint written by tinyclip.
         """
         save_checkpoint(path, self.model, self.tokenizer, self.preprocessing, dtype, card)
 
     def fingerprint(self) -> str:
-        """Of everything that features depend on: weights in their present dtype, shape, vocabulary, preprocessing."""
+        """Hash of everything features depend on: weights in their current dtype, shape, vocabulary, preprocessing."""
         rest = (self.model.config.model_dump_json(), self.preprocessing.model_dump_json(), self.tokenizer.merges)
         return hashlib.blake2b(repr((weights_hash(self.model), *rest)).encode(), digest_size=16).hexdigest()
 
@@ -187,7 +187,7 @@ class Pipeline:
         return item if is_tensor(item) else self.preprocess(picture_of(item))
 
     def batch_size(self, given: int | None = None) -> int:
-        """Pictures at once: what is given, else what suits the device; twice as many texts."""
+        """Return the batch size for images, a default for the device unless given; texts use twice as many."""
         return at_once(given, BATCH if self.device.type == "cpu" else 8 * BATCH)
 
     def _empty(self, count: int = 0) -> Tensor:
@@ -212,12 +212,12 @@ def _as_list(images: Any) -> Any:
 
 @dataclass
 class Tensors:
-    """An exported model for what computes with torch: as a `Pipeline` it gives tensors."""
+    """An exported model for code that uses torch: like a `Pipeline` it returns tensors."""
 
     clip: RuntimePipeline
 
     def __getattr__(self, name: str) -> Any:
-        if name == "clip" or name.startswith("__"):  # asked for by copy and pickle before there is a `clip`
+        if name == "clip" or name.startswith("__"):  # copy and pickle ask for these before `clip` exists
             raise AttributeError(name)
         return getattr(self.clip, name)
 
@@ -241,10 +241,10 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Pipeline:
-    """`tinyclip.load` of a checkpoint, for what needs its weights.
+    """`tinyclip.load` for checkpoints only, for code that needs the weights.
 
     Raises:
-        ValueError: as there, and for an export.
+        ValueError: as `tinyclip.load`, and for an export.
     """
     device = resolve_device(device)
     precision = resolve_dtype(dtype, device)
@@ -259,11 +259,11 @@ def load(
 
 
 def compile_towers(model: CLIP) -> None:
-    """Compile the blocks of both towers, in place and at once, for any batch and any length; weights become
-    constants. What is before and after runs as it is, and so do the convolutions of a ResNet.
+    """Compile the blocks of both towers in place, immediately, for any batch size and length; weights become constants.
+    Layers before and after the blocks, and a ResNet's convolutions, are not compiled.
 
     Raises:
-        ValueError: when this machine has no compiler.
+        ValueError: if this machine has no compiler.
     """
     weight, text, size = model.text_projection, model.config.text, model.config.vision.image_size
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
@@ -273,15 +273,15 @@ def compile_towers(model: CLIP) -> None:
         if tower is not None:
             tower.compile(dynamic=True, options={"freezing": True})
     try:
-        with torch.inference_mode():  # as later; code is compiled for the kind of tensors that are made in here
+        with torch.inference_mode():  # as in later use: code is compiled for inference tensors
             model.encode_image(torch.zeros(2, 3, size, size, dtype=weight.dtype, device=weight.device))
             model.encode_text(torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device))
-    except RuntimeError as error:  # what torch's compilers raise
+    except RuntimeError as error:  # raised by torch's compilers
         raise ValueError(f"compile failed ({str(error).splitlines()[0]}); do without") from None
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-    """CLIP's own vocabulary: int64 (n, context_length), zero-padded; texts too long keep their end token.
+    """Tokenize with CLIP's own vocabulary: int64 (n, context_length), zero-padded; cut texts keep their end token.
 
     >>> import tinyclip
     >>> tinyclip.tokenize("a photo of a cat", context_length=8).tolist()
@@ -292,7 +292,7 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:
 
 @dataclass(frozen=True)
 class TensorPreprocess:
-    """Callable from a PIL picture to a float32 tensor (3, image_size, image_size)."""
+    """Callable that converts a PIL image to a float32 tensor (3, image_size, image_size)."""
 
     transform: Preprocess
 
@@ -305,7 +305,7 @@ def preprocess(
     mean: tuple[float, float, float] = OPENAI_MEAN,
     std: tuple[float, float, float] = OPENAI_STD,
 ) -> TensorPreprocess:
-    """The evaluation transform for one image size; OpenAI's mean and std unless given.
+    """Return the evaluation transform for an image size, with OpenAI's mean and std by default.
 
     >>> import tinyclip
     >>> from PIL import Image

@@ -1,6 +1,6 @@
-"""Teachers: our own models, models of other libraries, stored features.
+"""Teachers: tinyclip's own models, models from other libraries, and cached features.
 
-`teacher` has the interface that the training step sees, `foreign` wraps OpenCLIP and transformers, `cache` reads
-stored features and `make_cache` computes them.
+`teacher` has the interface the training step uses, `foreign` wraps OpenCLIP and transformers, `cache` reads cached
+features and `make_cache` computes them.
 
 May import: inference, data and below. Start with `teacher`."""

@@ -1,21 +1,21 @@
-"""Teacher features on disk: what `tinyclip cache` has written (see `make_cache`), read sample by sample.
+"""Teacher features on disk: read, sample by sample, what `tinyclip cache` wrote (see `make_cache`).
 
 A cache is a folder:
 
-    cache.json                          how it was made: `CacheInfo`
-    config.json, tokenizer.json, preprocess.json   the teacher's, as in a checkpoint, where it is our own
-    features/SHARD.safetensors          of the data shard SHARD.tar, sorted by `key_hashes`:
+    cache.json                          how the cache was made: `CacheInfo`
+    config.json, tokenizer.json, preprocess.json   the teacher's, as in a checkpoint; only for our own teachers
+    features/SHARD.safetensors          features of the data shard SHARD.tar, sorted by `key_hashes`:
         key_hashes      int64 (n,)      `stable_hash` of the samples' keys
         keys            uint8           the keys themselves, as a JSON list
         views           float64 (n, draws, 13)      the numbers of each `View`
         image_features  float16 (n, draws, embed_dim)   normalised
-        text_features   float16 (m, embed_dim)      normalised, of all captions, sample after sample
+        text_features   float16 (m, embed_dim)      normalised, of all captions, sample by sample
         text_offsets    int64 (n + 1,)  captions of sample i: rows offsets[i] to offsets[i + 1]
-      and in the file's header what the data shard was (`source`), the samples that were left out (`skipped`), and the
-      CRC-32 of each tensor (`checksums`)
-    skipped.jsonl                       the same for all shards: shard, key, cause, reason
+      The file's header identifies the data shard (`source`) and has the skipped samples (`skipped`) and the CRC-32 of
+      each tensor (`checksums`).
+    skipped.jsonl                       skipped samples of all shards: shard, key, cause, reason
 
-Every file is renamed into its place when it is whole, so a cache can be gone on with after a kill.
+Every file is renamed into place once it is complete, so an interrupted cache can be resumed after a kill.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.zoo.checkpoint import read_preprocess
 
-OPEN_FILES = 64  # samples of about 40 shards are mixed in a worker's shuffle buffer; opening one takes 0.03 ms
-THREADS = 8  # that read the whole cache once, before it is used
+OPEN_FILES = 64  # a worker's shuffle buffer mixes samples of about 40 shards; opening a file takes 0.03 ms
+THREADS = 8  # threads that check the whole cache once before it is used
 TENSORS = ("key_hashes", "keys", "views", "image_features", "text_features", "text_offsets")
 
 
 class ForeignInfo(Strict):
-    """What a cache says of a teacher of another library, which has no config of ours."""
+    """What a cache stores about a teacher from another library, which has no `CLIPConfig`."""
 
     kind: str  # see `ForeignTeacher`
     embed_dim: Positive
     preprocess: Preprocess
-    tokens: str  # hash of what its tokenizer makes of some texts
+    tokens: str  # hash of its tokenizer's output for some texts
 
 
 class CacheInfo(Strict):
@@ -66,12 +66,12 @@ class CacheInfo(Strict):
 
     version: Literal[1] = 1
     teacher: str
-    weights: str  # hash of the teacher's
+    weights: str  # hash of the teacher's weights
     scale: float  # exp(logit_scale)
     precision: Precision
     augment: Augment
-    image_size: Positive  # of the views, pixels
-    draws: Positive  # views a picture
+    image_size: Positive  # size of the views in pixels
+    draws: Positive  # views per image
     seed: Count
     foreign: ForeignInfo | None = None
 
@@ -81,18 +81,18 @@ VIEW_SETTINGS = ("augment", "image_size", "draws", "seed")
 
 @dataclass
 class Cache:
-    """A cache that is read from."""
+    """A cache open for reading."""
 
     folder: Path
     info: CacheInfo
-    config: CLIPConfig | None  # these three of a teacher of our own
+    config: CLIPConfig | None  # this and the next two: None for a foreign teacher
     tokenizer: CLIPTokenizer | None
     preprocess: Preprocess | None
     _files: OrderedDict[str, FeatureFile] = field(default_factory=OrderedDict, repr=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> Cache:
-        """`ValueError` for a folder that is no cache, or is damaged."""
+        """Open a cache; `ValueError` if the folder is not a cache or is damaged."""
         folder = Path(folder)
         if not (folder / "cache.json").is_file():
             raise ValueError(f"{folder}: no cache of a teacher; make one with `tinyclip cache`")
@@ -105,7 +105,7 @@ class Cache:
 
     @property
     def own(self) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
-        """Of a teacher of our own."""
+        """Config, tokenizer and preprocessing of one of our own teachers."""
         assert self.config is not None and self.tokenizer is not None and self.preprocess is not None
         return self.config, self.tokenizer, self.preprocess
 
@@ -117,10 +117,10 @@ class Cache:
         return self.info.foreign.embed_dim
 
     def check_data(self, data: str | Path) -> None:
-        """Whether the cache has all shards that are read of this folder, as they are.
+        """Check that the cache covers all readable shards of this folder in their current state.
 
         Raises:
-            ValueError: naming a shard that is missing, has changed since, or whose features are damaged.
+            ValueError: if a shard is missing, has changed since, or has damaged features; names the shard.
         """
         counts = shard_counts(data, keep=True)
         shards = [shard for shard in find_shards(data) if shard.name in counts]
@@ -129,7 +129,7 @@ class Cache:
             of = f"{len(missing)} of the {len(shards)} shards of {data} (the first: {missing[0]})"
             raise ValueError(f"{self.folder} lacks {of}; complete it with `tinyclip cache`")
         for shard in shards:
-            file = FeatureFile(self.place(shard.name))  # opened before anything is read whole
+            file = FeatureFile(self.place(shard.name))  # open all files before reading any of them completely
             if not file.is_of(shard):
                 raise ValueError(f"{self.folder}: {shard} has changed since; rebuild the cache with `tinyclip cache`")
             shapes = file.shape("image_features")[1:], file.shape("text_features")[1:]
@@ -143,12 +143,12 @@ class Cache:
         return feature_file(self.folder, shard)
 
     def find(self, shard: str, key: str) -> tuple[FeatureFile, int]:
-        """The file of a shard and the row of a sample in it; `Fault` for a sample that was left out."""
+        """Return the file of a shard and the sample's row in it; `Fault` if the sample was skipped."""
         try:
             file = self._files.pop(shard, None) or FeatureFile(self.place(shard))
-        except ValueError as error:  # it was whole when the run started
+        except ValueError as error:  # it was intact when the run started
             raise Fault("not_in_cache", str(error)) from None
-        self._files[shard] = file  # the last one used at the end
+        self._files[shard] = file  # most recently used last
         if len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
         return file, file.row(key)
@@ -159,7 +159,7 @@ def feature_file(folder: Path, shard: str) -> Path:
 
 
 def read_info(folder: Path) -> CacheInfo:
-    """`ValueError` when `cache.json` is damaged."""
+    """Read `cache.json`; `ValueError` if it is damaged."""
     path = folder / "cache.json"
     try:
         return CacheInfo.model_validate(read_json_object(path))
@@ -171,7 +171,7 @@ class FeatureFile:
     """Features of one data shard, mapped into memory.
 
     Raises:
-        ValueError: when it is missing or damaged.
+        ValueError: if the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -188,7 +188,7 @@ class FeatureFile:
             raise ValueError(f"{path}: damaged ({error}); the same `tinyclip cache` mends it") from None
 
     def check(self) -> None:
-        """Read everything; `ValueError` when a byte of the tensors is not as it was written."""
+        """Read all tensors; `ValueError` if one does not match its checksum."""
         try:
             found = {name: zlib.crc32(self._file.get_tensor(name)) for name in TENSORS}
         except (SafetensorError, OSError) as error:
@@ -202,15 +202,15 @@ class FeatureFile:
         return list(self._slices[name].get_shape())
 
     def is_of(self, shard: Path) -> bool:
-        """Whether the shard is still what the features were made of. It is read again only where its time differs,
-        as it does in a copy."""
+        """Whether the shard still has the content the features were made from. It is read again only if its
+        modification time differs, as it does for a copy."""
         now = shard.stat()
         if now.st_size != self.source["size"]:
             return False
         return now.st_mtime_ns == self.source["mtime_ns"] or content_hash(shard) == self.source["sha256"]
 
     def row(self, key: str) -> int:
-        """`Fault` for a sample that is not here."""
+        """Return the row of a sample; `Fault` if the sample is not here."""
         wanted = stable_hash(key)
         row = int(np.searchsorted(self.hashes, wanted))
         if row == len(self.hashes) or self.hashes[row] != wanted:
@@ -221,12 +221,12 @@ class FeatureFile:
         return View(*self._slices["views"][row, draw].tolist())
 
     def image_features(self, row: int, draw: int) -> np.ndarray:
-        """(embed_dim,)"""
+        """Return the image features of one view, (embed_dim,)."""
         features: np.ndarray = self._slices["image_features"][row, draw]
         return features
 
     def text_features(self, row: int, caption: int) -> np.ndarray:
-        """(embed_dim,)"""
+        """Return the text features of one caption, (embed_dim,)."""
         features: np.ndarray = self._slices["text_features"][int(self.offsets[row]) + caption]
         return features
 
@@ -237,11 +237,11 @@ class FeatureFile:
 def draw_stored(
     caches: Sequence[Cache], shard: str, key: str, captions: int, rng: Random
 ) -> tuple[View, int, list[tuple[np.ndarray, np.ndarray]]]:
-    """One of the stored views of a sample and one of its captions: the view, the caption's index, and each teacher's
-    image and text features of just these, (embed_dim,) each.
+    """Draw one of a sample's stored views and one of its captions. Return the view, the caption's index, and each
+    teacher's image and text features for them, (embed_dim,) each.
 
     Raises:
-        Fault: when a cache lacks the sample, or holds it with other captions or another view.
+        Fault: if a cache lacks the sample, or has a different number of captions or a different view for it.
     """
     draw, caption = rng.randrange(caches[0].info.draws), rng.randrange(captions)
     views, features = [], []
@@ -257,10 +257,10 @@ def draw_stored(
 
 
 def open_caches(folders: Iterable[str | Path], data: str | Path) -> list[Cache]:
-    """Caches of several teachers for the same data, with the same views.
+    """Open the caches of several teachers for the same data, with the same views.
 
     Raises:
-        ValueError: when one is damaged, is not whole, was made of other data, or holds other views than the first.
+        ValueError: if one is damaged, incomplete, made from other data, or has different views than the first.
     """
     caches = [Cache.load(folder) for folder in folders]
     for cache in caches:
@@ -276,5 +276,5 @@ def open_caches(folders: Iterable[str | Path], data: str | Path) -> list[Cache]:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     return sha256(path)

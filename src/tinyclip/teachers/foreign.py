@@ -1,11 +1,12 @@
-"""Teachers that another library makes and runs: any model of OpenCLIP, any CLIP or SigLIP of `transformers`.
+"""Teachers built and run by another library: any OpenCLIP model, any CLIP or SigLIP of `transformers`.
 
-    open_clip:NAME/TAG          a model of OpenCLIP with its published weights: open_clip:ViT-B-16-SigLIP/webli
-    open_clip:NAME@FILE         ... with weights of a file
+    open_clip:NAME/TAG          an OpenCLIP model with published weights: open_clip:ViT-B-16-SigLIP/webli
+    open_clip:NAME@FILE         ... with weights from a file
     open_clip:FOLDER            a folder with `open_clip_config.json`; also open_clip:hf-hub:ORG/NAME
-    transformers:ORG/NAME       of the Hugging Face hub, at a revision with @REVISION; or a FOLDER
+    transformers:ORG/NAME       from the Hugging Face hub, optionally with @REVISION; or a FOLDER
 
-Where our own loader reads the model and agrees with the library, it becomes our own, and students can inherit from it.
+If our own loader can read the model and agrees with the library, it becomes one of our own models, and students can
+inherit from it.
 """
 
 from __future__ import annotations
@@ -38,33 +39,33 @@ from tinyclip.zoo.resolve import HUB_ID, resolve
 from tinyclip.zoo.tensors import Entry
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "transformers:"
-PROBES = ("a photo of a Red apple, 3/4 ripe", "two dogs")  # that a model is tried with before it is taken
-NEAR = 1e-3  # largest difference of two normalised features that are the same
+PROBES = ("a photo of a Red apple, 3/4 ripe", "two dogs")  # texts to try a model with before accepting it
+NEAR = 1e-3  # largest difference between normalised features that count as equal
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a teacher's name asks for another library."""
+    """Whether a teacher's name refers to another library."""
     return name.startswith((OPEN_CLIP, TRANSFORMERS))
 
 
 def short_name(name: str) -> str:
-    """What a folder may be called after a teacher."""
+    """Return a folder name derived from a teacher's name."""
     part = local_part(name)
     return Path(part).stem if Path(part).exists() or not is_foreign(name) else re.sub(r"[^\w.-]+", "-", part)
 
 
 def local_part(name: str) -> str:
-    """The file or folder that a teacher's name has, if it has one."""
+    """Return the file or folder in a teacher's name, if it has one."""
     rest = name.removeprefix(TRANSFORMERS).removeprefix(OPEN_CLIP).removeprefix("local-dir:")
     return rest.partition("@")[2] or rest if name.startswith(OPEN_CLIP) else rest
 
 
 def load_teacher(name: str, device: torch.device | str = "cpu") -> Pipeline | ForeignTeacher:
-    """A teacher by path or name of any kind, in float32 on a device: of our own as `Pipeline`.
+    """Load a teacher by path or any kind of name, in float32 on a device; our own models come as a `Pipeline`.
 
     Raises:
-        ValueError: when it is missing, cannot be downloaded, does not fit together, gives no features, or needs a
-            package that is not installed.
+        ValueError: if it is missing, cannot be downloaded, is inconsistent, gives no features, or needs a package that
+            is not installed.
     """
     if name.startswith(OPEN_CLIP):
         loaded = _open_clip_teacher(name, device)
@@ -85,10 +86,10 @@ def _made(
     preprocess: Preprocess,
     kind: str,
 ) -> ForeignTeacher:
-    """The teacher, once it has made features of two pictures and two texts.
+    """Return the teacher after trying it on two images and two texts.
 
     Raises:
-        ValueError: when it cannot, or what comes out is no pair of features.
+        ValueError: if it fails, or the outputs are not a pair of features.
     """
     logit_scale = getattr(network, "logit_scale", None)
     if not isinstance(logit_scale, Tensor) or logit_scale.numel() != 1:
@@ -107,7 +108,7 @@ def _made(
 
 
 def _noise(size: int, device: torch.device) -> Tensor:
-    """Two pictures, uint8 (2, 3, size, size)."""
+    """Return two random images, uint8 (2, 3, size, size)."""
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, size, size), np.uint8)).to(device)
 
 
@@ -116,7 +117,7 @@ def _noise(size: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class OpenCLIPTokens:
-    """OpenCLIP's tokenizer of a model: texts -> int64 (n, context_length)."""
+    """OpenCLIP's tokenizer for a model: texts -> int64 (n, context_length)."""
 
     tokenizer: Any
 
@@ -149,8 +150,7 @@ def _open_clip_teacher(name: str, device: torch.device | str) -> Pipeline | Fore
 
 
 def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bool]:
-    """What `create_model` is to be asked for: its name of a model, a tag or file of weights, and whether they are of
-    QuickGELU."""
+    """Return arguments for `create_model`: model name, tag or file of the weights, and whether they use QuickGELU."""
     rest = name.removeprefix(OPEN_CLIP)
     if rest.startswith(("hf-hub:", "local-dir:")) or (rest and Path(rest).is_dir()):
         model_name = rest if ":" in rest else f"local-dir:{rest}"
@@ -172,7 +172,7 @@ def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bo
         some = difflib.get_close_matches(tag, tags, 3, 0.3) or tags[:3]
         known = f" (of {len(tags)} tags, as {', '.join(some)})" if tags else ""
         raise ValueError(f"{name}: name its weights, {OPEN_CLIP}{model}/TAG{known} or {OPEN_CLIP}{model}@FILE")
-    # OpenCLIP only warns where the tag's activation is another than the model's.
+    # OpenCLIP only warns if the tag's activation differs from the model's.
     quick = bool(package.get_model_config(model).get("quick_gelu")) or (
         not at and bool(package.get_pretrained_cfg(model, tag).get("quick_gelu"))
     )
@@ -180,7 +180,7 @@ def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bo
 
 
 def _ours(name: str, model_cfg: dict[str, Any], looks: dict[str, Any], theirs: ForeignTeacher) -> Pipeline:
-    """The same model as our own; `ValueError` where it is none."""
+    """Return the same model as one of our own; `ValueError` if that is not possible."""
     shape = {key: value for key, value in model_cfg.items() if not key.startswith("init_logit_")}
     entries = [Entry((), key, value) for key, value in theirs.network.state_dict().items() if key != "logit_bias"]
     read = from_open_clip({"model_cfg": shape, "preprocess_cfg": looks}, entries, None, name, name)
@@ -202,8 +202,8 @@ def _ours(name: str, model_cfg: dict[str, Any], looks: dict[str, Any], theirs: F
 
 @dataclass(frozen=True)
 class TransformersTokens:
-    """A tokenizer of `transformers`: texts -> int64 (n, length), padded to the full length; where the text tower takes
-    a mask, padding is -1."""
+    """A tokenizer of `transformers`: texts -> int64 (n, length), padded to the full length. If the text tower takes a
+    mask, padding is -1."""
 
     tokenizer: Any
     length: int
@@ -227,7 +227,7 @@ def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | F
     if kind == "clip":
         try:
             return Pipeline(*load_checkpoint(folder))
-        except ValueError as error:  # a CLIP with something that our model does not have
+        except ValueError as error:  # a CLIP with a feature that our model lacks
             reason = f"no CLIP that can be inherited from ({error})"
     package = _import("transformers", "transformers", name)
     with _library(name, "transformers cannot load it"):
@@ -240,7 +240,7 @@ def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | F
     with _library(name, "transformers cannot load its tokenizer"):
         tokenizer = package.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         length = min(tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
-    # SigLIP has learned with its padding, whatever the tokenizer says.
+    # SigLIP was trained with its padding visible, whatever the tokenizer says.
     masked = "attention_mask" in tokenizer.model_input_names and not kind.startswith("siglip")
     tokens = TransformersTokens(tokenizer, length, masked)
     towers = partial(_image_features, network), partial(_text_features, network, tokenizer.pad_token_id)
@@ -253,26 +253,26 @@ def _image_features(network: Any, pixels: Tensor) -> Tensor:
 
 
 def _text_features(network: Any, pad_id: int, tokens: Tensor) -> Tensor:
-    """Of tokens as `TransformersTokens` makes them."""
+    """Compute text features from the tokens of `TransformersTokens`."""
     mask = tokens >= 0
     if mask.all():
         return _features(network.get_text_features(input_ids=tokens))
-    used = int(mask.any(0).nonzero().max()) + 1  # what no text of the batch reaches changes nothing
+    used = int(mask.any(0).nonzero().max()) + 1  # positions that no text of the batch reaches have no effect
     tokens, mask = tokens[:, :used], mask[:, :used]
     return _features(network.get_text_features(input_ids=tokens.where(mask, pad_id), attention_mask=mask.long()))
 
 
 def _features(output: Any) -> Tensor:
-    """A tensor, or since version 5 the pooled output of a tower."""
+    """Return the features: a tensor, or since transformers 5 a tower's pooled output."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
 
 
 def _read_preprocess(folder: Path, image_size: Any) -> Preprocess:
-    """Resolution and normalisation; the rest of their transform makes a square of a picture, which a view is already.
+    """Read resolution and normalisation. The rest of their transform makes images square, which views already are.
 
     Raises:
-        ValueError: when the files do not say them.
+        ValueError: if the files do not state them.
     """
     where = folder / "preprocessor_config.json"
     if where.is_file():
@@ -294,15 +294,15 @@ def _read_preprocess(folder: Path, image_size: Any) -> Preprocess:
 
 
 def _import(module: str, package: str, name: str) -> ModuleType:
-    """`ValueError` when it is not installed, or cannot be imported here."""
+    """Import a library; `ValueError` if it is not installed or cannot be imported here."""
     from importlib import import_module
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else its tokenizers warn when the workers fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise its tokenizers warn when workers fork
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside of it
+            warnings.simplefilter("ignore")  # deprecations inside the library
             return import_module(module)
-    except (ImportError, RuntimeError) as error:  # the second from a torchvision of another build than torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision and torch builds do not match
         if getattr(error, "name", None) == module:
             raise ValueError(f"{name}: needs {package}: pip install tinyclip[teachers]") from None
         raise ValueError(f"{name}: {module} cannot be imported here ({_line(error)})") from None
@@ -310,7 +310,8 @@ def _import(module: str, package: str, name: str) -> ModuleType:
 
 @contextmanager
 def _library(name: str, what: str) -> Iterator[None]:
-    """Run code of a library that may raise and log anything: quietly, and any error as one line."""
+    """Run library code that may raise and log anything: silence its logs and warnings, and turn any error into one
+    line."""
     handlers, before = logging.root.handlers[:], logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -319,19 +320,19 @@ def _library(name: str, what: str) -> Iterator[None]:
             yield
     except Exception as error:
         hint = "; download it elsewhere and give the file or folder" if "download" in str(error) else ""
-        if "not found in your environment" in str(error):  # of `transformers`, for a tokenizer's package
+        if "not found in your environment" in str(error):  # `transformers`, about a package a tokenizer needs
             hint = "; pip install tinyclip[teachers]"
         raise ValueError(f"{name}: {what} ({_line(error)}){hint}") from None
     finally:
         logging.disable(before)
-        logging.root.handlers[:] = handlers  # OpenCLIP's logging adds one
+        logging.root.handlers[:] = handlers  # OpenCLIP adds one
 
 
 def _line(error: BaseException) -> str:
-    """An error's text on one line, its beginning; of a failed import what is behind it."""
+    """Return the start of an error's text on one line; for a failed import, that of its cause."""
     while isinstance(error, ImportError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    if "Weights only load failed" in text:  # torch's advice is to run what the file holds
+    if "Weights only load failed" in text:  # torch's message advises running the file's code
         return "the file is damaged, or holds more than tensors"
     return text if len(text) <= 200 else f"{text[:200]} ..."

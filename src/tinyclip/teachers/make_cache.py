@@ -1,4 +1,4 @@
-"""Running a teacher over shards once, and storing what it says (`tinyclip cache`; the format is in `cache`)."""
+"""Run a teacher over shards once and store its features (`tinyclip cache`; see `cache` for the format)."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ from tinyclip.teachers.foreign import PROBES
 from tinyclip.teachers.teacher import ForeignTeacher, Teacher
 
 STORED = np.float16
-FILES = ("cache.json", "config.json", "tokenizer.json", "preprocess.json", "skipped.jsonl")  # beside the features
+FILES = ("cache.json", "config.json", "tokenizer.json", "preprocess.json", "skipped.jsonl")  # besides the features
 
 
 @dataclass
 class Report:
-    """What a cache holds now, and what of it was computed by this call."""
+    """What a cache now contains, and how much of it this call computed."""
 
     shards: int
     samples: int
     captions: int
     bytes: int
-    computed: int  # shards
+    computed: int  # shards computed by this call
     skipped: list[Skipped]
 
 
@@ -70,22 +70,22 @@ def make_cache(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Store a teacher's features of every sample of a folder of shards; shards that are done already stay.
+    """Store a teacher's features for every sample in a folder of shards; finished shards are kept.
 
-    Every sample gets `draws` views, which depend on seed, shard and key alone. Shards are split between the processes
+    Every sample gets `draws` views, which depend only on seed, shard and key. Shards are split between the processes
     of `distributed.processes`.
 
     Args:
-        clip: the teacher as `load_teacher` gives it, on the device to compute on.
-        name: what it is called in the cache.
-        image_size: of the views, pixels; by default the teacher's.
-        batch_size: views, or texts, that the teacher sees at a time.
-        precision: of the computation, by autocast; features are stored in float16.
-        progress: called with the samples done by this process, and all of them.
+        clip: the teacher, as returned by `load_teacher`, on the device to compute on.
+        name: the teacher's name in the cache.
+        image_size: size of the views in pixels; by default the teacher's.
+        batch_size: number of views, or texts, per forward pass.
+        precision: autocast precision of the computation; features are stored in float16.
+        progress: called with the number of samples this process has done, and its total.
 
     Raises:
-        ValueError: when the data or the place cannot be used, the place holds another cache or another call is at work
-            in it, or a decoding process dies.
+        ValueError: if the data or the output folder cannot be used, the folder holds a different cache or is in use by
+            another call, or a decoding worker dies.
     """
     output = Path(output)
     counts = from_main(lambda: shard_counts(data))
@@ -115,7 +115,7 @@ def make_cache(
             features.check(shard, counts[shard.name])
             done += features.seen
             features.write(feature_file(output, shard.name), shard, info, teacher.embed_dim)
-        gather_objects(None)  # wait for all
+        gather_objects(None)  # wait for all processes
         return from_main(lambda: _summary(output, shards, len(pending)))
 
 
@@ -137,7 +137,7 @@ def _foreign_info(clip: Pipeline | ForeignTeacher) -> ForeignInfo | None:
 
 @contextmanager
 def _only_call(folder: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the folder's lock, in the first process for all that share the work."""
+    """Hold the folder's lock; the first process takes it for all that share the work."""
     lock = lock_of(folder)
     from_main(lambda: _enter(lock, folder, overwrite))
     try:
@@ -152,14 +152,14 @@ def _enter(lock: Lock, folder: Path, overwrite: bool) -> None:
 
 
 def check_place(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds no cache, and with `overwrite` one that holds anything else than a cache of ours.
+    """Refuse a folder with other contents than a cache, and with `overwrite` one with anything besides our cache.
 
     Raises:
-        ValueError: naming what would be lost.
+        ValueError: if something would be lost; names it.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another place")
-    if overwrite or not (folder / "cache.json").exists():  # there is none, or the rest of one that was being removed
+    if overwrite or not (folder / "cache.json").exists():  # no cache, or remains of one that was being removed
         check_replaceable(folder, "cache")
 
 
@@ -174,7 +174,7 @@ def _open_folder(
         features = (feature_file(folder, shard.name).relative_to(folder).as_posix() for shard in shards)
         claim(folder, "cache", [*FILES, *features])
         (folder / "features").mkdir(exist_ok=True)
-        remove_leftovers(folder)  # of a call that was killed while it wrote
+        remove_leftovers(folder)  # from a call killed while writing
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {in_words(error)}") from None
     if not (folder / "cache.json").exists():
@@ -182,16 +182,16 @@ def _open_folder(
             write_atomically(folder / "config.json", clip.model.config.model_dump_json(indent=2) + "\n")
             write_atomically(folder / "preprocess.json", clip.preprocessing.model_dump_json(indent=2) + "\n")
             write_atomically(folder / "tokenizer.json", clip.tokenizer.to_json())
-        write_atomically(folder / "cache.json", info.model_dump_json(indent=2) + "\n")  # last: it makes it a cache
+        write_atomically(folder / "cache.json", info.model_dump_json(indent=2) + "\n")  # last: makes it a cache
 
 
 def _check_same(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher) -> None:
-    """Refuse to go on with a cache that was made in another way."""
+    """Refuse to continue a cache that was made with other settings."""
     try:
         cache = Cache.load(folder)
     except ValueError as error:
         raise ValueError(f"{error}; --overwrite rebuilds it") from None
-    # What a teacher is called, and why it is foreign, may name the place where it lies.
+    # Not compared: a teacher's name and the reason it is foreign, since both may contain its path.
     now, before = (i.model_dump(exclude={"teacher": True, "foreign": {"kind"}}) for i in (info, cache.info))
     differing = [name for name in now if now[name] != before[name]]
     if isinstance(clip, Pipeline) and cache.tokenizer is not None:
@@ -207,14 +207,14 @@ def _check_same(folder: Path, info: CacheInfo, clip: Pipeline | ForeignTeacher) 
 
 
 def _is_done(output: Path, shard: Path) -> bool:
-    """Whether the features of a shard are there, and of the shard as it is now."""
+    """Whether a shard's features exist, are intact and match the shard's current content."""
     place = feature_file(output, shard.name)
     try:
         if not place.is_file() or not (file := FeatureFile(place)).is_of(shard):
             return False
         file.check()
         return True
-    except ValueError:  # damaged: computed again
+    except ValueError:  # damaged: compute again
         return False
 
 
@@ -238,7 +238,7 @@ def _summary(output: Path, shards: list[Path], computed: int) -> Report:
 
 @dataclass
 class Item:
-    """A sample before the teacher has seen it."""
+    """A decoded sample, ready for the teacher."""
 
     key: str
     views: list[View]
@@ -248,32 +248,32 @@ class Item:
 
 @dataclass
 class Block:
-    """Some samples, joined."""
+    """A batch of samples."""
 
     keys: list[str]
     views: np.ndarray  # float64 (n, draws, 13)
     images: Tensor  # uint8 (n * draws, 3, s, s)
     tokens: Tensor  # int64 (captions, length)
-    captions: list[int]  # of each sample
+    captions: list[int]  # number per sample
     skipped: list[Skipped]
 
 
 class ShardViews(IterableDataset[Any]):
-    """The samples of a shard with their views; each worker decodes every n-th."""
+    """The samples of a shard with their views; each of n workers decodes every n-th sample."""
 
     def __init__(self, shard: Path, tokenize: Tokenize, info: CacheInfo) -> None:
         super().__init__()
         self.shard, self.tokenize, self.info = shard, tokenize, info
 
     def __iter__(self) -> Iterator[Item | Skipped]:
-        """Samples, and what cannot be used."""
+        """Yield samples, and the faults of unusable ones."""
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         left_out: list[Skipped] = []
         for i, sample in enumerate(read_shard(self.shard, left_out)):
             if i % step == first:
                 yield self._item(sample)
-        if first == 0:  # each worker has met them all
+        if first == 0:  # every worker sees all of them; one reports
             yield from left_out
 
     def _item(self, sample: dict[str, Any]) -> Item | Skipped:
@@ -292,10 +292,10 @@ class ShardViews(IterableDataset[Any]):
 
 
 def _loader_of(views: ShardViews, batch_size: int, workers: int) -> DataLoader[Any]:
-    """`Block`s of a shard, of about `batch_size` views."""
+    """Return a loader of a shard's `Block`s, with about `batch_size` views each."""
     together = max(1, batch_size // views.info.draws)
     several: dict[str, Any] = {"num_workers": workers, "worker_init_fn": bind_worker}
-    several["persistent_workers"] = workers > 0  # else the loader does not know them, and cannot end them
+    several["persistent_workers"] = workers > 0  # otherwise the loader keeps no reference and cannot stop them
     return DataLoader(views, together, collate_fn=_join, **several)
 
 
@@ -315,7 +315,7 @@ def _join(found: list[Item | Skipped]) -> Block:
 
 
 class _Features:
-    """Features of a shard, as they come."""
+    """Collects the features of a shard."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []  # key, views, image and text features
@@ -323,7 +323,7 @@ class _Features:
 
     @property
     def seen(self) -> int:
-        """Samples, bad ones included."""
+        """Number of samples, including bad ones."""
         return len(self.samples) + sum(bool(s.key) for s in self.skipped)
 
     def add(self, block: Block, teacher: Teacher | ForeignTeacher, batch_size: int, precision: Precision) -> None:
@@ -342,13 +342,13 @@ class _Features:
         self.samples += zip(block.keys, block.views, image_rows, text_rows, strict=True)
 
     def check(self, shard: Path, count: int) -> None:
-        """`ValueError` when not all samples of the shard were seen."""
+        """Raise `ValueError` unless all samples of the shard were seen."""
         if self.seen != count:
             found = f"{self.seen} of its {count} samples could be read"
             raise ValueError(f"{shard}: {found}, since it changed or the disk has faults; {AGAIN}")
 
     def write(self, place: Path, shard: Path, info: CacheInfo, embed_dim: int) -> None:
-        """In one piece; `ValueError` when it cannot be written."""
+        """Write the file atomically; `ValueError` if that fails."""
         samples = sorted((stable_hash(sample[0]), *sample) for sample in self.samples)
         hashes, keys, views, images, texts = zip(*samples, strict=True) if samples else ((),) * 5
         tensors: dict[str, np.ndarray] = {
@@ -367,6 +367,6 @@ class _Features:
         with replacing(place) as temporary:
             try:
                 save_file(tensors, temporary, header)
-            except SafetensorError as error:  # a full disk, for one
+            except SafetensorError as error:  # a full disk, for example
                 raise ValueError(f"cannot write {place}: {error}") from None
         flush(place.parent)

@@ -1,6 +1,6 @@
-"""What a teacher is: a frozen model that turns a training batch into features, or its features in a cache.
+"""Teachers: a frozen model that turns a training batch into features, or its features from a cache.
 
-All have `embed_dim`, `scale`, `scales` and `features_of`; several stored teachers are an ensemble.
+All have `embed_dim`, `scale`, `scales` and `features_of`; several cached teachers form an ensemble.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Features = tuple[Tensor, Tensor]  # normalised image_features and text_features,
 
 @dataclass
 class Teacher:
-    """A live teacher of our own. Its model is put in evaluation mode and never updated."""
+    """A live teacher with our own model, which is put in evaluation mode and never updated."""
 
     model: CLIP
     preprocess: Preprocess
@@ -31,12 +31,13 @@ class Teacher:
         self.model.eval().requires_grad_(False)
 
     def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
-        """What each teacher says of a piece of a batch, here the one. `images` are the piece's, on the device."""
+        """Return each teacher's features for a piece of a batch, here of one teacher. `images` are the piece's images,
+        on the device."""
         return [self.features(images, batch.tokens[piece])]
 
     def features(self, images: Tensor, tokens: Tensor) -> Features:
-        """Normalised image_features and text_features, (n, embed_dim) in float32 (float64 of such a model). They are
-        inference tensors: clone what a backward pass is to keep.
+        """Return normalised image_features and text_features, (n, embed_dim) in float32 (float64 for a float64 model).
+        They are inference tensors: clone them before use in a backward pass.
 
         Args:
             images: uint8 (n, 3, s, s).
@@ -53,7 +54,7 @@ class Teacher:
     @torch.inference_mode()
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 (n, length) -> (n, embed_dim), as `features`."""
-        text = self.config.text  # whose highest id is the end token
+        text = self.config.text  # the highest id is the end token
         tokens = shorten(tokens, text.vocab_size - 1, text.context_length)
         tokens = tokens.to(self.model.logit_scale.device, non_blocking=True)
         return _at_least_float32(self.model.encode_text(tokens, normalize=True))
@@ -72,7 +73,7 @@ class Teacher:
 
     @property
     def scale(self) -> Tensor:
-        """exp(logit_scale)"""
+        """The factor on similarities, exp(logit_scale)."""
         return self.model.logit_scale.exp()
 
     @property
@@ -83,12 +84,12 @@ class Teacher:
 
 @dataclass
 class ForeignTeacher:
-    """A live teacher that another library runs (made by `foreign_teacher`), with its own tokenizer, resolution and
+    """A live teacher run by another library (see `foreign.load_teacher`), with its own tokenizer, resolution and
     normalisation. It is put in evaluation mode and never updated.
 
-    It sees the same views as the student, resized as any other (`image_input`), and the same captions as its own
-    tokens. Of a model that was trained with a sigmoid (SigLIP) the affinity is the same softmax of scaled cosines:
-    see `loss.affinity_loss` for why its bias takes no part.
+    It sees the same views as the student, resized by `image_input`, and the same captions in its own tokens. For a
+    model trained with a sigmoid loss (SigLIP) the affinity is the same softmax of scaled cosines; see
+    `loss.affinity_loss` for why its bias has no effect.
     """
 
     network: nn.Module
@@ -98,13 +99,13 @@ class ForeignTeacher:
     preprocess: Preprocess
     scale: Tensor  # exp(logit_scale)
     embed_dim: int
-    kind: str  # in words, and so why no student can inherit from it: "a SigLIP"
+    kind: str  # in words, e.g. "a SigLIP"; explains why no student can inherit from it
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
 
     def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
-        """As `Teacher.features_of`; the batch has the teacher's tokens too."""
+        """Like `Teacher.features_of`; the batch also has the teacher's tokens."""
         assert batch.teacher_tokens is not None, "the loader was made for this teacher"
         return [(self.image_features(images), self.text_features(batch.teacher_tokens[piece]))]
 
@@ -115,7 +116,7 @@ class ForeignTeacher:
 
     @torch.inference_mode()
     def text_features(self, tokens: Tensor) -> Tensor:
-        """int64 (n, length) of its own tokens -> (n, embed_dim), normalised, float32."""
+        """int64 (n, length), its own tokens -> (n, embed_dim), normalised, float32."""
         return F.normalize(self.encode_text(tokens.to(self.scale.device, non_blocking=True)).float(), dim=-1)
 
     @property
@@ -126,23 +127,22 @@ class ForeignTeacher:
 
 @dataclass
 class CachedTeacher:
-    """One or several teachers whose features come with the batches, read from caches; the models are not here.
+    """One or several teachers whose features are read from caches and come with the batches; no models are loaded.
 
-    The first one speaks for all where there can be only one: its scale is what the student takes with
-    `student_scale: teacher`.
+    Where only one teacher can count, it is the first: with `student_scale: teacher` the student takes its scale.
     """
 
-    embed_dim: int  # of the first; the terms that need it take one teacher
+    embed_dim: int  # of the first teacher; loss terms that need it take only one teacher
     scales: list[Tensor]
 
     def features_of(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
-        """What each teacher says of a piece of a batch."""
+        """Return each teacher's features for a piece of a batch."""
         pairs = [(_placed(image[piece], images), _placed(text[piece], images)) for image, text in batch.teacher]
         return [(_at_least_float32(image), _at_least_float32(text)) for image, text in pairs]
 
     @property
     def scale(self) -> Tensor:
-        """exp(logit_scale) of the first"""
+        """exp(logit_scale) of the first teacher"""
         return self.scales[0]
 
 

@@ -1,6 +1,6 @@
-"""Training: a recipe carried out, stage by stage.
+"""Training: runs a recipe, stage by stage.
 
-`setup` checks the recipe and opens the run's folder, `loop` runs stages and steps, `step` is one optimizer step,
-`student` the module it trains, `pruner` learns masks, `resume` saves and restores.
+`setup` checks the recipe and opens the run's folder, `loop` runs the stages and their steps, `step` is one optimizer
+step, `student` is the module it trains, `pruner` learns masks, `resume` saves and restores checkpoints.
 
 May import: everything below except export. Start with `loop`."""

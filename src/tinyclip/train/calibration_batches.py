@@ -1,4 +1,4 @@
-"""From a recipe and shards to what `calibrate` takes: how to measure, and what to measure on."""
+"""Build the inputs of `calibrate` from a recipe and shards: the settings and the batches to measure on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinyclip.recipe.stage import Calibrated
 
 
 def calibration(settings: Calibrated, original: CLIPConfig, scale: float = 1.0, seed: int = 0) -> Calibration:
-    """As a recipe says; the scale matters only where something is measured."""
+    """Return the calibration that a recipe asks for; the scale matters only if something is measured."""
     return Calibration(
         scale,
         original,
@@ -36,7 +36,7 @@ def calibration(settings: Calibrated, original: CLIPConfig, scale: float = 1.0, 
 def samples(
     loader: Any, folder: str | Path, model: CLIP, tokenizer: CLIPTokenizer, preprocess: Preprocess
 ) -> Iterator[Sample]:
-    """The batches of a loader over this folder, without end, as the model takes them and on its device."""
+    """Yield a loader's batches endlessly, preprocessed for the model and on its device."""
     device, context, batches = model.logit_scale.device, model.config.text.context_length, iter(loader)
     while True:
         batch = next_batch(batches, folder)
@@ -45,10 +45,10 @@ def samples(
 
 
 def plain_loader(folder: str | Path, clip: Pipeline, batch_size: int) -> Any:
-    """A training loader for a model alone, with the views of the released recipes.
+    """Return a training loader for a model without a recipe, with the augmentation of the released recipes.
 
     Raises:
-        ValueError: when the folder holds no usable shards, or fewer samples than a batch.
+        ValueError: if the folder holds no usable shards, or fewer samples than a batch.
     """
     found = prepare(folder)
     if batch_size > found:

@@ -1,14 +1,14 @@
-"""One training loop, for teachers and students alike; a run is a few stages of it.
+"""The training loop, shared by teachers and students; a run goes through it once per stage.
 
 A run's folder:
 
-    recipe.yaml                 what is run
-    metrics.jsonl               one line a log or evaluation
-    skipped.jsonl               what was left out: shard, key, cause, reason
-    stages/NAME/last, best      checkpoints (`last` carries state.pt to resume from until the stage is done)
-    stages/NAME/step-000100     the ones before `last`, until the stage is done
+    recipe.yaml                 the recipe of the run
+    metrics.jsonl               one line per log entry or evaluation
+    skipped.jsonl               skipped shards and samples: shard, key, cause, reason
+    stages/NAME/last, best      checkpoints (`last` holds state.pt to resume from until the stage is done)
+    stages/NAME/step-000100     checkpoints older than `last`, kept until the stage is done
     stages/NAME/result.json     written when the stage is done
-    student                     the last stage's result
+    student                     the final student, from the last stage
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from tinyclip.zoo import card
 from tinyclip.zoo.checkpoint import FILES, load_checkpoint, read_config, save_checkpoint
 from tinyclip.zoo.resolve import STATE
 
-UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # of a run that has not begun
-NEAR = 0.02  # sparsity that a cut may miss its target by, unsaid
+UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # in a run before its start
+NEAR = 0.02  # how far a cut may miss its target sparsity without a warning
 
 
 def run(run: Run) -> list[dict[str, Any]]:
-    """Train every stage that is not done yet; returns each stage's result.
+    """Train every stage that is not done yet and return each stage's result.
 
-    Under torchrun all processes call it. The first one alone writes, evaluates, and tells the run's listener.
+    Under torchrun all processes call this. Only the first one writes, evaluates and notifies the run's listener.
 
     Raises:
-        ValueError: for a loss that is not finite, or data of which too much is bad; a checkpoint from before is kept.
-        Interrupted: after SIGINT or SIGTERM, the state saved.
+        ValueError: if the loss is not finite or too many samples are bad; earlier checkpoints are kept.
+        Interrupted: after SIGINT or SIGTERM, once the state is saved.
     """
     try:
-        from_main(lambda: remove_leftovers(run.folder))  # of one that was killed
+        from_main(lambda: remove_leftovers(run.folder))  # from a killed run
         with run.watchdog.watching(), tracked(run):
             return _run_stages(run)
     except ValueError:
         if is_main() and {entry.name for entry in run.folder.iterdir()} <= UNTRAINED:
-            discard(run.folder)  # nothing was trained, so that a mended recipe finds its place free
+            discard(run.folder)  # nothing was trained: leave the place free for a corrected recipe
         raise
     finally:
         run.lock.release()
@@ -94,15 +94,15 @@ def _run_stages(run: Run) -> list[dict[str, Any]]:
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
-    """That of a stage that is done."""
+    """Return the result of a finished stage, None if it is not finished."""
     if not (folder / "result.json").exists():
         return None
-    finish(folder / "last")  # a kill may have come between
+    finish(folder / "last")  # the run may have been killed before this
     return read_json_object(folder / "result.json")
 
 
 def _describe(run: Run, i: int, result: dict[str, Any]) -> None:
-    """Write the card of a stage that is done; a kill may have come before it was."""
+    """Write the model card of a finished stage if it is missing; the run may have been killed before writing it."""
     place = run.folder / "stages" / run.recipe.stages[i].name / "last"
     if not (place / card.FILE).exists():
         claim(place, "model", [card.FILE])
@@ -110,7 +110,8 @@ def _describe(run: Run, i: int, result: dict[str, Any]) -> None:
 
 
 def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
-    """Say that a stage begins, or goes on after a step; what it logged after that is about to be done again."""
+    """Report that a stage starts, or resumes after a step; drop its log entries after that step, since those steps
+    run again."""
     stage = run.recipe.stages[i]
     last = run.folder / "stages" / stage.name / "last"
     for log in ("metrics.jsonl", "skipped.jsonl"):
@@ -128,7 +129,7 @@ def _announce(run: Run, i: int, step: int, faults: list[str]) -> None:
 
 def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, dict[str, Any]]:
     stage, last = run.recipe.stages[i], folder / "last"
-    # The first process looks: other nodes may see a shared disk as it was.
+    # Only the first process looks: other nodes may see a stale view of a shared disk.
     resumed, masked = from_main(lambda: ((last / STATE).exists(), (last / MASKS).exists()))
     if stage.auto is not None and (masked or not resumed):
         trainee, progress = _learn_masks(run, i, student, folder, masked)
@@ -140,16 +141,16 @@ def _train_stage(run: Run, i: int, student: CLIP, folder: Path) -> tuple[CLIP, d
     result = {"stage": stage.name, "steps": stage.steps, "samples": progress.samples} | progress.left_out()
     result |= {"seconds": progress.seconds, "best_step": progress.best_step, "evaluation": progress.evaluation}
     from_main(lambda: write_atomically(folder / "result.json", json_text(result, indent=2) + "\n"))
-    from_main(lambda: finish(last))  # only now is the state of no use
+    from_main(lambda: finish(last))  # the state is needed up to here
     return trainee.model.eval(), result
 
 
 def _begun(run: Run, i: int, student: CLIP, last: Path, resumed: bool) -> Trainee:
-    """A student without masks, ready for its next step."""
+    """Return a trainee without masks, new or restored, ready for its next step."""
     stage = run.recipe.stages[i]
     if resumed:
         student = load_checkpoint(last)[0].to(run.device)
-    if not stage.freezes_batch_norm:  # frozen statistics are measured by the first process alone
+    if not stage.freezes_batch_norm:  # frozen statistics are measured by the first process only
         synchronise(student, run.device)
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision)
     if not resumed and stage.freezes_batch_norm and stage.towers != "text" and batch_norms(student):
@@ -158,19 +159,19 @@ def _begun(run: Run, i: int, student: CLIP, last: Path, resumed: bool) -> Traine
 
 
 def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) -> tuple[Trainee, Progress]:
-    """The first part of an auto stage, from its beginning or from masks in `last`. Leaves the cut student there, and
-    returns it and where the stage stands, ready for the second part."""
+    """Run the first part of an auto stage, starting fresh or from the masks in `last`. Save the cut student in `last`
+    and return it with the stage's progress, ready for the second part."""
     stage, last = run.recipe.stages[i], folder / "last"
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
     targets = saved_targets(last) if masked else mask_targets(run, stage, student)
     pruner = Pruner(student.config, run.original, stage, targets, run.recipe.seed + i, run.device)
     for name, gone in pruner.constraint.start.items():
-        if gone >= targets[name]:  # a stage before may overshoot, since the constraint is one-sided
+        if gone >= targets[name]:  # an earlier stage may overshoot, since the constraint is one-sided
             run.warn(stage, already_gone(gone, targets[name]))
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision, pruner)
     progress = _loop(run, i, trainee, folder, stage.auto.steps)
     cut = pruner.cut(student)
-    # From here on it is a student like any other, with a new optimiser.
+    # From here on the cut student is an ordinary student with a new optimizer.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
     figures = pruner.figures(progress.step)
@@ -187,7 +188,7 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
 
 
 def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Progress | None = None) -> Progress:
-    """Train until a step of the stage, from where its last checkpoint stands, or from a cut just made."""
+    """Train up to step `until` of the stage, starting from its last checkpoint or from a cut just made."""
     stage, every = trainee.stage, run.recipe.evaluation.every if run.recipe.evaluation else None
     progress, last = cut or Progress(), folder / "last"
     loader = loader_of(run, i, True, cut.order) if cut else _restored(run, i, trainee, last, progress)
@@ -207,9 +208,9 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
     with stop_signals(run.watchdog.hurry) as stops:
         with attention(run.device), closing(loader):
             due = every is not None and 0 < progress.step < until and progress.step % every == 0
-            if due and progress.evaluated_step < progress.step:  # a run that was stopped in between
+            if due and progress.evaluated_step < progress.step:  # the run stopped between saving and evaluating
                 judge()
-            # Not before a save: Energon would ask workers for their state that start only with the first batch.
+            # Not before a save: Energon would ask the workers for their state, but they start with the first batch.
             batches = iter(loader)
             while progress.step < until:
                 began, step = time.perf_counter(), f"step {progress.step + 1} of stage {stage.name}"
@@ -241,7 +242,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
                     raise Interrupted(stop, progress.step)
                 if evaluate:
                     judge()
-        if stop := stops.agreed(device=run.device)[0] or stops.alone():  # it came while the last step was saved
+        if stop := stops.agreed(device=run.device)[0] or stops.alone():  # the signal came while the last step was saved
             raise Interrupted(stop, progress.step)
     return progress
 
@@ -249,12 +250,12 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
 def _overflowed(run: Run, trainee: Trainee, progress: Progress) -> None:
     scale = trainee.scaler.get_scale()
     text = f"a batch overflowed in float16 and was left out; the loss scale falls to {scale:g}"
-    # Of the step that it would have been, so that a resumed run, which does it again, says it once.
+    # Logged under the step that was due: a resumed run repeats that step, so the warning appears once.
     run.emit({"event": "warning", "stage": trainee.stage.name, "step": progress.step + 1, "text": text})
 
 
 def _left_out(run: Run, stage: Stage, progress: Progress, skipped: list[Skipped]) -> None:
-    """Count what the data of all processes lacked at a step."""
+    """Count the samples that all processes skipped at a step, and warn about vanished shards."""
     try:
         vanished = progress.skip(skipped, run.folder / "skipped.jsonl", stage.name)
     except ValueError as error:
@@ -264,7 +265,7 @@ def _left_out(run: Run, stage: Stage, progress: Progress, skipped: list[Skipped]
 
 
 def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress) -> Any:
-    """The loader, and trainee and progress, as the last checkpoint has them."""
+    """Restore trainee and progress from the last checkpoint, and return a loader at the same position."""
     position = restore(last, trainee, progress, run.recipe.workers)
     cut = trainee.stage.auto is not None and trainee.pruner is None
     loader = loader_of(run, i, cut, progress.order)
@@ -280,8 +281,8 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
 
 
 def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
-    """Batch-norm statistics from the first batches of the stage's data. They come from a loader of their own, so
-    that the training's starts at its first batch and a resumed run finds it where it was."""
+    """Re-estimate batch-norm statistics on the first batches of the stage's data. A separate loader is used, so the
+    training loader still starts at its first batch, and a resumed run restores it at the right position."""
     batches, pairs = trainee.stage.batch_norm_batches or 20, trainee.stage.batch_size // world_size()
 
     def measured() -> list[dict[str, Tensor]]:
@@ -298,7 +299,7 @@ def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
 
 
 def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
-    """By the first process; all know then what it found."""
+    """Evaluate in the first process and share the result with all processes."""
 
     def judged() -> dict[str, Any]:
         _judge(run, trainee, progress, folder)
@@ -321,7 +322,7 @@ def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None
     event = {"event": "evaluation", "stage": trainee.stage.name, "step": progress.step}
     run.emit(event | progress.evaluation)
     score = progress.evaluation.get("acc1", progress.evaluation.get("image_retrieval_recall@1", 0.0))
-    if score > progress.best_score and trainee.pruner is None:  # masks that still move make no student
+    if score > progress.best_score and trainee.pruner is None:  # while masks still change there is no student
         progress.best_score, progress.best_step = score, progress.step
         stage = run.recipe.stages.index(trainee.stage)
         facts = run_card.of_run(run.recipe, stage, progress.evaluation, progress.step)

@@ -1,7 +1,8 @@
-"""What a recipe would take, without running it: shapes, sizes, operations, memory and hours.
+"""Estimate the cost of a recipe without running it: shapes, sizes, operations, memory and hours.
 
-Sizes come from the axis table and operations from `measurement.macs`. The shape of a stage whose masks are learned or
-measured is not known before: it is planned as if every width of its start shrank alike until the target is met.
+Sizes come from the axis table and operations from `measurement.macs`. If a stage learns or measures its masks, its
+final shape is not known in advance, so the plan shrinks all widths of its start by one factor until
+it meets the target.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from tinyclip.train.pruner import budgets
 from tinyclip.zoo.catalogue import cache_folder, find
 from tinyclip.zoo.checkpoint import read_config
 
-# Tiles alive at once in a distillation loss: similarities, the student's logits and their softmax, the targets.
+# Tiles alive at the same time in a distillation loss: similarities, the student's logits, their softmax, the targets.
 LOSS_TILES = 4
 
-Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s a device of a stage's student of that shape
+Speed = Callable[[Stage, CLIPConfig], float]  # pairs/s per device when a stage trains a student of that shape
 
 
 @dataclass(frozen=True)
 class StageShapes:
-    """What a stage starts from and what it ends with; `learned`: the end is an estimate."""
+    """The shapes a stage starts and ends with; with `learned` the end is an estimate."""
 
     start: CLIPConfig
     student: CLIPConfig
@@ -52,10 +53,10 @@ class StageShapes:
 
 
 def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
-    """Shape of what the stages begin with, and what people should know of it.
+    """Return the shape the stages begin with, and notes for the user about it.
 
     Raises:
-        ValueError: when the teacher is neither here nor described by `teacher_shape`.
+        ValueError: if the teacher is neither available locally nor described by `teacher_shape`.
     """
     if recipe.teacher is None:
         assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
@@ -71,7 +72,7 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
 
 
 def _is_foreign(recipe: Recipe) -> bool:
-    """Whether the teacher is of another library, and so perhaps of no shape of ours."""
+    """Whether the teacher comes from another library, so `CLIPConfig` may be unable to describe it."""
     if recipe.caches:
         folder = Path(recipe.caches[0])
         return (folder / "cache.json").is_file() and read_info(folder).foreign is not None
@@ -79,7 +80,7 @@ def _is_foreign(recipe: Recipe) -> bool:
 
 
 def _beside_foreign(recipe: Recipe, name: str) -> tuple[CLIPConfig, list[str]]:
-    """`teacher_config` of a teacher of another library, which is not loaded for it."""
+    """`teacher_config` for a teacher from another library, without loading it."""
     stage, given = recipe.stages[0], recipe.teacher_shape
     if stage.start in ("previous", "teacher") and stage.inherit != "none":
         if given is None:
@@ -90,7 +91,7 @@ def _beside_foreign(recipe: Recipe, name: str) -> tuple[CLIPConfig, list[str]]:
 
 
 def first_start(recipe: Recipe) -> CLIPConfig:
-    """Shape of what the first stage starts from where that is not the teacher; `ValueError` when nothing says it."""
+    """Return the shape a first stage starts from without its teacher; `ValueError` if the recipe does not give it."""
     stage = recipe.stages[0]
     named = stage.start not in ("previous", "teacher")
     shape = known_shape(stage.start) if named else stage.student.like
@@ -101,10 +102,10 @@ def first_start(recipe: Recipe) -> CLIPConfig:
 
 
 def known_shape(name_or_path: str) -> CLIPConfig | None:
-    """Shape of a checkpoint or a name of the zoo, without a download; None when only the absent file says it.
+    """Return the shape of a checkpoint or zoo model without downloading it; None if that takes the missing file.
 
     Raises:
-        ValueError: for a checkpoint that cannot be read, or a name of several models.
+        ValueError: if the checkpoint cannot be read or the name is ambiguous.
     """
     if Path(name_or_path).exists():
         return read_config(name_or_path)
@@ -118,10 +119,10 @@ def known_shape(name_or_path: str) -> CLIPConfig | None:
 
 
 def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes], list[str]]:
-    """The shapes of every stage, and what people should know of them.
+    """Return the shapes of every stage, and notes for the user about them.
 
     Raises:
-        ValueError: naming the stage whose student does not fit its start.
+        ValueError: if a student does not fit its start; the message names the stage.
     """
     shapes: list[StageShapes] = []
     notes: list[str] = []
@@ -151,9 +152,9 @@ def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes]
 def expected_shape(
     start: CLIPConfig, original: CLIPConfig, target: Target, towers: Literal["both", "image", "text"] = "both"
 ) -> CLIPConfig:
-    """`start` with all widths shrunk alike until the target is met; never larger than `start`.
+    """Return `start` with all widths shrunk by the same factor until the target is met; never larger than `start`.
 
-    The budget counts from `original`, as in training: a shared one over both towers, or one for each.
+    As in training, sparsity is relative to `original`, with one budget for both towers or one per tower.
     """
     shape = start
     for name, goal in (budgets(target, towers) or {}).items():
@@ -168,14 +169,14 @@ def expected_shape(
 
 
 def shape_text(config: CLIPConfig) -> str:
-    """`12 x 512, text 6 x 512`: layers and width of both towers."""
+    """Format layers and width of both towers: `12 x 512, text 6 x 512`."""
     vision, text = config.vision, config.text
     image = f"{vision.layers} x {vision.width}" if isinstance(vision, VisionConfig) else _resnet_text(vision)
     return f"{image}, text {text.layers} x {text.width}"
 
 
 def _resnet_text(vision: ResNetConfig) -> str:
-    """`[3, 4, 6, 3] x 56`; the first stage's inner channels stand for all."""
+    """Format a ResNet as `[3, 4, 6, 3] x 56`; the first stage's inner channels stand for all stages."""
     return f"{list(vision.layers)} x {vision.conv2[0][0]}"
 
 
@@ -183,12 +184,12 @@ def _resnet_text(vision: ResNetConfig) -> str:
 
 
 def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pairs: int | None = None) -> int:
-    """MACs a pair in training: forward and backward of the student's trained towers (3x their forward), once more
-    forward for the replay of micro-batches and for checkpointing each, forward of the teacher; texts at full context,
-    which training cuts to the longest of the batch.
+    """Return the training MACs per pair: forward and backward pass of the student's trained towers (3x their forward
+    pass), one more forward pass each for replaying micro-batches and for gradient checkpointing, and the teacher's
+    forward pass. Captions count at full context, although training trims them to the longest in the batch.
 
     Args:
-        pairs: of the batch on a device; default: all.
+        pairs: pairs of the batch per device; by default all of them.
     """
     replays = stage.micro_batch is not None and stage.micro_batch < (pairs or stage.batch_size)
     passes = 3 + replays + stage.grad_checkpointing
@@ -197,25 +198,26 @@ def step_macs(student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pai
 
 
 def needs_teacher(stage: Stage) -> bool:
-    """Whether the teacher sees every batch: for its terms of the loss, or for a tower that stays its own."""
+    """Whether the teacher runs on every batch: for its loss terms, or because one tower stays the teacher's."""
     return bool(stage.loss.distils) or stage.towers != "both"
 
 
 def memory(
     student: CLIPConfig, stage: Stage, teacher: CLIPConfig | None, pairs: int, dtype_bytes: int
 ) -> dict[str, float]:
-    """Bytes a device needs with `pairs` of the batch on it.
+    """Return the bytes a device needs with `pairs` pairs of the batch on it.
 
-    Student: float32 weights, gradients and AdamW's two moments of what is trained (4 + 4 + 8 bytes), and a copy in the
-    autocast dtype. Teacher: float32 weights. Activations: what the backward pass needs, see `activation_bytes`.
-    With `micro_batch` activations are those of one; the features of all pairs stay. Loss: `LOSS_TILES` tiles, and the
-    features of the whole batch with their gradients. Fragmentation, workspaces and the decoding processes come on top.
+    Student: float32 weights, gradients and AdamW's two moments for trained parameters (4 + 4 + 8 bytes), and a copy of
+    the weights in the autocast dtype. Teacher: float32 weights. Activations: those the backward pass needs (see
+    `activation_bytes`); with `micro_batch`, those of one micro-batch, plus the features of all pairs. Loss:
+    `LOSS_TILES` tiles, and the features of the whole batch with their gradients. Not counted: fragmentation,
+    workspaces and the decoding workers.
     """
     counts = count_parameters(axis_table(student))
     trained = sum(n for part, n in counts.items() if stage.towers in ("both", "image" if part == "image" else "text"))
     weights = sum(counts.values())
     copy = dtype_bytes if dtype_bytes < 4 else 0
-    # A pair's features in float32: the student's with their gradients, the teacher's.
+    # A pair's features in float32: the student's with their gradients, and the teacher's.
     features = 2 * 4 * (2 * student.embed_dim + (teacher.embed_dim if teacher else 0))
     result: dict[str, float] = {
         "weights": (4 + copy) * weights,
@@ -232,12 +234,13 @@ def memory(
 
 
 def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int, checkpointed: bool = False) -> int:
-    """Bytes kept for the backward pass, a pair. A token of a block keeps the residual stream before both norms in
-    float32, and in the autocast dtype both norms' outputs, q, k, v and the attention's output, and the neurons before
-    and after the activation; attention is fused. A ResNet keeps each convolution's output and what its batch norm and
-    activation make of it. With checkpointing what goes into each block stays, and one block is whole at a time."""
+    """Return the bytes per pair kept for the backward pass. Each token of a block keeps the residual stream before
+    both norms in float32 and, in the autocast dtype, both norms' outputs, q, k, v, the attention output, and the MLP
+    neurons before and after the activation; attention is fused. A ResNet keeps each convolution's output and the
+    result of its batch norm and activation. With gradient checkpointing only the input of each block is kept, plus one
+    complete block at a time."""
     vision, text = config.vision, config.text
-    always, blocks = 0, []  # of each block: bytes that go into it, bytes inside
+    always, blocks = 0, []  # per block: bytes of its input, bytes inside
     if towers != "text" and isinstance(vision, VisionConfig):
         blocks += _transformer_blocks(vision, vision.grid**2 + 1, dtype_bytes)
     elif towers != "text":
@@ -250,9 +253,10 @@ def activation_bytes(config: CLIPConfig, towers: str, dtype_bytes: int, checkpoi
 
 
 def _transformer_blocks(config: TransformerConfig, length: int, dtype_bytes: int) -> list[tuple[int, int]]:
-    """Past the last attention only the position that is read is computed."""
+    """Return input and inner bytes per block. After the last attention, only the position that is read out
+    is computed."""
     last = max((i for i, heads in enumerate(config.heads) if heads), default=-1)
-    stream = config.width * (4 + dtype_bytes)  # before a norm and after it, a token
+    stream = config.width * (4 + dtype_bytes)  # per token: before and after a norm
     blocks = []
     for i, (heads, mlp) in enumerate(zip(config.heads, config.mlp_width, strict=True)):
         before, after = (length if i <= last else 1), (length if i < last else 1)
@@ -264,7 +268,7 @@ def _transformer_blocks(config: TransformerConfig, length: int, dtype_bytes: int
 
 
 def _resnet_blocks(config: CLIPConfig, dtype_bytes: int) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes of the stem for one image, and of the blocks."""
+    """Return the bytes of the stem for one image, and the input and inner bytes of each block."""
     assert isinstance(config.vision, ResNetConfig)
     inputs: dict[str, int] = {}
     inside: dict[str, int] = {}
@@ -293,16 +297,16 @@ def plan(
     tflops: float | None = None,
     speed: Speed | None = None,
 ) -> dict[str, Any]:
-    """Everything that `tinyclip plan` prints: `teacher`, `stages`, `total`, `notes`.
+    """Return everything that `tinyclip plan` prints: `teacher`, `stages`, `total`, `notes`.
 
     Args:
-        devices: the batch is divided among them.
-        samples: pairs of the data; by default what its index says, if there is one.
-        tflops: sustained TFLOP/s a device, for `hours`.
-        speed: instead of tflops, pairs/s a device.
+        devices: number of devices that share the batch.
+        samples: pairs in the data; by default taken from its index, if it has one.
+        tflops: sustained TFLOP/s per device, for `hours`.
+        speed: pairs/s per device, instead of `tflops`.
 
     Raises:
-        ValueError: for a teacher of unknown shape, or a student that does not fit its start.
+        ValueError: if the teacher's shape is unknown, or a student does not fit its start.
     """
     first, notes = teacher_config(recipe)
     shapes, more = stage_shapes(recipe, first)
@@ -347,7 +351,7 @@ def _stage_plan(
     speed: Speed | None,
 ) -> dict[str, Any]:
     seen = stage.steps * stage.batch_size
-    # Masked steps work at the size of the start, those after the cut at the size of the student.
+    # Steps with masks run at the size of the start, steps after the cut at the size of the student.
     masked = stage.batch_size * (stage.auto.steps if stage.auto else 0)
     phases = [(shapes.start, masked), (shapes.student, seen - masked)]
     if stage.calibrated:

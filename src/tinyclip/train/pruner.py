@@ -1,4 +1,4 @@
-"""Automatic inheritance while it learns: masks, their constraint and their optimiser."""
+"""Automatic inheritance during training: the masks, their constraint and their optimizer."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage, Target, TowerSparsity
 from tinyclip.zoo.checkpoint import write_weights
 
-DEFAULT_RAMP = 1000  # steps, the released recipes'
-MASKS = "masks.safetensors"  # in a checkpoint: the student beside it is not cut yet
+DEFAULT_RAMP = 1000  # steps, as in the released recipes
+MASKS = "masks.safetensors"  # present in a checkpoint whose student is not cut yet
 
 
 class Pruner:
-    """Masks that are learned beside the weights.
+    """Masks learned together with the weights.
 
-    AdamW without weight decay for both; the multipliers ascend (reference code, after CoFi pruning).
+    Masks and multipliers use AdamW without weight decay, the multipliers with gradient ascent (as in the reference
+    code, after CoFi pruning).
 
     Args:
-        config, original: shape of the student before the cut, and of the teacher that sparsity counts from.
+        config, original: shape of the student before the cut, and of the teacher that sparsity is relative to.
         targets: sparsity by budget: `visual`, `text` or `both`.
-        seed: of the noise, which depends on it and on the step alone, so that a resumed run draws the same.
+        seed: seed of the noise; the noise depends only on the seed and the step, so a resumed run draws the same noise.
 
     Raises:
-        ValueError: for a tower that takes no learned masks, or a target out of reach.
+        ValueError: if a tower does not support learned masks, or a target is out of reach.
     """
 
     def __init__(
@@ -65,23 +66,23 @@ class Pruner:
         return [*self.hard.parameters(), *self.constraint.parameters()]
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Masks of one step, the same on every rank."""
+        """Sample the masks of one step, the same on every rank."""
         return self.hard.sample(torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
     def cut(self, model: CLIP) -> CLIP:
-        """The student that the masks leave."""
+        """Return the student, cut down to what the masks keep."""
         return compact(model, self.hard.deterministic(self.auto.align))
 
     def values(self) -> Tensor:
-        """What the masks are made of, as one tensor on their device."""
+        """Return the mask parameters as one tensor on their device."""
         return nn.utils.parameters_to_vector(self.hard.parameters()).detach()
 
     @torch.no_grad()
     def figures(self, step: int, values: Tensor | None = None) -> dict[str, Any]:
-        """Sparsity beside its target for each budget, and what is kept of each block.
+        """Return each budget's sparsity and target, and how many units each mask keeps.
 
         Args:
-            values: what `values` gave, on the CPU, when it is at hand.
+            values: the result of `values`, on the CPU, if already available.
         """
         names = self.constraint.targets
         hard = self.hard.filled(self.values().cpu() if values is None else values)
@@ -94,11 +95,11 @@ class Pruner:
         }
 
     def save(self, folder: Path) -> None:
-        """Masks and multipliers as an open file; the optimiser travels with the stage's state."""
+        """Write masks and multipliers as safetensors; the optimizer is saved with the stage's state."""
         write_weights(folder / MASKS, self._named(), {"targets": json.dumps(self.constraint.targets)})
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote; `ValueError` when it does not fit."""
+        """Load what `save` wrote; `ValueError` if it does not fit."""
         tensors, named = load_file(folder / MASKS), self._named()
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in named.items()}:
             raise ValueError(f"{folder / MASKS}: masks of another model; remove {folder} to restart the stage")
@@ -112,7 +113,7 @@ class Pruner:
 
 
 def budgets(target: Target, towers: str) -> dict[str, float] | None:
-    """Target sparsity by budget; None when a latency is the target."""
+    """Return the target sparsity by budget; None if the target is a latency."""
     goal = target.target_sparsity
     if goal is None:
         return None
@@ -122,12 +123,12 @@ def budgets(target: Target, towers: str) -> dict[str, float] | None:
 
 
 def already_gone(gone: float, target: float) -> str:
-    """What to say of a budget that a stage before has met by overshooting."""
+    """Return the message for a budget that an earlier stage already met by overshooting."""
     return f"{gone:.3f} of the teacher is gone already, target_sparsity {target:.3f} adds none"
 
 
 def saved_targets(folder: Path) -> dict[str, float]:
-    """The targets in a checkpoint that has masks; `ValueError` when the file is damaged."""
+    """Return the targets stored in a checkpoint with masks; `ValueError` if the file is damaged."""
     try:
         with safe_open(folder / MASKS, "pt") as file:
             return dict(json.loads(file.metadata()["targets"]))

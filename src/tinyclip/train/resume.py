@@ -1,4 +1,4 @@
-"""What a stage needs to be stopped at any step and to go on as if it had not been."""
+"""Stop a stage at any step and resume it as if it had never stopped: checkpoints, their state, and stop signals."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import FILES, WEIGHTS, load_checkpoint, save_into
 from tinyclip.zoo.resolve import MANIFEST, STATE
 
-PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # of it
-SAVED = (*FILES, STATE, MANIFEST, MASKS)  # what a stage in progress is made of
-STEP = re.compile(r"step-(\d{6,})")  # the folder of a checkpoint before the last
-# What reading a torn or hostile state raises.
+PARTS = {"optimizer", "scaler", "progress", "projections", "masks", "layout", "ranks"}  # keys in the state file
+SAVED = (*FILES, STATE, MANIFEST, MASKS)  # files in a checkpoint of a stage in progress
+STEP = re.compile(r"step-(\d{6,})")  # folder name of a checkpoint older than `last`
+# Errors raised when reading a truncated or malicious state.
 DAMAGE = (
     *(OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError, LookupError, pickle.UnpicklingError),
 )
-# What Energon's part of it is made of; nothing else is unpickled.
+# Classes in Energon's part of the state; nothing else is unpickled.
 LOADER_PARTS: tuple[Any, ...] = (
     *(SavableDatasetCheckpoint, SavableDataLoaderState, SavableDatasetState, SliceState, SystemRngState, FlexState),
     *(np.ndarray, np.dtype, np.empty(0).__reduce__()[0]),
 )
 LOADER_STATE: dict[tuple[str, str], Any] = {(part.__module__, part.__qualname__): part for part in LOADER_PARTS}
-# The random state of a decoding worker is a tensor, whose storage torch itself would unpickle with anything in it.
+# A decoding worker's random state is a tensor; torch's own loader would unpickle arbitrary objects from its storage.
 LOADER_STATE |= {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch.storage", "_load_from_bytes"): lambda data: torch.load(BytesIO(data), weights_only=True),
@@ -56,7 +56,7 @@ LOADER_STATE |= {
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved itself; `signal_number` says by what."""
+    """The run was asked to stop by the signal `signal_number` and has saved its state."""
 
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(f"stopped at step {step}")
@@ -64,14 +64,14 @@ class Interrupted(Exception):
 
 
 def save(place: Path, trainee: Trainee, loader: Any, progress: Progress, keep: int) -> None:
-    """Write the student and all that `restore` needs, in one piece. All processes call it; the first one writes.
+    """Write the student and everything `restore` needs, atomically. All processes call this; the first one writes.
 
     Args:
-        place: the stage's `last`; what it held before goes to `step-000100` beside it.
-        keep: how many checkpoints there are then at most.
+        place: the stage's `last`; its previous content moves to a sibling folder such as `step-000100`.
+        keep: the most checkpoints to keep, including this one.
 
     Raises:
-        ValueError: when it cannot be written, or what was trained is not finite.
+        ValueError: if the checkpoint cannot be written, or a trained value is not finite.
     """
     trainee.check()
     position = pickle.dumps(loader.save_state_rank(), protocol=4)
@@ -97,7 +97,7 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
             trainee.pruner.save(temporary)
         try:
             torch.save(state, temporary / STATE)
-        except RuntimeError as error:  # torch's own word for a full disk
+        except RuntimeError as error:  # what torch raises when the disk is full
             raise ValueError(f"cannot write {place}: is the disk full? ({' '.join(str(error).split())})") from None
         sums = {file.name: checksum(file) for file in sorted(temporary.iterdir()) if file.name != MARKER}
         manifest = {"step": progress.step, "evaluated_step": progress.evaluated_step, "crc32": sums}
@@ -107,7 +107,7 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
 
 
 def older(last: Path) -> list[Path]:
-    """The checkpoints kept beside `last`, the newest first."""
+    """Return the older checkpoints kept next to `last`, newest first."""
     found = {}
     for path in last.parent.iterdir() if last.parent.is_dir() else ():
         step = STEP.fullmatch(path.name)
@@ -117,19 +117,19 @@ def older(last: Path) -> list[Path]:
 
 
 def _drop(checkpoint: Path) -> None:
-    """Remove a checkpoint of a stage; what others put into it stays."""
+    """Remove a stage's checkpoint; files that tinyclip did not write stay."""
     adopt(checkpoint, SAVED)
     discard(checkpoint)
 
 
 def settle(last: Path) -> tuple[int, list[str]]:
-    """Make `last` the newest whole checkpoint of a stage that is not done, before anything reads it.
+    """Make `last` the newest intact checkpoint of an unfinished stage, before anything reads it.
 
     Returns:
-        Its step, 0 when there is none yet; and a line for each damaged one, which is removed.
+        The checkpoint's step (0 if there is none yet), and one line for each damaged checkpoint, which is removed.
 
     Raises:
-        ValueError: when all of them are damaged; they are left as they are.
+        ValueError: if all checkpoints are damaged; none of them is changed.
     """
     faults: dict[Path, str] = {}
     recover(last)
@@ -156,7 +156,7 @@ def settle(last: Path) -> tuple[int, list[str]]:
 
 
 def saved_step(last: Path) -> int:
-    """The step of the newest whole checkpoint of a stage, 0 when there is none; changes nothing."""
+    """Return the step of a stage's newest intact checkpoint, 0 if there is none; changes nothing."""
     for place in [last, *older(last)]:
         with suppress(ValueError):
             if place.exists():
@@ -165,7 +165,7 @@ def saved_step(last: Path) -> int:
 
 
 def finish(last: Path) -> None:
-    """Remove what only a stage in progress needs."""
+    """Remove the files that only a stage in progress needs."""
     for old in older(last):
         _drop(old)
     for name in (MANIFEST, STATE):
@@ -180,7 +180,7 @@ def _manifest(place: Path) -> dict[str, Any]:
 
 
 def _check(place: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole; `ValueError` naming the file that is missing or damaged."""
+    """Return the manifest of an intact checkpoint; `ValueError` names the file that is missing or damaged."""
     manifest = _manifest(place)
     for name in sorted({STATE, *manifest["crc32"]}):
         try:
@@ -196,12 +196,12 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     """Load what `save` wrote into the given objects.
 
     Returns:
-        The loader's state, to be restored into one that is made with `progress.order`. None when there is no
-        checkpoint, or when it comes from another number of processes or workers: then the data's order begins anew,
-        and `progress.order` is the step it did so.
+        The loader's state, to be restored into a loader made with `progress.order`. None if there is no checkpoint, or
+        if it was saved with another number of processes or workers: then the data order starts over, and
+        `progress.order` is set to the current step.
 
     Raises:
-        ValueError: when the checkpoint is damaged.
+        ValueError: if the checkpoint is damaged.
     """
     if not from_main((place / STATE).exists):
         return None
@@ -212,7 +212,7 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     if trainee.pruner is not None:
         trainee.pruner.load(place)
         trainee.pruner.optimizer.load_state_dict(data["masks"])
-    if data["scaler"]:  # empty, but from float16
+    if data["scaler"]:  # empty unless training in float16
         trainee.scaler.load_state_dict(data["scaler"])
     for name, value in data["progress"].items():
         setattr(progress, name, value)
@@ -226,7 +226,7 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
 
 def _read_state(place: Path) -> dict[str, Any]:
     try:
-        # On the CPU, since the workers take their random states from it; the optimiser moves its own tensors.
+        # On the CPU, because the workers take their random states from here; the optimizer moves its own tensors.
         data = dict(torch.load(place / STATE, weights_only=True, map_location="cpu"))
         if not (missing := PARTS - data.keys()) and rank() < len(data["ranks"]):
             mine = data["ranks"][rank()]
@@ -241,7 +241,7 @@ def _read_state(place: Path) -> dict[str, Any]:
 
 
 class _LoaderState(pickle.Unpickler):
-    """Reads what Energon's state is made of, and refuses every other name before anything is called."""
+    """Unpickler for Energon's state; refuses any name outside `LOADER_STATE` before calling anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in LOADER_STATE:
@@ -250,8 +250,8 @@ class _LoaderState(pickle.Unpickler):
 
 
 def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
-    """Drop what a stage logged after the `step` of its checkpoint `last`, which is about to be done again, and a line
-    torn by a kill. An evaluation and a cut are logged before the checkpoint that has them."""
+    """Drop a stage's log entries after the `step` of its checkpoint `last`, since those steps run again, and any line
+    truncated by a kill. Evaluations and cuts are logged before the checkpoint that includes them."""
     if not path.exists():
         return
     until = {}
@@ -271,7 +271,8 @@ def forget_metrics(path: Path, stage: str, step: int, last: Path) -> None:
 
 
 class Clock:
-    """Says when the minutes between two checkpoints have passed; None: never. The first process's is the one."""
+    """Timer for the minutes between two checkpoints (None: never due). Only the first process's clock
+    counts."""
 
     def __init__(self, minutes: float | None) -> None:
         self.minutes = minutes
@@ -286,19 +287,19 @@ class Clock:
 
 @dataclass
 class Stops:
-    """What asks this process to stop: SIGINT or SIGTERM, or the death of the torchrun that started it."""
+    """Requests to stop this process: SIGINT, SIGTERM, or the death of the torchrun that started it."""
 
     received: list[int] = field(default_factory=list)
     parent: int = field(default_factory=os.getppid)
-    saved: int | None = None  # the step that is saved, while nothing would be lost by stopping at once
+    saved: int | None = None  # the saved step while stopping at once loses nothing, else None
 
     def alone(self) -> int:
-        """The signal that a run of one process has received, or 0; several agree once a step."""
+        """Return the signal received by a single-process run, else 0; several processes use `agreed` once per step."""
         return self.received[0] if self.received and world_size() == 1 else 0
 
     def agreed(self, *flags: bool, device: torch.device) -> tuple[int, ...]:
-        """The signal that any process has received, or 0, and each flag that any process raised; one small exchange a
-        step, none where there is one process."""
+        """Return the signal any process received (0 if none), and for each flag whether any process raised it. Costs
+        one small exchange per step; a single process needs none."""
         orphaned = world_size() > 1 and os.getppid() != self.parent
         terminate = signal.SIGTERM in self.received or orphaned
         interrupt, terminate, *others = any_of(signal.SIGINT in self.received, terminate, *flags, device=device)
@@ -306,7 +307,7 @@ class Stops:
 
     @contextmanager
     def at_once(self, step: int) -> Iterator[None]:
-        """For work after a save, which can be long: a signal, also one that has come, raises `Interrupted` there."""
+        """Raise `Interrupted` as soon as a signal arrives, or if one already has; for long work right after a save."""
         self.saved = step
         try:
             if stop := self.alone():
@@ -318,8 +319,8 @@ class Stops:
 
 @contextmanager
 def stop_signals(noted: Callable[[], None] = lambda: None) -> Iterator[Stops]:
-    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save, and calls `noted`. A second SIGINT
-    raises. Decoding workers ignore both (see `data`)."""
+    """Record SIGINT and SIGTERM and call `noted`, so the loop can finish its step and save. A second SIGINT raises
+    `KeyboardInterrupt`. Decoding workers ignore both signals (see `data`)."""
     stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops

@@ -1,4 +1,4 @@
-"""What a run has at hand, and what its parts share: batches, attention kernel, preprocessing."""
+"""The state of a run, and helpers its parts share: batches, attention kernel, preprocessing."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ Listener = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Run:
-    """What a run needs at hand; made by `start`, used up by `run`."""
+    """Everything a run needs; created by `start`, consumed by `run`."""
 
     recipe: Recipe
     folder: Path
     teacher: AnyTeacher | None
-    original: CLIPConfig  # what sparsity counts from: the teacher's shape, else that of the first stage's start
+    original: CLIPConfig  # base of the sparsity: the shape of the teacher, else of the first stage's start
     configs: list[CLIPConfig]
     tokenizer: CLIPTokenizer
     preprocess: Preprocess
     device: torch.device
     precision: str
-    lock: Lock  # of the folder, held by the first process until the run ends
+    lock: Lock  # the folder's lock, held by the first process until the run ends
     evaluator: Evaluator | None = None
     listener: Listener = field(default=lambda event: None)
-    caches: list[Cache] = field(default_factory=list)  # of a cached teacher
+    caches: list[Cache] = field(default_factory=list)  # caches of a cached teacher
     watchdog: Watchdog = field(default_factory=Watchdog)
 
     def emit(self, event: dict[str, Any]) -> None:
-        """To metrics.jsonl and to the listener, by the first process."""
+        """Send an event to metrics.jsonl and to the listener; only the first process does."""
         if not is_main():
             return
         append_text(self.folder / "metrics.jsonl", json_text(event) + "\n")
@@ -68,18 +68,18 @@ def preprocess_for(run: Run, model: CLIP) -> Preprocess:
 
 
 def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | None = None) -> Any:
-    """This process's share of a stage's batches.
+    """Return the loader for this process's share of a stage's batches.
 
     Args:
-        cut: for the part of an auto stage after its cut.
-        order: the step at which the order of the data began anew, see `resume.restore`.
-        pairs: of a batch; by default this process's share of the stage's.
+        cut: whether an auto stage is past its cut.
+        order: the step at which the data order last started over, see `resume.restore`.
+        pairs: batch size of this process; by default its share of the stage's batch size.
     """
     stage, config = run.recipe.stages[i], run.configs[i]
     size, context, teacher = config.vision.image_size, config.text.context_length, run.teacher
     if isinstance(teacher, Teacher | ForeignTeacher):
         size = max(size, teacher.preprocess.image_size)
-    if isinstance(teacher, Teacher):  # it reads the same tokens
+    if isinstance(teacher, Teacher):  # this teacher reads the same tokens
         context = max(context, teacher.config.text.context_length)
     return training_loader(
         run.recipe.data,
@@ -89,7 +89,7 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | 
         augment=stage.augment,
         batch_size=pairs or stage.batch_size // world_size(),
         workers=run.recipe.workers,
-        # Stages, and their parts, see the data in different orders.
+        # Each stage, and each part of a stage, sees the data in a different order.
         seed=run.recipe.seed + i + 1000 * cut + 1_000_003 * order,
         rank=rank(),
         world_size=world_size(),
@@ -99,32 +99,32 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | 
 
 
 def closing(loader: Any) -> AbstractContextManager[None]:
-    """`data.closing` in a run, which can go on when a worker has died."""
+    """`data.closing` for a run, which can be resumed after a worker died."""
     return data.closing(loader, GO_ON)
 
 
 def attention(device: torch.device) -> AbstractContextManager[None]:
-    """The attention kernel to train with. On CPUs the fused kernel's backward pass is the slower one
+    """Select the attention kernel to train with. On CPUs the fused kernel's backward pass is slower than the plain one
     (`benchmarks/attention.py`)."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     return context
 
 
-ENOUGH = 500  # bad samples, before they are judged
+ENOUGH = 500  # bad samples before their share can stop the run
 
 
 @dataclass
 class Progress:
-    """Where a stage stands; saved with it."""
+    """The progress of a stage, saved in its checkpoints."""
 
     step: int = 0
     samples: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)  # by cause, each time that a sample came up
-    skipped_steps: int = 0  # batches that overflowed in float16; no steps
+    skipped: dict[str, int] = field(default_factory=dict)  # by cause, counted each time a sample comes up
+    skipped_steps: int = 0  # batches that overflowed in float16; not counted as steps
     seconds: float = 0.0
-    order: int = 0  # the step at which the order of the data began anew, since processes or workers were others
+    order: int = 0  # step at which the data order last started over, after the number of processes or workers changed
     evaluated_step: int = 0
-    precision: str = ""  # of the steps so far
+    precision: str = ""  # precision of the steps so far
     best_step: int | None = None
     best_score: float = -1.0
     evaluation: dict[str, Any] | None = None
@@ -136,8 +136,8 @@ class Progress:
         self._waits: list[float] = []
 
     def advance(self, count: int, stepped: bool = True) -> None:
-        """After a step on `count` samples of all processes, or one that was left out: its batch is used up, but the
-        stage still has as many steps to do, and the schedule stands still."""
+        """Record a step on `count` samples, summed over all processes. A skipped step (`stepped` false) uses up its
+        batch, but neither the step count nor the schedule advances."""
         now = time.perf_counter()
         self._recent = [*self._recent[-49:], (now - self._since, count)]
         self.seconds += now - self._since
@@ -147,11 +147,11 @@ class Progress:
         self.samples += count
 
     def skip(self, skipped: list[Skipped], log: Path, stage: str) -> list[Skipped]:
-        """What all processes left out at this step; the first one writes it to the log. Returns the first sample of
-        each shard that has just vanished.
+        """Record the samples that all processes skipped at this step; the first process logs them. Return the first
+        sample of each shard that has just vanished.
 
         Raises:
-            ValueError: when more than half of the data is bad. Vanished shards say nothing of the data as it was.
+            ValueError: if more than half of the data is bad. Vanished shards do not count, as their data may be good.
         """
         for s in skipped:
             self.skipped[s.cause] = self.skipped.get(s.cause, 0) + 1
@@ -165,15 +165,15 @@ class Progress:
         return list(vanished.values())
 
     def waited(self, seconds: float) -> None:
-        """Note how long the step that begins has waited for its data; the first also for the workers to start."""
+        """Record how long a step waited for its data; the first one is ignored because it includes worker start-up."""
         self._waits = [*self._waits[-49:], seconds] if self._recent else []
 
     def pause(self) -> None:
-        """Leave out of pairs/s what is not training (evaluation, saving)."""
+        """Exclude time not spent on training (evaluation, saving) from pairs/s."""
         self._since = time.perf_counter()
 
     def figures(self) -> dict[str, Any]:
-        """Speed and waiting of the last 50 steps, and what was left out so far."""
+        """Return speed and data wait over the last 50 steps, and the number of skipped samples and steps so far."""
         seconds = [s for s, _ in self._recent]
         speed = {"pairs_per_s": sum(n for _, n in self._recent) / max(sum(seconds), 1e-9)}
         waits = self._waits or [0.0]
@@ -182,6 +182,6 @@ class Progress:
         return speed | self.left_out()
 
     def left_out(self) -> dict[str, Any]:
-        """Samples that were skipped, in all and by cause, and steps."""
+        """Return the number of skipped samples, in total and by cause, and of skipped steps."""
         samples = {"skipped": sum(self.skipped.values()), "skipped_by_cause": dict(self.skipped)}
         return samples | {"skipped_steps": self.skipped_steps}

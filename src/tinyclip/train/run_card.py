@@ -1,4 +1,4 @@
-"""The model card of a run's student: how it was made, and how it scores."""
+"""The model card of a run's student: how it was trained, and how it scores."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tinyclip.zoo.card import COUNTS, FIGURES, HOW, Card, known, shown
 
 
 def of_run(recipe: Recipe, i: int, evaluation: dict[str, Any] | None, step: int | None = None) -> Card:
-    """The card of what stage `i` of a run has made, at a step or at its end."""
+    """Return the model card for the student of stage `i` of a run, after a step or at the stage's end."""
     stages, first = recipe.stages[: i + 1], recipe.stages[0]
     live = recipe.teacher if isinstance(recipe.teacher, str) else None
     teacher = live or ", ".join(f"the stored features in {shown(folder)}" for folder in recipe.caches)
     source = ""
-    for stage in stages:  # the last that does not go on from the one before
+    for stage in stages:  # find the last stage that does not continue from the one before
         if stage.inherit == "none":
             source = ""
         elif stage.start == "teacher" or (stage is first and stage.start == "previous"):
@@ -44,7 +44,7 @@ def of_run(recipe: Recipe, i: int, evaluation: dict[str, Any] | None, step: int 
 
 
 def _kept(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Its figures and counts, also of the subsets; no paths."""
+    """Return the figures and counts of an evaluation, including those of its subsets, but no paths."""
     kept = {key: value for key, value in evaluation.items() if key in FIGURES or key in COUNTS}
     subsets = {name: _kept(figures) for name, figures in evaluation.get("subsets", {}).items()}
     return kept | ({"subsets": subsets} if subsets else {})

@@ -1,4 +1,4 @@
-"""Before the first step: everything that can be checked, and the run's folder."""
+"""Prepare a run: check everything that can be checked before the first step, and create the run's folder."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ from tinyclip.zoo.checkpoint import load_checkpoint, read_config, read_tokenizer
 from tinyclip.zoo.openai import own_tokenizer
 from tinyclip.zoo.resolve import resolve
 
-# A resumed run may differ in these from the one that was started.
+# Recipe keys that may change when a run is resumed.
 FREE_TO_CHANGE = (
     *("description", "device", "keep", "log_every", "project", "save_every", "save_minutes", "stall_minutes"),
     *("tracking", "workers"),
 )
 FREE_IN_STAGES = ("micro_batch", "grad_checkpointing", "compile")
-PATIENCE = 30.0  # seconds for the processes of a run that was killed to end; each may be at a long step
+PATIENCE = 30.0  # seconds to wait for the processes of a killed run to end; each may be in a long step
 
 
 def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> Run:
-    """Check everything that can be checked before the first step, and make the run's folder.
+    """Check everything that can be checked before the first step, and create the run's folder.
 
-    Under torchrun all processes call it.
+    Under torchrun all processes call this.
 
     Raises:
-        ValueError: for a folder that exists or in which another run is at work, data that is missing, a student that
-            does not fit its start, or a batch that cannot be divided among the processes.
+        ValueError: if the folder exists or is in use by another run, data is missing, a student does not fit its
+            start, or a batch cannot be divided among the processes.
     """
     for i, stage in enumerate(recipe.stages):
         if stage.batch_size % world_size():
@@ -73,7 +73,7 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
     teacher: AnyTeacher | None = None
-    foreign: str | None = None  # what a teacher is that no student can inherit from
+    foreign: str | None = None  # kind of a teacher that no student can inherit from
     caches = open_caches(recipe.caches, recipe.data)
     if caches:
         first = caches[0]
@@ -116,11 +116,11 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
 
 
 def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
-    """What a run begins with whose teacher gives it no weights: the checkpoint that the first stage names, else the
-    shape that it states, with CLIP's tokenizer.
+    """Return the start of a run whose teacher provides no weights: the checkpoint that the first stage names, else the
+    shape it gives, with CLIP's tokenizer.
 
     Raises:
-        ValueError: for a stage that would need the teacher's weights.
+        ValueError: if a stage needs the teacher's weights.
     """
     for i, stage in enumerate(recipe.stages):
         if stage.towers != "both":
@@ -146,10 +146,10 @@ def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, 
 
 
 def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPConfig]:
-    """The config of every stage's student, checked against what it inherits from.
+    """Return the config of every stage's student, checked against the model it inherits from.
 
     Raises:
-        ValueError: naming the stage that does not fit.
+        ValueError: if a stage does not fit; the message names the stage.
     """
     configs: list[CLIPConfig] = []
     for i, stage in enumerate(recipe.stages):
@@ -158,7 +158,7 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
                 base = read_config(resolve(stage.start))
             else:
                 base = configs[-1] if stage.start == "previous" and configs else first
-            config = stage.student.apply(base)  # for auto and calibrated, whose shape is yet to be found, the base
+            config = stage.student.apply(base)  # auto and calibrated: the base, since the final shape is not known yet
             if stage.inherit == "manual":
                 manual_masks(base, config)
             _check_towers(stage, base, config, first)
@@ -176,7 +176,7 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
 
 
 def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
-    """Whether all stages begin with the run's tokens."""
+    """Check that every stage starts with the run's vocabulary."""
     for i, stage in enumerate(recipe.stages):
         named = stage.start not in ("previous", "teacher")
         if named and read_tokenizer(resolve(stage.start)).merges != tokenizer.merges:
@@ -184,7 +184,7 @@ def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
 
 
 def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
-    """Early errors for a tower that is to stay the teacher's, and for masks that cannot do what is asked."""
+    """Fail early if a tower that must stay the teacher's differs, or if masks cannot reach their targets."""
     kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
     for name in kept:
         if getattr(student, name) != getattr(base, name) or student.embed_dim != base.embed_dim:
@@ -202,7 +202,7 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
 
 
 def _check_batch_norm(stage: Stage, device: torch.device) -> None:
-    """Early errors for batch norm that is to learn from what it does not see."""
+    """Fail early if trained batch norm would not see the whole batch."""
     for key in ("micro_batch", "grad_checkpointing"):
         if getattr(stage, key):
             raise ValueError(f"{key}: this stage trains batch norm, which must see the whole batch once; leave it out")
@@ -211,7 +211,7 @@ def _check_batch_norm(stage: Stage, device: torch.device) -> None:
 
 
 def _check_views(recipe: Recipe, configs: list[CLIPConfig], cache: Cache) -> None:
-    """Whether the stored views are those that the stages ask for."""
+    """Check that the cached views match the augmentation and image size of every stage."""
     for i, (stage, config) in enumerate(zip(recipe.stages, configs, strict=True)):
         for name, stored in cache.info.augment:
             if getattr(stage.augment, name) != stored:
@@ -235,18 +235,18 @@ def _vocabulary(recipe: Recipe, context_length: int) -> CLIPTokenizer:
 
 
 def _open_folder(lock: Lock, folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
-    """Write the recipe into the run's folder, whose lock is held from before the first change."""
+    """Write the recipe into the run's folder, taking the folder's lock before the first change."""
     if overwrite and resume:
         raise ValueError("give either --overwrite or --resume")
     try:
-        _check_folder(folder, recipe, overwrite, resume)  # what is refused leaves no trace
+        _check_folder(folder, recipe, overwrite, resume)  # before taking the lock: a refused run leaves no trace
         take(lock, "tinyclip distill")
-        _check_folder(folder, recipe, overwrite, resume)  # another run may have been at work until now
+        _check_folder(folder, recipe, overwrite, resume)  # again: another run may have held the lock until now
         if overwrite:
             ownership.remove(folder, "run", keep=ownership.LOCKS)
         ownership.claim(folder, "run", _written(recipe))
         write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        if not resume:  # samples are listed when they come up
+        if not resume:  # bad samples are logged when they come up
             append(folder / "skipped.jsonl", (s for s in known_faults(recipe.data) if not s.key))
     except OSError as error:
         lock.release()
@@ -257,7 +257,7 @@ def _open_folder(lock: Lock, folder: Path, recipe: Recipe, overwrite: bool, resu
 
 
 def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
-    """Whether the run may have the folder as it is."""
+    """Check that the run may use the folder in its current state."""
     settings, known = recipe.model_dump(mode="json"), folder / "recipe.yaml"
     if resume:
         if not known.exists() or not _is_run(folder):
@@ -273,7 +273,7 @@ def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder with a `recipe.yaml` is a run, also one that an older tinyclip began."""
+    """Whether a folder with a `recipe.yaml` is a run, possibly from an older tinyclip that wrote no markers."""
     marker = ownership.read_marker(folder)
     if marker is not None:
         return marker.kind == "run"
@@ -281,7 +281,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _written(recipe: Recipe) -> list[str]:
-    """What a run writes into its folder; what has a marker of its own ends in `/`."""
+    """Return the paths a run writes in its folder; those with their own marker end in `/`."""
     files = ["recipe.yaml", "metrics.jsonl", "skipped.jsonl", "tracking.json", "report.html", "student/"]
     for stage in recipe.stages:
         files += [f"stages/{stage.name}/{name}" for name in ("result.json", "last/", "best/")]
@@ -289,7 +289,7 @@ def _written(recipe: Recipe) -> list[str]:
 
 
 def _fixed(settings: dict[str, Any], key: str) -> Any:
-    """What a resumed run must share."""
+    """Return the part of a setting that a resumed run may not change."""
     value = settings.get(key)
     if key == "stages" and isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
         return [{k: v for k, v in stage.items() if k not in FREE_IN_STAGES} for stage in value]
@@ -297,7 +297,7 @@ def _fixed(settings: dict[str, Any], key: str) -> Any:
 
 
 def _check_replaceable(folder: Path, recipe: Recipe) -> None:
-    """Refuse to delete what is no run, or what this run reads."""
+    """Refuse to overwrite a folder that is not a run, or that holds inputs of this run."""
     ownership.check_replaceable(folder, "run")
     evaluation = (recipe.evaluation.data, recipe.evaluation.templates) if recipe.evaluation else ()
     teacher = recipe.caches or ((local_part(str(recipe.teacher)),) if recipe.teacher is not None else ())
@@ -307,6 +307,6 @@ def _check_replaceable(folder: Path, recipe: Recipe) -> None:
 
 
 def evaluator(data: str, templates: str | None) -> Any:
-    """What the training loop calls to evaluate a student."""
+    """Return the function the training loop calls to evaluate a student."""
     dataset = metrics.open_dataset(data, templates)
     return lambda model, tokenizer, preprocess: metrics.evaluate(Pipeline(model, tokenizer, preprocess), dataset)

@@ -1,4 +1,4 @@
-"""A dry run of a recipe: every stage for two steps, by the code of a real run, on random weights and made-up data."""
+"""Dry run of a recipe: two steps of every stage with the code of a real run, on random weights and synthetic data."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import save_checkpoint
 
 WORDS = ("red", "green", "blue", "round", "small", "old", "apple", "dog")
-BATCH = 8  # pairs a step, at most
+BATCH = 8  # maximum number of pairs per step
 SMALL_VOCABULARY = BYTE_TOKENS + 2 + 64
 
 
 def smoke(
     recipe: Recipe, small: bool = False, evaluator: Callable[[str], Evaluator] | None = None
 ) -> list[dict[str, Any]]:
-    """Run every stage for two steps in a temporary folder, which is removed: `stage`, `shape`, `seconds` of each.
+    """Run two steps of every stage in a temporary folder, and return `stage`, `shape` and `seconds` of each.
 
-    A stage with learned masks has one step with masks and one after the cut, one with measured masks two batches of
-    measurement; half of the MACs stand for a latency. Batches have at most `BATCH` pairs. Real checkpoints are read for
-    their shape alone, data not at all.
+    A stage with learned masks runs one step with masks and one after the cut; a stage that measures its masks uses two
+    batches. A latency target becomes half of the MACs. Batches have at most `BATCH` pairs. Real checkpoints are read
+    only for their shape, data not at all.
 
     Args:
-        small: a quarter of every width and of the heads' size, few tokens and pixels; layers and heads stay.
-        evaluator: makes the run's evaluator from a folder of data, for recipes that evaluate.
+        small: use a quarter of every width and head size, few tokens and pixels; layers and heads are unchanged.
+        evaluator: makes the run's evaluator from a data folder, for recipes that evaluate.
 
     Raises:
-        ValueError: whatever a run of the recipe would raise.
+        ValueError: as a run of the recipe would.
     """
     with tempfile.TemporaryDirectory(prefix="tinyclip-smoke-") as folder:
         short = shortened(recipe, Path(folder), small)
@@ -74,11 +74,11 @@ def smoke(
 
 
 def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
-    """The recipe with two steps a stage, whose teacher, data and starts are made up in `folder`.
+    """Return the recipe with two steps per stage and a synthetic teacher, data and starts, all written to `folder`.
 
     Raises:
-        ValueError: for a teacher of unknown shape, a student that does not fit its start, or an evaluation without
-            data though the training data is there.
+        ValueError: if the teacher's shape is unknown, a student does not fit its start, or the evaluation data is
+            missing although the training data exists.
     """
     _check_evaluation(recipe)
     first, _ = teacher_config(recipe)
@@ -112,14 +112,14 @@ def shortened(recipe: Recipe, folder: Path, small: bool) -> Recipe:
             place = folder / f"start-{stage.name}"
             short["start"] = random_checkpoint(place, reduce(shape.start), recipe.seed)
         if small and stage.student != StudentShape():
-            # A stage whose masks are learned begins with its `student` shape and is cut by itself.
+            # A stage that learns masks starts with its `student` shape; the cut happens in the stage.
             config = shape.start if shape.learned else shape.student
             short["student"] = {"like": reduce(config).model_dump(mode="json")}
     return Recipe.model_validate(data)
 
 
 def _caches(recipe: Recipe, folder: Path, config: CLIPConfig, image_size: int) -> list[str]:
-    """Caches of random teachers of this shape, for the data in `folder`."""
+    """Make caches of random teachers with this shape for the data in `folder`."""
     places = []
     for i in range(len(recipe.caches)):
         clip = load(random_checkpoint(folder / f"teacher-{i}", config, recipe.seed + i))
@@ -130,15 +130,15 @@ def _caches(recipe: Recipe, folder: Path, config: CLIPConfig, image_size: int) -
 
 
 def _without_latency(target: dict[str, Any], before: float) -> float:
-    """Put half of what is left after the stage `before` in the place of a latency, which means nothing for other
-    sizes and machines. Returns the fraction that is removed then; 0 where the towers have one each."""
+    """Replace a latency target, which is meaningless for other sizes and machines, by a target that removes half of the
+    MACs left after the fraction `before`. Return the total fraction removed; 0 if each tower has its own target."""
     if target["latency_ms"] is not None:
         target |= {"latency_ms": None, "target_sparsity": (1 + before) / 2, "unit": "macs"}
     return target["target_sparsity"] if isinstance(target["target_sparsity"], float) else 0.0
 
 
 def _check_evaluation(recipe: Recipe) -> None:
-    """Where the training data is, that of the evaluation must be as well; elsewhere nobody can say."""
+    """Check that the evaluation data exists if the training data does; on other machines it cannot be checked."""
     if recipe.evaluation is None or not Path(recipe.data).exists():
         return
     for key in ("data", "templates"):
@@ -148,7 +148,7 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 
 def reduced(config: CLIPConfig) -> CLIPConfig:
-    """The same model at a quarter of every width, with two patches a side, 16 tokens and a small vocabulary."""
+    """Return the model at a quarter of every width, with two patches per side, 16 tokens and a small vocabulary."""
 
     vision, text = config.vision, config.text
     if isinstance(vision, VisionConfig):
@@ -166,12 +166,12 @@ def _quarter(part: TransformerConfig) -> dict[str, Any]:
 
 
 def _each(size: Any) -> Any:
-    """A quarter of a size, or of each in a tuple, at least 1; None and 0 stay."""
+    """Return a quarter of a size, or of each size in a tuple, at least 1; None and 0 are unchanged."""
     return tuple(map(_each, size)) if isinstance(size, tuple) else size and max(1, size // 4)
 
 
 def make_pictures(folder: Path) -> Path:
-    """Class folders of noise, `BATCH` pictures in all."""
+    """Write class folders of noise images, `BATCH` images in total."""
     generator = np.random.default_rng(0)
     for i in range(BATCH):
         (folder / WORDS[i % 4]).mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def make_pictures(folder: Path) -> Path:
 
 
 def random_checkpoint(folder: Path, config: CLIPConfig, seed: int) -> str:
-    """Write a model of random weights with the first tokens of CLIP's vocabulary; returns the folder."""
+    """Write a model with random weights and the first tokens of CLIP's vocabulary; return the folder."""
     torch.manual_seed(seed)
     save_checkpoint(folder, CLIP(config), _tokenizer(config), Preprocess(image_size=config.vision.image_size))
     return str(folder)
@@ -195,12 +195,13 @@ def _tokenizer(config: CLIPConfig) -> CLIPTokenizer:
 
 
 def measured_speed(recipe: Recipe, steps: int = 3, pairs: int = 32) -> Speed:
-    """Pairs/s of real training steps on the recipe's device, random weights, texts of full context, no data loading.
+    """Measure pairs/s of real training steps on the recipe's device, with random weights, full-length captions and no
+    data loading.
 
-    Batches have at most `pairs`, since speed hardly depends on more. The first step is not counted.
+    Batches have at most `pairs` pairs; larger ones hardly change the speed. The first step is not counted.
 
     Raises:
-        ValueError: for a teacher of unknown shape.
+        ValueError: if the teacher's shape is unknown.
     """
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision

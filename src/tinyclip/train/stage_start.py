@@ -1,4 +1,4 @@
-"""What a stage starts from: a slice by rule, by importance, or random weights."""
+"""The model a stage starts from: sliced by rule, cut by importance, or randomly initialised."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
             student = inherit(base, stage.student.apply(base.config))
         elif stage.inherit == "calibrated" and not from_main(state.exists):
             student = calibrated_student(run, i, base)
-        else:  # auto cuts it later; a calibrated one that is resumed is already cut in its checkpoint
+        else:  # auto is cut later; a resumed calibrated stage is already cut in its checkpoint
             student = compact(base, {})
     for warning in caught:
         run.warn(stage, str(warning.message))
@@ -51,8 +51,8 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
-    """The student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
-    pairs = run.recipe.stages[i].batch_size // world_size()  # as many as fit, where training does
+    """Return the student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
+    pairs = run.recipe.stages[i].batch_size // world_size()  # if training fits in memory, so does this
     masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
@@ -60,7 +60,7 @@ def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
 
 
 def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str, Tensor], int]:
-    """On the CPU, as they may travel to other processes; and the batches that were measured for them."""
+    """Return the measured masks, on the CPU since they may go to other processes, and the number of batches used."""
     stage = run.recipe.stages[i]
     settings, preprocess = stage.calibrated, preprocess_for(run, base)
     assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
@@ -88,7 +88,7 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str,
 
 
 def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
-    """The model that a stage starts from; the caller must not change it."""
+    """Return the model that a stage starts from; the caller must not change it."""
     stage = run.recipe.stages[i]
     if stage.start == "previous" and previous is not None:
         return previous
@@ -100,7 +100,7 @@ def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 @torch.no_grad()
 def _keep_tower(student: CLIP, teacher: CLIP, towers: str) -> None:
-    """Give the student the teacher's own weights in the tower that is left alone."""
+    """Copy the teacher's weights into the tower of the student that the stage does not train."""
     own = student.state_dict()
     for key, value in teacher.state_dict().items():
         if key != "logit_scale" and key.startswith("visual.") != (towers == "image"):

@@ -1,4 +1,4 @@
-"""One optimiser step: features, loss terms, gradient, schedule."""
+"""One optimizer step: features, loss terms, gradient, schedule."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from tinyclip.train.pruner import Pruner
 from tinyclip.train.student import Student, make_projections, set_trained
 
 LARGEST_LOGIT_SCALE = math.log(100)  # OpenAI's CLIP clamps a learned scale at 100
-SMALLEST_LOSS_SCALE = 1.0  # what overflows in float16 even at this one does so by itself
-SHOWN = 8  # keys of a batch that an error names
-MOST_UNREAD = 1000  # steps whose figures may wait on the device
-OTHER = {"image": "text", "text": "image"}  # the tower that a stage leaves alone
+SMALLEST_LOSS_SCALE = 1.0  # float16 overflow at this scale is not caused by loss scaling
+SHOWN = 8  # maximum number of a batch's keys to name in an error
+MOST_UNREAD = 1000  # maximum number of steps whose figures may stay on the device
+OTHER = {"image": "text", "text": "image"}  # the tower a stage does not train, by the one it trains
 
 
 @dataclass(frozen=True)
 class Unread:
-    """What a step found, still on the device."""
+    """The figures of a step, still on the device."""
 
     step: int
-    keys: list[str]  # of the batch, the first few
+    keys: list[str]  # the first few keys of the batch
     lr: float
     names: tuple[str, ...]
-    values: Tensor  # one for each name
+    values: Tensor  # one per name
 
 
 @dataclass
 class Trainee:
-    """A student in a stage, with what its steps need.
+    """A student and everything its training steps in one stage need.
 
-    To be made by all processes at once, as they agree on the weights of the first; each has its share of every batch.
+    All processes must create it together, since they synchronise to the first process's weights. Each process gets
+    its share of every batch.
     """
 
     model: CLIP
@@ -72,7 +73,7 @@ class Trainee:
             self.parallel = DistributedDataParallel(self.student, gradient_as_bucket_view=True)
         self.optimizer = make_optimizer(self.trained, stage)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "float16")
-        self.overflowed = False  # in float16, by the last step, which was left out then
+        self.overflowed = False  # whether the last step overflowed in float16 and was skipped
         self._unread: list[Unread] = []
         self._fix_logit_scale()
 
@@ -81,20 +82,20 @@ class Trainee:
         return [*self.model.parameters(), *self.projections.parameters()]
 
     def train(self) -> None:
-        """Training mode, but for batch norm whose statistics the stage keeps."""
+        """Switch to training mode, except batch norm if the stage keeps its statistics."""
         self.model.train()
         if self.stage.freezes_batch_norm:
             freeze(self.model)
 
     def _fix_logit_scale(self) -> None:
-        """Where the scale is not learned, the saved model carries the one it was trained at."""
+        """If the stage does not learn the scale, store the one it trains with in the model."""
         loss = self.stage.loss
         if loss.contrastive == 0 and loss.student_scale != "learned":
             with torch.no_grad():
                 self.model.logit_scale.copy_(torch.as_tensor(self._scale(loss.student_scale)).log())
 
     def _scale(self, setting: str | float, i: int = 0) -> Tensor | float:
-        """A scale that the stage sets, or the i-th teacher's."""
+        """Return the scale that the stage sets, or that of the i-th teacher."""
         if setting == "teacher":
             assert self.teacher is not None, "the recipe's validation asks for a teacher here"
             return self.teacher.scales[i]
@@ -103,16 +104,16 @@ class Trainee:
     # --- one step -----------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One optimiser step; returns the loss terms, averaged over the processes, and the gradient norm, which stay on
-        the device: nothing here waits for it. Whether they are finite is found when they are read, by `figures` or
-        before a save by `check`.
+        """Take one optimizer step; return the loss terms, averaged over the processes, and the gradient norm. The
+        values stay on the device, and nothing here waits for it. Reading them (`figures`, or `check` before a save)
+        checks that they are finite.
 
-        In float16 alone each step asks the device whether it overflowed. Then it is left out: weights and optimiser
-        stay as they are, and the loss scale falls.
+        Only float16 synchronises at every step, to see whether it overflowed. If so, the step is skipped: weights and
+        optimizer are unchanged, and the loss scale is lowered.
 
         Raises:
-            ValueError: when float16 overflows at any scale, or what was left unread long is not finite; in all
-                processes.
+            ValueError: if float16 overflows even at the smallest loss scale, or figures that were unread for too long
+                are not finite; raised in all processes.
         """
         if len(self._unread) >= MOST_UNREAD:
             self._read()
@@ -122,7 +123,7 @@ class Trainee:
         optimizers: list[torch.optim.Optimizer] = [self.optimizer, *([pruner.optimizer] if pruner else [])]
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
-        # Statistics of batch norm take in what overflows before anybody knows.
+        # Batch-norm statistics are updated before an overflow is detected.
         statistics = [(b, b.clone()) for b in self.model.buffers()] if self.scaler.is_enabled() else []
         terms = self.backward(batch, step)
         for optimizer in optimizers:
@@ -150,11 +151,11 @@ class Trainee:
         return metrics
 
     def figures(self, step: int) -> dict[str, Any]:
-        """Of the last step: what `step` returned as numbers, the learning rate, and how the learned masks stand. All
-        come in one transfer from the device, with what earlier steps left there.
+        """Return the last step's results as numbers, its learning rate, and the figures of the learned masks.
+        Everything comes in one transfer from the device, together with the unread figures of earlier steps.
 
         Raises:
-            ValueError: when the loss or the gradient of any of these steps is not finite, in all processes.
+            ValueError: if the loss or gradient of any of these steps is not finite; raised in all processes.
         """
         last = self._unread[-1]
         row, masks = self._read()
@@ -162,7 +163,7 @@ class Trainee:
         return figures | (self.pruner.figures(step, masks) if self.pruner else {})
 
     def check(self) -> None:
-        """`ValueError` when a loss, a gradient or a weight is not finite, before it is saved over a good checkpoint."""
+        """Raise `ValueError` if a loss, gradient or weight is not finite, before it is saved over a good checkpoint."""
         last = self._unread[-1] if self._unread else None
         self._read()
         state = [*self.model.state_dict().values(), *self.projections.parameters()]
@@ -171,7 +172,7 @@ class Trainee:
             raise ValueError(self._broken("a weight", "not finite", last))
 
     def _read(self) -> tuple[list[float], Tensor | None]:
-        """The figures of the last unread step and the values of the masks; nothing is unread then."""
+        """Read all pending figures; return those of the last step, and the mask values."""
         unread, self._unread = self._unread, []
         if not unread:
             return [], None
@@ -194,7 +195,7 @@ class Trainee:
         self.scaler.update(lower)
 
     def _broken(self, what: str, how: str, at: Unread | None) -> str:
-        """What was found is the same in all processes, so that all of them raise or none."""
+        """Return the error message. All processes see the same values, so either all of them raise or none does."""
         place = f" at step {at.step + 1}; samples {', '.join(at.keys)}, ..." if at else ""
         return (
             f"{what} of stage {self.stage.name} is {how}{place}; a checkpoint from before it is kept, if there is one. "
@@ -202,18 +203,19 @@ class Trainee:
         )
 
     def backward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Add the gradient of the loss, times the scaler's scale, to every `.grad`; returns the weighted sum of the
-        terms as `loss` and each of them, without gradient.
+        """Add the gradient of the loss, times the scaler's scale, to every `.grad`; return each term and their weighted
+        sum as `loss`, detached.
 
-        The loss sees the features of the whole batch as leaves. With micro-batches they come from passes without
-        graph, and what the loss says of them goes back through each pass once it is replayed, with the random state it
-        had (GradCache, Gao et al., RepL4NLP 2021). The gradient is that of the whole batch, in any number of pieces.
+        The loss takes the features of the whole batch as leaves. With micro-batches the features come from forward
+        passes without a graph; each pass is then replayed with its original random state, and the gradient at the
+        leaves is propagated through it (GradCache, Gao et al., RepL4NLP 2021). The gradient equals that of the whole
+        batch for any number of pieces.
         """
         size = self.stage.micro_batch or len(batch.tokens)
         pieces = [slice(start, start + size) for start in range(0, len(batch.tokens), size)]
         replay = len(pieces) > 1
         outputs: list[dict[str, Tensor]] = []
-        theirs: list[list[Features]] = []  # by pieces and teachers
+        theirs: list[list[Features]] = []  # by piece, then by teacher
         states = []
         for piece in pieces:
             images = batch.images[piece].to(self.device, non_blocking=True)
@@ -239,18 +241,18 @@ class Trainee:
         return dict(zip(terms, values, strict=True))
 
     def _teacher_features(self, batch: Batch, piece: slice, images: Tensor) -> list[Features]:
-        """What each teacher says of a piece, where the stage needs it."""
+        """Return each teacher's features of a piece, if the stage needs them."""
         if self.teacher is None or not (self.stage.loss.distils or self.stage.towers != "both"):
             return []
         with torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
             theirs = self.teacher.features_of(batch, piece, images)
-        return [(image.clone(), text.clone()) for image, text in theirs]  # no inference tensors any more
+        return [(image.clone(), text.clone()) for image, text in theirs]  # clones are no longer inference tensors
 
     # --- the loss -----------------------------------------------------------------------------------------------
 
     def _terms(self, ours: dict[str, Tensor], theirs: list[Features], batch: Batch) -> dict[str, Tensor]:
-        """Each term that has a weight, of this process's pairs, and the weighted sum as `loss`; see `Student.forward`
-        for `ours`."""
+        """Return each term with a nonzero weight, for this process's pairs, and their weighted sum as `loss`; see
+        `Student.forward` for `ours`."""
         settings = self.stage.loss
         groups = batch.groups.to(self.device, non_blocking=True) if settings.positives == "class" else None
         terms: dict[str, Tensor] = {}
@@ -267,13 +269,13 @@ class Trainee:
     def _teacher_terms(
         self, ours: dict[str, Tensor], theirs: list[Features], groups: Tensor | None
     ) -> dict[str, Tensor]:
-        """The cross-entropy of the affinities is linear in its target, so its mean over teachers is that against the
-        mean of their softmax targets."""
+        """Average the terms over teachers. The affinity's cross-entropy is linear in its target, so its mean over
+        teachers equals the cross-entropy against the mean of their softmax targets."""
         each = [self._terms_of(i, ours, features, groups) for i, features in enumerate(theirs)]
         return {name: torch.stack([terms[name] for terms in each]).mean(0) for name in each[0]}
 
     def _terms_of(self, i: int, ours: dict[str, Tensor], theirs: Features, groups: Tensor | None) -> dict[str, Tensor]:
-        """The terms of one teacher."""
+        """Return the loss terms of one teacher."""
         settings = self.stage.loss
         learned = settings.student_scale == "learned"
         scales = (
@@ -295,18 +297,18 @@ class Trainee:
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """Rows of all pieces, or a scalar that each piece has; without graph."""
+    """Concatenate the rows of all pieces, or return the scalar that all pieces share; detached."""
     return (parts[0] if parts[0].ndim == 0 else torch.cat(parts)).detach()
 
 
 def _joined(parts: list[list[Features]]) -> list[Features]:
-    """Each teacher's features of all pieces."""
+    """Concatenate each teacher's features of all pieces."""
     return [(torch.cat([i for i, _ in one]), torch.cat([t for _, t in one])) for one in zip(*parts, strict=True)]
 
 
 def _backward_through(outputs: dict[str, Tensor], leaves: dict[str, Tensor], piece: slice, last: bool) -> None:
-    """Continue the gradients at the leaves into what they were computed from. A scalar's counts once, but every piece
-    hands on one, as DistributedDataParallel waits for all parameters."""
+    """Propagate the gradients at the leaves into the outputs they were copied from. A scalar's gradient counts only in
+    the last piece; the others pass zeros, because DistributedDataParallel waits for every parameter."""
     tensors, gradients = [], []
     for name, output in outputs.items():
         gradient = leaves[name].grad
@@ -315,17 +317,17 @@ def _backward_through(outputs: dict[str, Tensor], leaves: dict[str, Tensor], pie
             tensors.append(output)
             gradients.append(rows)
     torch.autograd.backward(tensors, gradients)
-    outputs.clear()  # and the graph with them
+    outputs.clear()  # this also frees the graph
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """Of the generators that a forward pass may draw from."""
+    """Return the states of the random generators that a forward pass may use."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager
 def random_state_of(device: torch.device, states: list[Tensor]) -> Iterator[None]:
-    """Draw again what was drawn after `random_state`."""
+    """Restore the states saved by `random_state` inside the block, so the same numbers are drawn again."""
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
         torch.set_rng_state(states[0])
         for state in states[1:]:
@@ -334,7 +336,7 @@ def random_state_of(device: torch.device, states: list[Tensor]) -> Iterator[None
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
+    """Return AdamW with weight decay on matrices only."""
     settings = stage.optimizer
     parameters = [p for p in parameters if p.requires_grad]
     groups = [
@@ -345,7 +347,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.op
 
 
 def learning_rate(step: int, stage: Stage) -> float:
-    """Linear warm-up (while masks are learned, if they are), then cosine to 0; `step` counts from 0."""
+    """Return the learning rate at `step` (from 0): linear warm-up, which lasts through mask learning in an auto stage,
+    then cosine decay to 0."""
     settings = stage.optimizer
     warmup_steps = stage.auto.steps if stage.auto else settings.warmup_steps
     if step < warmup_steps:

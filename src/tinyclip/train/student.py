@@ -1,7 +1,7 @@
-"""What a stage trains, as one module: a batch goes in, all that the loss needs comes out.
+"""The module a stage trains: it takes a batch and returns everything the loss needs.
 
-Being one module it can be wrapped in DistributedDataParallel, which waits for a gradient of every parameter that has
-`requires_grad`; `set_trained` sees to it that only what the loss reaches has it.
+As a single module it can be wrapped in DistributedDataParallel, which waits for the gradient of every parameter with
+`requires_grad`; `set_trained` sets that only for parameters the loss reaches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tinyclip.train.pruner import Pruner
 
 
 class Student(nn.Module):
-    """A CLIP with its projections to the teacher's size and its learned masks, as a stage trains them.
+    """A CLIP with its learned masks and its projections to the teacher's embedding size, as trained by a stage.
 
     Args:
-        projections: `make_projections`; may be empty.
-        end_id: the end token, after which texts are cut.
-        precision: of the towers; all else is float32.
+        projections: from `make_projections`; may be empty.
+        end_id: id of the end token, after which texts are cut.
+        precision: precision of the towers; everything else is float32.
     """
 
     def __init__(
@@ -45,30 +45,30 @@ class Student(nn.Module):
         self.pruner, self.stage, self.preprocess = pruner, stage, preprocess
         self.end_id, self.precision = end_id, precision
         self.encode_image, self.encode_text = model.encode_image, model.encode_text
-        if stage.compile:  # texts come in many lengths, and one kernel is to do for all
+        if stage.compile:  # texts come in many lengths; one kernel should serve them all
             self.encode_image = torch.compile(model.encode_image)
             self.encode_text = torch.compile(model.encode_text, dynamic=True)
-            # Dynamo looks at the gradient of every argument, and masks are no leaves.
+            # Dynamo reads `.grad` of every argument, and masks are not leaves.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
 
     def forward(self, images: Tensor, tokens: Tensor, step: int, theirs: Features | None = None) -> dict[str, Tensor]:
-        """What the loss depends on, in float32 (float64 for such a model).
+        """Return everything the loss depends on, in float32 (float64 for a float64 model).
 
         Args:
             images: uint8 (n, 3, s, s) on the model's device.
             tokens: int64 (n, length).
-            step: of the stage; the noise of the masks depends on it.
-            theirs: the teacher's features; a tower that is left alone is the teacher's, so it is spared.
+            step: step of the stage; the masks' noise depends on it.
+            theirs: the teacher's features; they replace those of an untrained tower, which is the teacher's own.
 
         Returns:
             `image`, `text`: (n, embed_dim), normalised; with projections `projected_image` and `projected_text`,
-            (n, the teacher's embed_dim), not normalised; `scale`, exp(logit_scale), where the stage learns it;
-            `constraint` where it learns masks. The last two are scalars.
+            (n, the teacher's embed_dim), not normalised; `scale`, exp(logit_scale), if the stage learns it;
+            `constraint` if it learns masks. The last two are scalars.
         """
         towers, device = self.stage.towers, self.model.logit_scale.device
         masks = self.pruner.sample(step) if self.pruner else None
         image, text = theirs or (None, None)
-        # Its own autocast each time: the casts that it keeps are without gradient where the forward is.
+        # A new autocast for each call: casts cached in a forward pass without gradient would have none either.
         with torch.autocast(device.type, getattr(torch, self.precision), enabled=self.precision != "float32"):
             if image is None or towers != "text":
                 pixels = image_input(images, self.preprocess).to(self.model.logit_scale.dtype)
@@ -90,8 +90,9 @@ class Student(nn.Module):
 
 
 def set_trained(model: CLIP, stage: Stage) -> None:
-    """Set `requires_grad` of what the stage's loss reaches, and of nothing else: with `towers: image` the text tower
-    is left alone, the scale where it is given, and what feeds an attention without heads, which is only a bias."""
+    """Set `requires_grad` exactly for the parameters that the stage's loss reaches. Excluded are an untrained tower
+    (the text tower with `towers: image`), a fixed scale, and the inputs of an attention without heads, which only
+    adds a bias."""
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(stage.towers in ("both", "image" if key.startswith("visual.") else "text"))
     model.logit_scale.requires_grad_(stage.loss.learns_scale)
@@ -102,8 +103,8 @@ def set_trained(model: CLIP, stage: Stage) -> None:
 
 
 def make_projections(student: CLIP, teacher: AnyTeacher | None, stage: Stage) -> nn.ModuleDict:
-    """Learned maps from the student's embedding to the teacher's, for the terms that need them; they start as the
-    inherited one, the first dims. Not part of the student."""
+    """Return learned maps from the student's embedding to the teacher's, for the loss terms that need them. They start
+    as the identity on the first dimensions, which is how students inherit, and are not part of the student."""
     projections = nn.ModuleDict()
     if teacher is not None and {"feature", "interactive"} & set(stage.loss.distils):
         for name in ("image", "text"):
@@ -114,10 +115,10 @@ def make_projections(student: CLIP, teacher: AnyTeacher | None, stage: Stage) ->
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile something small.
+    """Compile a small function to test the compiler.
 
     Raises:
-        ValueError: when this machine cannot.
+        ValueError: if torch.compile does not work on this machine.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device))

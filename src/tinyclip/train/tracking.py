@@ -1,7 +1,7 @@
-"""Figures of a run to TensorBoard, trackio or wandb; `metrics.jsonl` is written in any case.
+"""Log a run's figures to TensorBoard, trackio or wandb; `metrics.jsonl` is always written.
 
-A tracker is an open run of one of them with `log(figures, step)` and `finish()`. Steps count through all stages, so
-that a run is one curve.
+A tracker is an open run in one of these, with `log(figures, step)` and `finish()`. Steps are counted across all stages,
+so each run has one curve.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tinyclip.recipe.recipe import Recipe
 from tinyclip.train.resume import saved_step
 from tinyclip.train.run import Run
 
-FOLDERS = ("tensorboard", "wandb", "tracking.json")  # that trackers leave in the run's folder
+FOLDERS = ("tensorboard", "wandb", "tracking.json")  # files that trackers write in the run's folder
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """`ValueError` when a tracker that the recipe names is not installed."""
+    """Raise `ValueError` if a tracker named in the recipe is not installed."""
     missing = [name for name in recipe.tracking if find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -37,12 +37,12 @@ def check_trackers(recipe: Recipe) -> None:
 
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
-    """Send the events of a run to the trackers that its recipe names. Only the first process tracks.
+    """Send a run's events to the trackers named in its recipe. Only the first process tracks.
 
-    A tracker that fails while the run goes on is dropped with a warning.
+    A tracker that fails during the run is dropped with a warning.
 
     Raises:
-        ValueError: when one cannot be opened at the start of a run; a resumed run goes on without it.
+        ValueError: if a tracker cannot be opened at the start of a run; a resumed run continues without it.
     """
     if not (run.recipe.tracking and is_main()):
         yield
@@ -64,7 +64,7 @@ def tracked(run: Run) -> Iterator[None]:
 
 
 class Trackers:
-    """The open trackers of a run; a listener of its events."""
+    """The open trackers of a run; call it with each event."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -81,13 +81,13 @@ class Trackers:
         for tracker in self.run.recipe.tracking:
             try:
                 self.open_ones[tracker] = OPEN[tracker](self.run, name, done if resumed else None)
-            except Exception as error:  # of other people's code, networks and accounts
+            except Exception as error:  # third-party code, networks and accounts may raise anything
                 if not resumed:
                     raise ValueError(f"tracking: {tracker} cannot be opened ({_line(error)})") from None
                 self._warn(tracker, error)
 
     def _done(self) -> int:
-        """Steps that a resumed run does not do again."""
+        """Return the number of steps a resumed run does not repeat."""
         for stage in self.run.recipe.stages:
             folder = self.run.folder / "stages" / stage.name
             if not (folder / "result.json").exists():
@@ -108,7 +108,7 @@ class Trackers:
         for name, tracker in list(self.open_ones.items()):
             try:
                 call(tracker)
-            except Exception as error:  # as above; a run is worth more than its curves
+            except Exception as error:  # as above; the run matters more than its curves
                 del self.open_ones[name]
                 self._warn(name, error)
 
@@ -122,7 +122,7 @@ def _line(error: Exception) -> str:
 
 
 def flat(event: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The numbers of an event under `prefix/name`, those in mappings under `prefix/name/key`."""
+    """Return the numbers of an event under `prefix/name`, those in mappings under `prefix/name/key`."""
     found: dict[str, float] = {}
     for name, value in event.items():
         if isinstance(value, dict):
@@ -141,7 +141,7 @@ class TensorBoard:
     def __init__(self, run: Run, name: str, done: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was logged after the checkpoint that the run goes on from is about to come again.
+        # Figures logged after the checkpoint that the run resumes from will be logged again.
         purge = None if done is None else done + 1
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge)
         if done is None:
@@ -158,7 +158,8 @@ class TensorBoard:
 
 
 def _wandb(run: Run, name: str, done: int | None) -> Any:
-    """Its own step may only rise, so that ours is a figure like others, which all charts take as their axis."""
+    """Open a wandb run. wandb's own step may only increase, so our step is logged as a figure that every chart uses as
+    its axis."""
     import wandb
 
     opened = wandb.init(
@@ -200,10 +201,10 @@ OPEN: dict[str, Callable[[Run, str, int | None], Any]] = {
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Most memory held so far, 1e9 bytes: of the GPU, else of this process."""
+    """Return the peak memory so far in GB (1e9 bytes): the GPU's, or without one this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # of the operating system's figure, bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

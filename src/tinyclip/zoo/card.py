@@ -1,7 +1,8 @@
-"""Model cards: the README.md of a checkpoint, in the Hugging Face hub's format. What is not known is said to be so.
+"""Model cards: the README.md of a checkpoint, in the Hugging Face hub's format. Unknown facts are
+marked as unknown.
 
-The front matter has what the hub reads, and under `tinyclip` the facts themselves, from which the card of the next
-model, made out of this one, goes on.
+The front matter has the fields that the hub reads and, under `tinyclip`, the facts themselves; the card of a model made
+from this one builds on them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tinyclip.zoo.catalogue import SHIPPED, find, shipped
 from tinyclip.zoo.resolve import HUB_ID
 
 FILE = "README.md"
-FIGURES = {  # of `evaluate`: in words, and the hub's name of the metric
+FIGURES = {  # keys of `evaluate`: description, and the hub's name for the metric
     "acc1": ("top-1", "accuracy"),
     "acc5": ("top-5", "accuracy"),
     "mean_per_class_recall": ("mean recall of the classes", "recall"),
@@ -36,7 +37,7 @@ HOW = {
     "calibrated": "cut by measured importance",
     "none": "random weights",
 }
-USE = {  # by what loads it
+USE = {  # by library
     "tinyclip": """\
 import tinyclip
 
@@ -58,33 +59,33 @@ model, processor = CLIPModel.from_pretrained("this-folder"), CLIPProcessor.from_
 
 
 class Card(BaseModel):
-    """What is known of a model beside its shape; what is empty is unknown."""
+    """Known facts about a model besides its shape; empty means unknown."""
 
     model_config = ConfigDict(extra="ignore")
 
     name: str = ""
-    how: str = ""  # sentences: how its weights came about
-    source: str = ""  # the model that its weights come from: hub id, name of the zoo, or path
+    how: str = ""  # sentences: how its weights were made
+    source: str = ""  # the model its weights come from: hub id, zoo name or path
     teacher: str = ""
-    data: str = ""  # what it was trained on
+    data: str = ""  # training data
     licence: str = ""  # as the hub spells it
-    figures: dict[str, Any] = {}  # what `evaluate` gave
+    figures: dict[str, Any] = {}  # results of `evaluate`
     figures_of: str = ""  # the data they were measured on
     stages: list[dict[str, Any]] = []
     recipe: str = ""  # YAML
 
 
 def write_card(folder: Path, config: CLIPConfig, card: Card, library: str = "tinyclip") -> None:
-    """Write a checkpoint's README.md; `library` is what loads it.
+    """Write a checkpoint's README.md; `library` is the one that loads it.
 
     Raises:
-        ValueError: when it cannot be written.
+        ValueError: if it cannot be written.
     """
     write_atomically(folder / FILE, card_text(config, card, library))
 
 
 def card_text(config: CLIPConfig, card: Card, library: str = "tinyclip") -> str:
-    """The README.md: front matter for the hub, then the same for people."""
+    """Return the README.md: front matter for the hub, then the same facts for people."""
     front = yaml.safe_dump(_front_matter(card, library), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {card.name or 'A CLIP'}", _shape(config)]
     parts += ["## How it came about", card.how or "Unknown: whoever saved it did not say."]
@@ -107,13 +108,13 @@ def card_text(config: CLIPConfig, card: Card, library: str = "tinyclip") -> str:
 
 
 def read_card(folder: Path) -> Card:
-    """What a checkpoint's README.md says, of ours or of others; an empty card when there is none to be read."""
+    """Return the facts in a checkpoint's README.md, ours or others'; an empty card if there is no readable one."""
     try:
         _, front, _ = (folder / FILE).read_text(encoding="utf-8").split("---\n", 2)
         facts = parse(front)
         card = Card.model_validate(facts.get("tinyclip") or {})
     except (OSError, ValueError, AttributeError, ValidationError):
-        return Card()  # it is people's to edit
+        return Card()  # people may have edited it
     licence, data = facts.get("license"), facts.get("datasets")
     if isinstance(licence, str):
         card.licence = licence
@@ -123,7 +124,7 @@ def read_card(folder: Path) -> Card:
 
 
 def known(model: str | Path) -> Card:
-    """What is known of a model, by its path, its name in the zoo, or its Hugging Face id; nothing is downloaded."""
+    """Return the known facts about a model, given its path, zoo name or Hugging Face id; downloads nothing."""
     name, path = str(model), Path(model)
     if not path.exists() and name in SHIPPED:
         path = shipped(name)
@@ -144,19 +145,19 @@ def known(model: str | Path) -> Card:
 
 
 def made_from(model: str | Path, how: str) -> Card:
-    """The card of a model whose weights come from another one, changed: figures are no longer its own."""
+    """Return the card of a model whose weights were changed from another's; the other's figures are dropped."""
     before = known(model)
     return Card(how=how, source=shown(model), data=before.data, licence=before.licence)
 
 
 def converted(model: str | Path, name: str) -> Card:
-    """The card of the same model in another format, to be called `name` where it has no name of its own."""
+    """Return the card of the same model in another format, called `name` if it has no name of its own."""
     before = known(model)
     return before.model_copy(update={"name": before.name or name, "source": before.source or shown(model)})
 
 
 def shown(model: str | Path) -> str:
-    """A path or name as others may see it: of an absolute path only the end, and no path looks like a hub id."""
+    """Return a path or name for publishing: only the end of an absolute path, and no path that looks like a hub id."""
     path = Path(model)
     if path.is_absolute():
         return "/".join(["...", *path.parts[-2:]])
@@ -229,12 +230,12 @@ def _link(model: str) -> str:
 def _entry(name: str) -> Any:
     try:
         return find(name) if name else None
-    except ValueError:  # the beginning of several
+    except ValueError:  # ambiguous name
         return None
 
 
 def _hub_id(name: str) -> str | None:
-    """The id on the hub of a model that `shown` has named, if it has one."""
+    """Return the hub id of a model named by `shown`, if it has one."""
     if entry := _entry(name):
         return entry.hub_id
     plain = name.removeprefix("hf:")

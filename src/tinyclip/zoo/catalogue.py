@@ -1,4 +1,4 @@
-"""The published models, those that ship with the package, and what is known of each. No torch here."""
+"""The published models, the shipped ones, and facts about each. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CACHE_VARIABLE = "TINYCLIP_CACHE"
 
 @dataclass(frozen=True)
 class Entry:
-    """A published model. Figures are those published: image + text at 224 px and 77 tokens, parameters without the
-    token embedding."""
+    """A published model with its published figures: image + text at 224 px and 77 tokens, parameters without the token
+    embedding."""
 
-    name: str  # of the file, without .pt
+    name: str  # file name without .pt
     how: Literal["manual", "auto"]
     top1: float  # zero-shot on ImageNet-1K, %
     params_m: tuple[int, int]  # image and text, millions
@@ -43,7 +43,7 @@ class Entry:
 
     @property
     def hub_id(self) -> str | None:
-        """On the Hugging Face hub there are the manual ViTs."""
+        """Its Hugging Face id; only the manual ViTs are on the hub."""
         return f"wkcn/{self.name}" if self.how == "manual" and "-ViT-" in self.name else None
 
     @property
@@ -52,7 +52,7 @@ class Entry:
 
     @property
     def shape(self) -> str | None:
-        """What `CLIPConfig.named` knows it by; None when the shape is only in the file."""
+        """Its name for `CLIPConfig.named`; None if only the file has the shape."""
         return self.name.rpartition("-")[0] if self.how == "manual" else None
 
 
@@ -108,15 +108,15 @@ ENTRIES = (
         "published as 1.9 GMACs, a slip: it has the size of its LAION-400M twin",
     ),
 )
-SHIPPED = ("emoji-student",)  # in the package itself: a CLIP of emoji drawings, the 25 % that `make demo` makes
+SHIPPED = ("emoji-student",)  # inside the package: a CLIP for emoji drawings, the 25 % student of `make demo`
 
 
 def find(name: str) -> Entry | None:
-    """The model of a name as people write it: with or without `TinyCLIP-`, `auto-`, `.pt`, the end of the name
-    (where it is the only one), and with `/` or spaces for `-`.
+    """Return the model for a name as people write it: with or without `TinyCLIP-`, `auto-`, `.pt` and the end of the
+    name (if still unambiguous), and with `/` or spaces for `-`. None if there is none.
 
     Raises:
-        ValueError: when several models have that beginning, naming them.
+        ValueError: if several models start with the name; lists them.
     """
     wanted = _key(name)
     found = [e for e in ENTRIES if f"{_key(e.name)}-".startswith(f"{wanted}-")]
@@ -131,19 +131,19 @@ def _key(name: str) -> str:
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Where downloads are kept: the argument, else $TINYCLIP_CACHE, else the platform's place for caches."""
+    """Return the folder for downloads: the argument, else $TINYCLIP_CACHE, else the platform's cache folder."""
     from platformdirs import user_cache_path
 
     return Path(cache or os.environ.get(CACHE_VARIABLE) or user_cache_path("tinyclip")).expanduser()
 
 
 def shipped(name: str) -> Path:
-    """The folder of a model that ships with the package."""
+    """Return the folder of a model that ships with the package."""
     return Path(__file__).parent.parent / "models" / name
 
 
 def get(name: str) -> Entry:
-    """The model of a name; `ValueError` with those like it when there is none."""
+    """Return the model for a name; `ValueError` with similar names if there is none."""
     if entry := find(name):
         return entry
     raise ValueError(f"{name}: no model of the zoo; {_hint(name)}")

@@ -1,7 +1,7 @@
 """Checkpoints: a directory with `config.json`, `model.safetensors`, `tokenizer.json`, `preprocess.json`, and the model
 card `README.md`.
 
-A directory is written beside its place and renamed into it, so a reader never sees half of one.
+A directory is written next to its destination and renamed into place, so a reader never sees a partial one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 from tinyclip.zoo.card import Card, write_card
-from tinyclip.zoo.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # one of them is also ours
+from tinyclip.zoo.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # includes our own file name
 from tinyclip.zoo.hugging_face import read_hugging_face
 from tinyclip.zoo.openai import (
     OPEN_CLIP_CONFIG,
@@ -40,8 +40,8 @@ from tinyclip.zoo.openai import (
 from tinyclip.zoo.resolve import find_export
 
 WEIGHTS = "model.safetensors"
-FILES = ("config.json", WEIGHTS, "tokenizer.json", "preprocess.json", "README.md")  # of a checkpoint of ours
-MODULES = "modules.json"  # of sentence-transformers
+FILES = ("config.json", WEIGHTS, "tokenizer.json", "preprocess.json", "README.md")  # files of our checkpoints
+MODULES = "modules.json"  # sentence-transformers' list of modules
 
 
 def save_checkpoint(
@@ -53,14 +53,14 @@ def save_checkpoint(
     card: Card | None = None,
     known: Collection[str] = (),
 ) -> None:
-    """Write a model with all it needs, atomically; `dtype` converts floating-point weights.
+    """Write a model and everything it needs, atomically; `dtype` converts floating-point weights.
 
     Args:
-        card: what is known of the model, for its README.md; by default its shape alone.
-        known: as `atomic_directory`.
+        card: facts about the model for its README.md; by default only its shape.
+        known: see `atomic_directory`.
 
     Raises:
-        ValueError: when the place cannot be written, or holds anything else than a checkpoint of ours.
+        ValueError: if the folder cannot be written, or holds anything besides our checkpoint.
     """
     card = card or Card()
     with atomic_directory(path, "model", known=known) as folder:
@@ -75,9 +75,9 @@ def save_into(
     preprocess: Preprocess,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a checkpoint's files, but for its card, into a folder that exists (see `save_checkpoint`)."""
+    """Write a checkpoint's files, except its card, into an existing folder (see `save_checkpoint`)."""
     state = model.state_dict()
-    if dtype is not None:  # of weights; batch-norm statistics keep theirs, as variances may leave float16's range
+    if dtype is not None:  # weights only: batch-norm variances may exceed float16's range
         weights = {key for key, _ in model.named_parameters()}
         state = {key: value.to(dtype) if key in weights else value for key, value in state.items()}
     (folder / "config.json").write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -87,12 +87,12 @@ def save_into(
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file into the new folder of a checkpoint; `OSError` when it cannot be written."""
+    """Write a safetensors file into a checkpoint's new folder; `OSError` if that fails."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
         save_file(tensors, path, metadata={"format": "pt"} | dict(metadata or {}))
-        path.chmod(0o644)  # safetensors makes it private
-    except SafetensorError as error:  # a full disk, for one
+        path.chmod(0o644)  # safetensors creates a private file
+    except SafetensorError as error:  # a full disk, for example
         raise OSError(str(error)) from None
 
 
@@ -102,15 +102,15 @@ def load_checkpoint(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
-    """Read and validate what `save_checkpoint` wrote, or a checkpoint of others; weights come back in float32. Warns
-    of what a file of others does not say and neither does the user.
+    """Read and validate a checkpoint of ours or of others; weights are returned in float32. Warn about settings that
+    neither a foreign file nor the user gives.
 
     Args:
-        activation: that of a file which cannot say it (see `foreign.read_file`).
-        mean, std: of the normalisation of pictures, both or none, where the checkpoint does not say it.
+        activation: for a file that does not state its own (see `openai.read_file`).
+        mean, std: image normalisation, both or neither, for a checkpoint that does not state it.
 
     Raises:
-        ValueError: when a part is missing or damaged, or the parts do not fit each other, naming what.
+        ValueError: if a part is missing or damaged, or parts do not fit each other; names them.
     """
     path = _whole(Path(path))
     check_activation(activation, str(path))
@@ -148,10 +148,10 @@ def load_checkpoint(
 def _looks(
     preprocess: Preprocess, mean: Sequence[float] | None, std: Sequence[float] | None, said: bool, where: str
 ) -> Preprocess:
-    """The transform with the user's mean and std.
+    """Return the transform with the user's mean and std.
 
     Raises:
-        ValueError: when they are no such numbers, one is missing, or the checkpoint says others.
+        ValueError: if they are invalid, one is missing, or the checkpoint states others.
     """
     if mean is None and std is None:
         return preprocess
@@ -167,8 +167,8 @@ def _looks(
 
 
 def _say_assumed(path: Path, foreign: Foreign, activation: str | None, mean: Sequence[float] | None) -> None:
-    """Warn of what a bare file does not say; of the published models (those with the record of a download) it is
-    known."""
+    """Warn about settings that a bare file does not state. Published models (files with a download record) need no
+    warning, since theirs are known."""
     if foreign.says or _record(path).exists():
         return
     assumed = [] if activation else [f"the activation is {foreign.config.activation} (activation)"]
@@ -182,12 +182,12 @@ def _say_assumed(path: Path, foreign: Foreign, activation: str | None, mean: Seq
 
 
 def _record(path: Path) -> Path:
-    """What `download` notes of a file."""
+    """Return the path of a file's download record."""
     return path.with_name(f"{path.name}.json")
 
 
 def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
-    """A model with these weights; `ValueError` as `check_state`, before anything of its size is allocated."""
+    """Return a model with these weights; `ValueError` as in `check_state`, before memory for the model is allocated."""
     with torch.device("meta"):
         shapes = CLIP(config)
     check_state(shapes, state, trouble)
@@ -197,10 +197,10 @@ def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLI
 
 
 def read_config(path: str | Path) -> CLIPConfig:
-    """The shape of a checkpoint. Of our own the config alone is read; of others the weights say it.
+    """Return the shape of a checkpoint: ours from the config alone, others' from the weights.
 
     Raises:
-        ValueError: as `load_checkpoint`.
+        ValueError: as in `load_checkpoint`.
     """
     path = _whole(Path(path))
     ours = (path / "preprocess.json").exists()
@@ -208,15 +208,15 @@ def read_config(path: str | Path) -> CLIPConfig:
 
 
 def read_tokenizer(path: str | Path) -> CLIPTokenizer:
-    """The tokenizer of a checkpoint, without its weights where it is our own; `ValueError` as `load_checkpoint`."""
+    """Return a checkpoint's tokenizer, without reading weights if it is ours; `ValueError` as in `load_checkpoint`."""
     path = _whole(Path(path))
     foreign = read_foreign(path)
     return foreign.tokenizer if foreign is not None else CLIPTokenizer.from_file(path / "tokenizer.json")
 
 
 def _whole(path: Path) -> Path:
-    """The folder of a weights file whose config lies beside it: that knows more than the tensors. Of a folder of
-    sentence-transformers, that of its CLIP."""
+    """Return the folder of a weights file with a config next to it, since the config says more than the tensors. For a
+    sentence-transformers folder return the folder of its CLIP; else the path itself."""
     if (path / MODULES).is_file() and not (path / "config.json").is_file():
         return path / _clip_of_modules(path / MODULES)
     configs = dict.fromkeys(HUGGING_FACE_WEIGHTS, "config.json") | dict.fromkeys(OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG)
@@ -224,7 +224,7 @@ def _whole(path: Path) -> Path:
 
 
 def _clip_of_modules(path: Path) -> str:
-    """The folder of the CLIP that sentence-transformers' list of modules names; `ValueError` when it names none."""
+    """Return the CLIP's folder from sentence-transformers' list of modules; `ValueError` if it lists none."""
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -237,17 +237,17 @@ def _clip_of_modules(path: Path) -> str:
 
 
 def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
-    """A checkpoint of others, file or folder; None for a folder of ours, or nothing."""
+    """Read a checkpoint of others, file or folder; None if it is our folder or does not exist."""
     check_activation(activation, str(path))
     if path.is_file():
-        beside = (path.parent / OPEN_CLIP_CONFIG).is_file()  # that knows more than the tensors
+        beside = (path.parent / OPEN_CLIP_CONFIG).is_file()  # it says more than the tensors
         return read_open_clip(path.parent, activation, path) if beside else read_file(path, activation)
     if not path.is_dir():
         return None
     config, open_clip = path / "config.json", path / OPEN_CLIP_CONFIG
     kind = ""
     if config.is_file():
-        with suppress(ValueError):  # damaged: taken for ours, whose reader says what is wrong
+        with suppress(ValueError):  # damaged: treated as ours, whose reader reports the fault
             kind = str(read_json_object(config).get("model_type", ""))
     if open_clip.is_file() and kind != "clip":  # hub folders may have both
         return read_open_clip(path, activation)
@@ -255,7 +255,7 @@ def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; `ValueError` when it is missing or damaged."""
+    """Return the tensors of a safetensors file; `ValueError` if it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -265,10 +265,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: str) -> None:
-    """Whether weights are exactly what the model has.
+    """Check that the weights match the model's keys and shapes exactly and are finite.
 
     Raises:
-        ValueError: `trouble`, naming the first few keys that are missing, left over, of another shape, or not finite.
+        ValueError: `trouble`, with the first few keys that are missing, unexpected, misshapen or not finite.
     """
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
@@ -278,7 +278,7 @@ def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: st
             continue
         if value.shape != expected[key].shape:
             problems.append(f"{key} is {tuple(value.shape)}, not {tuple(expected[key].shape)}")
-        # By way of float, as the 8-bit types cannot do it.
+        # Via float, because 8-bit types do not support isfinite.
         elif not torch.isfinite(value.float()).all():
             problems.append(f"{key} has non-finite values")
     if problems:
@@ -287,7 +287,7 @@ def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: st
 
 
 def read_preprocess(path: Path) -> Preprocess:
-    """`ValueError` when the file is missing or damaged."""
+    """Read a `preprocess.json`; `ValueError` if the file is missing or damaged."""
     try:
         return Preprocess.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Checkpoints for others: OpenCLIP's and Hugging Face's formats, and `convert` between all of them."""
+"""Write checkpoints in OpenCLIP's and Hugging Face's formats, and `convert` between all formats."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def convert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> CLIP:
-    """Write the checkpoint `source`, whatever its layout, to the folder `target`; returns its model.
+    """Write the checkpoint `source`, of any layout, to the folder `target` and return its model.
 
     Args:
-        source: also a name of the zoo or the hub.
+        source: a path, zoo name or hub id.
         to: `tinyclip` (our own), `open_clip` (its `local-dir:` folders) or `hf` (`transformers.CLIPModel`).
-        activation, mean, std: as `load_checkpoint`.
+        activation, mean, std: as in `load_checkpoint`.
 
     Raises:
-        ValueError: when the source cannot be read, or its shape cannot be said in the other format, naming the
-            block and the figure, or the place holds anything else than a checkpoint of ours. Then nothing is written.
+        ValueError: if the source cannot be read, the other format cannot express its shape (names the block and the
+            figure), or `target` holds anything besides our checkpoint. Nothing is written then.
     """
     if to not in WRITERS:
         raise ValueError(f"no format {to!r}; known: {', '.join(WRITERS)}")
@@ -49,10 +49,10 @@ def convert(
 
 
 def save_open_clip(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preprocess: Preprocess) -> None:
-    """Files that `open_clip.create_model("local-dir:FOLDER")` loads, into a folder that exists.
+    """Write the files that `open_clip.create_model("local-dir:FOLDER")` loads into an existing folder.
 
     Raises:
-        ValueError: for unequal blocks, a ResNet that was cut, or a reduced vocabulary.
+        ValueError: for unequal blocks, a cut ResNet or a reduced vocabulary.
     """
     config = model.config
     if tokenizer.merges != clip_tokenizer().merges:
@@ -66,7 +66,7 @@ def save_open_clip(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preproce
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """OpenCLIP's `model_cfg`; `ValueError` when it cannot say this shape."""
+    """Return OpenCLIP's `model_cfg`; `ValueError` if it cannot express this shape."""
     image = config.vision
     if isinstance(image, ResNetConfig):
         _check_uncut(image)
@@ -85,10 +85,10 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def _check_uncut(image: ResNetConfig) -> None:
-    """OpenCLIP knows a ResNet by its layers and width alone.
+    """Check that layers and width determine a ResNet, since OpenCLIP stores nothing else.
 
     Raises:
-        ValueError: naming the first field that does not follow from them.
+        ValueError: if another field does not follow from them; names the first.
     """
     channels = image.heads * image.head_dim
     if channels != image.width * 32:
@@ -111,16 +111,16 @@ def _open_clip_looks(preprocess: Preprocess) -> dict[str, Any]:
 
 
 def mlp_ratio(tower: TransformerConfig) -> float:
-    """The ratio from which OpenCLIP's `int(width * ratio)` is the MLP's width again."""
+    """Return a ratio for which OpenCLIP's `int(width * ratio)` gives the MLP's width."""
     width = tower.mlp_width[0]
     assert width is not None
     ratio = width / tower.width
-    # Division can fall short by half a unit in the last place; the middle of the interval cannot.
+    # The quotient may be rounded down by half a unit in the last place; the middle of the interval is safe.
     return ratio if int(tower.width * ratio) == width else (width + 0.5) / tower.width
 
 
 def save_hugging_face(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preprocess: Preprocess) -> None:
-    """Files that `CLIPModel` and `CLIPProcessor` of `transformers` load, into a folder that exists.
+    """Write the files that `CLIPModel` and `CLIPProcessor` of `transformers` load into an existing folder.
 
     Raises:
         ValueError: for unequal blocks, or a ResNet image tower.
@@ -136,10 +136,10 @@ def save_hugging_face(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, prepr
 
 
 def check_even(tower: TransformerConfig, name: str) -> None:
-    """Others' towers have equal blocks whose heads fill the width.
+    """Check that a tower has equal blocks whose heads fill the width, as other formats require.
 
     Raises:
-        ValueError: naming the first block and the figure that differ.
+        ValueError: if a block differs; names the first one and the figure.
     """
     if not tower.layers:
         raise ValueError(f"the {name} tower has no blocks, which only our own format can say")
@@ -159,7 +159,7 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-LIBRARIES = {"tinyclip": "tinyclip", "open_clip": "open_clip", "hf": "transformers"}  # as the hub calls them
+LIBRARIES = {"tinyclip": "tinyclip", "open_clip": "open_clip", "hf": "transformers"}  # the hub's names for them
 WRITERS: dict[str, Callable[[Path, CLIP, CLIPTokenizer, Preprocess], None]] = {
     "tinyclip": save_into,
     "open_clip": save_open_clip,

@@ -1,4 +1,4 @@
-"""What `tinyclip zoo` says of the published models: their figures, and what is cached."""
+"""The output of `tinyclip zoo`: the published models, their figures, and which are cached."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tinyclip.zoo.catalogue import Entry, cache_folder, shipped
 
 
 def describe_shipped(name: str) -> dict[str, str]:
-    """What `tinyclip zoo` says of a model that ships with the package."""
+    """Return the facts `tinyclip zoo` shows about a model that ships with the package."""
     return {"name": name, "state": "shipped", "path": str(shipped(name)), "card": str(shipped(name) / "README.md")}
 
 
 def verify(entry: Entry, cache: str | Path | None = None) -> str:
-    """Read a cached file whole and compare it with its record; returns its SHA-256.
+    """Check a complete cached file against its record and return its SHA-256.
 
     Raises:
-        ValueError: when it is not in the cache or has changed.
+        ValueError: if it is not in the cache or has changed.
     """
     from tinyclip.common.download import check
 
@@ -31,7 +31,7 @@ def verify(entry: Entry, cache: str | Path | None = None) -> str:
 
 
 def unrecorded(entry: Entry, cache: str | Path | None = None) -> bool:
-    """Whether a file is in the cache of which no checksum is known, as one that was put there by hand."""
+    """Whether the cached file has no known checksum, for example because it was put there by hand."""
     from tinyclip.common.download import read_record
 
     path = cache_folder(cache) / entry.file
@@ -39,8 +39,8 @@ def unrecorded(entry: Entry, cache: str | Path | None = None) -> bool:
 
 
 def recount(entry: Entry, cache: str | Path | None = None) -> dict[str, int] | None:
-    """`params_image`, `params_text`, `macs_image`, `macs_text` counted here: of manual models from their shape, of
-    the others from their file once it is in the cache (and then kept in its record); None before."""
+    """Return our own counts `params_image`, `params_text`, `macs_image`, `macs_text`: for manual models from the shape,
+    for others from the cached file (then kept in its record); None if it is not cached."""
     if entry.shape:
         return _count(CLIPConfig.named(entry.shape))
     path = cache_folder(cache) / entry.file
@@ -65,7 +65,7 @@ def _count(config: CLIPConfig) -> dict[str, int]:
 
 
 def describe(entry: Entry, cache: str | Path | None = None) -> dict[str, Any]:
-    """Everything known of a model, for tables and JSON. `recount` is what went wrong where its file is damaged."""
+    """Return all facts about a model, for tables and JSON. If its file is damaged, `recount` is the error message."""
     from tinyclip.common.download import partial_size, read_record
 
     path = cache_folder(cache) / entry.file
@@ -97,7 +97,7 @@ COLUMNS = ("model", "how", "IN-1K %", "params M", "recounted", "GMACs", "recount
 
 
 def row(facts: Mapping[str, Any]) -> list[str]:
-    """A row of text for `COLUMNS`, of what `describe` gives."""
+    """Format the result of `describe` as a row for `COLUMNS`."""
     published, counts = facts["published"], facts["recount"]
     recounted = ["from the file" if facts["how"] == "auto" else "-"] * 2
     if isinstance(counts, dict):
@@ -118,7 +118,7 @@ def row(facts: Mapping[str, Any]) -> list[str]:
 
 
 def details(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What `describe` gives as lines of name and value."""
+    """Format the result of `describe` as pairs of name and value."""
     lines: dict[str, Any] = {key: value for key, value in facts.items() if key not in ("published", "recount")}
     lines |= {f"published {key}": value for key, value in facts["published"].items()}
     counts = facts["recount"]

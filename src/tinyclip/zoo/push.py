@@ -1,4 +1,4 @@
-"""A checkpoint's folder -> the Hugging Face hub, by the hub's own library."""
+"""Upload a checkpoint's folder to the Hugging Face hub with the hub's own library."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tinyclip.zoo.card import FILE, card_text, known
 from tinyclip.zoo.checkpoint import load_checkpoint
 from tinyclip.zoo.resolve import HUB_ID, resolve, transfer_errors
 
-PRIVATE = {"state.pt", "checksums.json"}  # of a run that goes on
+PRIVATE = {"state.pt", "checksums.json"}  # files of an unfinished run
 
 
 @dataclass(frozen=True)
 class Push:
-    """What is to be uploaded where."""
+    """The files to upload, and their destination."""
 
     folder: Path
     repository: str
-    files: dict[str, int]  # names and bytes; the model card is among them
-    card: str | None  # the text of one that the folder lacks
+    files: dict[str, int]  # size in bytes by name, including the model card
+    card: str | None  # text of the model card if the folder has none
 
     @property
     def bytes(self) -> int:
@@ -29,10 +29,10 @@ class Push:
 
 
 def plan(model: str | Path, repository: str) -> Push:
-    """Check that a model's folder is whole and say what of it would be uploaded: every file but hidden ones.
+    """Check that a model's folder is complete and return what would be uploaded: all files except hidden ones.
 
     Raises:
-        ValueError: for a bad name of the repository, a folder that is no whole checkpoint, or a model that is one file.
+        ValueError: for a bad repository name, an incomplete checkpoint, or a model that is a single file.
     """
     if not HUB_ID.fullmatch(repository) or "@" in repository:
         raise ValueError(f"{repository}: no Hugging Face id; write org/name")
@@ -47,12 +47,12 @@ def plan(model: str | Path, repository: str) -> Push:
 
 
 def push(what: Push, private: bool = False, revision: str | None = None, message: str = "Upload by tinyclip") -> str:
-    """Upload in one commit, making the repository and the branch where there are none; returns the commit's address.
+    """Upload in one commit and return its URL; create the repository and the branch if they do not exist.
 
-    The token is that of `hf auth login`, or HF_TOKEN.
+    The token comes from `hf auth login` or HF_TOKEN.
 
     Raises:
-        ValueError: without a token, or when the hub refuses or cannot be reached.
+        ValueError: if there is no token, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
@@ -76,7 +76,7 @@ def push(what: Push, private: bool = False, revision: str | None = None, message
 
 @contextmanager
 def _one_line(repository: str, place: str) -> Iterator[None]:
-    """What the hub and the way to it raise, as `ValueError` that says what to do."""
+    """Turn errors of the hub and the connection into a `ValueError` that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -92,7 +92,7 @@ def _one_line(repository: str, place: str) -> Iterator[None]:
         }
         said = " ".join((error.server_message or str(error)).split())
         raise ValueError(f"cannot push to {place}: HTTP {status}, {reasons.get(status, said)}") from None
-    except RuntimeError as error:  # of one file
+    except RuntimeError as error:  # raised for a single file
         cause = " ".join(str(error.__cause__ or "").split())
         raise ValueError(f"cannot push to {place}: {error} {cause}".strip()) from None
     except transfer_errors() as error:
