@@ -149,7 +149,7 @@ def test_pictures_in_any_form_are_the_checkpoints(place: Path, clip: RuntimePipe
     ],
 )
 def test_what_is_no_picture_is_refused(given: Any, clip: RuntimePipeline) -> None:
-    with pytest.raises(ValueError, match=r"no image|shape|image array|no such file"):
+    with pytest.raises(ValueError, match=r"not an image|shape|image array|no such file"):
         clip.encode_image(given)
 
 

@@ -202,7 +202,7 @@ def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(loop, "next_batch", waits)
     where = r"waiting for the data of step 4 of stage 50 \(threading.py:\d+ wait, called by loop.py:\d+ _loop\)"
-    with pytest.raises(Stalled, match=rf"nothing has happened for \S+ minutes while {where}; go on .* --resume"):
+    with pytest.raises(Stalled, match=rf"nothing has happened for \S+ minutes while {where}; continue .* --resume"):
         loop.run(started)
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
     monkeypatch.undo()
