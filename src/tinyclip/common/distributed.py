@@ -17,8 +17,6 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-# --- several processes ------------------------------------------------------------------------------------------
-
 PATIENCE = timedelta(hours=4)  # how long the others wait while the first process evaluates or cuts
 
 

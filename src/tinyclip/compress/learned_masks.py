@@ -28,12 +28,6 @@ NOISE_MARGIN = 1e-6  # the uniform noise stays this far from 0 and 1
 SHARPNESS = 0.8  # of the deterministic value; `magical_number` in the reference code
 
 
-# --- size under masks -------------------------------------------------------------------------------------------
-
-
-# --- learned masks ----------------------------------------------------------------------------------------------
-
-
 def probability_kept(log_alpha: Tensor) -> Tensor:
     """Probability that the mask is not 0."""
     return 1 - torch.sigmoid(math.log(-LOWER / UPPER) * TEMPERATURE - log_alpha)

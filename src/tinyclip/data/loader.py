@@ -45,9 +45,6 @@ AGAIN = "run the same command again"
 ALL_BAD = f"{TOO_MANY:,} samples in a row are bad"
 
 
-# --- batches for training ---------------------------------------------------------------------------------------
-
-
 @edataclass
 class Raw(Sample):
     """A raw sample from a shard: bytes by file ending."""

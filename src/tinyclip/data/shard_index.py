@@ -347,6 +347,3 @@ def _is_current(meta: Path, shards: list[Path], keep: bool = False) -> bool:
         both = known.keys() & state.keys()
         return bool(both) and all(known[name] == state[name] for name in both)
     return bool(known == state)
-
-
-# --- reading by the index ---------------------------------------------------------------------------------------

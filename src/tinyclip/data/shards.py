@@ -294,9 +294,6 @@ def _bytes_of(tar: tarfile.TarFile, entry: Entry) -> dict[str, bytes]:
         raise Fault("truncated_shard", f"ends at {entry.key} ({words(error)})") from None
 
 
-# --- what a raw sample holds ------------------------------------------------------------------------------------
-
-
 def all_captions(folder: str | Path) -> Iterator[str]:
     """Yield every readable caption of a folder's shards; training would also skip samples without one."""
     for sample in read_shards(folder, []):
