@@ -118,9 +118,8 @@ def stages() -> Figure:
 
 def layers() -> list[list[str]]:
     """The rooms, top first, from the contract that import-linter holds: rooms of one layer do not know each other."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
-        "contracts"
-    ]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
     (found,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     return [layer.replace(" ", "").split("|") for layer in found]
 

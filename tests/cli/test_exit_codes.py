@@ -117,20 +117,19 @@ BAD = {
 }
 
 
-def names() -> set[str]:
-    """All commands."""
-    found = {c.callback.__name__ for c in main.app.registered_commands if c.callback}
+def commands() -> dict[str, Any]:
+    """All commands, those of groups included, by their words."""
+    found = {c.callback.__name__: c for c in main.app.registered_commands if c.callback}
     for group in main.app.registered_groups:
         assert group.typer_instance
-        commands = group.typer_instance.registered_commands
-        found |= {f"{group.name} {c.callback.__name__}" for c in commands if c.callback}
+        inside = group.typer_instance.registered_commands
+        found |= {f"{group.name} {c.callback.__name__}": c for c in inside if c.callback}
     return found
 
 
 def test_no_command_is_forgotten() -> None:
-    assert names() == set(BAD)
-    every = [*main.app.registered_commands, *main.data_app.registered_commands, *main.vocab_app.registered_commands]
-    assert all(command.cls is Command for command in every)
+    assert set(commands()) == set(BAD)
+    assert all(command.cls is Command for command in commands().values())
 
 
 @pytest.mark.parametrize("words", BAD.values(), ids=BAD.keys())

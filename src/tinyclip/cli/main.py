@@ -20,21 +20,6 @@ from tinyclip.common.progress import listening
 from tinyclip.common.stopping import stoppable
 from tinyclip.version import __version__
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Make CLIP models small.",
-    epilog='Example: tinyclip classify emoji-student photo.jpg "a red apple" "a dog"',
-)
-data_app = typer.Typer(
-    no_args_is_help=True, help="Make and check training shards.", epilog="Example: tinyclip data pack photos shards"
-)
-vocab_app = typer.Typer(
-    no_args_is_help=True,
-    help="Reduce a model's vocabulary.",
-    epilog="Example: tinyclip vocab prune my-clip my-clip-pruned --texts shards",
-)
-
 # The panels of `tinyclip --help`, each command with the example at the end of its own --help.
 PANELS: dict[str, list[tuple[Callable[..., None], str]]] = {
     "Compress": [
@@ -42,8 +27,13 @@ PANELS: dict[str, list[tuple[Callable[..., None], str]]] = {
         (compress.train, "train recipes/emoji-teacher.yaml --set output=runs/teacher"),
         (compress.inherit, "inherit emoji-student runs/half --shape vision.width=48"),
         (compress.plan, "plan recipes/vit-b-32-auto.yaml --devices 8 --samples 15000000 --tflops 100"),
+        (compress.prune, "vocab prune my-clip my-clip-pruned --texts shards"),
     ],
-    "Data": [(data.cache, "cache my-clip shards -o features --recipe recipe.yaml")],
+    "Data": [
+        (data.cache, "cache my-clip shards -o features --recipe recipe.yaml"),
+        (data.pack, "data pack photos shards"),
+        (data.prepare, "data prepare shards --check"),
+    ],
     "Judge": [
         (judge.evaluate, "evaluate emoji-student photos --classes names.txt --templates templates.txt"),
         (judge.probe, "probe emoji-student photos/train photos/test"),
@@ -67,20 +57,29 @@ PANELS: dict[str, list[tuple[Callable[..., None], str]]] = {
     "Models": [(models.zoo, "zoo TinyCLIP-ViT-40M-32-Text-19M-LAION400M")],
     "This machine": [(machine.doctor, "doctor")],
 }
-for panel, commands in PANELS.items():
-    for function, example in commands:
-        app.command(cls=Command, rich_help_panel=panel, epilog=f"Example: tinyclip {example}")(function)
-    if panel == "Compress":
-        app.add_typer(vocab_app, name="vocab", rich_help_panel=panel)
-    if panel == "Data":
-        app.add_typer(data_app, name="data", rich_help_panel=panel)
-for group, function, example in (
-    (data_app, data.pack, "data pack photos shards"),
-    (data_app, data.prepare, "data prepare shards --check"),
-    (vocab_app, compress.prune, "vocab prune my-clip my-clip-pruned --texts shards"),
-):
-    group.command(cls=Command, epilog=f"Example: tinyclip {example}")(function)
+GROUPS = {"data": "Make and check training shards.", "vocab": "Reduce a model's vocabulary."}
 
+
+def _group(help: str, example: str, **options: Any) -> typer.Typer:
+    return typer.Typer(no_args_is_help=True, help=help, epilog=f"Example: tinyclip {example}", **options)
+
+
+def _commands() -> typer.Typer:
+    """Register every command; one whose example begins with a group's name belongs to that group."""
+    root = _group("Make CLIP models small.", PANELS["Search"][0][1], pretty_exceptions_enable=False)
+    groups: dict[str, typer.Typer] = {}
+    for panel, commands in PANELS.items():
+        for function, example in commands:
+            name = example.split()[0]
+            if name in GROUPS and name not in groups:
+                groups[name] = _group(GROUPS[name], example)
+                root.add_typer(groups[name], name=name, rich_help_panel=panel)
+            home, within = (groups[name], None) if name in groups else (root, panel)
+            home.command(cls=Command, rich_help_panel=within, epilog=f"Example: tinyclip {example}")(function)
+    return root
+
+
+app = _commands()
 USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer exposes under changing names
 
 

@@ -72,7 +72,8 @@ def prepare(folder: str | Path, keep: bool = False) -> int:
                 damaged = [s for packed in folder.glob("*.tar.gz") if (s := _unpack(packed))]
                 if not _is_current(meta, find_shards(folder), keep):  # else another process has just indexed it
                     _index(folder, damaged)
-                _write(meta / "dataset.yaml", READER)  # an older version's index names another class
+                else:
+                    _write(meta / "dataset.yaml", READER)  # an older version's index names another class
         except OSError as error:
             raise ValueError(f"{folder}: cannot write its index ({in_words(error)})") from None
     return _usable(meta)

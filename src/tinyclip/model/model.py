@@ -111,9 +111,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x: (n, length, width) -> the same; mask: (mlp_width,), applied after the non-linearity."""
-        if (
-            self.c_fc.out_features == 0 and not self.training
-        ):  # runtimes do not support empty matrices; DDP needs every parameter used
+        # Runtimes do not support empty matrices; DDP needs every parameter used.
+        if self.c_fc.out_features == 0 and not self.training:
             return self.c_proj.bias.expand_as(x)
         x = self.act(self.c_fc(x))
         return self.c_proj(x if mask is None else (x * mask).to(x.dtype))
