@@ -91,7 +91,7 @@ def test_a_package_without_its_model_is_broken(requirements: list[str], monkeypa
 def test_a_cache_that_cannot_be_written(requirements: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (problem,) = doctor.examine(tmp_path / "file" / "cache")["problems"]
-    assert "set TINYCLIP_CACHE to a folder that can be written" in problem
+    assert "set TINYCLIP_CACHE to a writable folder" in problem
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_threads_beyond_the_share_of_a_container(
         ("cuda", "bfloat16", "the GPU computes in it"),
         ("cuda", "float16", "the GPU is older than bfloat16"),
         ("cpu", "float32", "the processor has no native bfloat16"),
-        ("mps", "float32", "the only one that is used on mps"),
+        ("mps", "float32", "the only one used on mps"),
     ],
 )
 def test_why_a_precision_is_chosen(device: str, precision: str, reason: str) -> None:

@@ -122,7 +122,7 @@ def load(
     torch.Size([1, 2])
     """
     if jit:
-        raise ValueError("jit=True: models here are not TorchScript; leave it out, torch.compile makes them faster")
+        raise ValueError("jit=True: models here are not TorchScript; leave it out and use torch.compile for speed")
     place = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = _openai_file(name, download_root) if name in OPENAI_FILES and not Path(name).exists() else name
     clip = load_pipeline(path, cache=download_root)

@@ -52,7 +52,7 @@ def _packages(problems: list[str]) -> list[dict[str, Any]]:
     try:
         requirements = metadata.requires("tinyclip") or []
     except metadata.PackageNotFoundError:
-        problems.append("tinyclip itself is not installed, only its source is there: pip install --editable FOLDER")
+        problems.append("tinyclip itself is not installed, only its source is here: pip install --editable FOLDER")
         return []
     found = []
     for requirement in requirements:
@@ -62,7 +62,7 @@ def _packages(problems: list[str]) -> list[dict[str, Any]]:
         version = _version(name)
         found.append({"name": name, "version": version, "wanted": wanted, "extra": extra})
         if extra is None and (version is None or not _fits(version, wanted)):
-            here = f"{name} {version} is here" if version else f"{name} is missing"
+            here = f"{name} {version} is installed" if version else f"{name} is missing"
             problems.append(f"{here}, tinyclip needs {name}{wanted}: pip install '{name}{wanted}'")
     return found
 
@@ -134,7 +134,7 @@ def _why(device: str, precision: str) -> str:
         ("cuda", "float16"): "the GPU is older than bfloat16",
         ("cpu", "bfloat16"): "the processor multiplies it natively (AVX-512 BF16, AMX or Arm BF16)",
         ("cpu", "float32"): "the processor has no native bfloat16",
-    }.get((device, precision), f"the only one that is used on {device}")
+    }.get((device, precision), f"the only one used on {device}")
 
 
 def _threads(used: int) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _cache(cache: str | Path | None, problems: list[str]) -> dict[str, Any]:
         writable = True
     except OSError:
         writable = False
-        problems.append(f"downloads cannot be kept in {folder}: set TINYCLIP_CACHE to a folder that can be written")
+        problems.append(f"downloads cannot be stored in {folder}: set TINYCLIP_CACHE to a writable folder")
     return {"folder": str(folder), "free_gb": round(free, 1), "writable": writable, "low": free < LOW_DISK_GB}
 
 
@@ -183,7 +183,7 @@ def rows(facts: dict[str, Any]) -> list[list[str]]:
             ["threads", str(threads["torch"]), threads["advice"] or f"{threads['cores']:g} cores"],
             ["compiler", facts["compiler"] or "none", "for --compile and `compile` in recipes" + _how_compiler(facts)],
         ]
-    low = ", little: a published model has up to 1 GB" if cache["low"] else ""
+    low = ", not much: a published model has up to 1 GB" if cache["low"] else ""
     lines.append(["cache", f"{cache['free_gb']:g} GB free", f"{cache['folder']}{low}"])
     for package in facts["packages"]:
         if package["extra"] is None:

@@ -90,12 +90,12 @@ def load(
     if is_export or runtime in EXTRAS:
         check_device(str(name_or_path), device)
         if compile:
-            raise ValueError("`compile` is torch's; a runtime compiles by itself")
+            raise ValueError("`compile` is for torch; other runtimes compile by themselves")
     if is_export:
         if activation:
             raise ValueError(f"{name_or_path} is an export, whose activation is part of its graph")
         if mean is not None or std is not None:
-            raise ValueError(f"{name_or_path} is an export, which says its mean and std")
+            raise ValueError(f"{name_or_path} is an export, which records its own mean and std")
         return load_export(name_or_path, runtime, dtype)
     from tinyclip.inference import pipeline
 

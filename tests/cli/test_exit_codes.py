@@ -171,7 +171,7 @@ def test_a_bad_request_is_2(place: Path, monkeypatch: pytest.MonkeyPatch, words:
         ("plan good_shards.yaml --set data=''", "data: is empty"),
         ("plan good_shards.yaml --set teacher=''", "teacher: is empty"),
         ("plan good_shards.yaml --set stages.0.start=''", "stages.0.start: is empty"),
-        ("plan good_shards.yaml --set stages.0.steps=99999999999999999999", "a number of too many digits"),
+        ("plan good_shards.yaml --set stages.0.steps=99999999999999999999", "a number with too many digits"),
         ("plan good_shards.yaml --set stages.0.optimizer.lr=.nan", "stages.0.optimizer.lr"),
         ("inherit model out --calibrate good_shards --target nan", "--target: nan"),
         ("inherit model out --calibrate good_shards --align 99999999999999999999", "--align"),
@@ -179,8 +179,8 @@ def test_a_bad_request_is_2(place: Path, monkeypatch: pytest.MonkeyPatch, words:
         ("data pack good_classes out --templates blank.txt", "blank.txt: no templates in it"),
         ("evaluate model good_classes --templates blank.txt", "blank.txt: no templates in it"),
         ("evaluate model good_classes --classes blank.txt", "blank.txt: no class names in it"),
-        ("vocab prune model out --texts blank.txt", "blank.txt: no texts in it"),
-        ("search absent --queries blank.txt", "blank.txt: no queries in it"),
+        ("vocab prune model out --texts blank.txt", "blank.txt: contains no texts"),
+        ("search absent --queries blank.txt", "blank.txt: contains no queries"),
     ],
 )
 def test_it_speaks_of_the_cause(place: Path, monkeypatch: pytest.MonkeyPatch, words: str, named: str) -> None:

@@ -127,7 +127,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("inherit", "teacher", "x", "--shape", "text.layers=1", "--gates"), "go with --calibrate"),
         (
             ("inherit", "teacher", "x", "--shape", "text.layers=1", "--towers", "image"),
-            "--towers goes with --calibrate",
+            "--towers needs --calibrate",
         ),
         (("inherit", "teacher", "x"), "give one of --like, --shape and --calibrate"),
         (("inherit", "teacher", "x", "--like", "ViT-B-32"), "does not fit into the teacher"),
@@ -139,7 +139,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("data", "pack", "nowhere", "x"), "nowhere: no such file or folder"),
         (("data", "prepare", "eval"), "no .tar shards"),
         (("vocab", "prune", "teacher", "x", "--texts", "nowhere"), "nowhere"),
-        (("vocab", "prune", "teacher", "x", "--texts", "empty.txt"), "empty.txt: no texts in it"),
+        (("vocab", "prune", "teacher", "x", "--texts", "empty.txt"), "empty.txt: contains no texts"),
         (("probe", "teacher", "table.csv"), "table.csv: a table of captions has no classes"),
         (("compare", "teacher", "teacher", "--data", "table.csv"), "name it with --image-column, or rename it"),
         (("report", "eval"), "no finished run"),

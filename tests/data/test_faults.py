@@ -255,7 +255,7 @@ def test_the_command_lists_what_it_left_out(tmp_path: Path, capsys: pytest.Captu
     assert all(word in output for word in ("truncated_shard", "cut.tar", "duplicate_key", "empty_shard", "junk.tar"))
     cli_data.prepare(tmp_path / "data", check=True)
     output = capsys.readouterr().out
-    assert "30 of them good" in output and all(cause in output for cause, _ in BAD.values())
+    assert "30 of them usable" in output and all(cause in output for cause, _ in BAD.values())
 
 
 def test_many_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def check_same(folder: Path, count: int) -> list[list[str]]:
     assert seen == {s["__key__"]: {name: s[name] for name in s if not name.startswith("__")} for s in ours}
     output = tinyclip("data", "prepare", folder)
     assert output.strip() == f"{count} samples in {folder}, ready to train on"
-    assert f"{count} of them good, ready to train on" in tinyclip("data", "prepare", folder, "--check")
+    assert f"{count} of them usable, ready to train on" in tinyclip("data", "prepare", folder, "--check")
     return [captions_of(sample) for sample in ours]
 
 
@@ -167,16 +167,13 @@ def test_names_that_are_one_key_are_told(tmp_path: Path) -> None:
 def test_pictures_and_captions_far_apart_are_told(tmp_path: Path) -> None:
     members = [(f"{i}.jpg", picture(i)) for i in range(5)] + [(f"{i}.txt", b"text") for i in range(5)]
     error = tinyclip("data", "prepare", tar(tmp_path / "data" / "0.tar", members), code=1)
-    assert (
-        "picture and caption of 5 keys (0) do not follow each other in the tar; pack it anew with `tar --sort=name`"
-        in error
-    )
+    assert "picture and caption of 5 keys (0) are not adjacent in the tar; repack it with `tar --sort=name`" in error
 
 
 def test_samples_without_a_usable_caption_are_not_ready(tmp_path: Path) -> None:
     members = [m for i in range(5) for m in ((f"{i}.jpg", picture(i)), (f"{i}.json", b'{"width": 3}'))]
     error = tinyclip("data", "prepare", tar(tmp_path / "data" / "0.tar", members), code=1)
-    assert "0 of them good: training needs at least half of them; not ready, the first: 0.tar, 0: no caption" in error
+    assert "0 of them usable: training needs at least half of them; not ready, the first: 0.tar, 0: no caption" in error
 
 
 @pytest.mark.parametrize("name", ["0.tar", "0.tar.gz"])

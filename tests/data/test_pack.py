@@ -207,7 +207,7 @@ def pack_classes(source: Path, out: Path, *options: object, code: int = 0) -> st
 def test_splits_of_class_folders_are_no_classes(tmp_path: Path) -> None:
     root = class_tree(tmp_path / "in", "train/bus", "train/red_car", "val/bus", "val/van")
     output = pack_classes(root, tmp_path / "out")
-    assert "taking the split to train on of val, train; --split takes another" in output
+    assert "using the training split of val, train; choose another with --split" in output
     assert captions_in(tmp_path / "out") == ["a photo of a bus", "a photo of a red car"]
     pack_classes(root, tmp_path / "val", "--split", "val")
     assert captions_in(tmp_path / "val") == ["a photo of a bus", "a photo of a van"]

@@ -112,7 +112,7 @@ def test_ragged_and_cut_rows_are_named(tmp_path: Path) -> None:
         "5.jpg": ["5"],
         "6.jpg": ["6"],
         "t.csv, line 4": ["! 2 fields between ',', the header has 3"],
-        "t.csv, line 7": ["! NUL bytes in it"],
+        "t.csv, line 7": ["! NUL bytes"],
         "t.csv, line 8": ["! no picture in filepath"],
         "t.csv, line 12": ["! 1 fields between ',', the header has 3"],
     }
@@ -179,7 +179,7 @@ def test_lines_of_json(tmp_path: Path) -> None:
         "t.jsonl, line 8": ["! no picture in file"],
         "t.jsonl, line 14": result["t.jsonl, line 14"],
     }
-    assert "no whole JSON" in result["t.jsonl, line 14"][0]
+    assert "not complete JSON" in result["t.jsonl, line 14"][0]
 
 
 def test_utf_16_is_named(tmp_path: Path) -> None:

@@ -429,7 +429,7 @@ def flip(folder: Path) -> None:
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"tokenizer\.json: damaged"),
         (lambda folder: (folder / "tinyclip.json").write_text("{"), r"cannot be read as JSON"),
         (lambda folder: (folder / "tinyclip.json").write_text("{}"), r"no export's facts"),
-        (lambda folder: change(folder, format=2), r"format 2 of a newer tinyclip, this one reads 1; update"),
+        (lambda folder: change(folder, format=2), r"format 2 from a newer tinyclip; this one reads 1; update"),
         (lambda folder: change(folder, config=None), r"config is missing or no dict"),
         (lambda folder: change(folder, config={}), r"config: embed_dim: Field required"),
         (lambda folder: change(folder, export="tflite"), r"export is 'tflite'"),
@@ -569,7 +569,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         (("export", "uneven", "--to", "onnx", "--int8", "-o", "x"), "--calibration-data FOLDER"),
         (
             ("export", "uneven", "--to", "torch", "--int8", "-o", "x"),
-            "int8 goes with onnx and openvino, not with torch",
+            "int8 is for onnx and openvino, not torch",
         ),
         (("export", "nowhere", "--to", "onnx", "-o", "x"), "nowhere: no such checkpoint"),
         (("export", "uneven-onnx", "--to", "openvino", "-o", "x"), "uneven-onnx is an export, which cannot be used"),

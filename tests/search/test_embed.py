@@ -203,7 +203,7 @@ def test_a_bad_line_costs_no_other(clip: Pipeline, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         out = tmp_path / f"{name}-out"
         assert embed(clip, open_source(tmp_path / name), out, Plan("m"))["texts"] == 2
-        assert skipped(out) == {"2": "no UTF-8, or half a surrogate pair"}
+        assert skipped(out) == {"2": "not UTF-8, or half a surrogate pair"}
 
 
 def test_keys_of_a_table_can_be_written(clip: Pipeline, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_keys_of_a_table_can_be_written(clip: Pipeline, tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_left_out(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a cat"}\n{"text": "\\ud800"}\n')
     assert embed(clip, open_source(tmp_path / "a.jsonl"), tmp_path / "out", Plan("m"))["texts"] == 1
-    assert skipped(tmp_path / "out") == {"2": "no UTF-8, or half a surrogate pair"}
+    assert skipped(tmp_path / "out") == {"2": "not UTF-8, or half a surrogate pair"}
 
 
 def test_features_that_are_no_numbers_are_not_written(model: Path, pictures: Path, tmp_path: Path) -> None:
@@ -364,10 +364,10 @@ def test_other_columns_are_refused(columns: dict[str, str], message: str, clip: 
     ("name", "content", "message"),
     [
         ("none", None, "none: no such file or folder"),
-        ("a.txt", b"\xff", r"a\.txt: no texts in it; 1 bad_encoding, the first: 1: no UTF-8"),
+        ("a.txt", b"\xff", r"a\.txt: contains no texts; 1 bad_encoding, the first: 1: no UTF-8"),
         ("a.txt", "a cat\n".encode("utf-16"), r"a\.txt: UTF-16; save it as UTF-8"),
         ("a.csv", "text\na cat\n".encode("utf-16"), r"a\.csv: UTF-16; save it as UTF-8"),
-        ("a.txt", b"\n \n", r"a\.txt: no texts in it"),
+        ("a.txt", b"\n \n", r"a\.txt: contains no texts"),
         ("a.csv", b"name,size\nx,3\n", r"a\.csv: no column one of caption"),
         ("a.jsonl", b"[]\n", r"a\.jsonl: "),
         ("a.bin", b"x", r"a\.bin: neither a picture nor texts"),
@@ -437,7 +437,7 @@ def test_a_second_run_into_a_folder_is_refused(
         refused.append(str(error.value))
 
     assert embed(clip, open_source(pictures), out, Plan("m"), progress=second)["images"] == 7
-    assert refused == [f"{out}: another `tinyclip embed` is at work here; wait for it or stop it"]
+    assert refused == [f"{out}: another `tinyclip embed` is running here; wait for it or stop it"]
     assert embed(clip, open_source(pictures), out, Plan("m"), overwrite=True)["computed"] == 7
 
 

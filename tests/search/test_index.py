@@ -448,7 +448,7 @@ def test_a_second_run_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest
         refused.append(str(error.value))
 
     assert make(progress=second)["pictures"] == 12
-    assert set(refused) == {f"{tmp_path / 'index'}: another `tinyclip index` is at work here; wait for it or stop it"}
+    assert set(refused) == {f"{tmp_path / 'index'}: another `tinyclip index` is running here; wait for it or stop it"}
 
 
 def test_nothing_readable_leaves_the_index_alone(make: Make, clip: Pipeline, pictures: Path, tmp_path: Path) -> None:

@@ -412,8 +412,8 @@ def damage(kind: str, place: Path, cache: Path, data: Path) -> None:
     [
         ("no cache", "no cache of a teacher"),
         ("bad info", r"cache.json: version: "),
-        ("truncated", r"1.safetensors: damaged .*; the same `tinyclip cache` mends it"),
-        ("flipped", r"1.safetensors: damaged \(text_features has another checksum\); the same `tinyclip cache`"),
+        ("truncated", r"1.safetensors: damaged .*; run the same `tinyclip cache` again to repair it"),
+        ("flipped", r"1.safetensors: damaged \(text_features does not match its checksum\); the same `tinyclip cache`"),
         ("missing", r"lacks 1 of the 4 shards of .* \(the first: 1.tar\)"),
         ("changed", r"data/1.tar has changed since"),
         ("grown", r"lacks 1 of the 5 shards of .* \(the first: 4.tar\)"),
@@ -463,7 +463,7 @@ def test_a_start_with_another_vocabulary_is_refused(place: Path, tmp_path: Path)
         stage(name, augment=VIEWS, start=str(start))
         for name, start in (("a", place / "teacher"), ("b", tmp_path / "start"))
     ]
-    with pytest.raises(ValueError, match=r"stages.1.start: .* has another vocabulary than the teacher"):
+    with pytest.raises(ValueError, match=r"stages.1.start: .* has a different vocabulary from the teacher"):
         loop.start(recipe(place, tmp_path / "run", stages=stages))
     assert not (tmp_path / "run").exists()
 

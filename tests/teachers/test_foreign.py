@@ -288,7 +288,7 @@ def test_an_open_clip_that_computes_otherwise_does_not(open_clip: ModuleType, tm
     assert "no_causal_mask" in foreign(f"open_clip:{folder}").kind
 
 
-@pytest.mark.parametrize("what", ["it has another tokenizer", "it computes in another way"])
+@pytest.mark.parametrize("what", ["its tokenizer differs", "it computes differently"])
 def test_both_must_say_the_same(
     what: str, open_clip: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

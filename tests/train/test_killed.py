@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(place: Path, tmp_path: Pa
     assert end(begin(chosen, 2)) == [0, 0]
     events = events_of(out)
     warned = [e["text"] for e in events if e["event"] == "warning" and "processes" in e["text"]]
-    assert warned == ["it goes on with another number of processes or workers, so the data comes in another order"] * 2
+    assert warned == ["resuming with a different number of processes or workers, so the order of the data changes"] * 2
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 17))
     assert json.loads((out / "stages" / "50" / "result.json").read_text())["samples"] == 16 * 8
 
@@ -318,7 +318,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     damage(stages / "last" / name)
     _, events = run(chosen, resume=True)
     (warned,) = [e["text"] for e in events if "going on" in e.get("text", "")]
-    assert name in warned and warned.endswith("; going on from step 4") and "\n" not in warned
+    assert name in warned and warned.endswith("; continuing from step 4") and "\n" not in warned
     assert [e["step"] for e in events if e["event"] == "resumed"] == [4]
     assert_same(whole, tmp_path / "run")
 
@@ -339,7 +339,7 @@ def test_a_stage_without_a_whole_checkpoint_is_one_clear_line(place: Path, tmp_p
     before = sorted(stages.rglob("*"))
     with pytest.raises(
         ValueError,
-        match=r"^[^\n]*last/state.pt: damaged, and no older one is whole; remove [^\n]*stages/50 to restart the stage",
+        match=r"^[^\n]*last/state.pt: damaged, and no older one is complete; remove .*stages/50 to restart the stage",
     ):
         run(chosen, resume=True)
     assert sorted(stages.rglob("*")) == before

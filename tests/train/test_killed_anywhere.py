@@ -202,7 +202,7 @@ def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(loop, "next_batch", waits)
     where = r"waiting for the data of step 4 of stage 50 \(threading.py:\d+ wait, called by loop.py:\d+ _loop\)"
-    with pytest.raises(Stalled, match=rf"nothing has happened for \S+ minutes while {where}; continue .* --resume"):
+    with pytest.raises(Stalled, match=rf"no progress for \S+ minutes while {where}; continue .* --resume"):
         loop.run(started)
     assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
     monkeypatch.undo()
@@ -225,9 +225,7 @@ def test_a_process_that_no_signal_wakes_is_ended(tmp_path: Path) -> None:
     process = SERVER.Process(target=deaf, args=(str(tmp_path / "said"),))
     process.start()
     assert end([process]) == [2]
-    line = (
-        r"tinyclip: process 1 of 2: nothing has happened for 0.\d+ minutes while computing step 7 \(threading.py:.*\n"
-    )
+    line = r"tinyclip: process 1 of 2: no progress for 0.\d+ minutes while computing step 7 \(threading.py:.*\n"
     assert re.fullmatch(line, (tmp_path / "said").read_text())
 
 

@@ -258,7 +258,7 @@ def test_the_loss_takes_tiles() -> None:
 def test_what_is_absent_is_said() -> None:
     chosen = recipe([{"name": "a", "steps": 5, "start": "runs/none"}, {"name": "b", "steps": 5}])
     notes = plan(chosen)["notes"]
-    assert "nowhere is not here: its shape is taken from teacher_shape" in notes[0]
+    assert "nowhere is not here: using the shape in teacher_shape" in notes[0]
     assert "runs/none, where stage a starts, is not here" in notes[1]
     late = {"name": "a", "steps": 5, "inherit": "auto", "auto": {"latency_ms": 3, "steps": 2}}
     assert "only its run can measure" in plan(recipe([late]))["notes"][1]
@@ -377,7 +377,7 @@ def test_table_leaves_out_what_is_not_known() -> None:
         ),
         (("plan", "recipes/emoji-teacher.yaml", "--set", "teacher_shape=RN50"), "teacher_shape: there is no teacher"),
         (("plan", "nowhere.yaml"), "no such recipe"),
-        (("distill", "recipes/emoji-50.yaml", "--small"), "--small goes with --smoke"),
+        (("distill", "recipes/emoji-50.yaml", "--small"), "--small needs --smoke"),
         (("train", "recipes/emoji-50.yaml", "--smoke"), "has a teacher: use `tinyclip distill`"),
         (("distill", "recipes/emoji-50.yaml", "--smoke", "--set", "teacher=nowhere"), "no such checkpoint"),
     ],

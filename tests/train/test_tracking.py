@@ -233,7 +233,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     calls = stand_in(monkeypatch, "wandb", fail)
     events = run(recipe(place, tmp_path / "run", tracking=["wandb", "tensorboard"], stages=[stage()]))
     warnings = [e["text"] for e in metrics(tmp_path / "run") if e["event"] == "warning"]
-    named = "wandb failed (ConnectionError: no route); going on without it, metrics.jsonl has everything"
+    named = "wandb failed (ConnectionError: no route); continuing without it, metrics.jsonl has everything"
     assert warnings == [named] and sum(e["event"] == "step" for e in events) == 5
     assert len(calls.of("log")) == (0 if when == "log" else 5)
     assert len(scalars(tmp_path / "run")["train/loss"]) == 5  # the other one has all
@@ -257,7 +257,7 @@ def test_a_tracker_that_cannot_be_opened(place: Path, tmp_path: Path, monkeypatc
     broken[0] = True
     events = run(chosen, resume=True)
     assert [e["text"] for e in events if e["event"] == "warning"] == [
-        "wandb failed (PermissionError: not logged in); going on without it, metrics.jsonl has everything"
+        "wandb failed (PermissionError: not logged in); continuing without it, metrics.jsonl has everything"
     ]
     assert len(scalars(tmp_path / "run")["train/loss"]) == 5
 

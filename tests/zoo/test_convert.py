@@ -175,7 +175,9 @@ def test_unequal_blocks_are_named(to: str, text: dict[str, Any], message: str, t
 
 def test_a_reduced_vocabulary_cannot_be_had_by_open_clip(tmp_path: Path) -> None:
     save(tmp_path / "ours", config(vocab_size=602, context_length=12), small_tokenizer())
-    with pytest.raises(ValueError, match=r"reduced to 602 tokens, which OpenCLIP's tokenizer cannot do; convert to hf"):
+    with pytest.raises(
+        ValueError, match=r"reduced to 602 tokens, which OpenCLIP's tokenizer does not support; convert to hf"
+    ):
         convert(tmp_path / "ours", tmp_path / "theirs", "open_clip")
 
 

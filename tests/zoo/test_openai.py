@@ -212,14 +212,14 @@ def plus(*keys: str) -> Callable[[State], State]:
 
 ONES = torch.ones
 BAD = {
-    "missing": (without("visual.ln_post.bias"), r"is no whole CLIP: missing visual\.ln_post\.bias$"),
+    "missing": (without("visual.ln_post.bias"), r"is not a complete CLIP: missing visual\.ln_post\.bias$"),
     "left over": (lambda s: s | {"visual.ls_1.gamma": ONES(1)}, r"unexpected visual\.ls_1\.gamma"),
     "shape": (change(ln_final_weight=ONES(65)), r"ln_final\.weight is \(65,\), not \(64,\)"),
     "axes": (change(text_projection=ONES(64)), r"text_projection is \(64,\), it should have 2 axes"),
     "no square": (change(visual_positional_embedding=ONES(6, 128)), r"has 6 positions, not one more than a square"),
     "heads": (
         change(transformer_resblocks_1_attn_in_proj_weight=ONES(190, 64)),
-        r"transformer\.resblocks\.1\.attn\.in_proj_weight has 190 rows, no multiple of 3 x 64",
+        r"transformer\.resblocks\.1\.attn\.in_proj_weight has 190 rows, not a multiple of 3 x 64",
     ),
     "half a branch": (
         without("transformer.resblocks.1.attn.in_proj_weight"),
@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_named(case: str, state: State, tmp_path: Path) -> 
 def test_resnets_that_make_no_sense() -> None:
     state = meta(golden("layout-TinyCLIP-ResNet-19M-Text-19M.json"))
     state["visual.attnpool.q_proj.weight"] = torch.empty(1400, 1408, device="meta")
-    with pytest.raises(ValueError, match=r"q_proj\.weight has 1400 rows, no multiple of a head's 64"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight has 1400 rows, not a multiple of a head's 64"):
         config_from(state, "resnet", "gelu", Stated())
 
 

@@ -194,7 +194,7 @@ def test_private_never_goes_to_a_public_place(
     model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, model, "org/small", "--private") == 2
-    assert "is there already and public; nothing was uploaded" in capsys.readouterr().err
+    assert "already exists and is public; nothing was uploaded" in capsys.readouterr().err
     assert hub.committed == {}
 
 
@@ -261,10 +261,10 @@ def test_no_token_and_no_way_to_the_hub(
 @pytest.mark.parametrize(
     ("change", "repository", "message"),
     [
-        ("nothing", "small", "small: no Hugging Face id; write org/name"),
+        ("nothing", "small", "small: not a Hugging Face id; write org/name"),
         ("nothing", "org/small@v2", "no Hugging Face id"),
         ("no weights", "org/small", "model.safetensors: no such file"),
-        ("torn weights", "org/small", "damaged or no safetensors file"),
+        ("torn weights", "org/small", "damaged or not a safetensors file"),
         ("one file", "org/small", "a file, and the hub takes folders"),
         ("not there", "org/small", "no such checkpoint"),
     ],

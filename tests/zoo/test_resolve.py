@@ -407,7 +407,7 @@ def test_a_model_of_the_hub(hub: FileServer, tmp_path: Path) -> None:
     [
         ("org/other", {}, "org/other: no such checkpoint here, and .*/org/other cannot be read .HTTP 404"),
         ("hf:org/small@v9", {}, "org/small@v9: no such checkpoint here, and .*/org/small cannot be read .HTTP 404"),
-        ("hf:a//b", {}, "a//b: no Hugging Face id; write org/name"),
+        ("hf:a//b", {}, "a//b: not a Hugging Face id; write org/name"),
         ("org/small", {"HF_HUB_OFFLINE": "1"}, "the Hugging Face hub cannot be reached or is switched off"),
         ("org/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hugging Face hub cannot be reached"),
     ],
@@ -517,10 +517,10 @@ def test_a_teacher_by_name(server: FileServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("zoo", "ViT-99M"), "ViT-99M: no model of the zoo; did you mean"),
+        (("zoo", "ViT-99M"), "ViT-99M: not in the zoo; did you mean"),
         (("zoo", "--verify"), "--download and --verify need the name"),
         (("zoo", AUTO, "--verify"), "not downloaded yet"),
-        (("zoo", AUTO, "--download"), "HTTP 404 Not Found; a file from elsewhere can be put at"),
+        (("zoo", AUTO, "--download"), "HTTP 404 Not Found; if you have the file from elsewhere, put it at"),
         (("measure", AUTO), "HTTP 404"),
         (("evaluate", "ViT-63M", "."), "ViT-63M may be"),
     ],

@@ -165,7 +165,7 @@ def test_a_larger_training_module(model: CLIP, state: State, tmp_path: Path) -> 
     rest = {"loss.weight": torch.ones(2), "head.bias": torch.ones(1)}
     found, said = load({"state_dict": prefixed("clip.", state) | rest, "callbacks": {}}, tmp_path)
     assert same(found, model)
-    assert len(said) == 1 and said[0].endswith("left out, as it carries no weights of the CLIP: loss.weight, head.bias")
+    assert len(said) == 1 and said[0].endswith("ignored, since it is not part of the CLIP: loss.weight, head.bias")
     found, said = load(prefixed("clip.", without) | {"loss.logit_scale": state["logit_scale"]} | rest, tmp_path)
     assert same(found, model)
     assert len(said) == 1 and "the logit scale is loss.logit_scale" in said[0]
@@ -197,7 +197,7 @@ def test_what_carries_no_weights_is_named_and_left_out(
 ) -> None:
     found, said = load(prefixed(prefix, state | {key: EXTRA[key]}), tmp_path)
     assert same(found, model)
-    assert len(said) == 1 and said[0].endswith(f"left out, as it carries no weights of the CLIP: {prefix}{key}")
+    assert len(said) == 1 and said[0].endswith(f"ignored, since it is not part of the CLIP: {prefix}{key}")
 
 
 def test_many_are_one_warning(model: CLIP, state: State, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ UNKNOWN: dict[str, Tensor] = {
 
 @pytest.mark.parametrize("key", UNKNOWN)
 def test_what_would_change_the_features_is_refused(key: str, state: State, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"is no whole CLIP: unexpected {key}"):
+    with pytest.raises(ValueError, match=rf"is not a complete CLIP: unexpected {key}"):
         load(prefixed("module.", state | {key: UNKNOWN[key]}), tmp_path)
 
 
@@ -243,7 +243,7 @@ def both(state: State, a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tens
 def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State, tmp_path: Path) -> None:
     for order in (both(state, Tensor.clone, lambda v: v.to(narrow)), both(state, lambda v: v.to(narrow), Tensor.clone)):
         assert same(load(order, tmp_path)[0], model)
-    with pytest.raises(ValueError, match=r"is there twice with different values, .* as image_encoder_with"):
+    with pytest.raises(ValueError, match=r"appears twice with different values, .* as image_encoder_with"):
         load(both(state, Tensor.clone, lambda v: (v + 0.1).to(narrow)), tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_what_the_user_says_of_a_bare_file(state: State, tmp_path: Path) -> None
     assert (clip.preprocessing.mean, clip.preprocessing.std) == ((0.5,) * 3, (0.25,) * 3)
     clip.save(tmp_path / "ours")
     assert tinyclip.load(tmp_path / "ours", **LOOKS).preprocessing == clip.preprocessing
-    with pytest.raises(ValueError, match=r"preprocess\.json says mean \(0\.5, .*, so they cannot be others"):
+    with pytest.raises(ValueError, match=r"preprocess\.json says mean \(0\.5, .*, so they cannot be changed"):
         tinyclip.load(tmp_path / "ours", mean=[0.1] * 3, std=[0.25] * 3)
 
 
@@ -320,9 +320,9 @@ def test_the_command_line_says_it_on_a_line(
             main()
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert said == [
-        f"warning: {path}: left out, as it carries no weights of the CLIP: logit_bias",
+        f"warning: {path}: ignored, since it is not part of the CLIP: logit_bias",
         f"warning: {path} does not say it, so it is assumed that the activation is gelu (activation); "
-        "say otherwise by these options of load, convert and export",
+        "override with these options of load, convert and export",
     ]
     assert tinyclip.load(wanted).preprocessing.std == (0.25,) * 3
     assert "--mean 0.5,x: three numbers" in command("convert", path, tmp_path / "a", "--mean", "0.5,x", code=2)

@@ -93,7 +93,7 @@ class Door:
         try:
             given = json.loads(await whole(scope, receive, CALL), parse_constant=_no_number)
         except (ValueError, RecursionError):
-            raise Refused(400, "a call is an object in JSON") from None
+            raise Refused(400, "expected a JSON object") from None
         call = self._rebuilt(given, scope)
         self._forget_uncollected()
         waiting = self.blocks._queue.pending_event_ids_session.get(call["session_hash"], ())
@@ -122,7 +122,7 @@ class Door:
         number = given.get("fn_index") if isinstance(given, dict) else None
         function = self.blocks.fns.get(number) if type(number) is int else None
         if function is None:
-            raise Refused(400, "a call of no function of the page")
+            raise Refused(400, "the page has no such function")
         values, inputs = given.get("data"), function.inputs
         if not isinstance(values, list) or len(values) != len(inputs):
             raise Refused(400, f"a call has {len(inputs)} values in a list")
@@ -140,21 +140,21 @@ class Door:
             return None
         name = value.get("path") if isinstance(value, dict) else None
         if not isinstance(name, str):
-            raise Refused(400, "a picture is what an upload was answered with")
+            raise Refused(400, "expected a picture as the upload returned it")
         return name if self.uploads.owned(name, scope["client_id"]) is not None else GONE
 
 
 def _text(value: Any) -> str | None:
     if not isinstance(value, str | None):
-        raise Refused(400, "a text is needed")
+        raise Refused(400, "expected text")
     if value and re.search("[\ud800-\udfff]", value):
-        raise Refused(400, "no text: half of a character")
+        raise Refused(400, "not valid text: half of a surrogate pair")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or abs(value) > 1e6:
-        raise Refused(400, "a number is needed")
+        raise Refused(400, "expected a number")
     return value
 
 

@@ -66,7 +66,7 @@ def check_token(token: str) -> None:
         ValueError: when it is too short or has other characters than ASCII letters, digits and `._~-`.
     """
     if len(token) < SHORTEST_TOKEN or not re.fullmatch(r"[\w.~-]+", token, re.ASCII):
-        raise ValueError(f"--token: at least {SHORTEST_TOKEN} letters, digits and . _ ~ - are needed")
+        raise ValueError(f"--token: at least {SHORTEST_TOKEN} characters, only letters, digits and . _ ~ -")
 
 
 def check_host(name: str) -> None:
@@ -77,7 +77,7 @@ def check_host(name: str) -> None:
     """
     found = HOST.fullmatch(name.lower())
     if not found or found[2]:
-        raise ValueError(f"--allow-host {name!r}: a name or address alone is needed, as in example.org")
+        raise ValueError(f"--allow-host {name!r}: give only a host name or address, such as example.org")
 
 
 class Gate:
@@ -128,7 +128,7 @@ class Gate:
             known = self._client(scope)
             asked = self._without_token(scope)
             if not (known or asked is not None or self._is_bearer(scope) or self.token is None):
-                line = "a token is needed: open the address that the server printed, with ?token= in it"
+                line = "a token is required: open the address that the server printed, with ?token= in it"
                 raise Refused(401, f"{line}, or send it as a bearer")
             reads = scope["method"] in ("GET", "HEAD")
             if not known and reads and (asked is not None or scope["path"] == "/"):
@@ -147,14 +147,14 @@ class Gate:
     def _check_names(self, scope: Any) -> None:
         hosts = fields(scope, "host")
         if len(hosts) != 1 or not all(self._is_ours(host, scope) for host in (*hosts, *forwarded(scope))):
-            raise Refused(400, "this server does not go by that name (--allow-host states another)")
+            raise Refused(400, "this host name is not allowed; add it with --allow-host")
         for origin in fields(scope, "origin"):
             site = origin.lower().partition("://")[2]
             if site != hosts[0].lower() and _name(site) not in self.proxies:
-                raise Refused(403, "requests of other sites' pages are refused")
+                raise Refused(403, "requests from other sites are refused")
         embedded = any(mode != "navigate" for mode in fields(scope, "sec-fetch-mode"))
         if embedded and any(site in ("cross-site", "same-site") for site in fields(scope, "sec-fetch-site")):
-            raise Refused(403, "requests of other sites' pages are refused")
+            raise Refused(403, "requests from other sites are refused")
 
     def _is_ours(self, host: str, scope: Any) -> bool:
         """Whether a Host is one of our names, or the address that the client is connected to."""
@@ -228,9 +228,9 @@ async def chunks(scope: Any, receive: Any, most: int, framing: int = 0) -> Async
             async with asyncio.timeout_at(until):
                 message = await receive()
         except TimeoutError:
-            raise Refused(408, "the body took too long") from None
+            raise Refused(408, "the request body took too long") from None
         if message["type"] != "http.request":
-            raise Refused(400, "the body breaks off")
+            raise Refused(400, "the request body ended early")
         sum_, more = sum_ + len(message.get("body", b"")), message.get("more_body", False)
         if sum_ > most + framing:
             raise too_large
@@ -284,7 +284,7 @@ class Uploads:
         """
         kept = self._kept.get(name)
         if kept is None:
-            raise ValueError("The picture is no longer here: choose it again.")
+            raise ValueError("The picture is gone: choose it again.")
         return kept.data
 
     async def take(self, scope: Any, receive: Any) -> list[str]:
@@ -319,7 +319,7 @@ class Uploads:
         except MultiPartException as error:
             raise Refused(413 if "Too many" in error.message else 400, error.message) from None
         except (ValueError, KeyError, AssertionError):
-            raise Refused(400, "a damaged multipart body") from None
+            raise Refused(400, "a malformed multipart body") from None
         finally:
             self._arriving -= arrived
         if sum(map(len, data)) > self.request:

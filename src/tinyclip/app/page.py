@@ -96,9 +96,9 @@ def labels_from(text: str | None) -> list[str]:
     """
     labels = list(dict.fromkeys(one.strip() for one in (text or "").replace(",", "\n").splitlines() if one.strip()))
     if not labels:
-        raise ValueError("No labels: type some, one a line or with commas.")
+        raise ValueError("No labels: type some, one per line or separated by commas.")
     if len(labels) > MOST_LABELS:
-        raise ValueError(f"{len(labels):,} labels are too many: {MOST_LABELS} at most.")
+        raise ValueError(f"{len(labels):,} labels are too many,  {MOST_LABELS} at most.")
     if max(map(len, labels)) > LONGEST_LABEL:
         raise ValueError(f"A label is too long: {LONGEST_LABEL} characters at most.")
     return labels
@@ -135,7 +135,7 @@ def query_from(text: str | None) -> str:
     """
     words = (text or "").strip()
     if not words:
-        raise ValueError("Nothing to look for: type some words.")
+        raise ValueError("Nothing to search for: type some words.")
     if len(words) > LONGEST_LABEL:
         raise ValueError(f"Too many words: {LONGEST_LABEL} characters at most.")
     return words
@@ -201,7 +201,7 @@ def find(index: Index, features: np.ndarray, query: str, count: float) -> str:
         ValueError: when `count` is out of bounds.
     """
     if not 1 <= count <= MOST_FOUND:
-        raise ValueError(f"{count:g} pictures: 1 to {MOST_FOUND} can be asked for.")
+        raise ValueError(f"{count:g} pictures: 1 to {MOST_FOUND} are possible.")
     return gallery(index, index.search(features, int(count))[0], query)
 
 
@@ -258,7 +258,7 @@ def _picture(gr: Any, label: str = "Picture") -> Any:
 
 def _labels(gr: Any) -> Any:
     return gr.Textbox(
-        label="Labels", info="One a line, or with commas between them.", lines=4, value="a cat, a dog, an apple"
+        label="Labels", info="One per line, or separated by commas.", lines=4, value="a cat, a dog, an apple"
     )
 
 
@@ -302,7 +302,7 @@ def _search_tab(gr: Any, model: Served, uploads: Uploads, index: Index) -> None:
                 asked = gr.Button("Search by words", variant="primary")
                 count = gr.Slider(1, MOST_FOUND, 12, step=1, label="Pictures to find", buttons=[])
             with gr.Column():
-                like = _picture(gr, "Picture to look like")
+                like = _picture(gr, "Example picture")
                 shown_like = gr.Button("Search by picture")
         found = _result(gr)
         gr.on([asked.click, words.submit], by_words, [words, count], found, api_visibility="private")

@@ -59,7 +59,7 @@ def app(
     address = serving.address(place) + (f"/?token={token}" if token else "")
 
     def ready() -> None:
-        say(f"{address} (Ctrl-C ends it)")
+        say(f"{address} (press Ctrl-C to stop)")
         if open_browser:
             import webbrowser
 

@@ -107,7 +107,7 @@ def _smoke(recipe: Any, smoke: bool, small: bool) -> None:
     from tinyclip.train.smoke import smoke as tried
 
     if not smoke:
-        raise ValueError("--small goes with --smoke")
+        raise ValueError("--small needs --smoke")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--smoke runs in one process; start it without torchrun")
     try:
@@ -207,7 +207,7 @@ def prune(
     found = all_captions(texts) if texts.is_dir() else iter(read_lines(texts))
     first = next(found, None)
     if first is None:
-        raise ValueError(f"{texts}: no texts in it, so no tokens to keep")
+        raise ValueError(f"{texts}: contains no texts, so there are no tokens to keep")
     clip = load(model)
     kept = clip.tokenizer.kept_ids(track(chain([first], found), "reading texts", None, "texts"))
     small = Pipeline(prune_vocabulary(clip.model, kept), clip.tokenizer.pruned(kept), clip.preprocessing)
@@ -260,9 +260,9 @@ def inherit(
         _calibrate(teacher, output, calibrate, settings, towers, batch_size, device)
         return
     if settings != {"target_sparsity": 0.5} | Calibrated(target_sparsity=0.5).model_dump(include=set(settings)):
-        raise ValueError("--target, --unit, --gates, --align, --score and --batches go with --calibrate")
+        raise ValueError("--target, --unit, --gates, --align, --score and --batches need --calibrate")
     if towers != "both":
-        raise ValueError("--towers goes with --calibrate")
+        raise ValueError("--towers needs --calibrate")
     wanted = CLIPConfig.named(like) if like else shape_from(shape or [])  # before the teacher, which is slow to load
     clip = load(teacher)
     config = wanted if isinstance(wanted, CLIPConfig) else wanted.apply(clip.model.config)

@@ -57,14 +57,14 @@ def pack(
 
     lines = read_lines(templates) if templates else None
     if lines == []:
-        raise ValueError(f"{templates}: no templates in it; each is a line with {{c}} for the class name")
+        raise ValueError(f"{templates}: contains no templates; write one per line, with {{c}} for the class name")
     if templates is None and (split or classes):
-        raise ValueError("--split and --classes go with class folders, so with --templates")
+        raise ValueError("--split and --classes are for class folders and need --templates")
     columns = {"image_column": image_column, "caption_column": caption_column, "separator": separator}
     with busy(f"looking into {source}"):
         items = find_items(source, **columns, image_root=image_root, templates=lines, split=split, classes=classes)
     if templates and split is None and (splits := find_splits(source)):
-        say(f"taking the split to train on of {', '.join(splits)}; --split takes another")
+        say(f"using the training split of {', '.join(splits)}; choose another with --split")
     progress = counter("packing", len(items), "pictures")
     report = pack(items, output, shard_size=shard_size, resize=resize, overwrite=overwrite, progress=progress)
     what = f"{plural(report.packed, 'picture')} with {plural(report.captions, 'caption')}"
@@ -92,7 +92,7 @@ def prepare(
     good, bad = shards.check_some(folder)
     if check or sum(bool(one.key) for one in bad) > good:
         good, lacking = shards.check(folder, counter("checking", found, "samples"))
-        faults, what = [], f"{found} samples in {folder}, {good} of them good"
+        faults, what = [], f"{found} samples in {folder}, {good} of them usable"
     else:
         good = found - len(lacking)
         what = f"{found} samples in {folder}" + (f", {good} with picture and caption" if lacking else "")
@@ -195,8 +195,8 @@ def _views_of(path: Path, clip: Any) -> tuple[Any, int]:
     for stage in others:
         if stage.augment != first.augment:
             raise ValueError(
-                f"{path}: stages {first.name} and {stage.name} differ in `augment`, and a cache has the views of one; "
-                "make them equal, or two recipes of them"
+                f"{path}: stages {first.name} and {stage.name} differ in `augment`, but a cache has the views of one; "
+                "make them equal, or use two recipes"
             )
     own = isinstance(clip, Pipeline)
     shapes, _ = stage_shapes(recipe, clip.model.config if own else first_start(recipe))

@@ -79,7 +79,7 @@ def evaluate(
     dataset = evaluation.open_dataset(data, templates, classes=classes, split=split, images=images, **columns)
     if (templates or per_class) and not dataset.classnames:
         option = "--templates" if templates else "--per-class"
-        raise ValueError(f"{data}: there are no class names, so {option} has no use; leave it out")
+        raise ValueError(f"{data}: there are no class names, so {option} has no effect; leave it out")
     place = resolve_device(device)
     with processes(place):
         clip = load_encoder(model, device, dtype, compile, runtime)
@@ -317,9 +317,9 @@ def structure(
 
     check_file(output)
     if output and output.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{output}: draw to a .png, .svg or .pdf file")
+        raise ValueError(f"{output}: the picture must be a .png, .svg or .pdf file")
     if of and not output:
-        raise ValueError("--of goes with --output: it is drawn behind the picture")
+        raise ValueError("--of needs --output, the picture that it is drawn in")
     config = load(model).model.config
     if output:
         picture = drawing.figure(config, load(of).model.config if of else None)

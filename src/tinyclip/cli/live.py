@@ -51,7 +51,7 @@ def kept_bars(kept: dict[str, int], full: dict[str, int]) -> str:
 
 def measured_on(batches: int, most: int) -> str:
     """Describe a calibration's batches, and whether it stopped early by itself."""
-    enough = f" (of {most} at most; more would have changed nothing)" if batches < most else ""
+    enough = f" (of {most} at most; more would not change the result)" if batches < most else ""
     return f"{batches:,} batch{'' if batches == 1 else 'es'}{enough}"
 
 

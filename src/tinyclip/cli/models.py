@@ -38,7 +38,7 @@ def zoo(
             print_json({"models": listed, "shipped": list(catalogue.SHIPPED)})
         else:
             print_table(listing.COLUMNS, [listing.row(facts) for facts in listed])
-            say(f"shipped with tinyclip, of emoji drawings: {', '.join(catalogue.SHIPPED)}")
+            say(f"shipped with tinyclip, trained on emoji drawings: {', '.join(catalogue.SHIPPED)}")
         return
     if name in catalogue.SHIPPED:
         _say_zoo(listing.describe_shipped(name), as_json)

@@ -123,7 +123,9 @@ def search(
     images = image or []
     asked: list[str | Path] = [*texts, *images]
     if not asked:
-        raise ValueError(f"{queries}: no queries in it" if queries else "nothing to look for: give words or --image")
+        raise ValueError(
+            f"{queries}: contains no queries" if queries else "nothing to search for: give a text or --image"
+        )
     for path in images:  # before loading the model, which is slower
         open_image(path)
     with Index.open(index) as opened:
@@ -135,7 +137,7 @@ def search(
         except ValueError as error:
             if Path(name).exists() or name in SHIPPED:
                 raise
-            raise ValueError(f"{error} (the model of {index}; --model says where it is now)") from None
+            raise ValueError(f"{error} (the model of {index}; give its new place with --model)") from None
         check_model(opened.facts, index, name, fingerprint)
         features = [*plain(clip.encode_text(texts))] if texts else []
         if images:
@@ -145,7 +147,7 @@ def search(
             errors.print(f"{index} has only {plural(len(opened), 'picture')}")
         if not opened.root.is_dir():
             errors.print(
-                f"{opened.root} is not there; if it has moved: tinyclip index {name} FOLDER -o {index} --moved"
+                f"{opened.root} does not exist; if it has moved, run: tinyclip index {name} FOLDER -o {index} --moved"
             )
         if sheet:
             drawing.draw(sheet, [(one, _tiles(opened, matches)) for one, matches in zip(asked, found, strict=True)])
@@ -290,7 +292,7 @@ def classify(
 
     check_labels(labels)  # before loading the model, which is slower
     if twice := next((label for i, label in enumerate(labels) if label in labels[:i]), None):
-        raise ValueError(f"the label {twice!r} is given twice, so the two would share its probability")
+        raise ValueError(f"the label {twice!r} is given twice, which would split its probability")
     picture = open_image(image)
     clip = load(model, device=device, dtype=dtype, runtime=runtime)
     chances = clip.classify(picture, labels)[0].tolist()

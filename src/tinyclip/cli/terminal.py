@@ -123,7 +123,7 @@ def three(text: str | None, option: str) -> tuple[float, ...] | None:
     except ValueError:
         numbers = ()
     if len(numbers) != 3:
-        raise ValueError(f"{option} {text}: three numbers with commas between, as 0.5,0.5,0.5")
+        raise ValueError(f"{option} {text}: give three numbers separated by commas, such as 0.5,0.5,0.5")
     return numbers
 
 
@@ -195,7 +195,7 @@ def check_parent(path: Path) -> None:
     """Refuse a path in a folder that is not writable."""
     parent = next(parent for parent in path.parents if parent.exists())
     if not parent.is_dir():
-        raise ValueError(f"{parent} is a file, so there can be no {path.name} in it")
+        raise ValueError(f"{parent} is a file, so {path.name} cannot be in it")
     try:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:

@@ -37,7 +37,7 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
     if cuda:
         local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= here:
-            raise ValueError(f"more processes than GPUs ({here} here); take --nproc-per-node {here}")
+            raise ValueError(f"more processes than GPUs ({here} here); use --nproc-per-node {here}")
         torch.cuda.set_device(local)  # object collectives use the current GPU
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
@@ -51,7 +51,7 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         if not claim("an error"):  # before the connections close, which the others would notice
             _leave()
         if isinstance(error, RuntimeError) and _is_lost(error):
-            raise ValueError("another process has died; run the same command again (a run: with --resume)") from None
+            raise ValueError("another process has died; run the same command again (with --resume for a run)") from None
         raise
     finally:
         _left.append(dist.group.WORLD)

@@ -51,7 +51,8 @@ def fetch(url: str, path: Path) -> Path:
                 check(path, url)
     except OSError as error:
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; what was downloaded is kept, run it again to go on"
+            f"cannot write {path}: {error.strerror or error}; what was downloaded is kept; "
+            "run the command again to resume"
         ) from None
     return path
 
@@ -119,7 +120,11 @@ def _download(url: str, path: Path) -> None:
             except (requests.RequestException, _Retry) as error:
                 failures = 1 if partial_size(path) > before else failures + 1
                 if failures >= ATTEMPTS:
-                    kept = f"{partial_size(path):,} bytes are kept, run it again to go on; or " if part.exists() else ""
+                    kept = (
+                        f"{partial_size(path):,} bytes are kept; run the command again to resume, or "
+                        if part.exists()
+                        else ""
+                    )
                     raise ValueError(
                         f"cannot download {path.name} ({_reason(error, url)}); {kept}"
                         f"download {url} elsewhere and put it at {path}"
@@ -170,15 +175,16 @@ def _judge(response: requests.Response, url: str, path: Path) -> None:
         raise _Retry(f"HTTP {status} {response.reason}")
     if status not in (200, 206, 416):
         raise ValueError(
-            f"cannot download {url}: HTTP {status} {response.reason}; a file from elsewhere can be put at {path}"
+            f"cannot download {url}: HTTP {status} {response.reason}; "
+            f"if you have the file from elsewhere, put it at {path}"
         )
     if response.headers.get("Content-Type", "").startswith("text/html"):
-        raise ValueError(f"{url} gave a web page instead of the file; is there a sign-in page or proxy in between?")
+        raise ValueError(f"{url} returned a web page instead of the file; is there a sign-in page or proxy in between?")
     headers = response.headers
     if status != 416 and "Content-Length" not in headers and headers.get("Transfer-Encoding", "") != "chunked":
         raise ValueError(
-            f"{url} comes without its length, so that a broken transfer could not be told from a whole one; "
-            f"a file from elsewhere can be put at {path}"
+            f"{url} has no Content-Length, so a broken transfer would go unnoticed; "
+            f"if you have the file from elsewhere, put it at {path}"
         )
 
 
@@ -214,7 +220,7 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, requests.Timeout):
         return f"{urlsplit(url).hostname} does not answer"
     if isinstance(error, requests.exceptions.SSLError):
-        return f"no trusted connection to {urlsplit(url).hostname}, whose certificate was not accepted"
+        return f"no secure connection to {urlsplit(url).hostname}, whose certificate was not accepted"
     if isinstance(error, requests.ConnectionError):
         return f"no connection to {urlsplit(url).hostname}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):

@@ -142,7 +142,7 @@ def in_words(error: OSError) -> str:
     """Format an `OSError` in one line, with the file if it is known."""
     said = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOSPC and error.filename is None:
-        return f"{said}: the disk that is written to is full"
+        return f"{said}: the disk being written to is full"
     return f"{as_text(os.fsdecode(error.filename))}: {said}" if isinstance(error.filename, str | bytes) else said
 
 
@@ -159,10 +159,10 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(LARGEST_TEXT + 1)
         if len(data) > LARGEST_TEXT:
-            raise ValueError(f"{path}: no list of texts, as it has over {LARGEST_TEXT / 1e9:.1f} GB or does not end")
+            raise ValueError(f"{path}: not a list of texts, since it is over {LARGEST_TEXT / 1e9:.1f} GB or endless")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no UTF-8 text ({error.reason})") from None
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason})") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
 

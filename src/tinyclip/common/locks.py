@@ -66,7 +66,7 @@ class Lock:
         folder = self.file.parent.absolute()
         if folder not in _said:
             _said.add(folder)
-            how = f"{self.file.name}.lease says who is at work"
+            how = f"{self.file.name}.lease shows who is using it"
             print(f"{folder}: no locks on this file system ({error.strerror}); {how}", file=sys.stderr)
 
     def release(self) -> None:
@@ -110,6 +110,6 @@ def take(lock: Lock, command: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{folder}: another `{command}` is at work here; wait for it or stop it") from None
+        raise ValueError(f"{folder}: another `{command}` is running here; wait for it or stop it") from None
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -161,8 +161,8 @@ def check_replaceable(folder: Path, kind: str) -> None:
     if marker is None:
         first = min(entry.name for entry in folder.iterdir() if entry.name not in LOCKS)
         raise ValueError(
-            f"{folder} holds more than {what} ({as_text(first)}), {kept}: without a {MARKER} it is no "
-            f"{what.split()[-1]} of tinyclip; choose another place, or remove it by hand"
+            f"{folder} holds more than {what} ({as_text(first)}), {kept}: without a {MARKER} it is not a "
+            f"{what.split()[-1]} from tinyclip; choose another place, or remove it by hand"
         )
     if marker.kind != kind:
         raise ValueError(f"{folder} is {KINDS[marker.kind]} of tinyclip, not {what}, {kept}; choose another place")

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 class Stalled(ValueError):
-    """Raised when nothing has happened for too long; the message says where."""
+    """Raised when no progress for too long; the message says where."""
 
 
 @dataclass(eq=False)
@@ -89,9 +89,7 @@ class Watchdog:
                 longest = longest if work.seconds else max(longest, waited)
                 work, waited = self._work, 0.0
             waited += passed
-        self._text = (
-            f"{self.who}nothing has happened for {waited / 60:.3g} minutes while {work.name} ({_place()}); {GO_ON}"
-        )
+        self._text = f"{self.who}no progress for {waited / 60:.3g} minutes while {work.name} ({_place()}); {GO_ON}"
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
         left = GRACE
         while left > 0 and not over.is_set():

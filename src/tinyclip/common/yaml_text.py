@@ -33,14 +33,14 @@ class _Loader(yaml.SafeLoader):
         if node is None:
             return None
         if alias and node not in self.measured:
-            raise yaml.MarkedYAMLError(problem="an alias to what it lies in, so without end", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem="an alias that contains itself", problem_mark=mark)
         if not alias:
             inner = [self.measured[n] for n in _children(node)]
             self.measured[node] = (1 + sum(n for n, _ in inner), 1 + max((level for _, level in inner), default=0))
         nodes, levels = self.measured[node]
         if nodes > MOST_NODES:
             raise yaml.MarkedYAMLError(
-                problem=f"more than {MOST_NODES:,} keys and values, aliases counted as what they stand for",
+                problem=f"more than {MOST_NODES:,} keys and values with aliases expanded",
                 problem_mark=mark,
             )
         if self.depth + levels > DEEPEST + 1:
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"`{key.value}` is there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"`{key.value}` is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return node
 
@@ -78,7 +78,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Any:
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     number = loader.construct_yaml_int(node)
     if abs(number) >= 2**63:
-        raise yaml.MarkedYAMLError(problem="a number of too many digits", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="a number with too many digits", problem_mark=node.start_mark)
     return int(number)
 
 
@@ -99,13 +99,13 @@ def parse(text: str) -> Any:
         hint = "; YAML is indented with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
         where = f"line {mark.line + 1}: " if mark else ""
         said = ", ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
-        raise ValueError(f"no valid YAML ({where}{said}{hint})") from None
+        raise ValueError(f"not valid YAML ({where}{said}{hint})") from None
     except yaml.reader.ReaderError as error:
         code = error.character if isinstance(error.character, int) else ord(error.character)
-        raise ValueError(f"no valid YAML (the character U+{code:04X} cannot be in a text)") from None
+        raise ValueError(f"not valid YAML (the character U+{code:04X} is not allowed in text)") from None
     except (ValueError, ArithmeticError, TypeError, KeyError, IndexError, AttributeError) as error:
         # From PyYAML's conversions of dates, numbers and values with a mismatched tag.
-        raise ValueError(f"no valid YAML (a value that cannot be converted: {error})") from None
+        raise ValueError(f"not valid YAML (a value that cannot be converted: {error})") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -123,12 +123,12 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(content) > MOST_BYTES:
-        raise ValueError(f"{path}: cannot be read (more than {MOST_BYTES >> 20} MiB, so no recipe)")
+        raise ValueError(f"{path}: cannot be read (more than {MOST_BYTES >> 20} MiB, too large for a recipe)")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path}: cannot be read (text in UTF-16; save it as UTF-8)")
     try:
         return parse(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: cannot be read (no text in UTF-8)") from None
+        raise ValueError(f"{path}: cannot be read (not UTF-8 text)") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

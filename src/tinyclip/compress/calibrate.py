@@ -76,7 +76,7 @@ def fill_budget(
         mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
         if not _remove(kept, mine, size, (1 - target) * full, align):
             reached = 1 - size(kept).item() / full
-            raise ValueError(f"{what} cannot be reached: at most {reached:.3f} can go")
+            raise ValueError(f"{what} cannot be reached: at most {reached:.3f} can be removed")
     return kept
 
 

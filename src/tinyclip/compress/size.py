@@ -62,7 +62,7 @@ def tower_of(config: CLIPConfig, tower: Tower) -> TransformerConfig:
     """
     part = config.vision if tower == "visual" else config.text
     if not isinstance(part, TransformerConfig):
-        raise ValueError(f"a {part.kind} image tower cannot learn masks; take `inherit: calibrated` or `towers: text`")
+        raise ValueError(f"a {part.kind} image tower cannot learn masks; use `inherit: calibrated` or `towers: text`")
     return part
 
 

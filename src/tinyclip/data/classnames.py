@@ -75,7 +75,7 @@ def of_folders(place: Path, folders: Sequence[str], source: Path | str | None) -
     if source is None and any(map(WNID.fullmatch, folders)):
         known = imagenet()
         if other := next((folder for folder in folders if WNID.fullmatch(folder) and folder not in known), None):
-            raise ValueError(f"{place}: {other} is none of ImageNet's 1,000 classes; name them with --classes FILE")
+            raise ValueError(f"{place}: {other} is not one of ImageNet's 1,000 classes; name them with --classes FILE")
         names = tuple(known.get(folder) or folder.replace("_", " ") for folder in folders)
         return Classes(names, _numbered(folders), "ImageNet", wnids)
     if source is None and set(folders) == set(map(str, range(1000))):
@@ -92,8 +92,8 @@ def of_folders(place: Path, folders: Sequence[str], source: Path | str | None) -
         if len(names) == len(folders) and not known and not places.keys() >= set(folders):
             places = _numbered(folders)
     if other := next((folder for folder in folders if folder not in places), None):
-        counts = f"{Path(source).name} names {len(names):,} classes, there are {len(folders):,} folders"
-        raise ValueError(f"{place}: {counts}, and folder {other!r} is none of them")
+        counts = f"{Path(source).name} names {len(names):,} classes, but there are {len(folders):,} folders"
+        raise ValueError(f"{place}: {counts}, and folder {other!r} is not one of them")
     return Classes(names, {folder: places[folder] for folder in folders}, str(source), bool(known))
 
 
@@ -108,7 +108,7 @@ def _names(source: Path | str) -> tuple[tuple[str, ...], dict[str, str]]:
         return tuple(known.values()), known
     names = tuple(read_lines(source, "class names"))
     if "" in names:
-        raise ValueError(f"{source}: line {names.index('') + 1} is blank, so the numbers of the classes are not sure")
+        raise ValueError(f"{source}: line {names.index('') + 1} is blank, so the class numbers are ambiguous")
     return names, imagenet() if names == tuple(imagenet().values()) else {}
 
 
@@ -144,8 +144,8 @@ def read_lines(file: Path | str, what: str) -> list[str]:
     """
     file = Path(file)
     if not file.is_file():
-        raise ValueError(f"{file}: no file of {what}" if file.exists() else f"{file}: no such file of {what}")
+        raise ValueError(f"{file}: a folder, not a file of {what}" if file.exists() else f"{file}: no such file")
     lines = [line.strip() for line in lines_of(read_text(file).rstrip())]
     if not any(lines):
-        raise ValueError(f"{file}: no {what} in it")
+        raise ValueError(f"{file}: contains no {what}")
     return lines

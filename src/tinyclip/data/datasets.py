@@ -121,7 +121,7 @@ def open_dataset(
     suffix = place.suffix.lower()
     table, karpathy = suffix in TABLES, place if suffix == ".json" else _split_file(place)
     if images and not (table or karpathy):
-        raise ValueError(f"{path}: --images goes with a table or a split file of Karpathy's")
+        raise ValueError(f"{path}: --images is for a table or one of Karpathy's split files")
     if (image_column or caption_column) and not table:
         raise ValueError(f"{path} is not a table, so it has no columns")
     if table:
@@ -136,7 +136,7 @@ def open_dataset(
         _no_split(place, options)
         return _tar(place, options, _homes(place.parent))
     if place.is_file():
-        raise ValueError(f"{path}: neither a folder nor a .tar, a table or a .json of splits")
+        raise ValueError(f"{path}: not a folder, a .tar, a table or a .json split file")
     return _folder(place, options)
 
 
@@ -156,7 +156,7 @@ def _folder(place: Path, options: Options) -> Dataset:
         with_captions = readers.has_captions(readers.first_pictures(part, names))
         reader = readers.folders(part, classes, with_captions)
         return _dataset(part, classes, reader, options, homes, partial(readers.pictures_in, part, list(classes.labels)))
-    raise ValueError(f"{part}: neither class folders with pictures nor .tar shards in it, nor captioned pictures")
+    raise ValueError(f"{part}: contains no class folders, .tar shards or captioned pictures")
 
 
 def find_splits(place: str | Path) -> dict[str, Path]:
@@ -193,13 +193,13 @@ def named_folders(
         raise ValueError(f"{place}: its folders are splits ({', '.join(splits)}); choose one with --split")
     part, homes = _part(place, Options(split=learned))
     if not part.is_dir() or _has_shards(part):
-        raise ValueError(f"{part}: shards, and no class folders; they are ready to train on as they are")
+        raise ValueError(f"{part}: these are shards, not class folders; train on them as they are")
     found = readers.class_folders(part)
     for name in found:
         if name.lower() in SPLITS and readers.class_folders(part / name) and not readers.loose_pictures(part / name):
             raise ValueError(f"{part}: {name} looks like a split beside other folders; give the folder of one split")
     if not found:
-        raise ValueError(f"{part}: no class folders with pictures in it")
+        raise ValueError(f"{part}: contains no class folders with pictures")
     named = of_folders(part, found, classes or _names_beside(homes))
     labels = {folder: label for folder, label in named.labels.items() if label is not None}
     return part, {folder: as_text(named.names[label]) for folder, label in labels.items()}, readers.loose_pictures(part)
@@ -250,13 +250,13 @@ def _dataset(
 
 def _captioned(place: Path, options: Options, pictures: Sequence[Captioned], root: Path) -> Dataset:
     if options.classes:
-        raise ValueError(f"{place}: its pictures have captions and no classes, so there is nothing to name")
+        raise ValueError(f"{place}: its pictures have captions, not classes, so there is nothing to name")
     return Dataset(place, [], [], readers.captioned(root, pictures), about=lambda: len(pictures))
 
 
 def _no_split(place: Path, options: Options) -> None:
     if options.split:
-        raise ValueError(f"{place}: there are no splits in it, so none is {options.split!r}")
+        raise ValueError(f"{place}: it has no splits, so there is no {options.split!r}")
 
 
 def _split_file(place: Path) -> Path | None:
@@ -284,6 +284,6 @@ def _shards(place: Path) -> list[Path]:
         count = read_lines(place / "nshards.txt", "numbers")[0]
         names = [f"{i}.tar" for i in range(int(count) if count.isdecimal() else 0)]
         if missing := [name for name in names if not (place / name).exists()]:
-            counts = f"nshards.txt says {len(names)} shards, {len(missing)} of them not there ({missing[0]})"
+            counts = f"nshards.txt lists {len(names)} shards, {len(missing)} of them missing ({missing[0]})"
             raise ValueError(f"{place}: {counts}; download the rest")
     return found

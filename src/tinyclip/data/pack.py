@@ -101,7 +101,7 @@ def pack(
                 progress()
         if report.packed == 0:
             causes, first = summary(counts(report.skipped)), report.skipped[0]
-            raise Unusable(f"nothing to pack, all {len(items)} pictures were skipped ({causes}), first {first}")
+            raise Unusable(f"nothing to pack: all {len(items)} pictures were skipped ({causes}); the first: {first}")
         names = sorted({item.name for item in items if item.name is not None})
         if names:
             (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
@@ -167,7 +167,7 @@ def _from_class_folders(
 ) -> list[Item]:
     bad = next((t for t in templates if "{c}" not in t), None)
     if not templates:
-        raise ValueError("no templates are given; each is a text with {c} for the class name")
+        raise ValueError("no templates given; each is a text with {c} for the class name")
     if bad is not None:
         raise ValueError(f"each template needs {{c}} for the class name, {bad!r} has none")
     place, names, loose = named_folders(source, split, classes)
@@ -175,4 +175,4 @@ def _from_class_folders(
     for folder, name in names.items():
         captions = tuple(t.replace("{c}", name) for t in templates)
         items += [Item(path, captions, name) for path in find_pictures(place / folder, left_out)]
-    return items + [Item(path, (), problem=Fault("unknown_class", "in no class folder")) for path in loose]
+    return items + [Item(path, (), problem=Fault("unknown_class", "not in a class folder")) for path in loose]

@@ -69,7 +69,7 @@ def find_pictures(folder: Path, left_out: list[LeftOut] | None = None) -> list[P
         for path, count in sorted(theirs.items()):
             way = "" if path.name == "._*" else "; to use them, give that folder itself"
             what = "picture" if count == 1 else "pictures"
-            left_out.append((path, Fault("file_manager", f"{count:,} {what} of a file manager{way}")))
+            left_out.append((path, Fault("file_manager", f"{count:,} {what} kept by a file manager{way}")))
         left_out += sorted(unread, key=lambda place: place[0])
     return sorted(found)
 
@@ -108,9 +108,7 @@ def _walk(folder: Path, unread: list[LeftOut], leave_theirs: bool = False) -> It
                 # Broken links whose names look like folders, for example to an unmounted disk.
                 lost = [place / name for name in names if "." not in name and (place / name).is_symlink()]
                 unread += [
-                    (path, Fault("unreadable_folder", "a link that leads nowhere"))
-                    for path in lost
-                    if _identity(path) is None
+                    (path, Fault("unreadable_folder", "a broken link")) for path in lost if _identity(path) is None
                 ]
                 paths = [place / name for name in folders if not (leave_theirs and is_theirs(name))]
                 links += [path for path in paths if path.is_symlink()]

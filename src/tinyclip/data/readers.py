@@ -89,7 +89,7 @@ def folders(place: Path, classes: Classes, with_captions: bool) -> Reader:
 
     def items(skipped: list[Skipped]) -> Iterator[Item]:
         for file in loose_pictures(place):
-            yield Item(name_of(Path(file.name)), partial(_refused, Fault("unknown_class", "in no class folder")))
+            yield Item(name_of(Path(file.name)), partial(_refused, Fault("unknown_class", "not in a class folder")))
         for folder, label in classes.labels.items():
             left_out = list[LeftOut]()
             pictures = find_pictures(place / folder, left_out)
@@ -170,8 +170,8 @@ def karpathy(file: Path, split: str, images: Path | None) -> list[Captioned]:
             for row in rows  # type: ignore[union-attr]
         ]
     except (TypeError, KeyError, AttributeError):
-        wanted = 'no `"images"` of `filename`, `split` and `sentences` with `raw`'
-        raise ValueError(f"{file}: {wanted} in it, as Karpathy's split files have them") from None
+        wanted = 'no `"images"` with `filename`, `split`, and `sentences` with `raw`'
+        raise ValueError(f"{file}: {wanted}, which Karpathy's split files have") from None
     chosen = [(name, [c for c in captions if c]) for name, captions, part in found if part == split]
     if not chosen:
         parts = sorted({part for *_, part in found})
@@ -336,7 +336,7 @@ def _label(sample: dict[str, Any], info: dict[str, Any], classes: Classes) -> in
         raise Fault("unknown_class", f"class {name!r} is not in {Path(classes.source).name}")
     label = classes.labels[name]
     if label is None:
-        raise Fault("unknown_class", f"class {name!r} is more than once in {Path(classes.source).name}")
+        raise Fault("unknown_class", f"class {name!r} is listed more than once in {Path(classes.source).name}")
     return label
 
 

@@ -116,10 +116,10 @@ def _gunzip(packed: Path, target: Path) -> tuple[int, str]:
                 break
             size += len(block)
             if size > most:
-                text = f"over {most:,} bytes come out of {whole:,}, which no shard of pictures does"
+                text = f"its {whole:,} bytes unpack to over {most:,}, too many for a shard of pictures"
                 raise ValueError(f"{packed}: {text}; if it is right, unpack it with `gunzip --keep`")
             if size > room:
-                raise OSError(errno.ENOSPC, f"{room:,} bytes are free, and more come out")
+                raise OSError(errno.ENOSPC, f"{room:,} bytes are free, and it unpacks to more")
             file.write(block)
             tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
     ended(f"unpacking {packed.name}")
@@ -148,7 +148,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
             with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 found = list(track(pool.map(_index_shard, shards), f"indexing {folder}", len(shards), "shards"))
         except BrokenProcessPool:
-            raise ValueError(f"{folder}: a process that indexed shards died, perhaps for lack of memory") from None
+            raise ValueError(f"{folder}: a process that indexed shards died, perhaps out of memory") from None
     else:
         found = [_index_shard(shard) for shard in track(shards, f"indexing {folder}", len(shards), "shards")]
     for shard, one in zip(shards, found, strict=True):
@@ -180,7 +180,7 @@ def _check_ours(meta: Path) -> None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         ours = False
     if not ours:
-        raise ValueError(f"{meta} is not by tinyclip, which writes its own index there; move it away")
+        raise ValueError(f"{meta} was not written by tinyclip, which keeps its index there; move it away")
 
 
 def _check_usable(folder: Path, total: int, faults: list[dict[str, Any]], found: list[_Indexed]) -> None:
@@ -193,8 +193,8 @@ def _check_usable(folder: Path, total: int, faults: list[dict[str, Any]], found:
     first = [f"{folder / f['shard']}: {f['reason']}" for f in faults[:3]]
     first += [f"{folder / s.shard}: {s.key}: {s.reason}" for s in lacking[: 3 - len(first)]]
     if apart:
-        text = f"picture and caption of {len(apart):,} keys ({apart[0]}) do not follow each other in the tar"
-        first = [f"{text}; pack it anew with `tar --sort=name`"]
+        text = f"picture and caption of {len(apart):,} keys ({apart[0]}) are not adjacent in the tar"
+        first = [f"{text}; repack it with `tar --sort=name`"]
     what = f"{total - left:,} of its {total:,} samples cannot be used" if total else "none of its shards can be used"
     raise Unusable(f"{folder}: {what}; {'; '.join(first)}")
 
@@ -275,7 +275,7 @@ def check_readers(folder: str | Path, workers: int, processes: int) -> None:
     text = f"{folder}: {samples:,} samples are too few for {processes:,} processes of {max(1, workers):,} workers each"
     most = samples // processes
     mend = f"set `workers` to {most:,} at most" if most else f"start {samples:,} processes at most"
-    raise ValueError(f"{text}, as every worker reads samples of its own; {mend}, or add data")
+    raise ValueError(f"{text}, since every worker reads its own samples; {mend}, or add data")
 
 
 def known_samples(folder: str | Path) -> int | None:

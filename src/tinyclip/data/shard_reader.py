@@ -68,7 +68,7 @@ class Patient:
                     break
                 time.sleep(pause)
             except READ_ERRORS as error:
-                reason = f"is not as it was when it was indexed ({words(error)})"
+                reason = f"has changed since it was indexed ({words(error)})"
                 return self._instead(index, shard, f"sample {index}", Fault("damaged_shard", reason))
         self.gone.add(shard)
         self.missed += 1

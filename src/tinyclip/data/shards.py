@@ -46,7 +46,7 @@ def find_shards(folder: str | Path) -> list[Path]:
     stale = {p.with_suffix("") for p in packed}
     shards = sorted([*packed, *(p for p in folder.glob("*.tar") if p not in stale)])
     if not shards:
-        raise ValueError(f"{folder}: no .tar shards in it; make some with `tinyclip data pack`")
+        raise ValueError(f"{folder}: contains no .tar shards; make some with `tinyclip data pack`")
     return shards
 
 
@@ -223,7 +223,7 @@ def check_is_file(shard: Path) -> None:
     """Raise `Fault` for a broken link, and for a pipe, which might never end."""
     try:
         if not stat.S_ISREG(shard.stat().st_mode):
-            raise Fault("damaged_shard", "damaged shard (no file, but a folder, a pipe or a device)")
+            raise Fault("damaged_shard", "damaged shard (a folder, a pipe or a device, not a file)")
     except OSError as error:
         raise Fault("damaged_shard", f"damaged shard ({error.strerror})") from None
 

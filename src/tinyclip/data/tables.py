@@ -150,9 +150,9 @@ def _of_json(number: int, line: str) -> Row:
     try:
         value = json.loads(line.strip("\ufeff \t\n"))
     except RecursionError:
-        return Row(number, fault=Fault("bad_row", "JSON that is nested too deep"))
+        return Row(number, fault=Fault("bad_row", "JSON that is nested too deeply"))
     except ValueError as error:
-        return Row(number, fault=Fault("bad_row", f"no whole JSON ({error})"))
+        return Row(number, fault=Fault("bad_row", f"not complete JSON ({error})"))
     if not isinstance(value, dict):
         return Row(number, fault=Fault("bad_row", f"JSON {type(value).__name__}, not an object"))
     return Row(number, value)
@@ -267,7 +267,7 @@ def _separated(path: Path, separator: str | None, known: Sequence[str]) -> Table
             separator = separator or stated[1]
             first, header = next(((n, line) for n, line in lines if line.strip()), (0, ""))
     if not first:
-        raise ValueError(f"{path}: nothing in it")
+        raise ValueError(f"{path}: is empty")
     suffix = path.suffix.lower()
     separator = separator or separator_of(header, SEPARATORS[suffix], known)
     quoted = Dialect(separator, True)
@@ -294,7 +294,7 @@ def _row(number: int, record: str, fields: list[str] | None, names: list[str], d
     if fields is None:
         return Row(number, fault=Fault("bad_row", "a quote is not closed"))
     if "\0" in record:
-        return Row(number, fault=Fault("bad_row", "NUL bytes in it"))
+        return Row(number, fault=Fault("bad_row", "NUL bytes"))
     while len(fields) > len(names) and not fields[-1].strip():
         fields = fields[:-1]
     if len(fields) > len(names) == 2 and joined:
@@ -302,6 +302,6 @@ def _row(number: int, record: str, fields: list[str] | None, names: list[str], d
         fields = [fields[0], record[record.index(dialect.separator, end_of_first(record, dialect)) + 1 :]]
     if len(fields) != len(names):
         shown = {"\t": "tabs", " ": "spaces"}.get(dialect.separator, repr(dialect.separator))
-        text = f"{len(fields)} fields between {shown}, the header has {len(names)}"
+        text = f"{len(fields)} fields separated by {shown}, but the header has {len(names)}"
         return Row(number, fault=Fault("bad_row", text))
     return Row(number, dict(zip(names, (value.strip() for value in fields), strict=True)))

@@ -153,7 +153,7 @@ def zero_shot(
         ValueError: when the data has no classes.
     """
     if not dataset.classnames:
-        wanted = "samples need `class` in their JSON or a `cls`, and the names a classnames.txt"
+        wanted = "samples need a `class` in their JSON or a `cls` file, and a classnames.txt with the names"
         raise ValueError(f"{dataset.path}: no classes; {wanted}")
     features, examples = encoded or encode_images(clip, dataset)
     several = any(e.labels is not None for e in examples)
@@ -246,7 +246,7 @@ def retrieval(
     features, examples = encoded or encode_images(clip, dataset)
     chosen = [i for i, e in enumerate(examples) if e.captions and subset in (None, e.subset)]
     if not chosen:
-        raise ValueError(f"{dataset.path}: no captions to retrieve by")
+        raise ValueError(f"{dataset.path}: no captions, which retrieval needs")
     captions = [c for i in chosen for c in examples[i].captions]
     return recalls(features[chosen], text_features(clip, captions), [len(examples[i].captions) for i in chosen])
 

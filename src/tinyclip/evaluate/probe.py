@@ -154,7 +154,7 @@ def _as_in(train: Dataset, test: Dataset, labels: Tensor) -> Tensor:
     for name in (theirs[label] for label in labels.unique().tolist()):
         if ours.count(name) != 1:
             times = "more than once" if name in ours else "not"
-            raise ValueError(f"{test.path}: its class {name!r} is {times} among those of {train.path}")
+            raise ValueError(f"{test.path}: its class {name!r} is {times} in {train.path}")
     numbers = {name: i for i, name in enumerate(ours)}
     return torch.tensor([numbers.get(name, 0) for name in theirs])[labels]
 

@@ -162,7 +162,7 @@ def refuse(figures: dict[str, Any], precision: str, what: str) -> None:
         if not cosine >= LEAST[precision]:  # also catches NaN
             raise ValueError(
                 f"the {what} disagrees with the model: {tower} features have cosines down to {cosine:.4f}, at least "
-                f"{LEAST[precision]} is asked of {precision}; nothing was written"
+                f"{LEAST[precision]} is required in {precision}; nothing was written"
             )
     lost = figures.get("acc1_model", 0) - figures.get("acc1", 0)
     if lost > MOST_LOST[precision]:

@@ -87,9 +87,9 @@ def export(
 def check_request(to: str, int8: bool, calibration: str | Path | None) -> None:
     """Refuse what can be refused before loading a model; `ValueError` as `export`."""
     if to not in FORMATS:
-        raise ValueError(f"no format {to!r} to export to; choose {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {to!r}; choose {', '.join(FORMATS)}")
     if int8 and to not in ("onnx", "openvino"):
-        raise ValueError(f"int8 goes with onnx and openvino, not with {to}")
+        raise ValueError(f"int8 is for onnx and openvino, not {to}")
     if int8 and calibration is None:
         raise ValueError("int8 needs pictures with captions to calibrate on: --calibration-data FOLDER")
     for package in PACKAGES.get(to, ()):

@@ -237,12 +237,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if facts.get("format") != FORMAT:
         newer = isinstance(facts.get("format"), int) and facts["format"] > FORMAT
         what = (
-            f"format {facts['format']} of a newer tinyclip, this one reads {FORMAT}" if newer else "no export's facts"
+            f"format {facts['format']} from a newer tinyclip; this one reads {FORMAT}" if newer else "no export's facts"
         )
         raise ValueError(f"{folder / FACTS}: {what}; {'update tinyclip or ' if newer else ''}{again}")
     for key, kind in NEEDED.items():
         if not isinstance(facts.get(key), kind):
-            raise ValueError(f"{folder / FACTS}: {key} is missing or no {kind.__name__}; {again}")
+            raise ValueError(f"{folder / FACTS}: {key} is missing or not {kind.__name__}; {again}")
     if facts["export"] not in RUNS:
         raise ValueError(f"{folder / FACTS}: export is {facts['export']!r}, not {', '.join(RUNS)}; {again}")
     for name in (*(f"{tower}{ENDINGS[facts['export']]}" for tower in ("image", "text")), TOKENIZER):
@@ -253,7 +253,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise ValueError(f"{file}: no such file, though {FACTS} lists it; {again}")
         if [file.stat().st_size, checksum(file)] != state:
-            raise ValueError(f"{file}: damaged, it is not what was exported; {again}")
+            raise ValueError(f"{file}: damaged: it differs from what was exported; {again}")
     return facts
 
 
@@ -270,7 +270,7 @@ def load_export(path: str | Path, runtime: str = "auto", dtype: Any = None) -> R
     """
     folder = find_export(path)
     if folder is None:
-        raise ValueError(f"{path}: no exported model")
+        raise ValueError(f"{path}: not an exported model")
     facts = read_facts(folder)
     chosen = choose(facts["export"], runtime, str(folder))
     tokenizer = CLIPTokenizer.from_file(folder / TOKENIZER)

@@ -268,7 +268,7 @@ def compile_towers(model: CLIP) -> None:
     weight, text, size = model.text_projection, model.config.text, model.config.vision.image_size
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if weight.device.type == "cpu" and shutil.which(compiler) is None:
-        raise ValueError(f"compile needs a C++ compiler, and there is no {compiler}; install one or do without")
+        raise ValueError(f"compile needs a C++ compiler, and {compiler} is missing; install one or leave compile out")
     for tower in (getattr(model.visual, "transformer", None), model.transformer):
         if tower is not None:
             tower.compile(dynamic=True, options={"freezing": True})
@@ -277,7 +277,7 @@ def compile_towers(model: CLIP) -> None:
             model.encode_image(torch.zeros(2, 3, size, size, dtype=weight.dtype, device=weight.device))
             model.encode_text(torch.full((2, min(4, text.context_length)), text.vocab_size - 1, device=weight.device))
     except RuntimeError as error:  # raised by torch's compilers
-        raise ValueError(f"compile failed ({str(error).splitlines()[0]}); do without") from None
+        raise ValueError(f"compile failed ({str(error).splitlines()[0]}); leave compile out") from None
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> Tensor:

@@ -97,14 +97,14 @@ def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
 def at_once(given: int | None, default: int) -> int:
     """Return the batch size; `ValueError` when it is below 1."""
     if given is not None and given < 1:
-        raise ValueError(f"batch_size {given}: at least 1 is needed")
+        raise ValueError(f"batch_size {given}: must be at least 1")
     return given or default
 
 
 def same_shape(shapes: Iterable[tuple[int, ...]]) -> None:
     """Check that preprocessed images fit into one batch; `ValueError` if not."""
     if len(distinct := set(shapes)) > 1:
-        raise ValueError(f"image tensors of several shapes: {', '.join(map(str, sorted(distinct)))}")
+        raise ValueError(f"image tensors with different shapes: {', '.join(map(str, sorted(distinct)))}")
 
 
 def check_labels(labels: str | Sequence[str]) -> None:
@@ -136,5 +136,5 @@ def is_tensor(item: Any) -> TypeGuard[torch.Tensor]:
     if torch is None or not isinstance(item, torch.Tensor):
         return False
     if not item.is_floating_point():
-        raise ValueError(f"image tensor is {item.dtype}: a tensor is what `preprocess` gave, float (n, 3, s, s)")
+        raise ValueError(f"image tensor is {item.dtype}: expected what `preprocess` returns, float (n, 3, s, s)")
     return True

@@ -46,7 +46,7 @@ def _say(found: str) -> None:
         if not _told():
             _told().append(found)
             warnings.warn(
-                f"a picture has numbers from {found}; such pictures are scaled by their own lowest and highest number, "
-                "which are black and white then",
+                f"a picture has values from {found}; such a picture is scaled so that its lowest value is black "
+                "and its highest white",
                 stacklevel=2,
             )

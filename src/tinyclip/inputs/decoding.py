@@ -110,7 +110,7 @@ def _opened(source: Any) -> Image.Image:
     except UnidentifiedImageError:
         if (brand := _start(source)[8:12]) not in HEIF_BRANDS:
             if brand in (b"avif", b"avis") and "AVIF" not in Image.registered_extensions().values():
-                raise Fault("needs_extra", "an AVIF picture, which Pillow reads from 11.3 on: update it") from None
+                raise Fault("needs_extra", "an AVIF picture needs Pillow 11.3 or newer: update it") from None
             raise
     try:
         from pillow_heif import register_heif_opener

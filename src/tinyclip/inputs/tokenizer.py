@@ -117,7 +117,7 @@ class CLIPTokenizer:
             raise ValueError(f"expected a text or a list of texts, got {type(texts).__name__}")
         length = self.context_length if context_length is None else context_length
         if length < 2:
-            raise ValueError(f"context_length {length}: at least 2 is needed, for the start and the end token")
+            raise ValueError(f"context_length {length}: must be at least 2, for the start and the end token")
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             if not isinstance(text, str):
@@ -171,7 +171,7 @@ class CLIPTokenizer:
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
         except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
-            raise ValueError(f"{path}: no tokenizer of ours ({type(error).__name__}: {error})") from None
+            raise ValueError(f"{path}: not a tinyclip tokenizer ({type(error).__name__}: {error})") from None
 
 
 def pad(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:

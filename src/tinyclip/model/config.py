@@ -28,10 +28,10 @@ class TransformerConfig(Strict):
     width: Positive = Field(description="channels of the residual stream")
     head_dim: Positive = Field(64, description="channels of one attention head")
     heads: tuple[Count | None, ...] = Field(
-        max_length=MOST_BLOCKS, description="attention heads of each block; null: branch gone"
+        max_length=MOST_BLOCKS, description="attention heads of each block; null: branch removed"
     )
     mlp_width: tuple[Count | None, ...] = Field(
-        max_length=MOST_BLOCKS, description="MLP neurons of each block; null: branch gone"
+        max_length=MOST_BLOCKS, description="MLP neurons of each block; null: branch removed"
     )
 
     @model_validator(mode="after")
@@ -174,7 +174,7 @@ class CLIPConfig(Strict):
         weights = text.block_weights + text.width * (text.vocab_size + text.context_length + self.embed_dim)
         weights += vision.block_weights + vision.width * (vision.grid**2 + self.embed_dim)
         if weights > MOST_WEIGHTS:
-            raise ValueError(f"more than {MOST_WEIGHTS:,} weights, which no CLIP has")
+            raise ValueError(f"more than {MOST_WEIGHTS:,} weights, too many for a CLIP")
         return self
 
     @classmethod

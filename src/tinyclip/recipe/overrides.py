@@ -38,7 +38,7 @@ def override(data: Any, text: str, option: str = "--set", form: str = "key.path=
     except KeyError:
         raise ValueError(f"{option} {text}: there is no {path}") from None
     except IndexError as error:
-        raise ValueError(f"{option} {text}: there is no {path}, as {error}") from None
+        raise ValueError(f"{option} {text}: there is no {path}: {error}") from None
     return found
 
 

@@ -94,7 +94,7 @@ class Recipe(Strict):
     def _fits(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError("two stages have one name")
+            raise ValueError("two stages have the same name")
         if (self.teacher is None) == (self.model is None):
             raise ValueError("give either `teacher` (to distil) or `model` (to train from scratch)")
         if self.teacher is None and self.teacher_shape is not None:
@@ -132,7 +132,9 @@ def _check_stored(i: int, stage: Stage, teachers: int) -> None:
         raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, and a cache has no weights")
     for name in ("feature", "interactive"):
         if teachers > 1 and getattr(stage.loss, name) > 0:
-            raise ValueError(f"stages.{i}.loss.{name}: needs one teacher, as {teachers} have no common feature space")
+            raise ValueError(
+                f"stages.{i}.loss.{name}: needs one teacher, since {teachers} have no common feature space"
+            )
 
 
 def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
@@ -142,8 +144,8 @@ def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
         return
     if stage.inherit == "manual" and stage.student != StudentShape():
         raise ValueError(
-            f"stages.{i}.student: the stage before finds its shape, so that of this one cannot be given; "
-            "take `inherit: auto` or `calibrated`, or `start` from the result in a recipe of its own"
+            f"stages.{i}.student: the previous stage finds its own shape, so this one cannot give one; "
+            "use `inherit: auto` or `calibrated`, or `start` from the result in a recipe of its own"
         )
     if stage.target is None:
         return
@@ -151,8 +153,8 @@ def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
     comparable = stage.towers == before.towers and stage.target.counted == before.target.counted
     if comparable and isinstance(now, float) and isinstance(then, float) and now <= then:
         raise ValueError(
-            f"stages.{i}.{stage.inherit}.target_sparsity: {now} must exceed the {then} of the stage before, since both "
-            "count from the original teacher"
+            f"stages.{i}.{stage.inherit}.target_sparsity: {now} must exceed the {then} of the previous stage, since "
+            "both count from the original teacher"
         )
 
 

@@ -182,7 +182,7 @@ class Stage(Strict):
         for key in ("micro_batch", "grad_checkpointing"):
             if self.batch_norm == "train" and getattr(self, key):
                 raise ValueError(
-                    f"{key}: computes parts of the batch twice, so batch norm cannot learn; take `batch_norm: frozen`"
+                    f"{key}: computes parts of the batch twice, so batch norm cannot learn; use `batch_norm: frozen`"
                 )
         return self
 

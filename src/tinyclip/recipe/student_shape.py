@@ -87,7 +87,7 @@ def _tower(shape: TowerShape, base: dict[str, Any], name: str) -> dict[str, Any]
         elif len(set(values)) == 1:
             changed[key] = [default(values[0])] * layers
         else:
-            raise ValueError(f"student.{name}.{key}: the blocks before are unequal, so say how many each has")
+            raise ValueError(f"student.{name}.{key}: the blocks to inherit are unequal, so say how many each has")
     for key in ("image_size", "context_length"):
         if getattr(shape, key, None) is not None:
             changed[key] = getattr(shape, key)
@@ -116,5 +116,5 @@ def _resnet(shape: VisionShape, base: dict[str, Any]) -> dict[str, Any]:
 
 def _repeated(values: list[int], layers: int, name: str) -> list[int]:
     if layers != len(values) and len(set(values)) > 1:
-        raise ValueError(f"student.{name}: the blocks before are unequal, so a stage cannot be made shorter")
+        raise ValueError(f"student.{name}: the blocks to inherit are unequal, so a stage cannot be shortened")
     return values if layers == len(values) else values[:1] * layers

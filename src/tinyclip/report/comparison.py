@@ -82,7 +82,7 @@ def _quality(outcome: Outcome) -> list[list[str]]:
             rows.append(_row("pictures lost and won", figures, lambda f: f"{f['lost']:,} and {f['won']:,}"))
             rows.append(_row("McNemar's p", figures, lambda f: f"{f['p_value']:.2g}"))
     agreement = lambda f: _percent(f["agreement"], f["intervals"]["agreement"])  # noqa: E731
-    rows.append(_row("answers as the teacher, %", figures, agreement))
+    rows.append(_row("same answers as the teacher, %", figures, agreement))
     rows.append(_row("affinity divergence, nats", figures, lambda f: f"{f['affinity_divergence']:.3f}"))
     rows.append(_row("cosine of images", figures, lambda f: f"{f['image_cosine']:.3f}"))
     rows.append(_row("cosine of texts", figures, lambda f: f"{f['text_cosine']:.3f}"))
@@ -269,13 +269,13 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
 def _notes() -> list[str]:
     return [
         f"In brackets: intervals of {100 * LEVEL:.0f} %, percentiles of {RESAMPLES:,} bootstrap samples of the "
-        "pictures; classes and captions stay. McNemar's exact test: how likely so uneven a split of the pictures lost "
-        "and won would be between models equally good; not corrected for the number of students.",
+        "pictures, with classes and captions fixed. McNemar's exact test: the probability that equally good models "
+        "would split the lost and won pictures this unevenly; not corrected for the number of students.",
         "Affinity divergence: mean KL divergence of the student's distributions of texts for an image and of images "
         f"for a text from the teacher's. Calibration error: expected, over {BINS} bins of confidence. Both at each "
         "model's own logit scale.",
         "Parameters without the token embedding. Speed with texts of full context: pairs/s in batches of 32, latency "
-        "of one pair alone, the models turn by turn in one process.",
+        "of a single pair, the models taking turns in one process.",
     ]
 
 
@@ -288,7 +288,7 @@ def _cards(outcome: Outcome) -> str:
         cards = [_card(outcome, i, pictures[i]) for i in places if i in pictures]
         if cards:
             parts.append(f'<h3>{titles[kind]}</h3><div class="grid">{"".join(cards)}</div>')
-    note = "Each model's answer and its confidence; first where the probability of what is right differs most."
+    note = "Each model's answer and its confidence; sorted by how much the probability of the right answer differs."
     return html.note(note) + "".join(parts) if parts else ""
 
 

@@ -219,7 +219,7 @@ def write_report(
     measured = entries[0].measured
     costs = (
         f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
-        f"{measured['batch_size']}, texts of full context, the models turn by turn in one process."
+        f"{measured['batch_size']}, texts of full context, the models taking turns in one process."
     )
     training = "Stages one after the other. Losses of different terms cannot be compared."
     seen = (
@@ -240,7 +240,7 @@ def _faults(left_out: Sequence[Skipped]) -> str:
     """Return a table of what was left out of the training data, by cause."""
     if not left_out:
         return ""
-    note = "Each once, though it may have come up in several epochs; skipped.jsonl in the run's folder has all."
+    note = "Each sample is listed once, even if several epochs met it; skipped.jsonl in the run's folder has them all."
     rows = [(*row, faults.CAUSES[row[0]]) for row in faults.rows(left_out)]
     table = page.table((*faults.COLUMNS, "what it is"), rows, "words")
     return f"<h2>Left out of the training data</h2>{page.note(note)}{table}"

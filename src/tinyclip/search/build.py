@@ -83,7 +83,7 @@ def scan(folder: str | Path) -> Folder:
         if stat.S_ISREG(state.st_mode):
             files[path.as_posix()[start:]] = (state.st_size, state.st_mtime_ns)
         else:
-            left_out.append((path, Fault("no_image", "no file, but a pipe or a device")))
+            left_out.append((path, Fault("no_image", "a pipe or a device, not a file")))
     if not files:
         kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
         raise ValueError(f"{folder}: no pictures ({kinds}) in it{because(left_out)}")
@@ -284,7 +284,7 @@ class _Writer:
             damaged = True
         if damaged:
             raise ValueError(
-                f"{self.out} is damaged: {file.name} is not as it was written; rebuild it with --overwrite"
+                f"{self.out} is damaged: {file.name} has changed since it was written; rebuild it with --overwrite"
             )
 
     def _publish(self, pending: Pending) -> None:
@@ -300,7 +300,7 @@ class _Writer:
             by_cause = faults.counts(skipped)
             if not len(vectors):
                 first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
-                raise Unusable(f"{self.folder.root}: nothing in it can be read: {first}")
+                raise Unusable(f"{self.folder.root}: is empty can be read: {first}")
             vectors.save(file)
         except Exception:  # no readable picture, or a full disk
             drop(self.out, (file.name, pictures.name))

@@ -118,12 +118,12 @@ def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) 
     both = source.kind == "shards" or (source.kind == "rows" and source.text_column is not None)
     what = plan.what if both else "text" if source.kind == "texts" else "image"
     if plan.what not in ("both", what):
-        raise ValueError(f"{source.root}: there are only {source.kind} in it, so no {plan.what} features")
+        raise ValueError(f"{source.root}: contains only {source.kind}, so there are no {plan.what} features")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the features")
     mine = (out / DONE).exists()
     if not mine and not is_free(out) and read_marker(out) is None:
-        raise ValueError(f"{out} is not empty and holds no features of `tinyclip embed`; choose another folder")
+        raise ValueError(f"{out} is not empty and holds no features from `tinyclip embed`; choose another folder")
     if overwrite or not mine:  # empty, or left by a run that was killed or read nothing
         check_replaceable(out, "features")
     facts = {
@@ -214,7 +214,7 @@ def _close(out: Path, facts: dict[str, Any], source: Source) -> dict[str, Any]:
     counts = {name: sum(record[name] for record in records) for name in ("images", "texts")}
     if not any(counts.values()):
         discard(out, keep=(SKIPPED, MARKER, *LOCKS))
-        first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "there is nothing in it"
+        first = f"{faults.summary(by_cause)}; the first: {skipped[0]}" if skipped else "it is empty"
         raise Unusable(f"{source.root}: nothing could be embedded: {first}")
     result = facts | counts | {"skipped": len(skipped), "skipped_by_cause": by_cause, "done": True}
     write_atomically(out / DONE, json_text(result, indent=2) + "\n")

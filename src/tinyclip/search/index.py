@@ -91,7 +91,7 @@ class Index:
         if not (np.isfinite(queries).all() and queries.any(1).all()):
             raise ValueError("features to search for must be finite, and not all 0")
         if k < 1:
-            raise ValueError(f"{k} results: at least 1 is needed")
+            raise ValueError(f"{k} results: must be at least 1")
         if not len(queries):
             return []
         with self._lock:
@@ -198,19 +198,19 @@ def read_facts(path: Path) -> dict[str, Any]:
     """
     if not (path / INFO).exists():
         if (path / WORK).exists():
-            raise ValueError(f"{path}: its first `tinyclip index` has not come to an end; run it again")
-        raise ValueError(f"{path}: no index; make one with `tinyclip index MODEL FOLDER -o {path}`")
+            raise ValueError(f"{path}: its first `tinyclip index` did not finish; run it again")
+        raise ValueError(f"{path}: not an index; make one with `tinyclip index MODEL FOLDER -o {path}`")
     try:
         facts = read_json_object(path / INFO)
     except ValueError as error:
         raise ValueError(f"{error}; rebuild it with --overwrite") from None
     if facts.get("format") != FORMAT:
-        raise ValueError(f"{path}: an index of format {facts.get('format')}, this tinyclip reads {FORMAT}")
+        raise ValueError(f"{path}: an index of format {facts.get('format')}; this tinyclip reads {FORMAT}")
     types = {"model": str, "model_fingerprint": str, "embed_dim": int, "root": str, "vectors": str, "list": str}
     types |= {"vectors_state": list, "state": int, "pictures": int}
     wrong = next((name for name, kind in types.items() if not isinstance(facts.get(name), kind)), None)
     if wrong or {Path(facts[name]).name for name in ("vectors", "list")} != {facts["vectors"], facts["list"]}:
-        raise ValueError(f"{path / INFO} is damaged ({wrong or 'files elsewhere'}); rebuild it with --overwrite")
+        raise ValueError(f"{path / INFO} is damaged ({wrong or 'files outside it'}); rebuild it with --overwrite")
     return facts
 
 
@@ -264,5 +264,5 @@ def queries_from(texts: Sequence[str]) -> list[str]:
     """
     stripped = [text.strip() for text in texts]
     if not all(stripped):
-        raise ValueError("a query is empty; say what to look for")
+        raise ValueError("a query is empty; give some words")
     return stripped

@@ -103,12 +103,12 @@ def open_source(
         left_out = list[LeftOut]()
         pictures = find_pictures(path, left_out)
         if not pictures:
-            raise ValueError(f"{path}: neither pictures nor .tar shards in it{because(left_out)}")
+            raise ValueError(f"{path}: contains no pictures or .tar shards{because(left_out)}")
         return _of_files("pictures", path, pictures, part_size, skipped_of(left_out, path))
     if is_picture(path):
         return _of_files("pictures", path.parent, [path], part_size)
     if path.suffix.lower() not in TEXTS:
-        raise ValueError(f"{path}: neither a picture nor texts ({', '.join(sorted(TEXTS))}) nor a .tar shard")
+        raise ValueError(f"{path}: not a picture, texts ({', '.join(sorted(TEXTS))}) or a .tar shard")
     if path.suffix.lower() == ".parquet" and key_column is None:
         table = open_table(path)
         if image := pictures_column(table):
@@ -116,7 +116,7 @@ def open_source(
     texts, skipped, text_column = _read_texts(path, text_column, key_column, separator)
     if not texts:
         why = f"; {faults.summary(faults.counts(skipped))}, the first: {skipped[0]}" if skipped else ""
-        raise (Unusable if skipped else ValueError)(f"{path}: no texts in it{why}")
+        raise (Unusable if skipped else ValueError)(f"{path}: contains no texts{why}")
     state = digest([_file_state(path, path)])
     return Source("texts", path, list(batches(texts, part_size)), state, skipped, text_column, key_column)
 
@@ -175,7 +175,7 @@ def _read_texts(
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
         if not all(map(is_unicode, captions)):
-            skipped.append(Skipped("", key, "bad_encoding", "no UTF-8, or half a surrogate pair"))
+            skipped.append(Skipped("", key, "bad_encoding", "not UTF-8, or half a surrogate pair"))
             continue
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):

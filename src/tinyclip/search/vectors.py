@@ -76,7 +76,7 @@ class Vectors:
         Raises:
             ValueError: when memory runs out.
         """
-        with _faults("no place for more vectors"):
+        with _faults("no room for more vectors"):
             self._index.add(np.asarray(keys, np.uint64), vectors)
 
     def remove(self, keys: Sequence[int] | np.ndarray) -> None:

@@ -95,7 +95,7 @@ class Cache:
         """Open a cache; `ValueError` if the folder is not a cache or is damaged."""
         folder = Path(folder)
         if not (folder / "cache.json").is_file():
-            raise ValueError(f"{folder}: no cache of a teacher; make one with `tinyclip cache`")
+            raise ValueError(f"{folder}: not a teacher cache; make one with `tinyclip cache`")
         info = read_info(folder)
         if info.foreign is not None:
             return cls(folder, info, None, None, None)
@@ -185,17 +185,20 @@ class FeatureFile:
             self.skipped: list[list[str]] = json.loads(header["skipped"])  # key, cause, reason
             self.checksums: dict[str, int] = json.loads(header["checksums"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: damaged ({error}); the same `tinyclip cache` mends it") from None
+            raise ValueError(f"{path}: damaged ({error}); run the same `tinyclip cache` again to repair it") from None
 
     def check(self) -> None:
         """Read all tensors; `ValueError` if one does not match its checksum."""
         try:
             found = {name: zlib.crc32(self._file.get_tensor(name)) for name in TENSORS}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path}: damaged ({error}); the same `tinyclip cache` mends it") from None
+            raise ValueError(
+                f"{self.path}: damaged ({error}); run the same `tinyclip cache` again to repair it"
+            ) from None
         if wrong := [name for name in TENSORS if found[name] != self.checksums.get(name)]:
             raise ValueError(
-                f"{self.path}: damaged ({wrong[0]} has another checksum); the same `tinyclip cache` mends it"
+                f"{self.path}: damaged ({wrong[0]} does not match its checksum); "
+                "run the same `tinyclip cache` again to repair it"
             )
 
     def shape(self, name: str) -> list[int]:
@@ -269,7 +272,7 @@ def open_caches(folders: Iterable[str | Path], data: str | Path) -> list[Cache]:
             mine, first = getattr(cache.info, name), getattr(caches[0].info, name)
             if mine != first:
                 raise ValueError(
-                    f"{cache.folder} and {caches[0].folder} were made with another {name}, so their views differ; "
+                    f"{cache.folder} and {caches[0].folder} were made with a different {name}, so their views differ; "
                     "teachers that are averaged must see the same ones"
                 )
     return caches

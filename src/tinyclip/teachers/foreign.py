@@ -138,7 +138,7 @@ def _open_clip_teacher(name: str, device: torch.device | str) -> Pipeline | Fore
         looks = dict(package.get_model_preprocess_cfg(network))
     sides = looks["size"] if isinstance(looks["size"], (tuple, list)) else (looks["size"],)
     if len(set(sides)) > 1:
-        raise ValueError(f"{name}: takes pictures of {sides[0]} x {sides[1]} px, and only squares can be done")
+        raise ValueError(f"{name}: takes pictures of {sides[0]} x {sides[1]} px, but only squares are supported")
     preprocess = Preprocess(image_size=sides[0], mean=looks["mean"], std=looks["std"])
     towers = network.to(device).encode_image, network.encode_text
     teacher = _made(name, network, towers, tokens, preprocess, "")
@@ -146,7 +146,7 @@ def _open_clip_teacher(name: str, device: torch.device | str) -> Pipeline | Fore
         return _ours(name, package.get_model_config(model_name) | {"quick_gelu": quick}, looks, teacher)
     except ValueError as error:
         reason = str(error).removeprefix(name).removeprefix(":").strip()
-        return replace(teacher, kind=teacher.kind or f"no CLIP that can be inherited from ({reason})")
+        return replace(teacher, kind=teacher.kind or f"not a CLIP to inherit from ({reason})")
 
 
 def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bool]:
@@ -164,7 +164,7 @@ def _open_clip_name(name: str, package: ModuleType) -> tuple[str, str | None, bo
     if model not in package.list_models():
         like = difflib.get_close_matches(model or rest, package.list_models(), 3)
         hint = f"did you mean {' or '.join(like)}?" if like else "open_clip.list_models() has all"
-        raise ValueError(f"{name}: no folder and no model of OpenCLIP; {hint}")
+        raise ValueError(f"{name}: neither a folder nor an OpenCLIP model; {hint}")
     if at and not Path(file).is_file():
         raise ValueError(f"{name}: {file or 'no file'}: no such file")
     tags = package.list_pretrained_tags_by_model(model)
@@ -184,16 +184,16 @@ def _ours(name: str, model_cfg: dict[str, Any], looks: dict[str, Any], theirs: F
     shape = {key: value for key, value in model_cfg.items() if not key.startswith("init_logit_")}
     entries = [Entry((), key, value) for key, value in theirs.network.state_dict().items() if key != "logit_bias"]
     read = from_open_clip({"model_cfg": shape, "preprocess_cfg": looks}, entries, None, name, name)
-    model = filled(read.config, read.state, f"{name} is no whole CLIP").to(theirs.scale.device)
+    model = filled(read.config, read.state, f"{name} is not a complete CLIP").to(theirs.scale.device)
     ours, tokenizer = Teacher(model, read.preprocess), read.tokenizer
     tokens, their_tokens = tokenizer(list(PROBES)), theirs.tokenize(PROBES)
     if not np.array_equal(tokens, their_tokens):
-        raise ValueError("it has another tokenizer")
+        raise ValueError("its tokenizer differs")
     images = _noise(read.preprocess.image_size, theirs.scale.device)
     text = ours.text_features(torch.from_numpy(tokens)) - theirs.text_features(torch.from_numpy(their_tokens))
     image = ours.image_features(images) - theirs.image_features(images)
     if max(image.abs().max(), text.abs().max()) > NEAR:
-        raise ValueError("it computes in another way")
+        raise ValueError("it computes differently")
     return Pipeline(model, tokenizer, read.preprocess)
 
 
@@ -219,7 +219,7 @@ class TransformersTokens:
 def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | ForeignTeacher:
     rest = name.removeprefix(TRANSFORMERS)
     if not rest or (not Path(rest).is_dir() and not HUB_ID.fullmatch(rest)):
-        raise ValueError(f"{name}: no such folder, and no id of the Hugging Face hub, which is ORG/NAME")
+        raise ValueError(f"{name}: neither a folder nor a Hugging Face id, which is ORG/NAME")
     folder = resolve(rest if Path(rest).is_dir() else f"hf:{rest}")
     config = read_json_object(folder / "config.json")
     kind = str(config.get("model_type"))
@@ -228,7 +228,7 @@ def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | F
         try:
             return Pipeline(*load_checkpoint(folder))
         except ValueError as error:  # a CLIP with a feature that our model lacks
-            reason = f"no CLIP that can be inherited from ({error})"
+            reason = f"not a CLIP to inherit from ({error})"
     package = _import("transformers", "transformers", name)
     with _library(name, "transformers cannot load it"):
         package.logging.disable_progress_bar()
@@ -236,7 +236,7 @@ def _transformers_teacher(name: str, device: torch.device | str) -> Pipeline | F
             package.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device).eval()
         )
     if not (hasattr(network, "get_image_features") and hasattr(network, "get_text_features")):
-        raise ValueError(f"{name}: {reason}, which has no image and text features in common")
+        raise ValueError(f"{name}: {reason}, which has no shared image and text features")
     with _library(name, "transformers cannot load its tokenizer"):
         tokenizer = package.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         length = min(tokenizer.model_max_length, network.config.text_config.max_position_embeddings)

@@ -345,7 +345,7 @@ class _Features:
         """Raise `ValueError` unless all samples of the shard were seen."""
         if self.seen != count:
             found = f"{self.seen} of its {count} samples could be read"
-            raise ValueError(f"{shard}: {found}, since it changed or the disk has faults; {AGAIN}")
+            raise ValueError(f"{shard}: {found}, because it changed or the disk is faulty; {AGAIN}")
 
     def write(self, place: Path, shard: Path, info: CacheInfo, embed_dim: int) -> None:
         """Write the file atomically; `ValueError` if that fails."""

@@ -249,7 +249,7 @@ def _loop(run: Run, i: int, trainee: Trainee, folder: Path, until: int, cut: Pro
 
 def _overflowed(run: Run, trainee: Trainee, progress: Progress) -> None:
     scale = trainee.scaler.get_scale()
-    text = f"a batch overflowed in float16 and was left out; the loss scale falls to {scale:g}"
+    text = f"a batch overflowed in float16 and was skipped; the loss scale drops to {scale:g}"
     # Logged under the step that was due: a resumed run repeats that step, so the warning appears once.
     run.emit({"event": "warning", "stage": trainee.stage.name, "step": progress.step + 1, "text": text})
 
@@ -261,7 +261,7 @@ def _left_out(run: Run, stage: Stage, progress: Progress, skipped: list[Skipped]
     except ValueError as error:
         raise ValueError(f"{run.recipe.data}: {error}") from None
     for first in vanished:
-        run.warn(stage, f"{first.shard} {first.reason}; going on without it until it is back")
+        run.warn(stage, f"{first.shard} {first.reason}; continuing without it until it is back")
 
 
 def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress) -> Any:
@@ -271,10 +271,10 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
     loader = loader_of(run, i, cut, progress.order)
     loader.restore_state_rank(position)
     if 0 < progress.step == progress.order:
-        text = "it goes on with another number of processes or workers, so the data comes in another order"
+        text = "resuming with a different number of processes or workers, so the order of the data changes"
         run.warn(trainee.stage, text)
     if progress.precision not in ("", trainee.precision):
-        text = f"it goes on in {trainee.precision}, as this device has it, after {progress.precision} so far"
+        text = f"resuming in {trainee.precision}, which suits this device, after {progress.precision} so far"
         run.warn(trainee.stage, text)
     progress.precision = trainee.precision
     return loader

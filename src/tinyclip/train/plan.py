@@ -68,7 +68,7 @@ def teacher_config(recipe: Recipe) -> tuple[CLIPConfig, list[str]]:
         return shape, []
     if recipe.teacher_shape is None:
         raise ValueError(f"{name}: no such checkpoint; put it there, or set `teacher_shape` to a model name")
-    return recipe.teacher_shape, [f"{name} is not here: its shape is taken from teacher_shape"]
+    return recipe.teacher_shape, [f"{name} is not here: using the shape in teacher_shape"]
 
 
 def _is_foreign(recipe: Recipe) -> bool:
@@ -84,9 +84,9 @@ def _beside_foreign(recipe: Recipe, name: str) -> tuple[CLIPConfig, list[str]]:
     stage, given = recipe.stages[0], recipe.teacher_shape
     if stage.start in ("previous", "teacher") and stage.inherit != "none":
         if given is None:
-            raise ValueError(f"{name}: its shape is known once it is loaded; set `teacher_shape` to a model name")
-        return given, [f"{name}: its shape is taken from teacher_shape"]
-    note = f"{name}: what it costs itself is not counted; set `teacher_shape` to a model of about its size"
+            raise ValueError(f"{name}: its shape is unknown until it is loaded; set `teacher_shape` to a model name")
+        return given, [f"{name}: using the shape in teacher_shape"]
+    note = f"{name}: its own cost is not counted; set `teacher_shape` to a model of about its size"
     return first_start(recipe), [note] if given is None and not recipe.caches else []
 
 
@@ -142,7 +142,9 @@ def stage_shapes(recipe: Recipe, teacher: CLIPConfig) -> tuple[list[StageShapes]
                 assert target is not None, "the recipe's validation asks for the section"
                 start, student = student, expected_shape(student, teacher, target, stage.towers)
                 if target.latency_ms is not None:
-                    notes.append(f"stage {stage.name} aims at a latency, which only its run can measure: full size")
+                    notes.append(
+                        f"stage {stage.name} has a latency target, which only a run can measure: planned at full size"
+                    )
         except ValueError as error:
             raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
         shapes.append(StageShapes(start, student, stage.inherit in ("auto", "calibrated")))

@@ -124,7 +124,7 @@ def budgets(target: Target, towers: str) -> dict[str, float] | None:
 
 def already_gone(gone: float, target: float) -> str:
     """Return the message for a budget that an earlier stage already met by overshooting."""
-    return f"{gone:.3f} of the teacher is gone already, target_sparsity {target:.3f} adds none"
+    return f"{gone:.3f} of the teacher is already removed; target_sparsity {target:.3f} removes no more"
 
 
 def saved_targets(folder: Path) -> dict[str, float]:

@@ -148,10 +148,10 @@ def settle(last: Path) -> tuple[int, list[str]]:
             _drop(damaged)
         if place != last:
             place.rename(last)
-        return step, [f"{fault}; going on from step {step}" for fault in faults.values()]
+        return step, [f"{fault}; continuing from step {step}" for fault in faults.values()]
     if faults:
         first = next(iter(faults.values()))
-        raise ValueError(f"{first}, and no older one is whole; remove {last.parent} to restart the stage")
+        raise ValueError(f"{first}, and no older one is complete; remove {last.parent} to restart the stage")
     return 0, []
 
 

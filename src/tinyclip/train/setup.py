@@ -130,12 +130,12 @@ def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, 
         if stage.inherit != "none":
             raise ValueError(
                 f"stages.{i}.inherit: {stage.inherit} needs a CLIP to inherit from, and the teacher is {kind}; name a "
-                "checkpoint with `start`, or take `inherit: none` with `student: {like: NAME}`"
+                "checkpoint with `start`, or use `inherit: none` with `student: {like: NAME}`"
             )
         if stage.student.like is None:
             raise ValueError(
-                f"stages.{i}.student: give the whole shape with `like: NAME`, since the teacher, {kind}, has none "
-                "that it could be relative to"
+                f"stages.{i}.student: give the whole shape with `like: NAME`, since the teacher, {kind}, has no "
+                "shape to be relative to"
             )
     start, like = recipe.stages[0].start, recipe.stages[0].student.like
     if start not in ("previous", "teacher"):
@@ -167,8 +167,8 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
             if isinstance(config.vision, ResNetConfig) and not stage.freezes_batch_norm:
                 _check_batch_norm(stage, device)
             if config.text.vocab_size != first.text.vocab_size:
-                sizes = f"{config.text.vocab_size} tokens, not {first.text.vocab_size}"
-                raise ValueError(f"the student's vocabulary has {sizes} as the teacher's")
+                sizes = f"{config.text.vocab_size} tokens, the teacher's {first.text.vocab_size}"
+                raise ValueError(f"the student's vocabulary has {sizes}; they must be the same")
         except ValueError as error:
             raise ValueError(f"stages.{i} ({stage.name}): {error}") from None
         configs.append(config)
@@ -180,7 +180,7 @@ def _check_vocabularies(recipe: Recipe, tokenizer: CLIPTokenizer) -> None:
     for i, stage in enumerate(recipe.stages):
         named = stage.start not in ("previous", "teacher")
         if named and read_tokenizer(resolve(stage.start)).merges != tokenizer.merges:
-            raise ValueError(f"stages.{i}.start: {stage.start} has another vocabulary than the teacher")
+            raise ValueError(f"stages.{i}.start: {stage.start} has a different vocabulary from the teacher")
 
 
 def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: CLIPConfig) -> None:
@@ -188,7 +188,7 @@ def _check_towers(stage: Stage, base: CLIPConfig, student: CLIPConfig, teacher: 
     kept = {"image": ("text",), "text": ("vision",), "both": ()}[stage.towers]
     for name in kept:
         if getattr(student, name) != getattr(base, name) or student.embed_dim != base.embed_dim:
-            raise ValueError(f"towers: {stage.towers} leaves the {name} tower as it is, the student's differs")
+            raise ValueError(f"towers: {stage.towers} leaves the {name} tower as it is, but the student's differs")
         if getattr(base, name) != getattr(teacher, name) or base.embed_dim != teacher.embed_dim:
             raise ValueError(f"towers: {stage.towers} needs a start whose {name} tower is still the teacher's")
         if len({student.activation, base.activation, teacher.activation}) > 1:
@@ -217,7 +217,7 @@ def _check_views(recipe: Recipe, configs: list[CLIPConfig], cache: Cache) -> Non
             if getattr(stage.augment, name) != stored:
                 raise ValueError(
                     f"stages.{i}.augment.{name}: {getattr(stage.augment, name)}, but the views of {cache.folder} have "
-                    f"{stored}; take that, or make a cache with `tinyclip cache --recipe`"
+                    f"{stored}; use that, or make a cache with `tinyclip cache --recipe`"
                 )
         if config.vision.image_size > cache.info.image_size:
             raise ValueError(
@@ -265,7 +265,7 @@ def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -
         before = recipe_of(folder).model_dump(mode="json")
         changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
         if changed:
-            raise ValueError(f"{folder} was started from another recipe, which differs in {', '.join(changed)}")
+            raise ValueError(f"{folder} was started from a different recipe; the difference is in {', '.join(changed)}")
     elif not ownership.is_free(folder):
         if not overwrite:
             raise ValueError(f"{folder} exists; continue it with --resume or replace it with --overwrite")
@@ -303,7 +303,7 @@ def _check_replaceable(folder: Path, recipe: Recipe) -> None:
     teacher = recipe.caches or ((local_part(str(recipe.teacher)),) if recipe.teacher is not None else ())
     for source in (*teacher, recipe.data, *evaluation, *(stage.start for stage in recipe.stages)):
         if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{source} lies in {folder}, which --overwrite would delete")
+            raise ValueError(f"{source} is inside {folder}, which --overwrite would delete")
 
 
 def evaluator(data: str, templates: str | None) -> Any:

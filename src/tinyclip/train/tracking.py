@@ -113,7 +113,7 @@ class Trackers:
                 self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
-        text = f"{name} failed ({_line(error)}); going on without it, metrics.jsonl has everything"
+        text = f"{name} failed ({_line(error)}); continuing without it, metrics.jsonl has everything"
         self.run.emit({"event": "warning", "text": text})
 
 

@@ -88,7 +88,7 @@ def card_text(config: CLIPConfig, card: Card, library: str = "tinyclip") -> str:
     """Return the README.md: front matter for the hub, then the same facts for people."""
     front = yaml.safe_dump(_front_matter(card, library), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {card.name or 'A CLIP'}", _shape(config)]
-    parts += ["## How it came about", card.how or "Unknown: whoever saved it did not say."]
+    parts += ["## How it was made", card.how or "Unknown: not recorded when it was saved."]
     if card.source and card.source == card.teacher:
         parts.append(f"Its weights come from its teacher, {_link(card.teacher)}.")
     else:
@@ -100,8 +100,8 @@ def card_text(config: CLIPConfig, card: Card, library: str = "tinyclip") -> str:
     if card.recipe:
         parts.append(f"<details><summary>The recipe</summary>\n\n```yaml\n{card.recipe.strip()}\n```\n\n</details>")
     parts += ["## Training data", f"{card.data}." if card.data else "Unknown."]
-    parts += ["## Figures", _figures(card) or "None: it was not evaluated when this was written."]
-    unknown = "Unknown: that of the model it comes from and of its training data decide."
+    parts += ["## Figures", _figures(card) or "None: it had not been evaluated when this was written."]
+    unknown = "Unknown: it depends on the licences of the original model and of its training data."
     parts += ["## Licence", f"{card.licence}." if card.licence else unknown]
     parts += ["## Use", f"```python\n{USE[library]}```"]
     return "\n\n".join(parts) + "\n"

@@ -105,7 +105,7 @@ ENTRIES = (
         3.7,
         3685,
         "TinyCLIP-ViT-45M-32-LAION-YFCC.pt",
-        "published as 1.9 GMACs, a slip: it has the size of its LAION-400M twin",
+        "published as 1.9 GMACs, a mistake: it has the size of its LAION-400M twin",
     ),
 )
 SHIPPED = ("emoji-student",)  # inside the package: a CLIP for emoji drawings, the 25 % student of `make demo`
@@ -121,7 +121,7 @@ def find(name: str) -> Entry | None:
     wanted = _key(name)
     found = [e for e in ENTRIES if f"{_key(e.name)}-".startswith(f"{wanted}-")]
     if len(found) > 1:
-        raise ValueError(f"{name} may be {' or '.join(e.name for e in found)}; write more of the name")
+        raise ValueError(f"{name} may be {' or '.join(e.name for e in found)}; give more of the name")
     return found[0] if found else None
 
 
@@ -146,7 +146,7 @@ def get(name: str) -> Entry:
     """Return the model for a name; `ValueError` with similar names if there is none."""
     if entry := find(name):
         return entry
-    raise ValueError(f"{name}: no model of the zoo; {_hint(name)}")
+    raise ValueError(f"{name}: not in the zoo; {_hint(name)}")
 
 
 def _hint(name: str) -> str:

@@ -115,10 +115,12 @@ def load_checkpoint(
     path = _whole(Path(path))
     check_activation(activation, str(path))
     if find_export(path) is not None:
-        raise ValueError(f"{path} is an export, which cannot be used for this; give the checkpoint that it was made of")
+        raise ValueError(
+            f"{path} is an export, which cannot be used for this; give the checkpoint that it was made from"
+        )
     try:
         if (foreign := read_foreign(path, activation)) is not None:
-            model = filled(foreign.config, foreign.state, f"{path} is no whole CLIP")
+            model = filled(foreign.config, foreign.state, f"{path} is not a complete CLIP")
             preprocess = _looks(foreign.preprocess, mean, std, "normalisation" in foreign.says, str(path))
             _say_assumed(path, foreign, activation, mean)
             return model, foreign.tokenizer, preprocess
@@ -162,7 +164,7 @@ def _looks(
     except ValidationError:
         raise ValueError(f"{where}: mean {mean} and std {std} should be three numbers each, std above 0") from None
     if said and given != preprocess:
-        raise ValueError(f"{where} says mean {preprocess.mean} and std {preprocess.std}, so they cannot be others")
+        raise ValueError(f"{where} says mean {preprocess.mean} and std {preprocess.std}, so they cannot be changed")
     return given
 
 
@@ -175,8 +177,8 @@ def _say_assumed(path: Path, foreign: Foreign, activation: str | None, mean: Seq
     assumed += [] if mean is not None else ["pictures are normalised by OpenAI's mean and std (mean, std)"]
     if assumed:
         warnings.warn(
-            f"{path} does not say it, so it is assumed that {' and that '.join(assumed)}; "
-            "say otherwise by these options of load, convert and export",
+            f"{path} does not say, so assuming that {' and that '.join(assumed)}; "
+            "override with these options of load, convert and export",
             stacklevel=2,
         )
 
@@ -233,7 +235,7 @@ def _clip_of_modules(path: Path) -> str:
         name = module.get("path") if isinstance(module, dict) else None
         if isinstance(name, str) and Path(name).name == name and (path.parent / name / "config.json").is_file():
             return name
-    raise ValueError(f"{path}: names no folder with a CLIP in it")
+    raise ValueError(f"{path}: does not name a folder with a CLIP")
 
 
 def read_foreign(path: Path, activation: str | None = None) -> Foreign | None:
@@ -261,7 +263,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
 def check_state(model: torch.nn.Module, state: Mapping[str, Tensor], trouble: str) -> None:

@@ -39,7 +39,7 @@ def convert(
             figure), or `target` holds anything besides our checkpoint. Nothing is written then.
     """
     if to not in WRITERS:
-        raise ValueError(f"no format {to!r}; known: {', '.join(WRITERS)}")
+        raise ValueError(f"unknown format {to!r}; choose {', '.join(WRITERS)}")
     model, tokenizer, preprocess = load_checkpoint(resolve(source), activation, mean, std)
     card = converted(source, Path(target).name)
     with atomic_directory(target, "model") as folder:
@@ -57,8 +57,8 @@ def save_open_clip(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preproce
     config = model.config
     if tokenizer.merges != clip_tokenizer().merges:
         raise ValueError(
-            f"the vocabulary was reduced to {tokenizer.vocab_size:,} tokens, which OpenCLIP's tokenizer cannot do; "
-            "convert to hf, or convert the model from before `tinyclip vocab prune`"
+            f"the vocabulary was reduced to {tokenizer.vocab_size:,} tokens, which OpenCLIP's tokenizer does not "
+            "support; convert to hf, or convert the model from before `tinyclip vocab prune`"
         )
     data = {"model_cfg": open_clip_config(config), "preprocess_cfg": _open_clip_looks(preprocess)}
     _write_json(folder / OPEN_CLIP_CONFIG, data)
@@ -102,7 +102,7 @@ def _check_uncut(image: ResNetConfig) -> None:
         if ours != theirs:
             raise ValueError(
                 f"the image tower's {name} is {ours}, OpenCLIP's of width {image.width} has {theirs}; "
-                "only our own format can say that"
+                "only tinyclip's own format can store that"
             )
 
 
@@ -142,8 +142,8 @@ def check_even(tower: TransformerConfig, name: str) -> None:
         ValueError: if a block differs; names the first one and the figure.
     """
     if not tower.layers:
-        raise ValueError(f"the {name} tower has no blocks, which only our own format can say")
-    only = "only our own format can say that"
+        raise ValueError(f"the {name} tower has no blocks, which only tinyclip's own format can store")
+    only = "only tinyclip's own format can store that"
     for i, (heads, mlp) in enumerate(zip(tower.heads, tower.mlp_width, strict=True)):
         block = f"block {i} of the {name} tower has"
         if heads is None or not mlp:

@@ -75,8 +75,8 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     data = read_json_object(where)
     if data.get("model_type") != "clip":
         raise ValueError(
-            f"{where}: a model of type {data.get('model_type')!r}, only 'clip' can be read; a recipe's teacher may be "
-            f"others too, as `transformers:{folder}`"
+            f"{where}: a model of type {data.get('model_type')!r}, only 'clip' is supported; a recipe's teacher may be "
+            f"another type, as `transformers:{folder}`"
         )
     vision = _section(data, "vision_config", {"hidden_size": 768, "num_attention_heads": 12}, where)
     defaults = {"hidden_size": 512, "num_attention_heads": 8, "vocab_size": 49408, "eos_token_id": 49407}
@@ -109,7 +109,7 @@ def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Pa
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{where}: {key}.{name} is {value!r}, not a positive whole number")
     if section["layer_norm_eps"] != 1e-5:
-        raise ValueError(f"{where}: {key}.layer_norm_eps is {section['layer_norm_eps']}, only 1e-05 can be read")
+        raise ValueError(f"{where}: {key}.layer_norm_eps is {section['layer_norm_eps']}, only 1e-05 is supported")
     if section["hidden_size"] % section["num_attention_heads"]:
         raise ValueError(
             f"{where}: {key}: {section['num_attention_heads']} heads do not divide {section['hidden_size']}"
@@ -184,7 +184,7 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
             return own_tokenizer(config, str(folder), OPENAI_SPECIAL)
         tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length, OPENAI_SPECIAL)
     except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
-        raise ValueError(f"{where}: no tokenizer of CLIP's kind ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{where}: not a tokenizer of CLIP's kind ({type(error).__name__}: {error})") from None
     if vocabulary != _vocabulary(tokenizer):
         raise ValueError(f"{where}: its tokens are not in the order of CLIP's tokenizer: bytes, merges, start, end")
     if tokenizer.vocab_size != config.text.vocab_size:
@@ -217,7 +217,7 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool
         *((f"do_{part}", (True,)) for part in ("resize", "center_crop", "rescale", "normalize")),
     ):
         if data.get(key) is not None and data[key] not in good:
-            raise ValueError(f"{where}: {key} is {data[key]!r}, only {good[-1]!r} can be done for this model")
+            raise ValueError(f"{where}: {key} is {data[key]!r}, only {good[-1]!r} is supported for this model")
     mean, std = data.get("image_mean"), data.get("image_std")
     return preprocessing(config, mean, std, where), mean is not None or std is not None
 

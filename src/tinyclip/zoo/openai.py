@@ -32,7 +32,7 @@ OPEN_CLIP_WEIGHTS = (
 WIDE_HEADS = {(32, 1280): 80, (40, 1408): 88, (48, 1664): 104, (56, 1792): 112}
 FAMILIES = (
     ("visual.trunk.", "its image tower is in timm's layout"),
-    ("vision_model.", "these are Hugging Face weights: give the folder that has their config.json too"),
+    ("vision_model.", "these are Hugging Face weights: give the folder that also has their config.json"),
     ("logit_bias", "a SigLIP model"),
     ("text.transformer.embeddings.", "its text tower is a Hugging Face model"),
     ("bert.", "a BERT model"),
@@ -93,7 +93,7 @@ def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
     found = find_clip(entries, where)
     said = [*found.said]
     if found.left_out:
-        said.append(f"left out, as it carries no weights of the CLIP: {_some(found.left_out, 12)}")
+        said.append(f"ignored, since it is not part of the CLIP: {_some(found.left_out, 12)}")
     if said:
         warnings.warn(f"{where}: {'; '.join(said)}", stacklevel=2)
     return found.tensors
@@ -176,7 +176,7 @@ def _resnet(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     counts = [len({key.split(".")[2] for key in state if key.startswith(f"visual.layer{i}.")}) for i in range(1, 5)]
     channels = state["visual.attnpool.q_proj.weight"].shape[0]
     if channels % 64:
-        raise ValueError(f"{where}: visual.attnpool.q_proj.weight has {channels} rows, no multiple of a head's 64")
+        raise ValueError(f"{where}: visual.attnpool.q_proj.weight has {channels} rows, not a multiple of a head's 64")
     grid = _side(state["visual.attnpool.positional_embedding"].shape[0], "visual.attnpool.positional_embedding", where)
     width = state["visual.layer1.0.conv1.weight"].shape[0]
     return {"kind": "resnet", "image_size": 32 * grid, "layers": counts, "width": width, "heads": channels // 64}
@@ -207,7 +207,9 @@ def _blocks(state: Mapping[str, Tensor], tower: str, head_dim: int, where: str) 
         rows = _rows(state, block, ("ln_1.", "attn."), "attn.in_proj_weight", where)
         if rows is not None and rows % (3 * head_dim):
             key = f"{block}attn.in_proj_weight"
-            raise ValueError(f"{where}: {key} has {rows} rows, no multiple of 3 x {head_dim} (queries, keys, values)")
+            raise ValueError(
+                f"{where}: {key} has {rows} rows, not a multiple of 3 x {head_dim} (queries, keys, values)"
+            )
         heads.append(None if rows is None else rows // (3 * head_dim))
         mlp.append(_rows(state, block, ("ln_2.", "mlp."), "mlp.c_fc.weight", where))
     return {"head_dim": head_dim, "heads": heads, "mlp_width": mlp}
@@ -219,7 +221,7 @@ def _rows(state: Mapping[str, Tensor], block: str, branch: tuple[str, str], name
         return None
     matrix = state.get(block + name)
     if matrix is None or matrix.ndim != 2:
-        raise ValueError(f"{where}: {block}{name} is {'missing' if matrix is None else 'no matrix'}")
+        raise ValueError(f"{where}: {block}{name} is {'missing' if matrix is None else 'not a matrix'}")
     return matrix.shape[0]
 
 
@@ -230,7 +232,7 @@ def own_tokenizer(config: CLIPConfig, where: str, special: tuple[str, str] = (ST
     if text.vocab_size != ours.vocab_size:
         raise ValueError(
             f"{where}: its vocabulary has {text.vocab_size:,} tokens and CLIP's own {ours.vocab_size:,}; "
-            "its tokenizer is not there, so it cannot be used"
+            "without its own tokenizer it cannot be used"
         )
     if (text.context_length, special) == (ours.context_length, ours.special):
         return ours
@@ -240,7 +242,7 @@ def own_tokenizer(config: CLIPConfig, where: str, special: tuple[str, str] = (ST
 def check_activation(name: str | None, where: str) -> None:
     """`ValueError` for an activation that is none of ours; None is not said, so it passes."""
     if name not in (None, *get_args(Activation)):
-        raise ValueError(f"{where}: activation {name!r} is none of {', '.join(get_args(Activation))}")
+        raise ValueError(f"{where}: activation {name!r} is not one of {', '.join(get_args(Activation))}")
 
 
 def agree(activation: str | None, said: str, where: str) -> str:
@@ -309,7 +311,7 @@ def from_open_clip(
     config = config_from(state, source, said, stated)
     for key, same in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
         if looks.get(key, same) != same:
-            raise ValueError(f"{where}: preprocess_cfg.{key} is {looks[key]!r}, only {same!r} can be done")
+            raise ValueError(f"{where}: preprocess_cfg.{key} is {looks[key]!r}, only {same!r} is supported")
     preprocess = preprocessing(config, looks.get("mean"), looks.get("std"), where)
     says = SAYS if looks.get("mean") or looks.get("std") else frozenset({"activation"})
     return Foreign(config, state, own_tokenizer(config, source), preprocess, says)

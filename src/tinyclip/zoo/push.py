@@ -35,10 +35,10 @@ def plan(model: str | Path, repository: str) -> Push:
         ValueError: for a bad repository name, an incomplete checkpoint, or a model that is a single file.
     """
     if not HUB_ID.fullmatch(repository) or "@" in repository:
-        raise ValueError(f"{repository}: no Hugging Face id; write org/name")
+        raise ValueError(f"{repository}: not a Hugging Face id; write org/name")
     folder = resolve(model)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: a file, and the hub takes folders; make one with `tinyclip convert`")
+        raise ValueError(f"{folder}: a file, but the hub takes folders; make one with `tinyclip convert`")
     clip = load_checkpoint(folder)[0]
     found = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     files = {name: size for name, size in found.items() if not name.startswith(".") and name not in PRIVATE}
@@ -63,7 +63,7 @@ def push(what: Push, private: bool = False, revision: str | None = None, message
     with _one_line(what.repository, place):
         api.create_repo(what.repository, private=private or None, exist_ok=True)
         if private and not api.model_info(what.repository).private:
-            raise ValueError(f"{place} is there already and public; nothing was uploaded")
+            raise ValueError(f"{place} already exists and is public; nothing was uploaded")
         if revision is not None:
             api.create_branch(what.repository, branch=revision, exist_ok=True)
         operations = [
@@ -82,13 +82,13 @@ def _one_line(repository: str, place: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"{repository}: no Hugging Face id ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{repository}: not a Hugging Face id ({' '.join(str(error).split())})") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
         reasons = {
             401: "the token is not valid; log in with `hf auth login`, or set HF_TOKEN to a new one",
-            403: "the token has no right to write there; make one that has, or choose another name",
-            404: "no such organisation, or the token has no right to it",
+            403: "the token may not write there; create one that may, or choose another name",
+            404: "no such organisation, or the token has no access to it",
         }
         said = " ".join((error.server_message or str(error)).split())
         raise ValueError(f"cannot push to {place}: HTTP {status}, {reasons.get(status, said)}") from None

@@ -36,7 +36,7 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
         if _is_published(name):
             warnings.warn(
                 f"{name}: reading {Path(name).resolve()}, not the published model of this name; "
-                "give that whole path if it is meant, or move it away",
+                "give its full path if you mean it, or move it away",
                 stacklevel=2,
             )
         return Path(name)
@@ -49,7 +49,7 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
         return _from_hub(name)
     if name in NAMED:
-        raise ValueError(f"{name}: no such checkpoint; the name stands for a shape, its weights are not in the zoo")
+        raise ValueError(f"{name}: no such checkpoint; the name is a shape without weights in the zoo")
     raise ValueError(f"{name}: no such checkpoint; {_hint(name)}")
 
 
@@ -83,7 +83,7 @@ def _from_hub(identifier: str) -> Path:
             if any(folder.glob(weights)):
                 return folder
     except HFValidationError:
-        raise ValueError(f"{identifier}: no Hugging Face id; write org/name or hf:org/name@revision") from None
+        raise ValueError(f"{identifier}: not a Hugging Face id; write org/name or hf:org/name@revision") from None
     except LocalEntryNotFoundError:
         raise ValueError(
             f"{identifier}: no such checkpoint here, and the Hugging Face hub cannot be reached or is switched off; "
@@ -130,8 +130,8 @@ def find_export(path: str | Path) -> Path | None:
         alone = alone or any(file.suffix in ENDINGS.values() for file in path.iterdir())
     if alone:
         raise ValueError(
-            f"{path} is not a tinyclip export: {folder if path.is_file() else path} has no {FACTS}, which says how "
-            "pictures and texts go in; make one with `tinyclip export`"
+            f"{path} is not a tinyclip export: {folder if path.is_file() else path} has no {FACTS}, which describes "
+            "its inputs; make one with `tinyclip export`"
         )
     return None
 

@@ -135,7 +135,7 @@ class ZipStorages(StorageSource):
     def storage(self, key: str) -> Tensor:
         start, end = self._span(f"data/{key}")
         if self._summed and not self._is_whole(f"data/{key}"):
-            raise Refused(f"damaged, its data/{key} has another checksum")
+            raise Refused(f"damaged, its data/{key} does not match its checksum")
         return _bytes_of(self._mapped, start, end - start)
 
     def _is_whole(self, name: str) -> bool:

@@ -64,15 +64,15 @@ def read_entries(path: Path) -> tuple[list[Entry], Kind]:
             data, kind = _pytorch(path, start.startswith(b"PK"))
             if not isinstance(data, dict | Inert):
                 kind_of_it = "tensor" if isinstance(data, Stored) else type(data).__name__
-                raise Refused(f"a {kind_of_it} is in it, not a state dict")
+                raise Refused(f"it holds a {kind_of_it}, not a state dict")
             entries = list(_entries(data))
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or no safetensors file ({error})") from None
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
     except Exception as error:  # a damaged archive can raise anything
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:150]
-        raise ValueError(f"{path}: damaged or no file of weights ({reason})") from None
+        raise ValueError(f"{path}: damaged or not a file of weights ({reason})") from None
     if not any(isinstance(entry.value, Tensor | Stored) for entry in entries):
         named = next((entry.value for entry in entries if isinstance(entry.value, Inert)), None)
         raise ValueError(f"{path}: {_beyond_tensors(named.name) if named else 'no tensors in it'}")
@@ -226,7 +226,7 @@ def _read_stream(file: Any, data: Any) -> Any:
     if first != MAGIC:
         return first
     if (version := unpickle(file, {}, stream.persistent)) != PROTOCOL:
-        raise Refused(f"its format has the version {str(version)[:20]}, only {PROTOCOL} is known")
+        raise Refused(f"its format version is {str(version)[:20]}, only {PROTOCOL} is supported")
     system = unpickle(file, {}, stream.persistent)
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Refused("its numbers are big-endian")

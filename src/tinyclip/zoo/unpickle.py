@@ -56,7 +56,7 @@ def unpickle(source: BinaryIO, builders: Builders, persistent: Callable[[Any], A
         persistent: what a persistent id stands for.
 
     Raises:
-        Damaged: when it is no whole pickle.
+        Damaged: when it is not a complete pickle.
     """
     machine = _Machine(builders, persistent)
     count = 0
@@ -69,8 +69,8 @@ def unpickle(source: BinaryIO, builders: Builders, persistent: Callable[[Any], A
                 raise Damaged(f"a pickle of more than {OPCODES:,} steps")
             machine.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
-        raise Damaged(f"no whole pickle: {type(error).__name__}") from None
-    raise Damaged("no whole pickle")
+        raise Damaged(f"not a complete pickle: {type(error).__name__}") from None
+    raise Damaged("not a complete pickle")
 
 
 class _Machine:
@@ -110,7 +110,7 @@ class _Machine:
     def _top(self, count: int) -> list[Any]:
         """Take the uppermost values off."""
         if len(self.stack) < count:
-            raise Damaged("no whole pickle")
+            raise Damaged("not a complete pickle")
         items = self.stack[-count:]
         del self.stack[-count:]
         return items

@@ -140,20 +140,20 @@ def _one_of(models: list[_Model], where: str, said: list[str]) -> _Model:
         ValueError: when there are several still, of different weights.
     """
     for role, why in (
-        ("teacher", "what was trained is read"),
+        ("teacher", "the trained model, not its teacher"),
         ("average", "the weights themselves, not their average"),
     ):
         others = [model for model in models if role in _roles(model)]
         kept = [model for model in models if model not in others]
         if others and kept:
             names = ", ".join(model.shown for model in others)
-            said.append(f"of several models {kept[0].shown} is read, not {names} ({why})")
+            said.append(f"it holds several models; reading {kept[0].shown}, not {names} ({why})")
             models = kept
     first, *rest = sorted(models, key=_width, reverse=True)
     if different := [model.shown for model in rest if not _same(first, model)]:
         raise ValueError(
-            f"{where} holds several CLIPs of different weights, {', '.join([first.shown, *different])}; "
-            "save the one that you want alone"
+            f"{where} holds several CLIPs with different weights, {', '.join([first.shown, *different])}; "
+            "save only the one that you want"
         )
     return first
 
@@ -219,7 +219,7 @@ def _collected(model: _Model, entries: Sequence[Entry], said: list[str]) -> Foun
         value = tensor_of(entry)
         if (known := found.tensors.get(key)) is not None:
             if (wider := agreed(*(_number(tensor) for tensor in (known, value)))) is None:
-                raise Refused(f"{key} is there twice with different values, the second time as {entry.key}")
+                raise Refused(f"{key} appears twice with different values, the second time as {entry.key}")
             value = wider
         found.tensors[key] = value
     return found
