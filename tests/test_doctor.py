@@ -46,7 +46,7 @@ def test_all_is_well_here(requirements: list[str], tmp_path: Path) -> None:
         ("nosuch>=1.0", "nosuch is missing, tinyclip needs nosuch>=1.0: pip install 'nosuch>=1.0'"),
         (
             "numpy>=999",
-            f"numpy {metadata.version('numpy')} is here, tinyclip needs numpy>=999: pip install 'numpy>=999'",
+            f"numpy {metadata.version('numpy')} is installed, tinyclip needs numpy>=999: pip install 'numpy>=999'",
         ),
         ("numpy<2,>=1", "tinyclip needs numpy<2,>=1"),
     ],

@@ -122,7 +122,7 @@ def test_what_may_pass_is_tried_again(server: FileServer, tmp_path: Path, status
 @pytest.mark.parametrize("status", [404, 403])
 def test_a_refusal_is_final(server: FileServer, tmp_path: Path, status: int) -> None:
     server.answers = [status]
-    with pytest.raises(ValueError, match=rf"cannot download http.*/model\.pt: HTTP {status}.* put at .*model\.pt"):
+    with pytest.raises(ValueError, match=rf"cannot download http.*/model\.pt: HTTP {status}.* put it at .*model\.pt"):
         get(server, tmp_path)
     assert len(server.log) == 1
     assert names(tmp_path) == []
@@ -137,7 +137,7 @@ def test_a_web_page_is_no_model(server: FileServer, tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_no_download(server: FileServer, tmp_path: Path) -> None:
     server.cuts = [10_100] + [0] * 9
-    with pytest.raises(ValueError, match=r"model\.pt \(the connection broke\); 10,000 bytes are kept, run it again"):
+    with pytest.raises(ValueError, match=r"model\.pt \(the connection broke\); 10,000 bytes are kept; run the command again"):
         get(server, tmp_path)
     assert names(tmp_path) == ["model.pt.part", "model.pt.part.json"]
 
@@ -145,7 +145,7 @@ def test_a_truncated_file_is_no_download(server: FileServer, tmp_path: Path) -> 
 def test_a_reply_without_length_is_refused(server: FileServer, tmp_path: Path) -> None:
     server.headers["model.pt"] = {"Content-Length": None}
     server.cuts = [100_000]
-    with pytest.raises(ValueError, match=r"without its length, so that a broken transfer .* put at .*model\.pt$"):
+    with pytest.raises(ValueError, match=r"no Content-Length, so a broken transfer .* put it at .*model\.pt$"):
         get(server, tmp_path)
     assert names(tmp_path) == []
 

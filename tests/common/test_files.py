@@ -119,6 +119,6 @@ def test_an_index_that_is_not_ours_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / ".nv-meta").mkdir()
     (tmp_path / ".nv-meta" / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CaptioningWebdataset")
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match=r"\.nv-meta is not by tinyclip.*move it away"):
+    with pytest.raises(ValueError, match=r"\.nv-meta was not written by tinyclip.*move it away"):
         prepare(tmp_path)
     assert tree(tmp_path) == before

@@ -18,7 +18,7 @@ from tinyclip.common import locks
 from tinyclip.common.locks import LOCK, lock_of, take
 
 LEASE = f"{LOCK}.lease"
-REFUSED = "another `tinyclip embed` is at work here"
+REFUSED = "another `tinyclip embed` is running here"
 # A process without locks that runs the rest of the arguments.
 WITHOUT = """
 import errno, fcntl, os, signal, socket, sys, time

@@ -184,7 +184,7 @@ def test_other_places_that_are_refused(
         assert "replaced" in call(place, "inherit", Path(where), "--overwrite", code=2)
     monkeypatch.chdir(out)
     for where in (".", str(out)):
-        assert "the folder that you are in" in call(place, "inherit", Path(where), "--overwrite", code=2)
+        assert "is the current folder" in call(place, "inherit", Path(where), "--overwrite", code=2)
 
 
 # --- inside of a run ----------------------------------------------------------------------------------------------

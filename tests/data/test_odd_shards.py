@@ -219,7 +219,7 @@ def test_a_negative_size_ends_the_shard(tmp_path: Path, kind: str, first: bool) 
 def test_what_a_gz_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_index, "FREE_SIZE", 2**20)
     folder = tar(tmp_path / "data" / "0.tar.gz", [*pair("0", 0), ("1.jpg", bytes(2**23))], mode="w:gz")
-    with pytest.raises(ValueError, match=r"0\.tar\.gz: over [\d,]+ bytes come out of .*; .*`gunzip --keep`"):
+    with pytest.raises(ValueError, match=r"0\.tar\.gz: its [\d,]+ bytes unpack to over [\d,]+ .*; .*`gunzip --keep`"):
         prepare(folder)
     assert [p.name for p in folder.iterdir() if p.suffix != ".lock"] == ["0.tar.gz"]
     with gzip.open(folder / "0.tar.gz") as source:

@@ -132,7 +132,7 @@ def test_sources_that_cannot_be_packed(tmp_path: Path) -> None:
         find_items(tmp_path / "t.csv", image_column="url", caption_column="nope")
     (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{broken\n[1]')
     with pytest.raises(
-        ValueError, match=r"t\.jsonl: 2 of its 3 rows cannot be read, the first: t\.jsonl, line 2: no whole"
+        ValueError, match=r"t\.jsonl: 2 of its 3 rows cannot be read, the first: t\.jsonl, line 2: not complete"
     ):
         find_items(tmp_path / "t.jsonl")
     (tmp_path / "t.parquet").write_bytes(b"no parquet at all")
@@ -151,7 +151,7 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(items, tmp_path / "out", progress=stop)
     (tmp_path / "in" / "a.jpg").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"all 1 pictures were skipped \(1 corrupt_image\), first .*a\.jpg: not a"):
+    with pytest.raises(ValueError, match=r"all 1 pictures were skipped \(1 corrupt_image\); the first: .*a\.jpg: not a"):
         pack(items, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     (tmp_path / "out").mkdir()
@@ -236,14 +236,14 @@ def test_wordnet_ids_become_names(tmp_path: Path) -> None:
     assert captions_in(tmp_path / "out") == ["a photo of a my dog", "a photo of a tench", "a photo of a tabby cat"]
     root = class_tree(tmp_path / "unknown", "n01440764", "n99999999")
     error = pack_classes(root, tmp_path / "no", code=2)
-    assert "n99999999 is none of ImageNet's 1,000 classes; name them with --classes FILE" in error
+    assert "n99999999 is not one of ImageNet's 1,000 classes; name them with --classes FILE" in error
 
 
 def test_an_empty_file_of_templates(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf\n \n")
     root = class_tree(tmp_path / "in", "fox")
     error = tinyclip("data", "pack", root, tmp_path / "out", "--templates", tmp_path / "t.txt", code=2)
-    assert "t.txt: no templates in it; each is a line with {c} for the class name" in error
+    assert "t.txt: contains no templates; write one per line, with {c} for the class name" in error
 
 
 def test_class_folders_that_are_no_utf8(tmp_path: Path) -> None:

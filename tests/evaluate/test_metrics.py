@@ -260,7 +260,7 @@ def test_thousands_of_labels(tmp_path: Path) -> None:
 def test_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such data folder"):
         open_dataset(tmp_path / "missing")
-    with pytest.raises(ValueError, match="neither class folders"):
+    with pytest.raises(ValueError, match="contains no class folders"):
         open_dataset(tmp_path)
     folder = shards(tmp_path / "s", [(10, {"class": "10"}), (10, {"class": "nine"})])
     with pytest.raises(ValueError, match="no such file of templates"):

@@ -430,7 +430,7 @@ def flip(folder: Path) -> None:
         (lambda folder: (folder / "tinyclip.json").write_text("{"), r"cannot be read as JSON"),
         (lambda folder: (folder / "tinyclip.json").write_text("{}"), r"no export's facts"),
         (lambda folder: change(folder, format=2), r"format 2 from a newer tinyclip; this one reads 1; update"),
-        (lambda folder: change(folder, config=None), r"config is missing or no dict"),
+        (lambda folder: change(folder, config=None), r"config is missing or not dict"),
         (lambda folder: change(folder, config={}), r"config: embed_dim: Field required"),
         (lambda folder: change(folder, export="tflite"), r"export is 'tflite'"),
         (lambda folder: change(folder, preprocess={"image_size": 0}), r"image_size"),
@@ -565,7 +565,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("export", "uneven", "--to", "tflite", "-o", "x"), "no format 'tflite' to export to; choose onnx, openvino"),
+        (("export", "uneven", "--to", "tflite", "-o", "x"), "unknown format 'tflite'; choose onnx, openvino"),
         (("export", "uneven", "--to", "onnx", "--int8", "-o", "x"), "--calibration-data FOLDER"),
         (
             ("export", "uneven", "--to", "torch", "--int8", "-o", "x"),
@@ -586,7 +586,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         (("classify", "uneven-onnx", "0.png", "a", "--device", "cuda"), "runs on the CPU"),
         (("classify", "uneven-onnx", "0.png", "a", "--runtime", "torch"), "torch cannot run"),
         (("measure", "ViT-B-32", "--runtime", "openvino"), "which only torch runs"),
-        (("evaluate", "uneven-onnx", "shards", "--compile"), "a runtime compiles by itself"),
+        (("evaluate", "uneven-onnx", "shards", "--compile"), "other runtimes compile by themselves"),
         (("structure", "uneven-onnx"), "is an export, which cannot be used for this"),
         (("distill", "uneven-onnx"), "uneven-onnx"),
     ],

@@ -218,7 +218,7 @@ def test_compiled_blocks_give_the_same_for_any_batch_and_length(folder: Path, cl
 
 def test_compiling_needs_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and there is no no-such-compiler"):
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler, and no-such-compiler is missing"):
         tinyclip.load(folder / "model", compile=True)
 
 

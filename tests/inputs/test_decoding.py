@@ -146,7 +146,7 @@ def test_a_pillow_without_avif_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     SCENE.save(tmp_path / "a.avif")
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("AVIF", "HEIF")])
     monkeypatch.setattr(Image, "EXTENSION", {".png": "PNG"})
-    with pytest.raises(Fault, match=r"Pillow reads from 11\.3") as fault:
+    with pytest.raises(Fault, match=r"needs Pillow 11\.3") as fault:
         open_image(tmp_path / "a.avif")
     assert fault.value.cause == "needs_extra"
 

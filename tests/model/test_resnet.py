@@ -319,7 +319,7 @@ def test_shapes_in_recipes_are_proportional() -> None:
     [
         (resnet_config(), ["vision.layers=3"], "vision.layers: a ResNet has four stages"),
         (resnet_config(), ["vision.mlp_width=3"], "vision.mlp_width: a ResNet has no MLPs"),
-        (cut_config(), ["vision.layers=[1, 1, 3, 1]"], "vision.conv1: the blocks before are unequal"),
+        (cut_config(), ["vision.layers=[1, 1, 3, 1]"], "vision.conv1: the blocks to inherit are unequal"),
         (small_config(), ["vision.layers=[1, 1, 3, 1]"], "vision.layers: one number of blocks"),
     ],
 )

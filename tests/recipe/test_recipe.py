@@ -49,7 +49,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.0.steps=many", "stages.0.steps"),
         ("stages.3.steps=1", "there is no stages.3.steps"),
         ("nonsense", "write key.path=value"),
-        ("stages.0.optimizer.lr=[", "no valid YAML"),
+        ("stages.0.optimizer.lr=[", "not valid YAML"),
         ("stages.0.optimizer.warmup_steps=20", "must be below steps"),
         ("stages.0.loss={affinity: 0}", "all loss weights are 0"),
         ("stages.0.loss.student_scale=other", "stages.0.loss.student_scale"),
@@ -83,7 +83,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such recipe"):
         load_recipe(tmp_path / "missing.yaml")
     path = tmp_path / "bad.yaml"
-    for text, named in (("a: [", "no valid YAML"), ("- 1", "a mapping"), ("", "a mapping")):
+    for text, named in (("a: [", "not valid YAML"), ("- 1", "a mapping"), ("", "a mapping")):
         path.write_text(text)
         with pytest.raises(ValueError, match=named):
             load_recipe(path)
@@ -115,7 +115,7 @@ def test_a_shape_on_unequal_blocks() -> None:
     vision = base.vision.model_copy(update={"heads": (4, None, 2)})
     uneven = base.model_copy(update={"vision": vision})
     assert shape_from(["text.layers=1"]).apply(uneven).vision == vision
-    with pytest.raises(ValueError, match=r"student\.vision\.heads: the blocks before are unequal"):
+    with pytest.raises(ValueError, match=r"student\.vision\.heads: the blocks to inherit are unequal"):
         shape_from(["vision.layers=2"]).apply(uneven)
     with pytest.raises(ValueError, match=r"vision\.colour: unknown key"):
         shape_from(["vision.colour=2"])

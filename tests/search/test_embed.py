@@ -364,14 +364,14 @@ def test_other_columns_are_refused(columns: dict[str, str], message: str, clip: 
     ("name", "content", "message"),
     [
         ("none", None, "none: no such file or folder"),
-        ("a.txt", b"\xff", r"a\.txt: contains no texts; 1 bad_encoding, the first: 1: no UTF-8"),
+        ("a.txt", b"\xff", r"a\.txt: contains no texts; 1 bad_encoding, the first: 1: not UTF-8"),
         ("a.txt", "a cat\n".encode("utf-16"), r"a\.txt: UTF-16; save it as UTF-8"),
         ("a.csv", "text\na cat\n".encode("utf-16"), r"a\.csv: UTF-16; save it as UTF-8"),
         ("a.txt", b"\n \n", r"a\.txt: contains no texts"),
         ("a.csv", b"name,size\nx,3\n", r"a\.csv: no column one of caption"),
         ("a.jsonl", b"[]\n", r"a\.jsonl: "),
-        ("a.bin", b"x", r"a\.bin: neither a picture nor texts"),
-        ("folder", None, "folder: neither pictures nor"),
+        ("a.bin", b"x", r"a\.bin: not a picture, texts"),
+        ("folder", None, "folder: contains no pictures or"),
     ],
 )
 def test_a_bad_source_is_named(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_killed_command_goes_on(model: Path, clip: Pipeline, make: Make, tmp_p
         assert process.poll() is None
     process.kill()
     process.communicate()
-    with pytest.raises(ValueError, match="has not come to an end; run it again"):
+    with pytest.raises(ValueError, match="did not finish; run it again"):
         Index.open(out)
     result = make(folder)
     assert 0 < result["computed"] < 60 and result["added"] == 60
@@ -640,17 +640,17 @@ def test_the_commands_find_show_and_draw(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["INDEX"], "nothing to look for"),
+        (["INDEX"], "nothing to search for"),
         (["INDEX", "  "], "a query is empty"),
-        (["INDEX", "--queries", "EMPTY"], "no queries in it"),
+        (["INDEX", "--queries", "EMPTY"], "contains no queries"),
         (["INDEX", "--queries", "none.txt"], "No such file"),
         (["INDEX", "--image", "none.png"], "no such file"),
         (["INDEX", "cat", "--sheet", "x.gif"], "written as .png"),
-        (["INDEX", "cat", "--sheet", "INSIDE"], "empty.txt is a file, so there can be no a.png in it"),
+        (["INDEX", "cat", "--sheet", "INSIDE"], "empty.txt is a file, so a.png cannot be in it"),
         (["INDEX", "cat", "--dtype", "x"], "choose auto, float32, bfloat16 or float16\n"),
-        (["INDEX", "cat", "--model", "none"], "--model says where it is now"),
+        (["INDEX", "cat", "--model", "none"], "give its new place with --model"),
         (["INDEX", "cat", "--model", "OTHER"], "made with another model"),
-        (["none", "cat"], "no index; make one with"),
+        (["none", "cat"], "not an index; make one with"),
     ],
 )
 def test_a_bad_search_is_one_line(

@@ -410,10 +410,10 @@ def damage(kind: str, place: Path, cache: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("no cache", "no cache of a teacher"),
+        ("no cache", "not a teacher cache"),
         ("bad info", r"cache.json: version: "),
         ("truncated", r"1.safetensors: damaged .*; run the same `tinyclip cache` again to repair it"),
-        ("flipped", r"1.safetensors: damaged \(text_features does not match its checksum\); the same `tinyclip cache`"),
+        ("flipped", r"1.safetensors: damaged \(text_features does not match its checksum\); run the same `tinyclip cache`"),
         ("missing", r"lacks 1 of the 4 shards of .* \(the first: 1.tar\)"),
         ("changed", r"data/1.tar has changed since"),
         ("grown", r"lacks 1 of the 5 shards of .* \(the first: 4.tar\)"),
@@ -446,7 +446,7 @@ def test_stages_that_want_other_views_are_refused(place: Path, tmp_path: Path) -
             loop.start(recipe(place, tmp_path / "run", stages=stages))
     cached(place, tmp_path / "other", seed=1)
     both = [str(place / "cache-teacher"), str(tmp_path / "other")]
-    with pytest.raises(ValueError, match=r"other and .*cache-teacher were made with another seed"):
+    with pytest.raises(ValueError, match=r"other and .*cache-teacher were made with a different seed"):
         loop.start(recipe(place, tmp_path / "run", both))
     assert not (tmp_path / "run").exists()
 

@@ -527,7 +527,7 @@ def test_a_plan_and_a_dry_run_need_no_foreign_teacher(place: Path, tmp_path: Pat
     assert plan(like)["total"]["flops"] > planned["total"]["flops"] and plan(like)["notes"] == []
     assert [r["stage"] for r in smoke(chosen, small=True)] == ["50"]
     sliced = recipe(place, "open_clip:ViT-B-16/openai", tmp_path / "run", stages=[stage()])
-    with pytest.raises(ValueError, match="its shape is known once it is loaded; set `teacher_shape`"):
+    with pytest.raises(ValueError, match="its shape is unknown until it is loaded; set `teacher_shape`"):
         plan(sliced)
     given = sliced.model_copy(update={"teacher_shape": small_config()})
     assert plan(given)["stages"][0]["shape"] == "3 x 16, text 1 x 24"
@@ -536,16 +536,16 @@ def test_a_plan_and_a_dry_run_need_no_foreign_teacher(place: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("open_clip:ViT-B-33/openai", "no folder and no model of OpenCLIP; did you mean ViT-B-32"),
-        ("open_clip:", "no folder and no model of OpenCLIP"),
+        ("open_clip:ViT-B-33/openai", "neither a folder nor an OpenCLIP model; did you mean ViT-B-32"),
+        ("open_clip:", "neither a folder nor an OpenCLIP model"),
         ("open_clip:ViT-B-32", r"name its weights, open_clip:ViT-B-32/TAG .* or open_clip:ViT-B-32@FILE"),
         ("open_clip:ViT-B-32/laion2b", r"of \d+ tags, as laion2b_e16"),
         ("open_clip:ViT-B-32@absent.pt", "absent.pt: no such file"),
         ("open_clip:{empty}", "OpenCLIP cannot read its config .*open_clip_config.json"),
-        ("transformers:", "no such folder, and no id"),
-        ("transformers:{empty}/absent", "no such folder, and no id"),
+        ("transformers:", "neither a folder nor a Hugging Face id"),
+        ("transformers:{empty}/absent", "neither a folder nor a Hugging Face id"),
         ("transformers:{empty}", "config.json: no such file"),
-        ("{siglip}", "a recipe's teacher may be others too, as `transformers:"),
+        ("{siglip}", "a recipe's teacher may be another type, as `transformers:"),
         ("transformers:{bert}", "'bert'.* no image and text features"),
         ("transformers:{bare}", "image_mean None"),
         ("transformers:{damaged}", "transformers cannot load it"),

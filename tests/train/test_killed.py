@@ -404,13 +404,13 @@ def test_two_runs_do_not_share_a_folder(
     def intrude(event: dict[str, Any]) -> None:
         if event.get("step") == 3:
             before = {path: path.stat().st_ino for path in started.folder.rglob("*")}
-            with pytest.raises(ValueError, match="another `tinyclip distill` is at work here") as error:
+            with pytest.raises(ValueError, match="another `tinyclip distill` is running here") as error:
                 loop.start(chosen, **options)
             assert {path: path.stat().st_ino for path in started.folder.rglob("*")} == before
             other.append(str(error.value))
 
     started = loop.start(chosen)
-    with pytest.raises(ValueError, match="another `tinyclip distill` is at work here"):
+    with pytest.raises(ValueError, match="another `tinyclip distill` is running here"):
         loop.start(chosen, **options)  # it has not begun
     started.listener = intrude
     loop.run(started)

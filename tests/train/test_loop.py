@@ -281,7 +281,7 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="--resume or replace it with --overwrite"):
         loop.start(chosen)
     other = recipe(place, out, stages=[stage(steps=2)])
-    with pytest.raises(ValueError, match="from another recipe, which differs in stages"):
+    with pytest.raises(ValueError, match="from a different recipe; the difference is in stages"):
         loop.start(other, resume=True)
     with pytest.raises(ValueError, match="no run to resume"):
         loop.start(recipe(place, tmp_path / "new"), resume=True)

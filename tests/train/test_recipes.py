@@ -261,7 +261,7 @@ def test_what_is_absent_is_said() -> None:
     assert "nowhere is not here: using the shape in teacher_shape" in notes[0]
     assert "runs/none, where stage a starts, is not here" in notes[1]
     late = {"name": "a", "steps": 5, "inherit": "auto", "auto": {"latency_ms": 3, "steps": 2}}
-    assert "only its run can measure" in plan(recipe([late]))["notes"][1]
+    assert "only a run can measure" in plan(recipe([late]))["notes"][1]
 
 
 def test_a_teacher_that_is_here_gives_its_shape(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_training_file_of_the_authors(model: CLIP, state: State, tmp_path: Pat
 def test_towers_registered_twice_must_agree(state: State, tmp_path: Path) -> None:
     other = state["visual.proj"] + 1
     with pytest.raises(
-        ValueError, match=r"visual\.proj is there twice with different .*image_encoder_without_ddp\.vis"
+        ValueError, match=r"visual\.proj appears twice with different .*image_encoder_without_ddp\.vis"
     ):
         loaded(state | {"image_encoder_without_ddp.visual.proj": other}, tmp_path)
 
@@ -176,7 +176,7 @@ def test_the_activation(state: State, tmp_path: Path) -> None:
     extras |= {"vocab_size": torch.tensor(49408)}
     assert loaded(state | extras, tmp_path).config.activation == "quick_gelu"
     assert loaded(state | extras, tmp_path, activation="gelu").config.activation == "gelu"
-    with pytest.raises(ValueError, match=r"activation 'relu' is none of gelu, quick_gelu"):
+    with pytest.raises(ValueError, match=r"activation 'relu' is not one of gelu, quick_gelu"):
         loaded(state, tmp_path, activation="relu")
 
 
@@ -232,7 +232,7 @@ BAD = {
     "not a tensor": (lambda s: s | {"visual.proj": 3}, r"visual\.proj is a int, not a tensor"),
     "timm": (plus("visual.trunk.blocks.0.norm1.weight"), r"timm's layout.*no visual\.conv1\.weight.*visual\.trunk"),
     "BERT": (plus("bert.embeddings.word_embeddings.weight"), r"a BERT model.*it has .*bert\.embeddings"),
-    "Hugging Face": (lambda s: {"vision_model.x": ONES(1)}, r"give the folder that has their config\.json"),
+    "Hugging Face": (lambda s: {"vision_model.x": ONES(1)}, r"give the folder that also has their config\.json"),
     "ResNet": (lambda s: {"layer1.0.conv1.weight": ONES(1), "fc.weight": ONES(1)}, r"a ResNet .*it has .*fc\.weight"),
     "anything": (lambda s: {"weight": ONES(1)}, r"is not a readable CLIP: no .* and 2 more; it has weight"),
 }
@@ -266,7 +266,7 @@ def test_truncated_files(name: str, part: float, tmp_path: Path) -> None:
         torch.save(tensors, path, _use_new_zipfile_serialization=name != "legacy.pt")
     data = path.read_bytes()
     path.write_bytes(data[: part if isinstance(part, int) else int(part * len(data))])
-    with pytest.raises(ValueError, match=rf"{name}: damaged or no .*file") as error:
+    with pytest.raises(ValueError, match=rf"{name}: damaged or not a .*file") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
 
@@ -280,7 +280,7 @@ def test_garbage(data: bytes, tmp_path: Path) -> None:
 
 
 def test_a_list_is_no_state_dict(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a list is in it, not a state dict"):
+    with pytest.raises(ValueError, match=r"it holds a list, not a state dict"):
         loaded([torch.ones(2)], tmp_path)
     with pytest.raises(ValueError, match=r"no tensors in it"):
         loaded({"state_dict": {}}, tmp_path)
@@ -484,7 +484,7 @@ def tower(**values: Any) -> Callable[[dict[str, Any]], None]:
         (tower(eos_token_id=7), r"eos_token_id is 7, not the highest token id"),
         (lambda c: c.update(text_config=[1]), r"text_config should be an object"),
         (lambda c: c["vision_config"].update(image_size=64), r"visual\.positional_embedding is \(5, 64\), not \(17, "),
-        (lambda c: [c[k].update(hidden_act="relu") for k in ("text_config", "vision_config")], r"'relu' is none of"),
+        (lambda c: [c[k].update(hidden_act="relu") for k in ("text_config", "vision_config")], r"'relu' is not one of"),
     ],
 )
 def test_a_hugging_face_config_that_does_not_fit(
@@ -519,7 +519,7 @@ def test_shards_stay_in_their_folder(hugging_face: tuple[Path, Any], tmp_path: P
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"[CLS]": 0}}}, r"no tokenizer of CLIP's kind"),
+        ("tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"[CLS]": 0}}}, r"not a tokenizer of CLIP's kind"),
         ("tokenizer.json", {"model": {"vocab": {"a": 0}, "merges": []}}, r"not in the order of CLIP's tokenizer"),
         ("tokenizer.json", {"model": {"vocab": {}, "merges": ["a b c"]}}, r"tokenizer\.json: "),
         ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, r"size is .*only {'shortest_edge': 32}"),

@@ -262,10 +262,10 @@ def test_no_token_and_no_way_to_the_hub(
     ("change", "repository", "message"),
     [
         ("nothing", "small", "small: not a Hugging Face id; write org/name"),
-        ("nothing", "org/small@v2", "no Hugging Face id"),
+        ("nothing", "org/small@v2", "not a Hugging Face id"),
         ("no weights", "org/small", "model.safetensors: no such file"),
         ("torn weights", "org/small", "damaged or not a safetensors file"),
-        ("one file", "org/small", "a file, and the hub takes folders"),
+        ("one file", "org/small", "a file, but the hub takes folders"),
         ("not there", "org/small", "no such checkpoint"),
     ],
 )

@@ -221,7 +221,7 @@ def test_what_is_no_name(name: str) -> None:
 
 
 def test_a_name_of_several_models_names_them() -> None:
-    with pytest.raises(ValueError, match=r"ViT-45M-32 may be \S+-LAION400M or \S+-LAIONYFCC400M; write more"):
+    with pytest.raises(ValueError, match=r"ViT-45M-32 may be \S+-LAION400M or \S+-LAIONYFCC400M; give more"):
         find("ViT-45M-32")
 
 
@@ -233,7 +233,7 @@ def test_a_name_of_several_models_names_them() -> None:
         ("nowhere", r"nowhere: no such checkpoint; `tinyclip zoo` lists"),
         ("runs/emoji-50/student", "runs/emoji-50/student: no such checkpoint"),
         ("./student", "no such checkpoint"),
-        ("ViT-B-32", "the name stands for a shape"),
+        ("ViT-B-32", "the name is a shape"),
     ],
 )
 def test_an_unknown_name_is_one_line_with_what_is_like_it(

@@ -156,7 +156,7 @@ def test_of_weights_and_their_average_the_weights(model: CLIP, state: State, tmp
 
 
 def test_two_clips_are_refused_by_name(state: State, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"several CLIPs of different weights, a, net\.b; save the one"):
+    with pytest.raises(ValueError, match=r"several CLIPs with different weights, a, net\.b; save only the one"):
         load(prefixed("a.", state) | prefixed("net.b.", other(state)), tmp_path)
 
 
@@ -259,9 +259,9 @@ def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State,
         ),
         (
             {"activation": "quick_gelu"},
-            r"weights\.pt does not say it, so it is assumed that pictures are normalised by",
+            r"weights\.pt does not say, so assuming that pictures are normalised by",
         ),
-        (LOOKS, r"so it is assumed that the activation is gelu \(activation\); say otherwise by these options"),
+        (LOOKS, r"so assuming that the activation is gelu \(activation\); override with these options"),
     ],
 )
 def test_what_is_assumed_is_said(said: dict[str, Any], message: str, state: State, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_the_command_line_says_it_on_a_line(
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert said == [
         f"warning: {path}: ignored, since it is not part of the CLIP: logit_bias",
-        f"warning: {path} does not say it, so it is assumed that the activation is gelu (activation); "
+        f"warning: {path} does not say, so assuming that the activation is gelu (activation); "
         "override with these options of load, convert and export",
     ]
     assert tinyclip.load(wanted).preprocessing.std == (0.25,) * 3
