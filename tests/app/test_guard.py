@@ -1,4 +1,4 @@
-"""Who may ask a server of ours, and how much may be sent; over HTTP it is tested with the page (`tests/browser`)."""
+"""Who may send requests to our server, and how much; the tests over HTTP are with the page (`tests/browser`)."""
 
 from __future__ import annotations
 
