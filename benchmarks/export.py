@@ -32,7 +32,7 @@ from tinyclip.model.model import CLIP
 
 SHAPE = "TinyCLIP-ViT-40M-32-Text-19M"
 EMOJI = Path(__file__).parent.parent / "assets/emoji"
-# Name, folder, runtime, dtype of what is not int8.
+# Name, folder, runtime, dtype of the parts that are not int8.
 WAYS = [
     ("PyTorch, float32", "model", "torch", "float32"),
     ("PyTorch, bfloat16", "model", "torch", "bfloat16"),

@@ -121,7 +121,7 @@ def read_names(path: Path) -> list[Emoji]:
     emojis: dict[str, Emoji] = {}
     for item in sorted(records, key=lambda r: (r["label"] in BORROWED, r.get("order", 0))):
         name, code = item["label"].lower(), item["hexcode"].lower()
-        if item.get("group", 2) == 2:  # 2: components (hair, skin tones); none: letters of flags
+        if item.get("group", 2) == 2:  # 2: components (hair, skin tones); none: flag letters
             continue
         if name in emojis:
             print(f"skipped {code}: the name {name!r} is taken")

@@ -255,7 +255,7 @@ def test_what_others_put_into_a_checkpoint_of_a_run_moves_along(tmp_path: Path) 
 
 def test_only_what_killed_writers_left_is_cleared_up(tmp_path: Path) -> None:
     """A half-written file or folder has a name from the record in its own name. A folder with our marker is ours with
-    everything in it; one that was about to get its marker has half of it."""
+    everything in it; one killed before it got its marker has a half-written marker."""
     run = tmp_path / "run"
     run.mkdir()
     ownership.claim(run, "run", ["recipe.yaml", "stages/a/last/"])

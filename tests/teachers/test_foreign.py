@@ -375,7 +375,7 @@ def test_shares_of_the_sigmoids_agree_where_small_and_level_where_sure() -> None
 
 
 def test_a_run_with_a_siglip_resumes_exactly(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """The student keeps the tokenizer and normalisation of its start; terms that need the teacher's resolution get
+    """The student keeps the tokenizer and normalisation of its start; terms that need the teacher's feature size get
     it."""
     loss = {"image_affinity": 0.5, "feature": 0.1, "interactive": 0.1}
     settings: dict[str, Any] = {"workers": 1, "stages": [stage(start=str(place / "small"), loss=loss)]}
@@ -410,7 +410,7 @@ def test_student_and_teacher_see_the_same_pairs_each_in_its_own_way(place: Path,
 
 
 def test_masks_are_learned_beside_a_foreign_teacher(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """Sparsity is relative to the start of the first stage; measured masks are added to it."""
+    """Sparsity is relative to the start of the first stage; a calibrated stage follows the learned masks."""
     auto = {"target_sparsity": 0.7, "steps": 3, "ramp_steps": 2, "lr": 0.6}
     stages = [
         stage("a", start=str(place / "small"), steps=1),

@@ -82,7 +82,7 @@ def test_three_steps_of_each_kind_are_those_of_the_cpu_and_wait_once(kind: str) 
         for step in range(3):
             trainee.step(batch, step)
             overflowed += trainee.overflowed
-        # A step that overflows in float16 must be skipped, so each step reads the result once, and then the scale.
+        # Steps that overflow in float16 must be skipped: each step checks once, and reads the scale after an overflow.
         assert len(gpu.waits) == (3 + overflowed if kind.startswith("float16") else 0), [*map(str, gpu.waits)]
         gpu.waits.clear()
         assert trainee.figures(3) == expected

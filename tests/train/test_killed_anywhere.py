@@ -187,7 +187,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 
 
 def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data stops coming after the run is asked to stop; the run continues once the data is there."""
+    """Data stops coming after the run is asked to stop; it resumes once the data is there."""
     whole, parts = (recipe(place, tmp_path / name, stages=[stage()], workers=1) for name in ("whole", "parts"))
     loop.run(setup.start(whole))
     started, own, told = setup.start(parts), loop.next_batch, list[dict[str, Any]]()

@@ -171,7 +171,7 @@ def test_a_larger_training_module(model: CLIP, state: State, tmp_path: Path) -> 
     assert len(said) == 1 and "the logit scale is loss.logit_scale" in said[0]
 
 
-# --- keys that carry no weights
+# --- keys without weights
 
 
 EXTRA: dict[str, Any] = {
