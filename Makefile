@@ -1,7 +1,7 @@
 # make demo: sets everything up, then compresses the shipped teacher and shows the result
-# make test: sets everything up, then passes every test
-# make docs: builds the documentation site into build/site, warnings being errors
-# make test-app: the page of `tinyclip app` in a headless Chromium ($CHROMIUM, or the one on the path)
+# make test: sets everything up, then runs every test
+# make docs: builds the documentation site into build/site, treating warnings as errors
+# make test-app: tests the page of `tinyclip app` in a headless Chromium ($CHROMIUM, or the one on the path)
 # make test-package: builds wheel and sdist, installs the wheel into an empty environment and uses it there
 PYTHON ?= python3
 BIN := .venv/bin

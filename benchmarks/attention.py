@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-The two take turns in one process; printed are the median seconds of each and the ratio turn by turn.
+The two alternate in one process. Prints the median seconds of each, and the ratio of each turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "plain": SDPBackend.MATH}
 
 
 def main(rounds: int = 8, batch_size: int = 256, text_length: int = 14) -> None:
-    device = torch.device("cpu")  # elsewhere training uses the fused kernel anyway
+    device = torch.device("cpu")  # other devices use the fused kernel in training anyway
     precision = best_precision(device)
     model = load(ROOT / "assets/emoji-teacher", device=device).model.train()
     optimizer = make_optimizer(model.parameters(), load_recipe(ROOT / "recipes/emoji-teacher.yaml").stages[0])

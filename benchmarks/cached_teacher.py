@@ -1,7 +1,7 @@
-"""Training steps with a live teacher and with its stored features, turn by turn in one process.
+"""Training steps with a live teacher and with its cached features, alternating in one process.
 
-Random weights and pictures, captions of 12 tokens; decoding is not counted. On a CPU the process's own time is
-counted, so that other work on the machine disturbs little; give it one thread, as waiting threads count too.
+Random weights and pictures, captions of 12 tokens; decoding is not counted. On a CPU, process time is measured, so that
+other work on the machine has little effect; use one thread, because waiting threads count too.
 
     OMP_NUM_THREADS=1 python benchmarks/cached_teacher.py
 """

@@ -2,9 +2,9 @@
 
     python benchmarks/calibrated.py --seeds 3
 
-Prints docs/calibrated.md's table. Every student has a folder in runs/calibrated with its `result.json`, so a run that
-was stopped goes on where it stood. The manual shapes are those of recipes/emoji-50.yaml and emoji-25.yaml, and
-training is theirs, in one stage. Seeds change the views, the order of the data and the labels that are drawn.
+Prints docs/calibrated.md's table. Every student has a folder in runs/calibrated with its `result.json`, so a stopped
+benchmark resumes where it left off. The manual shapes are those of recipes/emoji-50.yaml and emoji-25.yaml, with the
+same training in one stage. Seeds change the views, the data order and the labels that are drawn.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from tinyclip.train.setup import start
 
 ROOT = Path(__file__).resolve().parent.parent
 MANUAL = {50: ["vision.width=128", "text.layers=2"], 25: ["vision.width=96", "text.layers=1"]}
-GUESS = {50: 0.54, 25: 0.759}  # target sparsity to try first
-# Name -> settings of the calibration; None is the manual rule.
+GUESS = {50: 0.54, 25: 0.759}  # initial target sparsity
+# Name -> calibration settings; None is the manual rule.
 METHODS: dict[str, dict[str, Any] | None] = {
     "manual": None,
     "calibrated": {},
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def result(options: argparse.Namespace, size: int, method: str, seed: int) -> dict[str, Any]:
-    """Figures of one student, made unless they are there."""
+    """Return one student's figures; create it if they do not exist yet."""
     folder = options.output / f"{size}-{method.replace(', ', '-').replace(' ', '-')}-{seed}"
     if (folder / "result.json").exists():
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
@@ -100,7 +100,8 @@ def result(options: argparse.Namespace, size: int, method: str, seed: int) -> di
 
 
 def recipe_of(folder: Path, seed: int, steps: int) -> Recipe:
-    """One stage with the optimiser and views of recipes/emoji-50.yaml, from the student in `folder`."""
+    """Return a one-stage recipe with the optimiser and views of recipes/emoji-50.yaml, starting from the student in
+    `folder`."""
     data = load_recipe(ROOT / "recipes/emoji-50.yaml").model_dump(mode="json")
     stage = data["stages"][0] | {"name": "only", "start": str(folder / "start"), "student": {}, "steps": steps}
     places = {"teacher": str(ROOT / "assets/emoji-teacher"), "data": str(ROOT / "assets/emoji/train")}
@@ -109,7 +110,7 @@ def recipe_of(folder: Path, seed: int, steps: int) -> Recipe:
 
 
 def calibrated(teacher: Pipeline, recipe: Recipe, how: Calibration, limit: int, target: float) -> CLIP:
-    """The student of just at most `limit` parameters, so that the comparison is fair."""
+    """Return a student with at most `limit` parameters and within 1 % of it, for a fair comparison."""
     model = teacher.model.requires_grad_(False)
     loader = training_loader(
         recipe.data,
@@ -140,7 +141,7 @@ def parameters(config: CLIPConfig) -> int:
 
 
 def accuracy(path: Path) -> float:
-    """Zero-shot top-1 on the emoji held out."""
+    """Return zero-shot top-1 on the held-out emoji."""
     dataset = open_dataset(ROOT / "assets/emoji/eval", ROOT / "assets/emoji/templates.txt")
     return float(zero_shot(load(path), dataset)["acc1"])
 

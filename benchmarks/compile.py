@@ -2,8 +2,8 @@
 
     python benchmarks/compile.py
 
-The two take turns in one process on the same batches, whose texts are 10 to 20 tokens long; printed are the seconds of
-the first step, the median of the others, and the ratio turn by turn. Processor seconds are those of all threads.
+The two alternate in one process on the same batches, with texts of 10 to 20 tokens. Prints the seconds of the first
+step, the median of the others, and the ratio of each turn. Processor seconds are summed over all threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ END = 49407
 
 def trainee(compiled: bool, pairs: int, device: torch.device) -> Trainee:
     torch.manual_seed(0)
-    loss = Loss(affinity=0, contrastive=1)  # no teacher, which is not compiled
+    loss = Loss(affinity=0, contrastive=1)  # no teacher, since it is not compiled
     stage = Stage(name="step", steps=1000, batch_size=pairs, loss=loss, compile=compiled)
     model = CLIP(CLIPConfig.named("TinyCLIP-ViT-40M-32-Text-19M")).to(device).train()
     return Trainee(model, stage, None, clip_tokenizer(), Preprocess(image_size=224), best_precision(device))

@@ -1,9 +1,10 @@
-"""JPEGs decoded whole, and at a reduced scale as `tinyclip embed` decodes them: grey levels of difference, and time.
+"""JPEGs decoded at full size, and at a reduced scale as in `tinyclip embed`: difference in grey levels, and time.
 
     python benchmarks/decoding.py
 
-For each drawn picture: the mean difference of the pixels that a model of 224 pixels gets, by how many pixels of the
-reduced picture are left for one of these (`transforms.DRAFT` is the choice), and the milliseconds from file to pixels.
+For each drawn picture: the mean difference of the pixels that a model with 224 pixels receives, by how many pixels of
+the reduced picture remain for each of them (`transforms.DRAFT` is the value in use), and the milliseconds from file to
+pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def pictures(height: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def pixels(data: bytes, at_least: int | None) -> tuple[np.ndarray, float]:
-    """What the model gets, and the median milliseconds of a few."""
+    """Return the model's input pixels, and the median milliseconds of three runs."""
     times = []
     for _ in range(3):
         start = time.perf_counter()

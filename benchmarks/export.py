@@ -1,11 +1,11 @@
-"""Exports beside PyTorch: size, speed and accuracy of each format, turn by turn in one process.
+"""Exports compared with PyTorch: size, speed and accuracy of each format, alternating in one process.
 
-    python benchmarks/export.py                    # docs/export.md takes --rounds 9, 6 minutes on two cores
+    python benchmarks/export.py                    # docs/export.md uses --rounds 9, 6 minutes on two cores
     python benchmarks/export.py --rounds 3 --no-accuracy
 
-Speed is that of a ViT-40M/32 with random weights, pictures as tensors, captions of about ten words, tokenisation
-counted. Accuracy is that of the shipped emoji student on assets/emoji/eval. Ratios are taken round by round; in
-brackets their least and most.
+Speed is that of a ViT-40M/32 with random weights, pictures as tensors, and captions of about ten words, including
+tokenisation. Accuracy is that of the shipped emoji student on assets/emoji/eval. Ratios are computed per round; their
+minimum and maximum are in brackets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tinyclip.model.model import CLIP
 
 SHAPE = "TinyCLIP-ViT-40M-32-Text-19M"
 EMOJI = Path(__file__).parent.parent / "assets/emoji"
-# Name, folder, runtime, dtype of what is not int8.
+# Name, folder, runtime, dtype of the parts that are not int8.
 WAYS = [
     ("PyTorch, float32", "model", "torch", "float32"),
     ("PyTorch, bfloat16", "model", "torch", "bfloat16"),
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def exports(source: str | Path, folder: Path) -> dict[str, Any]:
-    """Every way's model."""
+    """Return the model of each variant."""
     for to in ("onnx", "openvino"):
         export(source, folder / to, to)
         export(source, folder / f"{to}-int8", to, int8=True, calibration=EMOJI / "train")

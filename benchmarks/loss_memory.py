@@ -1,5 +1,5 @@
-"""Memory and time of the affinity and the contrastive loss with gradients, in tiles, and in whole matrices where
-that fits: `python benchmarks/loss_memory.py` (about two minutes)."""
+"""Memory and time of the affinity and the contrastive loss with gradients, in tiles, and in whole matrices if they fit:
+`python benchmarks/loss_memory.py` (about two minutes)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tinyclip.loss import affinity_loss, contrastive_loss
 
 BATCHES, DIM = (2048, 8192, 32768), 512
-WHOLE_UP_TO = 8192  # beyond it whole matrices take many GB
+WHOLE_UP_TO = 8192  # above this, whole matrices take many GB
 
 
 def whole(si: torch.Tensor, st: torch.Tensor, ti: torch.Tensor, tt: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def tiled(si: torch.Tensor, st: torch.Tensor, ti: torch.Tensor, tt: torch.Tensor
 
 
 def measure(form: str, batch: int) -> None:
-    """Print GB above the features, seconds, and the loss. In a process of its own, since a peak never falls."""
+    """Print GB above the features, seconds, and the loss. Runs in a separate process, since a peak never falls."""
     warm = [F.normalize(torch.randn(64, DIM), dim=1).requires_grad_() for _ in range(4)]
     call = {"whole": whole, "tiled": tiled}[form]
     call(*warm).backward()

@@ -1,9 +1,9 @@
-"""tinyclip beside OpenCLIP and Hugging Face transformers with the same weights, turn by turn in one process.
+"""tinyclip compared with OpenCLIP and Hugging Face transformers with the same weights, alternating in one process.
 
     python benchmarks/performance.py                      # every section, about half an hour on two cores
     python benchmarks/performance.py --only inference --rounds 3
 
-Prints the tables of docs/performance.md. Ratios are taken round by round; in brackets their least and most.
+Prints the tables of docs/performance.md. Ratios are computed per round; their minimum and maximum are in brackets.
 """
 
 from __future__ import annotations

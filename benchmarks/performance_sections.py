@@ -1,4 +1,4 @@
-"""What performance.py measures; a section prints one table."""
+"""The sections of performance.py; each prints one table."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ class Setting:
     folder: Path
     rounds: int
     device: str
-    dtype: torch.dtype  # the fast one here
+    dtype: torch.dtype  # the faster one on this device
 
     def ways(self, name: str) -> list[Way]:
-        """Every library in both precisions; ours in the fast one first, all others are compared with it."""
+        """Return every library in both precisions; ours in the faster one comes first, and the others are compared with
+        it."""
         place = rivals.prepare(CLIPConfig.named(MODELS[name]), self.folder / MODELS[name])
         precisions = list(dict.fromkeys((self.dtype, torch.float32)))
         makers = (rivals.ours, rivals.open_clip, rivals.hugging_face)
@@ -56,7 +57,7 @@ class Setting:
 
 
 def inference(setting: Setting) -> None:
-    """Images, texts and pairs a second; a pair's time is its image's plus its text's."""
+    """Measure images, texts and pairs per second; a pair's time is its image's plus its text's."""
     peak = peak_flops(setting.dtype, setting.device)
     print(f"matrix products of {rivals.name_of(setting.dtype)}: {peak / 1e12:.2f} TFLOP/s measured\n")
     rows = []
@@ -91,7 +92,7 @@ def on(call: Callable[[Any], object], argument: Any) -> Callable[[], object]:
 
 
 def compiled(setting: Setting, batch: int = 64) -> None:
-    """ViT-40M/32 with and without `torch.compile`."""
+    """Measure ViT-40M/32 with and without `torch.compile`."""
     place = rivals.prepare_ours(CLIPConfig.named(MODELS["ViT-40M/32"]), setting.folder / "compiled")
     plain = rivals.ours(place, setting.dtype, setting.device)
     start = time.perf_counter()
@@ -110,7 +111,7 @@ def pair(way: Way, images: Tensor, texts: list[str]) -> Callable[[], object]:
 
 
 def tokenisation(setting: Setting) -> None:
-    """Texts a second into padded token ids."""
+    """Measure texts per second, into padded token ids."""
     from transformers import AutoTokenizer
 
     place = rivals.prepare(CLIPConfig.named(MODELS["ViT-8M/16"]), setting.folder / "tokens")
@@ -143,7 +144,8 @@ class Files(Dataset[Tensor]):
 
 
 def files(setting: Setting, count: int = 256, batch: int = 64) -> None:
-    """JPEGs of a camera's shape to features: reading, decoding, resizing and the image tower of ViT-40M/32."""
+    """Measure from JPEGs with a camera's aspect ratio to features: reading, decoding, resizing and the image tower of
+    ViT-40M/32."""
     paths = make_pictures(setting.folder / "pictures", count)
     ways = {way.name: way for way in setting.ways("ViT-40M/32")}
     fast = rivals.name_of(setting.dtype)
@@ -180,7 +182,7 @@ def speeds(timings: dict[str, Timing], count: int, first: Timing) -> list[list[s
 
 
 def make_pictures(folder: Path, count: int) -> list[Path]:
-    """JPEGs with smooth colours and fine grain, as photos have."""
+    """Write JPEGs with smooth colours and fine grain, as in photos."""
     folder.mkdir(parents=True)
     generator, paths = np.random.default_rng(0), []
     for i in range(count):
@@ -193,11 +195,12 @@ def make_pictures(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-# --- what was cut -----------------------------------------------------------------------------------------------
+# --- pruned models ----------------------------------------------------------------------------------------------
 
 
 def cut(setting: Setting, batch: int = 32) -> None:
-    """A ViT-B/32 that learned masks cut by a half (the reference code's shape), beside the whole and the manual one."""
+    """Compare a ViT-B/32 that learned masks cut in half (the reference code's shape) with the whole and the manual
+    one."""
     shapes = json.loads((GOLDEN / "auto-ViT-B-32.json").read_text())["layout"]
     configs = {name: CLIPConfig.named(MODELS[name]) for name in ("ViT-B/32", "ViT-40M/32")}
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -219,7 +222,8 @@ def cut(setting: Setting, batch: int = 32) -> None:
 
 
 def training(setting: Setting, batch: int = 32) -> None:
-    """A step of ViT-40M/32 under a live ViT-B/32: affinity mimicking, AdamW, captions of about ten words."""
+    """Measure a step of ViT-40M/32 with a live ViT-B/32 teacher: affinity mimicking, AdamW, captions of about ten
+    words."""
     student, teacher = (
         rivals.prepare(CLIPConfig.named(MODELS[name]), setting.folder / f"step-{MODELS[name]}")
         for name in ("ViT-40M/32", "ViT-B/32")
@@ -251,7 +255,7 @@ def training(setting: Setting, batch: int = 32) -> None:
 def our_step(
     student: Path, live: Teacher, pixels: Tensor, tokens: Tensor, precision: str, cached: bool = False, **keys: Any
 ) -> Callable[[], object]:
-    """A step as `tinyclip distill` makes it."""
+    """Return a step as in `tinyclip distill`."""
     stage = Stage(name="step", steps=1000, batch_size=len(pixels), **keys)
     model, tokenizer, looks = load_checkpoint(student / "tinyclip")
     device = live.scale.device
@@ -277,7 +281,8 @@ def their_step(
     dtype: torch.dtype,
     device: str,
 ) -> Callable[[], object]:
-    """The same step by hand, as a user of the library writes it: texts padded to the context, whole matrices."""
+    """Return the same step written by hand, as a user of the library would: texts padded to the context, whole
+    matrices."""
     optimizer = torch.optim.AdamW(student.parameters, lr=1e-4)
     looks = Preprocess(image_size=pixels.shape[-1])
 

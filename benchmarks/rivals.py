@@ -1,4 +1,4 @@
-"""The same weights in tinyclip, OpenCLIP and Hugging Face transformers, behind one small face."""
+"""The same weights in tinyclip, OpenCLIP and Hugging Face transformers, behind one small interface."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ WORDS += ["cat", "bird", "boat", "near", "behind", "under", "with", "and", "the"
 
 @dataclass(frozen=True)
 class Way:
-    """One library in one precision. Ours tokenises within `encode_text`, the others get their tokens ready-made."""
+    """One library in one precision. Ours tokenises within `encode_text`; the others get tokens that are already
+    prepared."""
 
     name: str
     encode_image: Callable[[Tensor], Tensor]  # normalised pixels (n, 3, s, s) in float32
@@ -35,7 +36,7 @@ class Way:
 
 
 def captions(count: int, seed: int = 0) -> list[str]:
-    """Captions of 7 to 13 words."""
+    """Return captions of 7 to 13 words."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(below: int) -> int:
@@ -45,7 +46,7 @@ def captions(count: int, seed: int = 0) -> list[str]:
 
 
 def prepare_ours(config: CLIPConfig, folder: Path) -> Path:
-    """Random weights of this shape."""
+    """Save a model of this shape with random weights."""
     torch.manual_seed(0)
     looks = Preprocess(image_size=config.vision.image_size)
     save_checkpoint(folder / "tinyclip", CLIP(config), clip_tokenizer(), looks)
@@ -53,7 +54,7 @@ def prepare_ours(config: CLIPConfig, folder: Path) -> Path:
 
 
 def prepare(config: CLIPConfig, folder: Path) -> Path:
-    """Random weights of this shape, the same for each library."""
+    """Save a model of this shape with random weights, the same for each library."""
     prepare_ours(config, folder)
     for name in ("open_clip", "hf"):
         convert(folder / "tinyclip", folder / name, name)
@@ -67,7 +68,7 @@ def ours(folder: Path, dtype: Any, device: str = "cpu", **options: Any) -> Way:
 
 
 def openvino(folder: Path, dtype: torch.dtype) -> Way:
-    """Ours on OpenVINO, converted in memory; on processors only."""
+    """Our model on OpenVINO, converted in memory; CPU only."""
     clip = load_encoder(folder / "tinyclip", dtype=dtype, runtime="openvino")
     return Way(f"tinyclip {clip.computing['dtype']} with OpenVINO", clip.encode_image, clip.encode_text)
 
@@ -91,7 +92,7 @@ def open_clip(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Way:
 
 
 def hugging_face(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Way:
-    import_open_clip()  # whose import makes torchvision's absence known, which transformers stumbles over
+    import_open_clip()  # it works around a mismatched torchvision, which breaks transformers
     from transformers import AutoTokenizer, CLIPModel
 
     model: Any = CLIPModel.from_pretrained(folder / "hf").to(device, dtype).eval()  # type: ignore[arg-type]
@@ -117,7 +118,7 @@ def hugging_face(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Way:
 
 @dataclass(frozen=True)
 class Trainable:
-    """A library's model to be trained; `features` takes pixels and tokens and keeps the graph."""
+    """A library's model in training; `features` takes pixels and tokens and keeps the graph."""
 
     parameters: list[torch.nn.Parameter]
     features: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -150,11 +151,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_library: Any = None  # operators live as long as it does
+_library: Any = None  # the operators live as long as this object
 
 
 def import_open_clip() -> Any:
-    """OpenCLIP, also beside a torchvision that was built for another torch and so lacks its operators."""
+    """Import OpenCLIP, even if the installed torchvision was built for another torch and so lacks its operators."""
     global _library
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

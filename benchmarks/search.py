@@ -1,12 +1,13 @@
-"""What a vector index costs and finds: time to build, milliseconds a query, memory, recall, by number of vectors.
+"""Cost and recall of a vector index: time to build, milliseconds per query, memory, recall, by number of vectors.
 
     python benchmarks/search.py --counts 10000 100000                # the table of docs/search.md
     python benchmarks/search.py --counts 1000000 --kinds features    # its largest row
-    python benchmarks/search.py --counts 100000 --sweep              # what the numbers in vectors.py were chosen from
+    python benchmarks/search.py --counts 100000 --sweep              # basis for the settings in vectors.py
 
-Two kinds of vectors. `random` ones have no neighbours worth the name, which is the worst case for a graph. `features`
-are made to be like a CLIP's: few directions that matter (64 of 512), clusters, and queries (the words) that lie beside
-the vectors (the pictures). Exact results come from NumPy in float32. Memory and latency are those of a fresh process.
+There are two kinds of vectors. `random` vectors have no close neighbours, which is the worst case for a graph.
+`features` imitate a CLIP's: few significant directions (64 of 512), clusters, and queries (the texts) that lie apart
+from the vectors (the pictures). Exact results come from NumPy in float32. Memory and latency are measured in a fresh
+process.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 def drawn(kind: str, part: int, count: int, dim: int) -> np.ndarray:
-    """float32 (count, dim), normalised; part -1 are the queries."""
+    """Return float32 (count, dim), normalised; part -1 is the queries."""
     rng = np.random.default_rng((3, part + 1))
     if kind == "random":
         return unit(rng.standard_normal((count, dim)))
@@ -47,14 +48,14 @@ def drawn(kind: str, part: int, count: int, dim: int) -> np.ndarray:
 
 
 def parts(kind: str, count: int, dim: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Keys and vectors, some at once."""
+    """Yield keys and vectors in chunks."""
     for part, start in enumerate(range(0, count, CHUNK)):
         keys = np.arange(start, min(start + CHUNK, count))
         yield keys, drawn(kind, part, CHUNK, dim)[: len(keys)]
 
 
 def nearest(kind: str, count: int, dim: int) -> np.ndarray:
-    """int (QUERIES, BEST): what is nearest indeed."""
+    """Return the true nearest neighbours, int (QUERIES, BEST)."""
     queries = drawn(kind, -1, QUERIES, dim)
     keys, cosines = np.empty((QUERIES, 0), int), np.empty((QUERIES, 0), np.float32)
     for some, rows in parts(kind, count, dim):
@@ -66,7 +67,7 @@ def nearest(kind: str, count: int, dim: int) -> np.ndarray:
 
 
 def build(kind: str, count: int, dim: int, file: Path) -> float:
-    """Seconds to put all in and to write the file."""
+    """Return the seconds to add all vectors and write the file."""
     made, seconds = Vectors(dim), 0.0
     for keys, rows in parts(kind, count, dim):
         start = time.perf_counter()
@@ -78,7 +79,7 @@ def build(kind: str, count: int, dim: int, file: Path) -> float:
 
 
 def asked(kind: str, count: int, dim: int, file: Path, exact: bool) -> dict[str, Any]:
-    """Of a process of its own: milliseconds a query, one by one, memory, and what was found."""
+    """Measured in a separate process: milliseconds per query, one by one, memory, and the keys found."""
     queries = drawn(kind, -1, QUERIES, dim)
     before, start = memory(), time.perf_counter()
     opened = Vectors.open(file, dim)
@@ -94,7 +95,7 @@ def asked(kind: str, count: int, dim: int, file: Path, exact: bool) -> dict[str,
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: its own, and pages of files, which the system takes back when it needs them."""
+    """Return the memory of this process in MB: its own, and file pages, which the system reclaims when needed."""
     lines = Path("/proc/self/status").read_text().splitlines()
     sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith("Rss")}
     return {"own_mb": sizes["RssAnon"], "mapped_mb": sizes["RssFile"]}

@@ -1,4 +1,4 @@
-"""Timing several ways of one thing turn by turn, so that what else the machine does falls on all of them alike."""
+"""Time several alternatives in turn, so that other work on the machine affects them all equally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Timing:
         return statistics.median(self.seconds)
 
     def faster_than(self, other: Timing) -> tuple[float, float, float]:
-        """How many times as fast as the other: median, least and most over the rounds."""
+        """Return the speedup over the other: median, minimum and maximum over the rounds."""
         ratios = sorted(theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True))
         return statistics.median(ratios), ratios[0], ratios[-1]
 
@@ -30,7 +30,8 @@ class Timing:
 
 
 def side_by_side(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.2) -> dict[str, Timing]:
-    """Time every call in turn, `rounds` times, after a warm-up. In a round a call is repeated for about `seconds`."""
+    """Time every call in turn, `rounds` times, after a warm-up. In each round a call is repeated for about
+    `seconds`."""
     repeats = {}
     for name, call in calls.items():
         call()  # compiles, allocates
@@ -64,13 +65,13 @@ def ratio(timing: Timing, other: Timing) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; the first column is text, the others numbers."""
+    """Return a Markdown table; the first column is text, the others numbers."""
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
 
 
 def peak_flops(dtype: torch.dtype, device: str, size: int = 2048, rounds: int = 5) -> float:
-    """Best measured rate of a square matrix product, floating-point operations a second."""
+    """Return the best measured rate of a square matrix product, in floating-point operations per second."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     (timing,) = side_by_side({"product": lambda: a @ b}, rounds).values()
     return 2 * size**3 / min(timing.seconds)

@@ -1,8 +1,9 @@
-"""How long `tinyclip classify` takes from a cold start, without torch and with it, turn by turn.
+"""How long `tinyclip classify` takes from a cold start, without and with torch, alternating.
 
     python benchmarks/start.py
 
-The shipped emoji student as a checkpoint and as exports. Seconds of the whole command, the median and the range.
+Uses the shipped emoji student as a checkpoint and as exports. Prints the seconds of the whole command, median and
+range.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     rows = [
         [name, f"{statistics.median(found[1:]):.2f}", f"{min(found[1:]):.2f} to {max(found[1:]):.2f}"]
-        for name, found in seconds.items()  # the first round fills the file system's cache
+        for name, found in seconds.items()  # the first round fills the file system cache
     ]
     print(table(["", "seconds", "range"], rows))
 

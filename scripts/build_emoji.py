@@ -1,9 +1,9 @@
 """Build the emoji image-text data set under ``assets/emoji``.
 
-Training pictures come from Google Noto, OpenMoji and Microsoft Fluent 3D, evaluation pictures
-from Twemoji, names and keywords from CLDR (through emojibase).  One concept in ten, a concept
-being an emoji with its gender variants, is held out: it is in no training shard and has
-``"subset": "unseen"`` in the evaluation shard.  The same archives, Pillow and zlib give the same bytes.
+Training pictures come from Google Noto, OpenMoji and Microsoft Fluent 3D, evaluation pictures from Twemoji, names and
+keywords from CLDR (through emojibase). A concept is an emoji with its gender variants. One concept in ten is held out:
+it is in no training shard and has ``"subset": "unseen"`` in the evaluation shard. The same archives, Pillow and zlib
+give the same bytes.
 
     python scripts/build_emoji.py --cache DIR --out assets/emoji
 
@@ -29,7 +29,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-SIZE, FILL = 64, 61  # canvas side, and the usual longer side of a drawing on it (as Noto has it)
+SIZE, FILL = 64, 61  # canvas side, and the usual longer side of a drawing on it (as in Noto)
 TRAIN_SHARDS, HELD_OUT, SEED = 4, 0.10, 20240
 TEMPLATES = ("{c}", "a drawing of {c}", "a picture of {c}", "an emoji of {c}", "an icon of {c}")
 # source: (package, archive, sha256 that pins it)
@@ -48,7 +48,7 @@ SOURCES = {
 TRAIN_STYLES, EVAL_STYLE = ("noto", "openmoji", "fluent"), "twemoji"
 FOLDERS = {"noto": "package/img/google/64/", "twemoji": "package/img/twitter/64/",
            "fluent": "package/assets/"}  # fmt: skip
-# Code points, then sequences, that stand for one concept, beyond the gender signs.
+# Code points, then sequences, that stand for the same concept, in addition to the gender signs.
 SAME = {c: group[0] for group in (
     ("1f9d1", "1f468", "1f469"), ("1f9d2", "1f466", "1f467"), ("1f9d3", "1f474", "1f475"),
     ("1fac5", "1f934", "1f478"), ("1fac4", "1f930", "1fac3"), ("1f483", "1f57a"),
@@ -57,7 +57,7 @@ SAME_SEQUENCE = {
     "1f9d1-200d-1f91d-200d-1f9d1": "1f46b", "1f9d1-200d-2764-200d-1f9d1": "1f491",  # couples
     "1f9d1-200d-2764-200d-1f48b-200d-1f9d1": "1f48f",  # kiss
     "1f9d1-200d-1f384": "1f385", "1f936": "1f385"}  # fmt: skip  # Mx Claus, Mrs. Claus
-# Flags equal to a better known one (in Noto by mistake, for Sark): last, so the other is kept.
+# Flags identical to a better known one (Sark's in Noto by mistake): sorted last, so the other is kept.
 BORROWED = {f"flag: {place}" for place in (
     "Bouvet Island", "Ceuta & Melilla", "Clipperton Island", "Diego Garcia", "Sark",
     "U.S. Outlying Islands")}  # fmt: skip
@@ -76,7 +76,7 @@ class Emoji:
 
 
 def archive(cache: Path, source: str) -> Path:
-    """The path of a source's archive, fetched when it is missing, with its checksum checked."""
+    """Return the path of a source's archive; fetch it if it is missing, and check its checksum."""
     package, filename, digest = SOURCES[source]
     path = cache / filename
     if not path.exists():
@@ -93,12 +93,12 @@ def archive(cache: Path, source: str) -> Path:
 
 
 def plain(hexcode: str) -> str:
-    """A hex code in lower case without variation selectors: what the art sets agree on."""
+    """Return a hex code in lower case without variation selectors, the form shared by all emoji sets."""
     return "-".join(c for c in hexcode.lower().split("-") if c != "fe0f")
 
 
 def concept_of(hexcode: str) -> str:
-    """The code of an emoji with gender and direction taken away."""
+    """Return an emoji's code without gender and direction."""
     code = plain(hexcode).removesuffix("-200d-27a1")  # "facing right"
     code = code.removesuffix("-200d-2640").removesuffix("-200d-2642")
     code = "-".join(SAME.get(c, c) for c in code.split("-"))
@@ -106,7 +106,7 @@ def concept_of(hexcode: str) -> str:
 
 
 def read_tar(path: Path, prefix: str) -> dict[str, bytes]:
-    """The files of a tar under ``prefix``, by plain hex code (or file name without suffix)."""
+    """Return the files of a tar under ``prefix``, by plain hex code (or file name without suffix)."""
     files: dict[str, bytes] = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -116,12 +116,12 @@ def read_tar(path: Path, prefix: str) -> dict[str, bytes]:
 
 
 def read_names(path: Path) -> list[Emoji]:
-    """Every emoji that has a CLDR name; no skin tones, no components; names in lower case."""
+    """Return every emoji with a CLDR name, in lower case; no skin tones, no components."""
     records = json.loads(read_tar(path, "package/en/data.json")["data"])
     emojis: dict[str, Emoji] = {}
     for item in sorted(records, key=lambda r: (r["label"] in BORROWED, r.get("order", 0))):
         name, code = item["label"].lower(), item["hexcode"].lower()
-        if item.get("group", 2) == 2:  # 2: components (hair, skin tones); none: letters of flags
+        if item.get("group", 2) == 2:  # 2: components (hair, skin tones); none: flag letters
             continue
         if name in emojis:
             print(f"skipped {code}: the name {name!r} is taken")
@@ -132,7 +132,7 @@ def read_names(path: Path) -> list[Emoji]:
 
 
 def fit(image: Image.Image, reference: int) -> Image.Image:
-    """Put a drawing on the canvas, centred; one smaller than ``reference`` stays smaller."""
+    """Put a drawing centred on the canvas; a drawing smaller than ``reference`` stays smaller."""
     if image.size == (SIZE, SIZE):  # drawn for this canvas
         return image
     image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
@@ -144,7 +144,7 @@ def fit(image: Image.Image, reference: int) -> Image.Image:
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """Lossy WebP with lossy alpha; colours under full transparency are cleared first."""
+    """Encode as lossy WebP with lossy alpha; colours of fully transparent pixels are cleared first."""
     out = io.BytesIO()
     image = image.convert("RGBa").convert("RGBA")
     image.save(out, "WEBP", quality=quality, alpha_quality=60, method=6)
@@ -152,16 +152,16 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 
 def add_pictures(emojis: list[Emoji], style: str, path: Path, quality: int) -> None:
-    """Add a style's pictures out of an npm archive of single files."""
+    """Add a style's pictures from an npm archive of single files."""
     files = read_tar(path, FOLDERS[style])
     for emoji in emojis:
         code = plain(emoji.hexcode)
-        # Fluent's package fills in country and region flags that are not Microsoft's: leave them.
+        # Fluent's package adds country and region flags that are not Microsoft's: skip them.
         flag = code.startswith(("1f1e", "1f1f")) or "-e00" in code
         if code in files and not (style == "fluent" and flag):
             image = Image.open(io.BytesIO(files[code])).convert("RGBA")
             image = fit(image, reference=222)
-            if style == EVAL_STYLE:  # evaluation shows pictures as they are, so they need a background
+            if style == EVAL_STYLE:  # evaluation shows pictures unchanged, so they need a background
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             emoji.pictures[style] = encode(image, quality)
 
@@ -179,13 +179,13 @@ def add_openmoji(emojis: list[Emoji], path: Path, quality: int) -> None:
         if plain(emoji.hexcode) in drawn and font.getlength(emoji.text) == advance:
             canvas = Image.new("RGBA", (480, 480))
             ImageDraw.Draw(canvas).text((85, 85), emoji.text, font=font, embedded_color=True)
-            # Drawn over transparent black, the colours come out multiplied by alpha.
+            # Drawing on transparent black premultiplies the colours by alpha.
             image = Image.frombytes("RGBa", canvas.size, canvas.tobytes()).convert("RGBA")
             emoji.pictures["openmoji"] = encode(fit(image, reference=195), quality)
 
 
 def drop_duplicates(emojis: list[Emoji]) -> Counter[str]:
-    """Keep the first of equal pictures, evaluation's first, and join concepts that share one."""
+    """Keep the first of identical pictures, evaluation pictures first, and merge concepts that share one."""
     dropped: Counter[str] = Counter()
     joined: dict[str, str] = {}
     first: dict[bytes, Emoji] = {}
@@ -208,17 +208,17 @@ def drop_duplicates(emojis: list[Emoji]) -> Counter[str]:
 
 
 def captions_of(emoji: Emoji, rng: random.Random) -> list[str]:
-    """Three to six distinct captions; which templates and keywords is up to ``rng``."""
+    """Return three to six distinct captions; ``rng`` chooses the templates and keywords."""
     subject = emoji.name.replace("flag: ", "the flag of ")
     captions = [emoji.name, *(t.format(c=subject) for t in ["{c}", *rng.sample(TEMPLATES[1:], 2)])]
     captions.append(", ".join([emoji.name, *rng.sample(emoji.tags, min(2, len(emoji.tags)))]))
-    if len(emoji.tags) > 1:  # one keyword alone says too little
+    if len(emoji.tags) > 1:  # a single keyword says too little
         captions.append(", ".join(rng.sample(emoji.tags, min(3, len(emoji.tags)))))
     return list(dict.fromkeys(captions))
 
 
 def sample(emoji: Emoji, style: str, seen: bool) -> list[tuple[str, bytes]]:
-    """A WebDataset sample's two files."""
+    """Return the two files of a WebDataset sample."""
     key = f"{style}-{emoji.hexcode}"
     meta = {"captions": captions_of(emoji, random.Random(f"{SEED}-{key}")), "class": emoji.name,
             "concept": emoji.concept, "style": style, "subset": "seen" if seen else "unseen"}  # fmt: skip
@@ -240,7 +240,7 @@ def write_shard(path: Path, samples: list[list[tuple[str, bytes]]]) -> None:
 
 
 def counts(emojis: list[Emoji], held: set[str], dropped: Counter[str]) -> str:
-    """A Markdown table of what each style gave."""
+    """Return a Markdown table of each style's counts."""
     lines = ["| style | split | seen | held out | duplicates dropped |", "|---|---|--:|--:|--:|"]
     for style in (*TRAIN_STYLES, EVAL_STYLE):
         here = [e.concept in held for e in emojis if style in e.pictures]
@@ -277,7 +277,7 @@ def build(cache: Path, out: Path, quality: int) -> None:
     (out / "templates.txt").write_text("".join(f"{t}\n" for t in TEMPLATES), "utf-8")
 
     table = counts(emojis, held, dropped)
-    page = Path(__file__).parents[1] / "assets/emoji/ATTRIBUTION.md"  # by hand but for the counts
+    page = Path(__file__).parents[1] / "assets/emoji/ATTRIBUTION.md"  # written by hand, except for the counts
     counted = r"(?s)(?<=<!-- counts -->\n).*(?=<!-- end -->)"
     text = re.sub(counted, f"{table}\n", page.read_text("utf-8"))
     (out / "ATTRIBUTION.md").write_text(text, "utf-8")

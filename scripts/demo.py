@@ -1,7 +1,7 @@
-"""`make demo`: the shipped teacher to 50 % and 25 % by rule and by learned masks, two controls from random weights,
-one table and report, and a picture of what the masks kept.
+"""`make demo`: compress the shipped teacher to 50 % and 25 %, by rule and by learned masks, with two controls from
+random weights; write one table, a report, and a picture of what the masks kept.
 
-A run that is finished is not run again; one that was stopped goes on.
+Finished runs are not repeated; stopped ones are resumed.
 """
 
 from __future__ import annotations

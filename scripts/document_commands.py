@@ -1,4 +1,4 @@
-"""Write docs/cli.md, every command with its options; `--check` only says whether it is up to date."""
+"""Write docs/cli.md: every command with its options; `--check` only checks whether it is up to date."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ behind an apostrophe.
 
 
 def commands(group: Any, name: str, panel: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every command under a group: its help panel and its full name."""
+    """Yield every command in a group: its help panel, its full name and the command."""
     for key, command in group.commands.items():
         own = panel or command.rich_help_panel
         if hasattr(command, "commands"):

@@ -1,4 +1,4 @@
-"""Write the tables of every recipe key into docs/recipes.md; `--check` only says whether they are up to date."""
+"""Write the tables of every recipe key into docs/recipes.md; `--check` only checks whether they are up to date."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 
 def shown(default: Any) -> str:
-    """A default as one would write it in YAML."""
+    """Return a default as written in YAML."""
     if default is PydanticUndefined:
         return "required"
     if isinstance(default, BaseModel):

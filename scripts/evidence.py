@@ -1,11 +1,11 @@
-"""The evidence on the emoji data: runs the recipes of recipes/evidence with several seeds and writes docs/evidence.md.
+"""The evidence on the emoji data: run the recipes in recipes/evidence with several seeds and write docs/evidence.md.
 
     python scripts/evidence.py                    run what is not finished, then write the page
-    python scripts/evidence.py --only manual-50   these recipes alone (and those that they start from)
-    python scripts/evidence.py --page             only write the page, from the runs that are there
-    python scripts/evidence.py --check            only say whether the page is what docs/evidence.json gives
+    python scripts/evidence.py --only manual-50   run only these recipes (and those that they start from)
+    python scripts/evidence.py --page             only write the page, from existing runs
+    python scripts/evidence.py --check            only check whether the page matches docs/evidence.json
 
-A finished run is not run again and a stopped one goes on. Figures of runs whose folders are gone stay in
+Finished runs are not repeated and stopped ones are resumed. Figures of runs whose folders are gone stay in
 docs/evidence.json.
 """
 
@@ -28,9 +28,9 @@ from tinyclip.train.resume import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-FIRST_SEED = "/seed-0"  # in the recipes' output and start; other seeds take its place
+FIRST_SEED = "/seed-0"  # in the recipes' output and start; replaced by the other seeds
 
-# The most important first, and what others start from before them.
+# Most important first, but after the recipes that they start from.
 NAMES = (
     "manual-50",
     "contrastive-50",
@@ -53,7 +53,7 @@ NAMES = (
 
 
 def recipe_of(name: str, seed: int) -> Recipe:
-    """The committed recipe with another seed, output, and start where that is another run of the evidence."""
+    """Return the committed recipe with another seed and output, and another start if that is a run of the evidence."""
     path = ROOT / "recipes" / "evidence" / f"{name}.yaml"
     recipe = load_recipe(path, [f"seed={seed}"])
     changed = [f"output={recipe.output.replace(FIRST_SEED, f'/seed-{seed}')}", f"seed={seed}"]
@@ -63,7 +63,7 @@ def recipe_of(name: str, seed: int) -> Recipe:
 
 
 def needs(name: str) -> list[str]:
-    """Names of the runs that a recipe starts from."""
+    """Return the names of the runs that a recipe starts from."""
     starts = [Path(stage.start) for stage in recipe_of(name, 0).stages]
     return [start.parent.parent.name for start in starts if start.is_relative_to("runs/evidence")]
 
@@ -73,7 +73,7 @@ def finished(name: str, seed: int) -> bool:
 
 
 def run_one(name: str, seed: int) -> None:
-    """Run one recipe with one seed in this process, or go on with it."""
+    """Run one recipe with one seed in this process, or resume it."""
     import torch
 
     from tinyclip.train import loop
@@ -84,7 +84,7 @@ def run_one(name: str, seed: int) -> None:
     assert recipe.evaluation is not None, "tests/test_evidence.py holds this"
     folder = Path(recipe.output)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # the script may be running twice, with other recipes
+    with FileLock(f"{folder}.lock"):  # the script may also be running elsewhere, with other recipes
         if finished(name, seed):
             return
         run = loop.start(recipe, resume=(folder / "recipe.yaml").exists())
@@ -93,12 +93,12 @@ def run_one(name: str, seed: int) -> None:
 
 
 def run_all(names: list[str], seeds: list[int], jobs: int) -> list[str]:
-    """Run every recipe with every seed in processes of their own; returns those that failed."""
+    """Run every recipe with every seed in separate processes; return those that failed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done: dict[tuple[str, int], Future[bool]] = {}
 
     def one(name: str, seed: int) -> bool:
-        # What a run starts from was given to the pool before it, so this waits for something that runs.
+        # A run's starting runs were submitted before it, so this never waits for one that is still queued.
         if not all(done[before, seed].result() for before in needs(name) if (before, seed) in done):
             return False
         if finished(name, seed):
@@ -112,7 +112,7 @@ def run_all(names: list[str], seeds: list[int], jobs: int) -> list[str]:
                 done[name, seed] = pool.submit(one, name, seed)
         try:
             return [f"{name}, seed {seed}" for (name, seed), future in done.items() if not future.result()]
-        except KeyboardInterrupt:  # the runs that are under way got it too, and save
+        except KeyboardInterrupt:  # the active runs got it too, and save their state
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -121,7 +121,7 @@ def run_all(names: list[str], seeds: list[int], jobs: int) -> list[str]:
 
 
 def collect(seeds: list[int]) -> evidence_page.Results:
-    """The committed results with those of every finished run that is here."""
+    """Return the committed results, updated with every finished run found here."""
     results: evidence_page.Results = json.loads((DOCS / "evidence.json").read_text(encoding="utf-8"))
     for name in NAMES:
         for seed in seeds:
@@ -133,13 +133,13 @@ def collect(seeds: list[int]) -> evidence_page.Results:
 
 
 def targets() -> dict[str, float]:
-    """Target sparsity of each recipe that learns masks."""
+    """Return the target sparsity of each recipe that learns masks."""
     autos = {name: recipe_of(name, 0).stages[-1].auto for name in NAMES}
     return {name: float(str(auto.target_sparsity)) for name, auto in autos.items() if auto}
 
 
 def page_of(results: evidence_page.Results) -> str:
-    """docs/evidence.md with the parts that these results give."""
+    """Return docs/evidence.md with the parts generated from these results."""
     page = (DOCS / "evidence.md").read_text(encoding="utf-8")
     batch_size = recipe_of(NAMES[0], 0).stages[0].batch_size
     return evidence_page.filled(page, evidence_page.parts(results, batch_size, targets()))

@@ -1,4 +1,4 @@
-"""Figures, tables and verdicts of docs/evidence.md, from what the runs of `evidence.py` recorded."""
+"""Figures, tables and verdicts of docs/evidence.md, from the results recorded by the runs of `evidence.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinyclip.model.config import CLIPConfig
 from tinyclip.model.costs import macs
 from tinyclip.report.html import COLOURS
 
-Curve = Sequence[tuple[float, float]]  # (pairs seen, top-1 in percent), pairs rising
+Curve = Sequence[tuple[float, float]]  # (pairs seen, top-1 in percent), in order of pairs
 Results = dict[str, Any]  # {"runs": {name: {seed: record}}, "teacher": record}
 START, END = "<!-- {}: scripts/evidence.py -->", "<!-- end of {} -->"
 REFERENCE = "manual-50"
@@ -25,10 +25,10 @@ REFERENCE = "manual-50"
 
 @dataclass(frozen=True)
 class Section:
-    """A comparison: rows of one table, the first being what the others are compared with."""
+    """A comparison: the rows of a table; the first row is the baseline."""
 
     key: str
-    rows: dict[str, str]  # name of the run -> what it is, in words
+    rows: dict[str, str]  # name of the run -> description
 
 
 SECTIONS = (
@@ -59,13 +59,13 @@ SECTIONS = (
 )
 
 
-# --- what a run says --------------------------------------------------------------------------------------------
+# --- results of a run -------------------------------------------------------------------------------------------
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """The figures of a finished run of one stage.
+    """Return the figures of a finished one-stage run.
 
-    `acc1` and the like are fractions; `curve` has (step, acc1) of each evaluation; `params` is without the token
+    `acc1` and similar are fractions; `curve` has (step, acc1) of each evaluation; `params` excludes the token
     embedding; `removed` is the sparsity of an auto stage at its cut.
     """
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -81,7 +81,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def teacher_record(folder: Path) -> dict[str, Any]:
-    """The shipped teacher's size and result, and the curve of its own training, in pairs of 256 a step."""
+    """Return the shipped teacher's size and results, and the curve of its own training, with 256 pairs per step."""
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     events = [event for event in map(json.loads, lines) if event["event"] == "evaluation"]
@@ -91,7 +91,7 @@ def teacher_record(folder: Path) -> dict[str, Any]:
 
 
 def size(config: CLIPConfig) -> dict[str, int]:
-    """`params` without the token embedding, and `macs` of one picture and one text of full context."""
+    """Return `params` without the token embedding, and `macs` for one picture and one text of full context length."""
     counts = count_parameters(axis_table(config))
     return {"params": counts["image"] + counts["text"], "macs": sum(macs(config).values())}
 
@@ -100,17 +100,19 @@ def size(config: CLIPConfig) -> dict[str, int]:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, 0 for a single value."""
+    """Return mean and sample standard deviation; the latter is 0 for a single value."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def differences(records: dict[str, Any], reference: dict[str, Any]) -> list[float]:
-    """Points of top-1 between runs of one seed, which saw the same data in the same order and views."""
+    """Return top-1 differences in points between runs with the same seed, which saw the same data in the same order and
+    views."""
     return [100 * (records[seed]["acc1"] - reference[seed]["acc1"]) for seed in records if seed in reference]
 
 
 def verdict(differences: Sequence[float]) -> str:
-    """`better` or `worse` where every seed agrees and the mean exceeds the standard deviation; not from one seed."""
+    """Return `better` or `worse` if every seed agrees and the mean exceeds the standard deviation; needs more than one
+    seed."""
     middle, spread = mean_and_spread(differences)
     if len(differences) < 2:
         return "one seed only"
@@ -120,9 +122,10 @@ def verdict(differences: Sequence[float]) -> str:
 
 
 def reached(curve: Curve, accuracy: float) -> float | None:
-    """Pairs after which a curve first has an accuracy, between evaluations by a straight line; None: never.
+    """Return the pairs at which a curve first reaches an accuracy, interpolated linearly between evaluations; None:
+    never.
 
-    Before its first evaluation nothing is known, so the first one counts whole.
+    Nothing is known before the first evaluation, so an accuracy reached there counts from that evaluation.
     """
     before: tuple[float, float] | None = None
     for pairs, value in curve:
@@ -135,8 +138,8 @@ def reached(curve: Curve, accuracy: float) -> float | None:
 
 
 def times_fewer(fast: Curve, slow: Curve, accuracy: float) -> str:
-    """How many times fewer pairs the fast one takes to an accuracy; with > where the slow one never got there, and <
-    where it was there at its first evaluation, so perhaps before."""
+    """Return how many times fewer pairs the fast one needs for an accuracy; with > if the slow one never reached it,
+    and < if the slow one had it at its first evaluation, so perhaps earlier."""
     mine, other = reached(fast, accuracy), reached(slow, accuracy)
     if mine is None:
         return "-"
@@ -146,14 +149,14 @@ def times_fewer(fast: Curve, slow: Curve, accuracy: float) -> str:
 
 
 def mean_curve(records: Iterable[dict[str, Any]], batch_size: int) -> list[tuple[float, float]]:
-    """Mean over seeds of top-1 in percent at each evaluation, over pairs seen."""
+    """Return the mean over seeds of top-1 in percent at each evaluation, by pairs seen."""
     curves = [record["curve"] for record in records]
     points = zip(*curves, strict=True)
     return [(batch_size * seeds[0][0], 100 * mean(value for _, value in seeds)) for seeds in points]
 
 
 def to_json(results: Results) -> str:
-    """The results with a line a recipe, so that a change shows which."""
+    """Return the results as JSON with one line per recipe, so that a diff shows which one changed."""
     runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(seeds)}" for name, seeds in results["runs"].items())
     return f'{{"teacher": {json.dumps(results["teacher"])},\n"runs": {{\n{runs}\n}}}}\n'
 
@@ -167,7 +170,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def section_table(section: Section, results: Results) -> str:
-    """One row a run that has results; the first row is what the others are compared with."""
+    """Return a table with one row per run that has results; the first row is the baseline."""
     runs, rows = results["runs"], []
     teacher = results["teacher"]
     first = next(iter(section.rows))
@@ -203,7 +206,7 @@ def plus_minus(values: Sequence[float], sign: str = "") -> str:
 
 
 def fewer_table(results: Results, batch_size: int) -> str:
-    """Pairs to the accuracies that the inherited start passes, and how many times more the others take."""
+    """Return the pairs to each accuracy that the inherited start passes, and how many times more the others need."""
     runs = results["runs"]
     if not runs.get(REFERENCE):
         return "not run"
@@ -228,7 +231,7 @@ def fewer_table(results: Results, batch_size: int) -> str:
 
 
 def cut_table(results: Results, targets: dict[str, float]) -> str:
-    """Where learned masks landed: target, and what they removed with each seed."""
+    """Return the table of learned masks: the target, and the sparsity reached with each seed."""
     rows = []
     for name, target in targets.items():
         removed = [100 * record["removed"] for record in results["runs"].get(name, {}).values()]
@@ -241,10 +244,10 @@ def cut_table(results: Results, targets: dict[str, float]) -> str:
 
 
 def filled(page: str, parts: dict[str, str]) -> str:
-    """The page with each part between its markers replaced.
+    """Return the page with each part between its markers replaced.
 
     Raises:
-        ValueError: for a part whose markers the page lacks.
+        ValueError: if the page lacks the markers of a part.
     """
     for key, text in parts.items():
         start, end = START.format(key), END.format(key)
@@ -256,7 +259,7 @@ def filled(page: str, parts: dict[str, str]) -> str:
 
 
 def parts(results: Results, batch_size: int, targets: dict[str, float]) -> dict[str, str]:
-    """Every generated part of the page by its marker."""
+    """Return every generated part of the page by its marker."""
     tables = {section.key: section_table(section, results) for section in SECTIONS}
     return tables | {"fewer": fewer_table(results, batch_size), "cuts": cut_table(results, targets)}
 
@@ -265,13 +268,13 @@ def parts(results: Results, batch_size: int, targets: dict[str, float]) -> dict[
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As SVG that is the same for the same results."""
+    """Save as SVG; the same results give the same file."""
     with rc_context({"svg.hashsalt": "evidence"}):
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def overview_figure(results: Results) -> Figure:
-    """Every run's top-1, a dot a seed and a bar at the mean, grouped by comparison."""
+    """Plot the top-1 of every run, one dot per seed and a bar at the mean, grouped by comparison."""
     sections = [s for s in SECTIONS if any(results["runs"].get(name) for name in s.rows)]
     heights = [sum(bool(results["runs"].get(name)) for name in s.rows) for s in sections]
     figure = Figure(figsize=(8, 0.7 + 0.32 * sum(heights) + 0.25 * len(heights)), layout="constrained")
@@ -291,7 +294,7 @@ def overview_figure(results: Results) -> Figure:
 
 
 def curve_figure(results: Results, batch_size: int) -> Figure:
-    """Top-1 over pairs seen: inherited, random, and the teacher's own training."""
+    """Plot top-1 by pairs seen: inherited, random, and the teacher's own training."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     teacher = results["teacher"]["curve"]

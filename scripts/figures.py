@@ -31,7 +31,7 @@ def arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], colour
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A white sheet with a unit of one tenth of an inch."""
+    """Return a white canvas whose unit is a tenth of an inch."""
     figure = Figure(figsize=(width / 10, height / 10), facecolor="white")
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, width), ylim=(0, height))
@@ -40,7 +40,7 @@ def canvas(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def inheritance() -> Figure:
-    """Which part of a matrix, and which blocks, the manual rule keeps."""
+    """Draw which part of a matrix, and which blocks, the manual rule keeps."""
     figure, ax = canvas(82, 35)
     ax.text(16, 32.5, "Image tower: thinner", ha="center", weight="bold")
     cells, kept, size = 12, 8, 1.6
@@ -72,7 +72,7 @@ def inheritance() -> Figure:
 
 
 def affinity() -> Figure:
-    """Softmax over texts of teacher and student, and what is compared."""
+    """Draw the softmax over texts of teacher and student, and what is compared."""
     figure, ax = canvas(82, 34)
     pictures = ["fox", "wolf", "apple", "bike"]
     teacher = np.array([[8.0, 6.2, 1, 0], [6.4, 7.6, 0, 1], [1, 0, 8, 2], [0, 1, 2, 9]])
@@ -98,7 +98,7 @@ def affinity() -> Figure:
 
 
 def stages() -> Figure:
-    """A quarter of the teacher goes in each stage, and the teacher stays the same."""
+    """Draw the stages: each removes a quarter of the teacher, and the teacher stays the same."""
     figure, ax = canvas(82, 32)
     sides = [(100, 4.0), (75, 24.5), (50, 44.0), (25, 63.0)]
     box(ax, 4, 24.5, 74, 4, BLUE)
@@ -117,7 +117,8 @@ def stages() -> Figure:
 
 
 def layers() -> list[list[str]]:
-    """The rooms, top first, from the contract that import-linter holds: rooms of one layer do not know each other."""
+    """Return the subpackages by layer, top first, from import-linter's contract; those in the same layer do not import
+    each other."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = settings["tool"]["importlinter"]["contracts"]
     (found,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
@@ -125,7 +126,7 @@ def layers() -> list[list[str]]:
 
 
 def purpose(room: str) -> str:
-    """The first sentence of a room's docstring."""
+    """Return the first sentence of a subpackage's docstring."""
     place = ROOT / "src" / "tinyclip" / room
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
@@ -133,7 +134,7 @@ def purpose(room: str) -> str:
 
 
 def rooms() -> Figure:
-    """Who may import whom: everything may import what is below it."""
+    """Draw who may import whom: each may import what is below it."""
     found = [layer for layer in layers() if layer not in (["__main__"], ["version"])]
     height, width, gap = 6.4, 104, 0.9
     figure, ax = canvas(width, height * len(found) + 3)

@@ -1,10 +1,10 @@
-"""What a step of a stage would cost on 1 to 1,024 GPUs, by reasoning: nothing here is measured.
+"""Estimate the cost of a training step on 1 to 1,024 GPUs; nothing is measured.
 
     python scripts/scaling.py recipes/vit-b-32-manual.yaml --stage 1
 
-Compute: FLOPs of the towers (`tinyclip plan`'s) and of the loss, each at a sustained speed. Exchange: bytes over the
-slowest link of a ring, and a latency for every collective operation. Gradients travel while the backward pass of the
-towers still runs, all else waits.
+Compute: FLOPs of the towers (as in `tinyclip plan`) and of the loss, each at a sustained speed. Communication: bytes
+over the slowest link of a ring, and a latency for every collective operation. Gradients are sent while the towers'
+backward pass is still running; everything else waits.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from tinyclip.recipe.recipe import load_recipe
 from tinyclip.train.plan import stage_shapes, step_macs, teacher_config
 
 GPUS = (1, 8, 32, 128, 512, 1024)
-BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends at once
-OVERLAP = 0.5  # of the towers' time is backward pass of the student, under which gradients travel
+BUCKET = 25 * 2**20  # gradient bytes that DistributedDataParallel sends at once
+OVERLAP = 0.5  # part of the towers' time that is the student's backward pass, which overlaps with sending gradients
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Assumed speeds, sustained, of one GPU."""
+    """Assumed sustained speeds per GPU."""
 
-    tflops: float  # of the towers, bfloat16
-    loss_tflops: float  # of the loss, float32
+    tflops: float  # towers, bfloat16
+    loss_tflops: float  # loss, float32
     node: float  # GB/s between GPUs of a node
-    network: float  # GB/s of a GPU's share of the network
-    latency_us: float  # a collective, for each doubling of the GPUs
+    network: float  # GB/s of network per GPU
+    latency_us: float  # per collective operation and doubling of the GPUs
     gpus_per_node: int = 8
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage asks for."""
+    """What a stage needs."""
 
-    macs: int  # a pair, forward and backward of the student and forward of the teacher
+    macs: int  # per pair: forward and backward of the student, forward of the teacher
     parameters: int  # trained
-    embed_dims: tuple[int, int]  # of student and teacher
+    embed_dims: tuple[int, int]  # (student, teacher)
 
 
 def work_of(path: str, index: int) -> Work:
@@ -54,7 +54,7 @@ def work_of(path: str, index: int) -> Work:
 
 
 def step(work: Work, machine: Machine, gpus: int, batch: int) -> dict[str, float]:
-    """Seconds by part of one step of `batch` pairs on `gpus`, and the megabytes that each sends for it."""
+    """Return the seconds by part for one step of `batch` pairs on `gpus`, and the megabytes that each GPU sends."""
     ours, theirs = work.embed_dims
     link = machine.node if gpus <= machine.gpus_per_node else machine.network
     others = (gpus - 1) / gpus
@@ -73,7 +73,7 @@ def step(work: Work, machine: Machine, gpus: int, batch: int) -> dict[str, float
 
 
 def table(work: Work, machine: Machine, batch: int, weak: bool) -> list[dict[str, float]]:
-    """A row for each number of GPUs; `efficiency` counts from one GPU."""
+    """Return a row for each number of GPUs; `efficiency` is relative to one GPU."""
     rows: list[dict[str, float]] = []
     for gpus in GPUS:
         pairs = batch * gpus if weak else batch

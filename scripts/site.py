@@ -1,4 +1,4 @@
-"""Hook of MkDocs: links of a page to files outside docs/, which the site does not have, become words."""
+"""MkDocs hook: replace links to files outside docs/, which are not on the site, with plain text."""
 
 from __future__ import annotations
 

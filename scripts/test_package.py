@@ -1,6 +1,6 @@
 """Build sdist and wheel, install the wheel into an empty environment, and use it there. Run by `make test-package`.
 
-python scripts/test_package.py [--keep FOLDER]     FOLDER: leave both files there
+python scripts/test_package.py [--keep FOLDER]     FOLDER: keep both files there
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WHEEL = (  # what must be in it beside the modules
+WHEEL = (  # what it must contain besides the modules
     *("tinyclip/py.typed", "tinyclip/vocabulary/clip_merges.txt.xz", "tinyclip/models/emoji-student/model.safetensors"),
     *("tinyclip/models/emoji-student/README.md", "licenses/LICENSE", "licenses/NOTICE", "entry_points.txt"),
 )
@@ -66,19 +66,19 @@ def check_wheel(wheel: Path, python: Path) -> None:
 
 
 def check_sdist(sdist: Path) -> None:
-    """Everything that is tracked is in it, the tests and what they read included."""
+    """Check that it contains everything tracked, including the tests and their files."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True)
-    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}  # none, where there is no git
+    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}  # empty without git
     assert tracked <= names, f"{sdist.name} lacks {sorted(tracked - names)[:10]}"
     extra = [name for name in names if name.endswith((".pyc", ".tar", ".tar.idx"))]
     assert not extra, f"{sdist.name} has {extra[:10]}"
 
 
 def use(binaries: Path, place: Path) -> None:
-    """The commands of a new user, in an empty folder."""
+    """Run a new user's commands in an empty folder."""
     empty = place / "empty"
     empty.mkdir()
     picture = red_apple(empty)
@@ -101,7 +101,7 @@ def use(binaries: Path, place: Path) -> None:
 
 
 def red_apple(folder: Path) -> Path:
-    """A drawing that no model was trained on."""
+    """Return a drawing that no model was trained on."""
     with tarfile.open(ROOT / "assets/emoji/eval/shard-00000.tar.gz") as shard:
         members = {member.name: member for member in shard}
         for name, member in members.items():
@@ -113,7 +113,7 @@ def red_apple(folder: Path) -> Path:
 
 
 def environment(folder: Path, what: str) -> Path:
-    """A new virtual environment with `what` installed; returns its folder of programs."""
+    """Return the `bin` folder of a new virtual environment with `what` installed."""
     venv.create(folder, with_pip=True)
     options = ("--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt"))
     run(folder / "bin" / "python", "-m", "pip", "install", *options, what)
@@ -121,7 +121,7 @@ def environment(folder: Path, what: str) -> Path:
 
 
 def constrained() -> dict[str, str]:
-    """So that what builds the package is pinned too."""
+    """Return an environment that also pins the build requirements."""
     return os.environ | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
 
 

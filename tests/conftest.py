@@ -13,14 +13,14 @@ import torch
 
 from tests.helpers.models import ROOT, small_config
 from tests.helpers.quick import quick
-from tinyclip import __main__  # noqa: F401  (which takes SIGINT for itself, so before the line on SIGINT below)
+from tinyclip import __main__  # noqa: F401  (installs its SIGINT handler, so it must precede the SIGINT line below)
 from tinyclip.model.model import CLIP
 
 quick()
-# So that processes of tests, and the server that forks them, find the package `tests` wherever they begin.
+# So that test processes, and the server that forks them, find the package `tests` from any working directory.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-torch.set_num_threads(1)  # for models this small a second thread only costs
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
+torch.set_num_threads(1)  # for models this small a second thread only slows things down
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with SIGINT ignored
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def small_model() -> CLIP:
 
 @pytest.fixture(scope="session")
 def others() -> Iterator[Callable[[str], ModuleType]]:
-    """Imports other people's packages, also where the installed torchvision was built for another torch and so
-    lacks its operators."""
+    """Import third-party packages, even if the installed torchvision was built for another torch and so lacks its
+    operators."""
     library = None
 
     def load(name: str) -> ModuleType:
@@ -49,4 +49,4 @@ def others() -> Iterator[Callable[[str], ModuleType]]:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     yield load
-    del library  # the operators live as long as this
+    del library  # the operators live as long as this object

@@ -1,4 +1,4 @@
-"""`tinyclip.clip` in the place of OpenAI's package."""
+"""`tinyclip.clip` as a replacement for OpenAI's package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tinyclip.model.config import CLIPConfig, vit_clip
 from tinyclip.model.model import cast
 from tinyclip.zoo.convert import convert
 
-# The README of openai/CLIP, "Usage", but for the name of the package.
+# The README of openai/CLIP, "Usage", except for the package name.
 README = """
 import torch
 import tinyclip.clip as clip
@@ -55,7 +55,7 @@ def config(**changes: Any) -> CLIPConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`ViT-B-32.pt` as OpenAI lays it out, the same model as `hf`, a picture; `reduced` has another vocabulary."""
+    """`ViT-B-32.pt` in OpenAI's layout, the same model as `hf`, a picture; `reduced` has another vocabulary."""
     folder = tmp_path_factory.mktemp("clip")
     state = random_model(config(), dtype=torch.float32).state_dict()
     torch.save(state | {"input_resolution": torch.tensor(32)}, folder / "ViT-B-32.pt")
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def openai(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server that has a small model in the place of OpenAI's ViT-B/32."""
+    """A server with a small model in place of OpenAI's ViT-B/32."""
     data = (folder / "ViT-B-32.pt").read_bytes()
     with serving() as running:
         running.files["ViT-B-32.pt"] = data
@@ -116,7 +116,7 @@ def test_the_model_has_what_code_for_openais_reads(folder: Path) -> None:
     model, preprocess = clip.load(str(folder / "ViT-B-32.pt"), device="cpu")
     assert (model.visual.input_resolution, model.context_length, model.vocab_size) == (32, 77, 49408)
     assert (model.dtype, model.training, model.logit_scale.shape) == (torch.float32, False, ())
-    assert all(parameter.requires_grad for parameter in model.parameters())  # theirs can be trained on
+    assert all(parameter.requires_grad for parameter in model.parameters())  # OpenAI's models can be trained further
     assert model.state_dict().keys() == torch.load(folder / "ViT-B-32.pt").keys() - {"input_resolution"}
     assert preprocess(Image.open(folder / "CLIP.png")).shape == (3, 32, 32)
     resnet = random_resnet(resnet_config())
@@ -130,7 +130,7 @@ def test_features_come_in_the_models_dtype(dtype: torch.dtype, folder: Path) -> 
     text = clip.tokenize(["a dog", "a cat sits there"])
     with torch.no_grad():
         expected = model(image, text)[0]
-        for half in (cast(model, dtype), model.to(dtype)):  # as on CUDA; then all of it, as `model.half()`
+        for half in (cast(model, dtype), model.to(dtype)):  # as on CUDA; then the whole model, with `model.half()`
             assert half.dtype == half.encode_image(image).dtype == half.encode_text(text).dtype == dtype
             logits, transposed = half(image, text)
             torch.testing.assert_close(logits.float(), expected, atol=0.3, rtol=0.1)
@@ -148,7 +148,7 @@ def test_tokens_are_openais() -> None:
 
 
 def test_a_text_that_is_too_long_is_openais_error() -> None:
-    text = "a dog " * 38  # 76 tokens: with start and end one too many
+    text = "a dog " * 38  # 76 tokens: one too many once start and end are added
     with pytest.raises(RuntimeError, match=r"Input a dog .* is too long for context length 77"):
         clip.tokenize(["short", text])
     assert clip.tokenize(text, truncate=True)[0, -1] == 49407

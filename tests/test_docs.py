@@ -1,4 +1,4 @@
-"""Every snippet of the README and the docs runs, in a folder that holds what it names."""
+"""Every snippet of the README and the docs runs, in a folder with the files it names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small checkpoints in the layouts of others."""
+    """Small checkpoints in the layouts of other projects."""
     folder = tmp_path_factory.mktemp("foreign")
     model = CLIP(vit_clip(24, (2, 64), (2, 64), 16, image_size=32))
     state = model.state_dict()
@@ -45,7 +45,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The assets with a part of the emoji, since some pages judge models on all of them."""
+    """The assets with a subset of the emoji, since some pages evaluate models on all of them."""
     folder = tmp_path_factory.mktemp("assets")
     (folder / "emoji").mkdir()
     for path in (ROOT / "assets").iterdir():
@@ -60,12 +60,12 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _cut(shard: Path, folder: Path, count: int) -> list[str]:
-    """Write the first samples of a shard, a picture and a JSON each, into a folder; their classes."""
+    """Write the first samples of a shard into a folder, a picture and a JSON each; return their classes."""
     folder.mkdir()
     classes = {}
     with tarfile.open(shard) as source, tarfile.open(folder / shard.name, "w:gz") as target:
         for number, member in enumerate(source.getmembers()):
-            if number >= 2 * count and not member.name.startswith("twemoji-1f436."):  # which a page names
+            if number >= 2 * count and not member.name.startswith("twemoji-1f436."):  # a page names this file
                 continue
             data = source.extractfile(member).read()  # type: ignore[union-attr]
             target.addfile(member, io.BytesIO(data))
@@ -76,7 +76,7 @@ def _cut(shard: Path, folder: Path, count: int) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, foreign: Path, assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The repository as a reader has it, with small data and recipes of two steps."""
+    """The repository as a reader sees it, with small data and two-step recipes."""
     (tmp_path / "assets").symlink_to(assets)
     (tmp_path / "recipes").mkdir()
     for path in (ROOT / "recipes").glob("*.yaml"):
@@ -98,7 +98,7 @@ def workplace(tmp_path: Path, foreign: Path, assets: Path, monkeypatch: pytest.M
 
 def shorten_recipe(source: Path, target: Path) -> None:
     recipe = yaml.safe_load(source.read_text())
-    if not recipe["data"].startswith("assets") and "teacher_shape" in recipe:  # pages plan it or smoke it
+    if not recipe["data"].startswith("assets") and "teacher_shape" in recipe:  # pages plan it or dry-run it
         shutil.copy(source, target)
         return
     recipe.pop("evaluation", None)
@@ -119,14 +119,14 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
         if language == "python":
             (workplace / "snippet.py").write_text(code)
             found = runpy.run_path("snippet.py", init_globals=names, run_name="__main__")
-            names = found if page.name == "own-loop.md" else {}  # one program in parts
+            names = found if page.name == "own-loop.md" else {}  # one program in several snippets
         elif language == "yaml":
             (workplace / "full.yaml").write_text(code)
             shorten_recipe(workplace / "full.yaml", workplace / "recipe.yaml")
         elif language == "bash":
             for line in code.splitlines():
                 assert line.startswith("tinyclip "), f"{page.name}: a command that no test runs: {line}"
-                if "distill recipes/emoji-25" in line:  # goes on from the other recipe
+                if "distill recipes/emoji-25" in line:  # continues from the other recipe
                     tinyclip("distill", "recipes/emoji-50.yaml")
                 tinyclip(*shlex.split(line)[1:])
         else:

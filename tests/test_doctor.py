@@ -1,4 +1,4 @@
-"""`tinyclip doctor`, and what the shell completes."""
+"""`tinyclip doctor`, and shell completion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinyclip.cli.main import main
 
 @pytest.fixture
 def requirements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the installed tinyclip says that it needs; a test may add to it."""
+    """The declared requirements of the installed tinyclip; a test may add to them."""
     said = ["numpy>=2.0", "torch>=2.6", 'trackio>=0.20; extra == "tracking"', 'pytest>=8; extra == "dev"']
     monkeypatch.setattr(metadata, "requires", lambda name: said)
     return said
@@ -151,7 +151,7 @@ def test_the_command_prints_a_table_or_json_and_its_exit_code_tells(
 
 
 def completed(*words: str) -> list[str]:
-    """What bash would offer for the last word, and that no torch was loaded for it."""
+    """Return what bash would suggest for the last word; assert that torch was not loaded for it."""
     code = "import sys; from tinyclip.cli.main import app; import atexit; "
     code += "atexit.register(lambda: 'torch' in sys.modules and print('torch was loaded')); app(prog_name='tinyclip')"
     line = " ".join(("tinyclip", *words))

@@ -1,4 +1,4 @@
-"""The evidence's aggregation on made-up metrics, its recipes, and that the committed page is what its results give."""
+"""The evidence: its aggregation on made-up metrics, its recipes, and that the committed page matches its results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import evidence_page as page
 
 
 def made_up(*accuracies: float, **changes: Any) -> dict[str, dict[str, Any]]:
-    """Records of one recipe, a seed each."""
+    """Records of one recipe, one per seed."""
     common = {"acc5": 0.3, "image_retrieval_recall@1": 0.1, "steps": 60, "params": 50_000_000, "macs": 2_000_000_000}
     return {str(seed): common | {"acc1": value} | changes for seed, value in enumerate(accuracies)}
 
@@ -41,7 +41,7 @@ def test_mean_and_spread() -> None:
         ([1, 1.5, 2], "better"),
         ([-1, -1.5, -2], "worse"),
         ([0.1, 0.1, 4], "within the spread"),  # the mean is below the standard deviation
-        ([3, 3, -0.1], "within the spread"),  # one seed does not agree
+        ([3, 3, -0.1], "within the spread"),  # one seed disagrees
         ([5], "one seed only"),
     ],
 )

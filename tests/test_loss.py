@@ -13,7 +13,7 @@ from tests.helpers.models import golden
 from tinyclip import loss
 from tinyclip.loss import affinity_loss, contrastive_loss, feature_loss, interactive_loss, within_affinity_loss
 
-# The golden file calls them logit scales, but they multiply the similarities as they are.
+# The golden file calls these logit scales, but they multiply the similarities directly, without exp.
 SCALES = ("student_logit_scale", "teacher_logit_scale")
 FEATURES = ("student_image", "student_text", "teacher_image", "teacher_text")
 
@@ -77,7 +77,7 @@ def test_a_perfect_student_has_the_teachers_entropy_and_no_gradient() -> None:
     assert student_image.grad.abs().max() < 1e-12
 
 
-# --- further terms, against loops written from their papers
+# --- other terms, against loops written from their papers
 
 
 def test_feature_mimicking_is_the_squared_distance() -> None:
@@ -122,7 +122,7 @@ def test_the_teacher_itself_has_the_least_affinity_loss_within() -> None:
     assert student.grad is not None and student.grad.abs().max() < 1e-9
 
 
-# --- in tiles, against the plain form: whole matrices and torch's own cross-entropy
+# --- in tiles, against the plain version: whole matrices and torch's own cross-entropy
 
 
 def plain(logits: Tensor, targets: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ FORMS = {
 @pytest.mark.parametrize("elements", [1, 23 * 5, 2**23])
 @pytest.mark.parametrize("form", FORMS)
 def test_tiles_give_the_plain_loss_and_gradients(form: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "TILE", elements)  # one row a tile, five, all
+    monkeypatch.setattr(loss, "TILE", elements)  # one row per tile, five, all
     teacher, results = [features(23, 8, seed) for seed in (3, 4)], []
     for function in FORMS[form]:
         inputs = [features(23, 8, 1), features(23, 8, 2), torch.tensor(30.0, dtype=torch.float64)]
@@ -194,7 +194,7 @@ def test_no_tile_is_larger_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with Watch():
         total = affinity_loss(si, st, ti, tt, 20.0, 20.0) + contrastive_loss(si, st, 20.0)
         (total + interactive_loss(si, st, ti, tt, 20.0) + within_affinity_loss(si, ti, 20.0, 20.0)).backward()
-    assert largest == 512  # the batch by itself would be 4,096
+    assert largest == 512  # the batch alone would be 4,096
 
 
 def test_without_gradient_the_loss_is_the_same() -> None:

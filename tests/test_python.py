@@ -1,4 +1,4 @@
-"""The Python API as people use it: pickled, in threads and other processes, under autograd; and its examples."""
+"""The Python API as people use it: pickled, in threads and other processes, with autograd; and its examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyclip.inference.pipeline import Pipeline
 
 
 class Features(Dataset[Any]):
-    """Encodes in the worker that is asked for an item; the pipeline gets there by fork or by pickle."""
+    """Encodes an item in the worker that loads it; the pipeline reaches the worker by fork or pickle."""
 
     def __init__(self, clip: Pipeline, paths: list[Path]) -> None:
         self.clip, self.paths = clip, paths
@@ -73,7 +73,7 @@ def test_workers_of_a_loader_encode(method: str, workers: int, folder: Path, cli
     paths = [folder / f"{i}.png" for i in range(4)]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:  # the threads of this process are no more in a forked one
+    try:  # the threads of this process do not exist in a forked one
         expected = clip.encode_image(paths), clip.encode_text([f"picture {i}" for i in range(4)])
         context = torch.multiprocessing.get_context(method)
         loader = DataLoader(Features(clip, paths), 2, num_workers=workers, multiprocessing_context=context, timeout=100)
@@ -109,7 +109,7 @@ def test_the_shipped_student_knows_emojis(clip: Pipeline) -> None:
     examples = [example for example in islice(data, 0, 160, 8) if example.label is not None]
     names = [data.classnames[example.label or 0] for example in examples]
     best = clip.classify([example.image for example in examples], names).argmax(1).tolist()
-    assert sum(i == right for right, i in enumerate(best)) >= 10  # of 20; by chance one
+    assert sum(i == right for right, i in enumerate(best)) >= 10  # of 20; chance gives one
 
 
 def test_a_pipeline_says_what_it_is(clip: Pipeline) -> None:
@@ -133,7 +133,7 @@ def test_examples_of_docstrings_run(name: str, folder: Path, monkeypatch: pytest
     tests = [test for test in doctest.DocTestFinder(recurse=True).find(thing, name) if test.examples]
     assert tests
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for test in sorted(tests, key=lambda test: test.lineno or 0):  # a method's go on from its class's
+    for test in sorted(tests, key=lambda test: test.lineno or 0):  # examples of a method continue those of its class
         test.globs = names
         runner.run(test, clear_globs=False)
     assert runner.summarize(verbose=False).failed == 0

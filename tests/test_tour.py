@@ -1,4 +1,4 @@
-"""The notebook of the docs runs from its first cell to its last, and has no outputs committed."""
+"""The notebook in the docs runs from start to finish, and has no outputs committed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     shutil.copy(ROOT / "docs" / "tour.ipynb", tmp_path / "docs")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # else a warning that the default will be this
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # otherwise it warns that this will become the default
     notebook = nbformat.read(tmp_path / "docs" / "tour.ipynb", as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]

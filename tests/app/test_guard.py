@@ -1,4 +1,4 @@
-"""Who may ask a server of ours, and how much may be sent; over HTTP it is tested with the page (`tests/browser`)."""
+"""Who may send requests to our server, and how much; the tests over HTTP are with the page (`tests/browser`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 
 def ask(gate: Any, query: str = "", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
-    """Status, headers and body of a request to `/`; header names have _ for -."""
+    """Request `/` and return the status, headers and body; header names use _ for -."""
     raw = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": "/", "headers": raw, "query_string": query.encode()}
     scope |= {"client": ("10.0.0.9", 5), "server": ("10.0.0.5", 80)}

@@ -77,7 +77,7 @@ def test_thumbnails_are_data(picture: Path, tmp_path: Path) -> None:
     )
     assert found
     assert Image.open(io.BytesIO(base64.b64decode(found[1]))).size == (240, 144)
-    os.mkfifo(tmp_path / "pipe.png")  # which would never end
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would never end
     for name in ("gone.png", "pipe.png"):
         assert "missing" in page.thumbnail(tmp_path / name, name)
 

@@ -1,4 +1,4 @@
-"""A running page, and those who call it without a browser."""
+"""A running page, and clients that call it without a browser."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FILE_DATA = {"_type": "gradio.FileData"}
 
 
 def start(*arguments: object, command: list[str] = COMMAND, **options: Any) -> tuple[subprocess.Popen[str], str]:
-    """A page on a free port, and its address as it printed it."""
+    """Start a page on a free port and return its address as printed."""
     line = [*command, "app", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    atexit.register(process.kill)  # a failed test leaves none behind
+    atexit.register(process.kill)  # a failed test leaves no process behind
     assert process.stdout
     said = process.stdout.readline()
     found = re.match(r"(http://[\w.]+:\d+(/\?token=\S+)?) ", said)
@@ -34,7 +34,7 @@ def start(*arguments: object, command: list[str] = COMMAND, **options: Any) -> t
 
 
 def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
-    """Its standard error, which holds no traceback."""
+    """Stop the page and return its standard error, which must hold no traceback."""
     process.send_signal(number)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + number, errors
@@ -44,7 +44,7 @@ def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
 
 @contextmanager
 def visitor(address: str, **options: Any) -> Iterator[httpx.Client]:
-    """A client with a jar for its cookies, which has opened the page."""
+    """A client with a cookie jar that has opened the page."""
     with httpx.Client(base_url=address, timeout=30, trust_env=False, **options) as client:
         client.get("/").raise_for_status()
         yield client
@@ -62,7 +62,7 @@ def join(client: httpx.Client, data: list[Any], function: int = 0, **more: Any) 
 
 
 def call(client: httpx.Client, data: list[Any], function: int = 0, session: str = "here") -> dict[str, Any]:
-    """What the page is told: the last message of a call."""
+    """Call the page's API and return the last message."""
     answer = join(client, data, function, session_hash=session)
     assert answer.status_code == 200, answer.text
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as stream:
@@ -74,7 +74,7 @@ def call(client: httpx.Client, data: list[Any], function: int = 0, session: str 
 
 
 def raw(address: str, request: bytes, more: Iterable[bytes] = ()) -> bytes:
-    """The answer to bytes that no client library would send."""
+    """Return the answer to bytes that no client library would send."""
     host, port = re.findall(r"//([\w.]+):(\d+)", address)[0]
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(request)

@@ -1,4 +1,4 @@
-"""The page as an attacker calls it: over HTTP, with all that its API could be sent."""
+"""The page under attack over HTTP, with everything that could be sent to its API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MEBIBYTE = 2**20
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the page is run in, with what attackers look for."""
+    """The page's working folder, with files that attackers look for."""
     place = tmp_path_factory.mktemp("scene")
     (place / "canary.txt").write_text(CANARY)
     picture().save(place / "canary.png", pnginfo=None)
@@ -39,7 +39,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def left(folder: Path) -> list[Path]:
-    """What a page left of temporary folders and files."""
+    """Return the temporary folders and files that a page left."""
     return [file for file in folder.iterdir() if not file.name.startswith("torchinductor")]
 
 
@@ -80,7 +80,7 @@ def client(address: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[tuple[str, list[Any]]]:
-    """The address of a server that must not be asked, and who did."""
+    """The address of a server that must receive no requests, and the requests that it received."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         asked: list[Any] = []
 
@@ -124,7 +124,7 @@ def paths(scene: Path, url: str) -> list[str]:
 
 
 def shapes(path: str) -> Iterator[Any]:
-    """A picture that is no upload, in the forms that Gradio has or had."""
+    """Yield a picture that is not an upload, in the forms that Gradio accepts or used to accept."""
     yield {"path": path}
     yield {"path": path, "meta": FILE_DATA}
     yield {"path": path, "url": path, "meta": FILE_DATA, "orig_name": "a.png", "is_stream": False}
@@ -155,7 +155,7 @@ def test_no_path_and_no_address_is_ever_opened(
             output = call(client, [shape, LABELS], session=f"s{number}") if answer.status_code == 200 else {}
             assert output.get("error", "").startswith(("The picture is no longer here", "No picture")), output
             told += 1
-            client.get("/gradio_api/queue/data", params={"session_hash": "here"})  # collect the first
+            client.get("/gradio_api/queue/data", params={"session_hash": "here"})  # collect the first result
         for shape in shapes(path):  # where a text belongs
             if not isinstance(shape, str):
                 assert join(client, [None, shape]).status_code == 400
@@ -333,7 +333,7 @@ def test_results_that_nobody_collects_are_forgotten(client: httpx.Client) -> Non
     for i in range(105):
         while (
             answer := join(client, [None, LABELS], session_hash=f"s{i}")
-        ).status_code == 503:  # full: the others' turn
+        ).status_code == 503:  # full: wait for the others
             pass
         assert answer.status_code == 200
     first, last = ({"session_hash": f"s{i}"} for i in (0, 104))
@@ -389,7 +389,7 @@ def test_uploads_that_are_none(client: httpx.Client) -> None:
 
 
 def test_all_that_the_server_keeps_is_bounded(address: str) -> None:
-    """The oldest go; what one client sends pushes out its own first."""
+    """The oldest files are dropped first; a client's uploads displace its own files first."""
     with visitor(address) as victim, visitor(address) as other:
         name = upload(victim, b"mine")[0]
         names = [upload(other, bytes(20 * MEBIBYTE))[0] for _ in range(5)]
@@ -398,7 +398,7 @@ def test_all_that_the_server_keeps_is_bounded(address: str) -> None:
         assert victim.get(f"/gradio_api/file={name}").content == b"mine"
 
 
-# --- who may ask -------------------------------------------------------------------------------------------------
+# --- access ------------------------------------------------------------------------------------------------------
 
 
 def test_foreign_names_and_pages_are_refused(client: httpx.Client, address: str) -> None:
@@ -480,7 +480,7 @@ def test_off_loopback_each_request_needs_the_token() -> None:
     stop(process)
 
 
-# --- its end -----------------------------------------------------------------------------------------------------
+# --- shutdown ----------------------------------------------------------------------------------------------------
 
 STUCK = """
 import sys, threading

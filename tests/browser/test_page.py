@@ -1,4 +1,4 @@
-"""`tinyclip app` as visitors have it: in a headless Chromium ($CHROMIUM, or the one on the path)."""
+"""`tinyclip app` as visitors see it: in a headless Chromium ($CHROMIUM, or the one on PATH)."""
 
 from __future__ import annotations
 

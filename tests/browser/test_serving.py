@@ -1,4 +1,4 @@
-"""The end of a server, whatever its threads, its loop and its clients do."""
+"""A server shuts down whatever its threads, its loop and its clients do."""
 
 from __future__ import annotations
 

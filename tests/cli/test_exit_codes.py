@@ -1,4 +1,4 @@
-"""How every command ends: 0, 1 when nothing of the data can be used, 2 for a bad request, 130 and 143 when stopped."""
+"""Exit codes of every command: 0, 1 if none of the data is usable, 2 for a bad request, 130 and 143 if stopped."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tinyclip.model.model import CLIP
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model`; `good` and `broken` captioned pictures, `good_classes`, `broken_classes`, `good_shards`,
-    `broken_shards` (whole tars of broken pictures), `damaged` (no tar), recipes for the last three."""
+    """`model`; `good` and `broken` captioned pictures, `good_classes`, `broken_classes`, `good_shards`, `broken_shards`
+    (whole tars of broken pictures), `damaged` (not a tar), recipes for the last three."""
     folder = tmp_path_factory.mktemp("codes")
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
@@ -118,7 +118,7 @@ BAD = {
 
 
 def commands() -> dict[str, Any]:
-    """All commands, those of groups included, by their words."""
+    """Return all commands, including those in groups, by their words."""
     found = {c.callback.__name__: c for c in main.app.registered_commands if c.callback}
     for group in main.app.registered_groups:
         assert group.typer_instance
@@ -195,7 +195,8 @@ def test_it_speaks_of_the_cause(place: Path, monkeypatch: pytest.MonkeyPatch, wo
 
 
 def held(words: list[str], folder: str, where: str, said: str) -> None:
-    """The command, that comes to a call in the midst of its work and stays there; as a process of the server."""
+    """Run the command in a process of the fork server until it reaches a call in the middle of its work, and hold it
+    there."""
     os.chdir(folder)
     os.environ["TMPDIR"] = said + ".d"
     Path(said + ".d").mkdir()
@@ -237,7 +238,7 @@ def held(words: list[str], folder: str, where: str, said: str) -> None:
 def test_a_signal_in_the_midst_of_work(
     place: Path, tmp_path: Path, words: str, where: str, number: signal.Signals
 ) -> None:
-    """No traceback, nothing half-written, nothing temporary."""
+    """No traceback, no partial output, no temporary files."""
     said = tmp_path / "said"
     arguments = [word.replace("made", str(tmp_path / "made")) for word in words.split()]
     process = SERVER.Process(target=held, args=(arguments, str(place), where, str(said)))
@@ -246,7 +247,7 @@ def test_a_signal_in_the_midst_of_work(
     assert process.is_alive() and process.pid, said.read_text()
     os.kill(process.pid, number)
     time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):  # it may have ended by now
+    with contextlib.suppress(ProcessLookupError):  # it may have ended already
         os.kill(process.pid, number)  # `timeout` sends two
     assert end([process]) == [128 + number], said.read_text()
     text = said.read_text()

@@ -27,7 +27,7 @@ from tinyclip.model.model import CLIP
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `mixed` (the same and a file more), `data`, `eval` (class folders) and `photo.jpg`."""
+    """A folder with `teacher`, `mixed` (the same plus one file), `data`, `eval` (class folders) and `photo.jpg`."""
     folder = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
@@ -183,7 +183,8 @@ def test_without_a_command_it_tells_of_them() -> None:
 @pytest.mark.parametrize("module", ["tinyclip.common.stopping", "tinyclip.cli.main", "typer", "tinyclip.cli.compress"])
 @pytest.mark.parametrize("number", [2, 15])
 def test_an_interrupted_start_is_quiet(module: str, number: int) -> None:
-    """While a module is imported: by SIGINT or SIGTERM. Before ours can be handled, the signal itself ends it."""
+    """Send SIGINT or SIGTERM while a module is imported. Before our handler is installed, the signal itself ends the
+    process."""
     process = subprocess.Popen([sys.executable, "-c", STARTED, module], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"here\n"
     process.send_signal(number)
@@ -191,7 +192,7 @@ def test_an_interrupted_start_is_quiet(module: str, number: int) -> None:
     assert (process.returncode, error) == (-number if module == "tinyclip.common.stopping" else 128 + number, b"")
 
 
-# The import of a module, made long enough to be met.
+# Makes the import of a module slow enough to interrupt.
 STARTED = """
 import sys, time
 class Slow:

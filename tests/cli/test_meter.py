@@ -1,4 +1,4 @@
-"""What is said of work that lasts: a bar on a terminal, plain lines elsewhere, nothing to Python alone."""
+"""Progress of long work: a bar on a terminal, plain lines elsewhere, nothing when called from Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyclip.common import progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Seconds pass when it says so."""
+    """A clock that advances only when told to."""
     now = [1000.0]
     monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
 
@@ -39,7 +39,7 @@ def test_a_log_gets_a_plain_line_now_and_then(clock: Callable[[float], None]) ->
     lines = file.getvalue().splitlines()
     assert lines[0] == "calibrating: 10 of 2,000 batches (0 %), 17 min left"
     assert lines[1] == "calibrating: 30 of 2,000 batches (2 %), 16 min left"
-    assert 20 < len(lines) < 100  # in 1,000 seconds: ten apart at first, then ever more
+    assert 20 < len(lines) < 100  # in 1,000 seconds: at first ten seconds apart, then further and further
     assert not any(ord(letter) < 32 for line in lines for letter in line)
 
 
@@ -59,7 +59,7 @@ def test_work_of_unknown_length_and_work_that_goes_on(clock: Callable[[float], N
         progress.tell("reading", 0, None, "texts")
         clock(6)
         progress.tell("reading", 1234, None, "texts")
-        progress.tell("caching", 500, 1000, "pictures")  # of them half were there
+        progress.tell("caching", 500, 1000, "pictures")  # half of them were already there
         clock(10)
         progress.tell("caching", 600, 1000, "pictures")
         progress.ended("reading")

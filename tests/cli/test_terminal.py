@@ -1,4 +1,4 @@
-"""What is printed of names in data, files and checkpoints, which are anyone's."""
+"""Printing names from data, files and checkpoints, which may contain anything."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_way_to_print_is_clean(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a terminal, which is one that rich colours, the codes are its own alone."""
+    """On a terminal, where rich uses colour, the only control codes are rich's own."""
     if coloured:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("TERM", "xterm")

@@ -42,7 +42,7 @@ def names(folder: Path) -> list[str]:
 
 
 def stopped(server: FileServer, folder: Path, size: int = 150_000) -> None:
-    """Leave a download that was stopped after `size` bytes."""
+    """Leave a download that was interrupted after `size` bytes."""
     server.cuts, server.answers = [size], [200] + [503] * 9
     with pytest.raises(ValueError, match=r"cannot download model\.pt"):
         get(server, folder)
@@ -64,7 +64,7 @@ def test_a_download_is_recorded(server: FileServer, tmp_path: Path) -> None:
 
 
 def test_a_broken_connection_is_taken_up_where_it_ended(server: FileServer, tmp_path: Path) -> None:
-    server.cuts = [120_000, 0, 0, 30_000, 0, 0, 10_000]  # more failures than are allowed in a row
+    server.cuts = [120_000, 0, 0, 30_000, 0, 0, 10_000]  # more consecutive failures than allowed
     assert get(server, tmp_path).read_bytes() == OLD
     starts = [wanted for _, wanted, _ in server.log]
     assert starts[:5] == [None, *["bytes=120000-"] * 3, "bytes=150000-"] and starts[-1] == "bytes=160000-"
@@ -168,7 +168,7 @@ def test_a_server_that_hangs(server: FileServer, tmp_path: Path, monkeypatch: py
 
 def test_a_full_disk_keeps_what_came(server: FileServer, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (123_456, limits[1]))  # no file may grow past this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (123_456, limits[1]))  # file size limit
     try:
         with pytest.raises(ValueError, match=r"cannot write .*model\.pt: .*; what was downloaded is kept"):
             get(server, tmp_path)
@@ -232,7 +232,7 @@ def test_an_environment_proxy_is_used(server: FileServer, tmp_path: Path, monkey
 
 
 def test_it_tells_how_far_it_is(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To whoever listens; alone it is silent."""
+    """Progress is reported to a listener; without one the download is silent."""
     get(server, tmp_path / "silent")
     heard: list[tuple[object, ...]] = []
     with listening(lambda *told: heard.append(told)):
@@ -247,7 +247,7 @@ def test_a_changed_file_is_noticed(server: FileServer, tmp_path: Path) -> None:
     path.write_bytes(OLD[:-1])
     with pytest.raises(ValueError, match=rf"model\.pt is not the file .*{sha256(OLD).hexdigest()}; delete it"):
         check(path)
-    path.write_bytes(OLD)  # another time, the same content
+    path.write_bytes(OLD)  # same content, different time
     assert check(path)["mtime_ns"] == path.stat().st_mtime_ns
 
 

@@ -1,4 +1,4 @@
-"""What cannot be written is one line that names the place, and leaves nothing behind."""
+"""A write that fails gives a one-line error that names the path, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_impossible_output_is_named(output: str, place: Path, tmp_path: Path)
         ["inherit", place / "teacher", path, "--shape", "text.layers=1", "--overwrite"],
     ):
         if output == "folder.png" and words[0] in ("compare", "inherit"):
-            continue  # an empty folder can be one
+            continue  # it may be an empty folder
         error = tinyclip(*words, code=2)
         assert where in error and "[Errno" not in error and error.count("\n") == 1, words
     assert tree(tmp_path) == {"photo.jpg": b"a file", "folder.png": None}

@@ -1,4 +1,4 @@
-"""Files of figures are strict JSON, whatever the figures; those of older versions are still read."""
+"""Files of figures are strict JSON, whatever the figures are; files of older versions can still be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One writer to a folder at a time, also where the file system has no locks (NFS without lockd)."""
+"""A folder has one writer at a time, even if the file system has no locks (NFS without lockd)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyclip.common.locks import LOCK, lock_of, take
 
 LEASE = f"{LOCK}.lease"
 REFUSED = "another `tinyclip embed` is running here"
-# A process without locks that runs the rest of the arguments.
+# A process without locks that runs the remaining arguments.
 WITHOUT = """
 import errno, fcntl, os, signal, socket, sys, time
 from pathlib import Path
@@ -54,7 +54,7 @@ def process(script: str, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def holder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the lock of a folder, of this machine or another one."""
+    """A process that holds the lock of a folder, on this machine or another."""
     elsewhere = "socket.gethostname = lambda: 'elsewhere'\n" if request.param == "elsewhere" else ""
     begun = process(elsewhere + HOLDER, tmp_path)
     assert begun.stdout is not None and begun.stdout.readline() == "held\n"
@@ -82,11 +82,11 @@ def test_a_file_says_who_is_at_work(no_locks: None, tmp_path: Path, capfd: pytes
 def test_who_was_killed_is_followed_and_who_lives_is_not(
     no_locks: None, holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    """Of this machine at once, of another one when its signs of life have ended."""
+    """A killed holder on this machine is replaced at once; one on another machine once its heartbeat stops."""
     with pytest.raises(ValueError, match=REFUSED):
         take(lock_of(tmp_path), "tinyclip embed")
     begun = (tmp_path / LEASE).stat().st_mtime
-    while (tmp_path / LEASE).stat().st_mtime < begun + 1.2:  # longer than a lease without a sign of life
+    while (tmp_path / LEASE).stat().st_mtime < begun + 1.2:  # longer than a lease lasts without a heartbeat
         time.sleep(0.05)
     with pytest.raises(ValueError, match=REFUSED):
         take(lock_of(tmp_path), "tinyclip embed")

@@ -1,4 +1,4 @@
-"""The make-believe GPU: it refuses what a GPU refuses, counts what waits for one, and lets the rest be."""
+"""The make-believe GPU refuses what a GPU refuses, counts what waits for one, and allows everything else."""
 
 from __future__ import annotations
 
@@ -160,6 +160,6 @@ def test_it_ends() -> None:
     assert before == (torch.zeros, torch.Tensor.to, torch.Tensor.device, torch.Generator)
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
-    torch._dynamo.reset()  # the compiler too knows torch's functions again
+    torch._dynamo.reset()  # the compiler recognises torch's functions again too
     compiled = torch.compile(lambda x: x + torch.zeros(2, device=x.device), backend="eager", fullgraph=True)
     assert compiled(torch.ones(2)).tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""A folder is ours by its marker, and only what its record lists is removed: for every command that replaces one."""
+"""Every command that replaces a folder recognises ours by its marker, and removes only files listed in its record."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tinyclip.zoo.checkpoint import FILES, save_checkpoint
 
 @pytest.fixture(scope="module")
 def made(place: Path) -> Callable[[str], Path]:
-    """The output of a command, made once."""
+    """The output of a command, created once."""
 
     def output(command: str) -> Path:
         out = place / "made" / command
@@ -40,7 +40,7 @@ def made(place: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def copied(made: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of it, to be harmed."""
+    """A copy of it, to be modified."""
 
     def copy(command: str) -> Path:
         return Path(shutil.copytree(made(command), tmp_path / "out", symlinks=True))
@@ -53,7 +53,7 @@ def listed(folder: Path) -> list[str]:
 
 
 def strangers(command: str, out: Path) -> list[str]:
-    """Names that are not ours: at the top, in every folder, hidden, and nearly fitting."""
+    """File names that are not ours: at the top, in every folder, hidden, and nearly matching."""
     folders = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_dir())
     names = ["thesis.tex", ".git/HEAD", ".env", "photo.jpg.tmp", ".a.tmp", "empty/", *COMMANDS[command][1]]
     return names + [f"{folder}/{name}" for folder in folders for name in ("notes.txt", ".hidden", "mine/deep.txt")]
@@ -79,7 +79,7 @@ def test_what_is_not_ours_is_named_and_left_alone(
         assert tree(out) == planted, name
         shutil.rmtree(top) if top.is_dir() else top.unlink()
         assert tree(out) == before
-    assert listed(tmp_path) == ["out"]  # nothing beside it
+    assert listed(tmp_path) == ["out"]  # nothing next to it
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -93,13 +93,13 @@ def test_links_are_never_followed(command: str, copied: Callable[[str], Path], p
     (out / "linked").unlink()
     file = next(path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in (MARKER, *LOCKS))
     file.unlink()
-    file.symlink_to(home / "letter.txt")  # in the place of one of ours
+    file.symlink_to(home / "letter.txt")  # in place of one of our files
     assert file.name in call(place, command, out, "--overwrite", code=2)
     assert tree(home) == {"letter.txt": b"precious"} and tree(out).keys() == planted.keys() - {"linked"}
 
 
 def names(out: Path) -> set[str]:
-    """Its files but for locks; of an index whatever the number of its state."""
+    """Return the file names without locks; for an index, whatever its state number."""
     found = (name for name in tree(out) if Path(name).name not in LOCKS)
     return {re.sub(r"^(vectors|pictures)-\d+", r"\1-N", name) for name in found}
 
@@ -109,7 +109,7 @@ def test_what_is_ours_is_replaced(command: str, copied: Callable[[str], Path], p
     out = copied(command)
     before = names(out)
     (tmp_path / "link").symlink_to(out)
-    if command not in ("cache", "embed", "index"):  # which go on with what is there
+    if command not in ("cache", "embed", "index"):  # these continue with existing output
         assert "--overwrite" in call(place, command, out, code=2)
     for path in (out, tmp_path / "link"):
         call(place, command, path, "--overwrite")
@@ -131,7 +131,8 @@ MARKERS: dict[str, Callable[[dict[str, object]], object]] = {
 def test_without_a_marker_of_ours_nothing_is_replaced(
     command: str, copied: Callable[[str], Path], place: Path, tmp_path: Path
 ) -> None:
-    """One that an older tinyclip made has none; one may be damaged, by others, of another kind, or a link."""
+    """Folders from an older tinyclip have no marker; a marker may also be damaged, another project's, of another kind,
+    or a link."""
     out = copied(command)
     marker = out / MARKER
     said = json.loads(marker.read_text())
@@ -159,7 +160,7 @@ def test_without_a_marker_of_ours_nothing_is_replaced(
 def test_a_project_with_names_like_ours_stays(
     command: str, made: Callable[[str], Path], place: Path, tmp_path: Path
 ) -> None:
-    """Files as ours are called, in a folder that we did not make: `recipe.yaml`, `index.json`, and a thesis."""
+    """A folder that we did not create, with file names like ours: `recipe.yaml`, `index.json`, and a thesis."""
     out = tmp_path / "project"
     out.mkdir()
     for name in (*listed(made(command)), "recipe.yaml", "work.sqlite", "thesis.tex"):
@@ -177,7 +178,7 @@ def test_a_project_with_names_like_ours_stays(
 def test_other_places_that_are_refused(
     place: Path, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder one is in, or one above; home; the root."""
+    """The current folder or one above it; the home folder; the root."""
     out = copied("inherit")
     monkeypatch.setenv("HOME", str(place))
     for where in ("/", str(place), str(Path.cwd()), str(place.parent)):
@@ -187,11 +188,11 @@ def test_other_places_that_are_refused(
         assert "is the current folder" in call(place, "inherit", Path(where), "--overwrite", code=2)
 
 
-# --- inside of a run ----------------------------------------------------------------------------------------------
+# --- inside a run -------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_alone_what_others_put_into_it(place: Path, tmp_path: Path) -> None:
-    """Saves, older checkpoints that go, and a resume: nothing of others is lost, and nothing hinders."""
+    """Saving, removing older checkpoints and resuming lose no files of others, and such files do not interfere."""
     out = tmp_path / "run"
     more = ["stages.0.steps=6", "save_every=1", "keep=2"]
     started = loop.start(load_recipe(place / "recipe.yaml", [f"output={out}", *more]))
@@ -253,8 +254,8 @@ def test_what_others_put_into_a_checkpoint_of_a_run_moves_along(tmp_path: Path) 
 
 
 def test_only_what_killed_writers_left_is_cleared_up(tmp_path: Path) -> None:
-    """A half-written file or folder has a name of the record in it; a folder with our mark is ours with all in it, and
-    of one that was to get it the half of the mark."""
+    """A half-written file or folder has a name from the record in its own name. A folder with our marker is ours with
+    everything in it; one killed before it got its marker has a half-written marker."""
     run = tmp_path / "run"
     run.mkdir()
     ownership.claim(run, "run", ["recipe.yaml", "stages/a/last/"])

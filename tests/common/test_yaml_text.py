@@ -1,4 +1,4 @@
-"""YAML that people mistype and strangers prepare."""
+"""YAML with typing errors, and malicious YAML."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_what_is_no_yaml_is_said_at_once_in_a_line(text: str, named: str) -> Non
         parse(text)
     assert str(refused.value).startswith("not valid YAML (") and "\n" not in str(refused.value)
     assert len(str(refused.value)) < 300
-    assert time.process_time() - begun < 20  # the anchors stand for 10^10 entries
+    assert time.process_time() - begun < 20  # the anchors expand to 10^10 entries
 
 
 def test_plain_yaml_means_what_it_always_did() -> None:
@@ -74,7 +74,7 @@ def test_plain_yaml_means_what_it_always_did() -> None:
     more: [null, ~, 0x10, 2024-01-31, "é 🙂", .inf]
     """
     assert parse(text) == yaml.safe_load(text)
-    assert parse("1: a\non: b") == {"1": "a", "on": "b"}  # keys are words
+    assert parse("1: a\non: b") == {"1": "a", "on": "b"}  # keys are strings
     assert parse("") is None and parse("a:") == {"a": None}
     assert parse("[" * DEEPEST + "]" * DEEPEST)
 
@@ -104,7 +104,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", [BOMB, "[" * 100_000, "&a [*a]", "a: 1\na: 1", "\0"])
 def test_all_that_reads_yaml_refuses_it(tmp_path: Path, text: str) -> None:
-    """Recipes, settings of the command line, model cards, which are anyone's to edit, and runs."""
+    """Recipes, command line settings, model cards (which anyone can edit) and runs."""
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):

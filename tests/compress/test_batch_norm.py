@@ -107,7 +107,7 @@ def test_a_resumed_stage_is_the_same_to_the_bit(resnet_place: Path, tmp_path: Pa
 def test_only_statistics_that_are_learned_are_shared(
     resnet_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """The first process measures frozen ones, and would there wait for the others for ever."""
+    """The first process measures frozen statistics, and would wait there forever for the others."""
     shared: list[bool] = []
 
     def as_on_two_gpus(model: CLIP, device: torch.device) -> None:

@@ -57,7 +57,7 @@ def removed(config: CLIPConfig, masks: dict[str, torch.Tensor], budget: str = "b
 
 
 def test_taylor_is_half_the_curvature_of_the_affinity_loss() -> None:
-    """Against second differences of the loss itself, as a mask moves a little either way, in float64."""
+    """Compare with second differences of the loss itself as a mask changes slightly in both directions, in float64."""
     model = random_model(small_config())
     (sample,) = batches(model.config, 1, n=4)
     masks = {n: m for n, m in ones(model.config, dtype=torch.float64).items() if axis_kind(n) != "hidden"}
@@ -79,8 +79,8 @@ def test_taylor_is_half_the_curvature_of_the_affinity_loss() -> None:
                 slope = (loss(name, j, step) - loss(name, j, -step)) / (2 * step)
                 estimated.append(found[name][j].item())
                 exact.append(curvature / 2)
-                assert abs(slope) < 0.01 * curvature  # why a first-order estimate is of no use
-    assert estimated == pytest.approx(exact, rel=0.5)  # 120 draws leave a deviation of 13 %
+                assert abs(slope) < 0.01 * curvature  # so a first-order estimate is useless
+    assert estimated == pytest.approx(exact, rel=0.5)  # 120 draws have a standard deviation of 13 %
     assert sum(e / x for e, x in zip(estimated, exact, strict=True)) / 8 == pytest.approx(1, abs=0.2)
 
 
@@ -144,7 +144,7 @@ def test_importance_needs_data() -> None:
         importance(model, [], ones(model.config), scale=SCALE)
 
 
-# --- the greedy cut ---------------------------------------------------------------------------------------------
+# --- greedy pruning ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unit", ["params", "macs"])
@@ -154,7 +154,7 @@ def test_budget_is_filled_up_to_one_element(config: CLIPConfig, gates: bool, uni
     found = random_importance(config, gates)
     masks = fill_budget(found, config, {"both": 0.4}, unit=unit)
     assert removed(config, masks, unit=unit) >= 0.4
-    back = []  # some element can be put back that would miss the target: it was the last
+    back = []  # restoring some element would miss the target: the last one removed
     for name, mask in masks.items():
         gone = (mask == 0).nonzero().flatten()
         if len(gone):
@@ -229,11 +229,11 @@ def test_nothing_to_do() -> None:
         fill_budget(random_importance(small), small, {"both": 0.4}, original=config)
 
 
-# --- together ---------------------------------------------------------------------------------------------------
+# --- whole calibration ------------------------------------------------------------------------------------------
 
 
 def test_dead_parts_go_without_a_change() -> None:
-    """Neurons, a head and channels that do nothing are found, also through several rounds."""
+    """Neurons, a head and channels that do nothing are found, even over several rounds."""
     model = random_model(small_config())
     inner = model.config.vision.head_dim
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_an_endless_source_is_read_only_as_far_as_said() -> None:
 
 @pytest.mark.parametrize("score", ["taylor", "activation"])
 def test_it_stops_when_more_would_change_nothing(score: Score) -> None:
-    """The same each time."""
+    """The result is the same each time."""
     model, heard = random_model(small_config()), list[tuple[object, ...]]()
     source = Counted(cycle(batches(model.config, 4)))
     how = Calibration(SCALE, score=score, batches=1000, rounds=2)
@@ -303,14 +303,14 @@ def test_it_stops_when_more_would_change_nothing(score: Score) -> None:
         masks = calibrate(model, source, {"both": 0.5}, how)
     assert 2 * 16 <= source.count <= 2 * 256
     assert heard[0] == ("calibrating", 0, 1000, "batches") and heard[-1] == ("calibrating", 1, 1, "")
-    assert ("calibrating", 500, 1000, "batches") in heard  # the second round begins there all the same
+    assert ("calibrating", 500, 1000, "batches") in heard  # the second round starts there regardless
     again = Counted(cycle(batches(model.config, 4)))
     assert all(torch.equal(masks[name], other) for name, other in calibrate(model, again, {"both": 0.5}, how).items())
     assert again.count == source.count
 
 
 def test_it_goes_on_while_the_cut_changes() -> None:
-    """Batches that each say something else: nothing settles, so all are measured."""
+    """Every batch gives different importance, so nothing settles and all are measured."""
     config = small_config()
     axes = prunable(config)
 
@@ -327,7 +327,7 @@ def test_it_goes_on_while_the_cut_changes() -> None:
 
     enough = settled(cut, ones)
     assert not any(enough(count, lambda count=count: found(count)) for count in range(1, 200))  # type: ignore[misc]
-    assert len(cuts) == 5  # after 8, 16, 32, 64, 128: a cut costs more than a look
+    assert len(cuts) == 5  # after 8, 16, 32, 64, 128: a cut costs more than a check
     enough = settled(cut, ones)
     assert [count for count in range(1, 200) if enough(count, lambda: found(0))] == [16, 32, 64, 128]
 
@@ -348,7 +348,7 @@ def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
         targets_for_latency(model, iter(samples), 0.0001, ("visual", "text"), how)
 
 
-# --- size of a ResNet -------------------------------------------------------------------------------------------
+# --- ResNet size ------------------------------------------------------------------------------------------------
 
 
 def test_resnet_size() -> None:

@@ -26,11 +26,11 @@ from tinyclip.model.axes import axis_sizes
 from tinyclip.model.config import NAMED, CLIPConfig, TransformerConfig, vit_clip
 from tinyclip.model.model import CLIP, cast
 
-SMALL = small_config(vocab_size=60)  # image 3 blocks of 4 heads and 128 neurons, text 2 of 3 and 96
+SMALL = small_config(vocab_size=60)  # image: 3 blocks, 4 heads, 128 neurons; text: 2 blocks, 3 heads, 96 neurons
 
 
 def assert_same_features(cut: CLIP, model: CLIP, masks: dict[str, Tensor]) -> None:
-    """`compact` changed no output, and what it cut from the embedding was 0."""
+    """Assert that `compact` changed no output, and that what it removed from the embedding was 0."""
     pixels, tokens = random_inputs(model.config)
     kept = masks["embed"] != 0 if "embed" in masks else torch.ones(model.config.embed_dim, dtype=torch.bool)
     pairs = [
@@ -167,7 +167,7 @@ def test_a_shorter_context_keeps_the_first_positions() -> None:
     torch.testing.assert_close(student.encode_text(tokens[:, :7]), teacher.encode_text(tokens), rtol=0, atol=1e-12)
 
 
-# --- the cut
+# --- pruning
 
 
 @pytest.mark.parametrize("config", [SMALL, uneven_config()], ids=["equal", "uneven"])

@@ -32,7 +32,7 @@ THEIR_NAMES = {"hidden": "hidden", "heads": "heads", "mlp": "intermediate"}
 
 
 def golden_masks(**options: Any) -> HardConcrete:
-    """The golden file's log_alpha."""
+    """Return the golden file's log_alpha."""
     hard = HardConcrete(TEACHER, **options)
     with torch.no_grad():
         for key, entry in hard.log_alpha.items():
@@ -45,7 +45,7 @@ def golden_masks(**options: Any) -> HardConcrete:
     return hard
 
 
-# --- the authors' numbers
+# --- the authors' results
 
 
 @pytest.mark.parametrize("tower", ["visual", "text"])
@@ -245,7 +245,7 @@ def test_the_multipliers_ascend_only_while_something_is_missing() -> None:
     assert lagrangian(torch.tensor(0.5), 0.75, multipliers).item() == pytest.approx(10 * 0.25 + 10 * 0.0625)
 
 
-# --- bad input
+# --- errors
 
 
 @pytest.mark.parametrize(

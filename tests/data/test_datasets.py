@@ -1,4 +1,4 @@
-"""Evaluation data in every layout, as its makers leave it."""
+"""Evaluation data in every layout, as published."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tinyclip.data.datasets import Dataset, find_splits, open_dataset
 
 
 def labels_of(dataset: Dataset) -> dict[str, str]:
-    """Key -> name of the class."""
+    """Return key -> class name."""
     return {e.key: dataset.classnames[e.label] for e in dataset if e.label is not None}
 
 
@@ -42,7 +42,7 @@ def tar(path: Path, files: dict[str, bytes]) -> bytes:
 
 
 def benchmark(root: Path, split: str = "test", **files: list[dict[str, Any]]) -> Path:
-    """CLIP_benchmark's tree: shards by name, each a list of samples."""
+    """Write CLIP_benchmark's tree: shards by name, each a list of samples."""
     (root / split).mkdir(parents=True, exist_ok=True)
     for name, samples in files.items():
         write_shard(root / split / f"{name.strip('_')}.tar", samples)
@@ -65,7 +65,7 @@ def test_imagenet_folders_by_wordnet_ids_and_by_number(tmp_path: Path) -> None:
     some = open_dataset(folders(tmp_path / "val", ["n01440764", "n02119789", "n15075141"]))
     assert some.classnames == ["tench", "kit fox", "toilet paper"] and len(some.templates) == 80
     assert labels_of(some)["n02119789/a.jpg"] == "kit fox"
-    everything = open_dataset(tmp_path / "val", classes="imagenet")  # the same pictures among all classes
+    everything = open_dataset(tmp_path / "val", classes="imagenet")  # the same pictures with all classes
     assert len(everything.classnames) == 1000 and labels_of(everything) == labels_of(some)
     ours = folders(tmp_path / "a", ["n01498041", "n03250847"])
     assert len(open_dataset(ours, classes="imagenet-a").classnames) == 200
@@ -73,7 +73,7 @@ def test_imagenet_folders_by_wordnet_ids_and_by_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="imagenet-r names 200 classes, but there are 2 folders, and folder 'n03250847'"):
         open_dataset(ours, classes="imagenet-r")
     v2 = folders(tmp_path / "v2", ["0", "10", "2", "999"])
-    assert open_dataset(v2).classnames == ["0", "10", "2", "999"]  # could be anything
+    assert open_dataset(v2).classnames == ["0", "10", "2", "999"]  # could mean anything
     assert list(labels_of(open_dataset(v2, classes="imagenet")).values()) == [
         "tench",
         "brambling",
@@ -101,9 +101,9 @@ def test_class_names_of_a_file(tmp_path: Path) -> None:
     root = folders(tmp_path / "d", ["fox", "wolf_dog"])
     (tmp_path / "names.txt").write_text("\ufeffRed fox \nWolfdog\n\n", encoding="utf-8")
     assert open_dataset(root, classes=tmp_path / "names.txt").classnames == ["Red fox", "Wolfdog"]
-    (root / "classnames.txt").write_text("owl\nwolf dog\nfox\n")  # more than there are folders: by name
+    (root / "classnames.txt").write_text("owl\nwolf dog\nfox\n")  # more names than folders: matched by name
     assert labels_of(open_dataset(root)) == {"fox/a.jpg": "fox", "wolf_dog/a.jpg": "wolf dog"}
-    (root / "classnames.txt").write_text("wolf dog\nfox\n")  # as many, and their names: by name too
+    (root / "classnames.txt").write_text("wolf dog\nfox\n")  # as many, same names: also by name
     assert labels_of(open_dataset(root)) == {"fox/a.jpg": "fox", "wolf_dog/a.jpg": "wolf dog"}
     (root / "classnames.txt").write_text("owl\nwolf dog\nfoxes\n")
     with pytest.raises(ValueError, match=r"classnames\.txt names 3 classes, but there are 2 folders, and folder 'fox'"):
@@ -181,7 +181,7 @@ def test_the_tree_of_clip_benchmark(tmp_path: Path) -> None:
         f"1.tar, s0000002: class number 2, but {root}/classnames.txt names 2, from 0"
     ]
     assert dataset.templates == ["a photo of {c}."] and list(find_splits(root)) == ["test", "train"]
-    for place in (root / "test", root / "test" / "0.tar"):  # names are found above
+    for place in (root / "test", root / "test" / "0.tar"):  # names are found in the folder above
         assert open_dataset(place).classnames == ["fox", "wolf"]
     assert len(labels_of(open_dataset(root, split="train"))) == 1
     with pytest.raises(ValueError, match="no split 'val'; it has test, train"):
@@ -230,7 +230,7 @@ def test_captions_beside_pictures_in_folders(tmp_path: Path) -> None:
     root = folders(tmp_path / "photos", ["2023", "2024"])
     (root / "2023" / "a.txt").write_text("a fox")
     (root / "2024" / "a.json").write_text('{"caption": "two foxes"}')
-    both = open_dataset(root)  # whether the folders are classes is for the reader to judge
+    both = open_dataset(root)  # the caller decides whether the folders are classes
     assert labels_of(both) == {"2023/a.jpg": "2023", "2024/a.jpg": "2024"}
     assert {e.key: e.captions for e in both} == {"2023/a.jpg": ("a fox",), "2024/a.jpg": ("two foxes",)}
     (root / "top.jpg").write_bytes(picture(5))
@@ -321,14 +321,14 @@ def test_splits_of_class_folders(tmp_path: Path) -> None:
         folders(tmp_path / "d" / split, names)
     assert open_dataset(tmp_path / "d").classnames == ["fox"]
     assert open_dataset(tmp_path / "d", split="train").classnames == ["fox", "wolf"]
-    folders(tmp_path / "e", ["train", "car"])  # classes, one of them named like a split
+    folders(tmp_path / "e", ["train", "car"])  # classes, one of them with the name of a split
     assert open_dataset(tmp_path / "e").classnames == ["car", "train"]
     folders(tmp_path / "d", ["other"])
     assert open_dataset(tmp_path / "d").classnames == ["other", "train", "val"]
 
 
 def test_a_share_is_opened_alone(tmp_path: Path) -> None:
-    """The others' pictures are not read; shares together are the whole, with the same numbers."""
+    """A process does not read the others' pictures; together the shares are the whole, with the same indices."""
     files = {f"{c}/{i}.jpg": picture(i) for c in "ab" for i in range(3)}
     tar(tmp_path / "t.tar", files)
     folders(tmp_path / "f", ["a", "b", "c", "d"])

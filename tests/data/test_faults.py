@@ -1,4 +1,4 @@
-"""Data with every fault that we know of, made here, through indexing, loading, training and reports."""
+"""Data with every known fault, created here and used for indexing, loading, training and reports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bomb(side: int = 50_000) -> bytes:
-    """A tiny PNG that claims to be `side` x `side`."""
+    """Return a tiny PNG that claims to be `side` x `side`."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -91,7 +91,7 @@ def bad_samples() -> list[dict[str, Any]]:
 
 
 def broken_folder(folder: Path) -> Path:
-    """30 good samples, all of `BAD`, two keys twice, and shards in every bad state."""
+    """Write 30 good samples, all of `BAD`, two duplicate keys, and shards with every kind of damage."""
     folder.mkdir()
     write_shard(folder / "good.tar", [good(i) for i in range(20)] + bad_samples())
     write_shard(folder / "twice.tar", [good(i) for i in (0, 1, 2, 0, 3, 3)])
@@ -105,7 +105,7 @@ def broken_folder(folder: Path) -> Path:
 
 
 def tar_of(samples: list[dict[str, Any]]) -> tuple[bytes, list[int]]:
-    """A tar, and where each sample starts."""
+    """Return a tar, and the position where each sample starts."""
     file = io.BytesIO()
     starts = []
     with tarfile.open(fileobj=file, mode="w") as tar:
@@ -124,7 +124,7 @@ def keys(folder: Path) -> list[str]:
 
 
 def drawn(folder: Path, batches: int, **changes: Any) -> tuple[set[str], list[Skipped]]:
-    """Keys and what is skipped, in some batches of a training loader."""
+    """Return the keys and the skipped samples in some batches of a training loader."""
     source = iter(loader(folder, **changes))
     seen = [next_batch(source, folder) for _ in range(batches)]
     return {k for b in seen for k in b.keys}, [s for b in seen for s in b.skipped]
@@ -134,7 +134,7 @@ def drawn(folder: Path, batches: int, **changes: Any) -> tuple[set[str], list[Sk
 
 
 def test_a_tar_is_used_as_far_as_it_is_whole_wherever_it_is_cut(tmp_path: Path) -> None:
-    """Compared with what is known of the places where samples start and end."""
+    """Compare with the known positions where samples start and end."""
     samples = [good(i) for i in range(5)]
     data, starts = tar_of(samples)
     ends = [*starts[1:], None]
@@ -157,13 +157,13 @@ def test_a_tar_is_used_as_far_as_it_is_whole_wherever_it_is_cut(tmp_path: Path) 
 
 
 def _data_end(data: bytes, end: int) -> int:
-    """The last byte of a sample's data, before the padding of its last block."""
+    """Return the last byte of a sample's data, before the padding of its last block."""
     return len(data[:end].rstrip(b"\0"))
 
 
 @pytest.mark.parametrize("filler", [b"\0", b"\x01"])
 def test_holes_and_garbage_in_a_tar_are_found(tmp_path: Path, filler: bytes) -> None:
-    """`tarfile` itself ends there without a word. Zeros are what a download leaves that reserves its space."""
+    """`tarfile` itself silently stops there. Downloads that reserve their space leave zeros."""
     data, starts = tar_of([good(i) for i in range(8)])
     write_shard(tmp_path / "a.tar", [good(9)])
     (tmp_path / "b.tar").write_bytes(data[: starts[3]] + filler * (len(data) - starts[3]) + filler * 2**20)
@@ -187,7 +187,7 @@ def test_the_first_of_several_samples_with_a_key_counts(tmp_path: Path) -> None:
     for i, sample in enumerate(samples):
         sample["json"] = json.dumps({"caption": f"place {i}"}).encode()
     write_shard(tmp_path / "a.tar", samples)
-    write_shard(tmp_path / "b.tar", [good(0)])  # of another shard, so another sample
+    write_shard(tmp_path / "b.tar", [good(0)])  # in another shard, so another sample
     assert prepare(tmp_path) == 5
     texts = [captions_of(s)[0] for s in read_shards(tmp_path, [])]
     assert texts[:4] == ["place 0", "place 1", "place 3", "place 5"]
@@ -197,7 +197,7 @@ def test_the_first_of_several_samples_with_a_key_counts(tmp_path: Path) -> None:
         batch = next(source)
         drawn_texts.add(tuple(batch.tokens[0].tolist()))
         skipped |= set(batch.skipped)
-    assert len(drawn_texts) == 4 + 2  # those four, and two captions of the other shard
+    assert len(drawn_texts) == 4 + 2  # those four, and two captions from the other shard
     assert skipped == set(known_faults(tmp_path)) and {s.cause for s in skipped} == {"duplicate_key"}
     assert sorted(s.key for s in skipped) == ["00000", "00000", "00002"]
 
@@ -207,7 +207,7 @@ def test_keys_that_every_shard_starts_anew_are_no_duplicates(tmp_path: Path) -> 
         write_shard(tmp_path / f"{name}.tar", [good(i) for i in range(3)])
     assert prepare(tmp_path) == 6 and not known_faults(tmp_path)
     batch = next(iter(loader(tmp_path, batch_size=6)))
-    assert len(set(batch.groups.tolist())) > 3  # so they are no positives of each other either
+    assert len(set(batch.groups.tolist())) > 3  # so they are not positives of each other either
 
 
 @pytest.mark.parametrize("when", ["indexing", "reading"])
@@ -215,7 +215,7 @@ def test_keys_with_folders_are_listed_whole(tmp_path: Path, when: str) -> None:
     bad = {"jpg": picture(0)[:200]} if when == "reading" else {}
     keys = {f"{name}/0001" for name in "abc"}
     samples = [good(i) | {"key": key} | bad for i, key in enumerate(sorted(keys))]
-    copies = samples if when == "indexing" else []  # keys that come twice
+    copies = samples if when == "indexing" else []  # duplicate keys
     write_shard(tmp_path / "0.tar", [*samples, *copies, *(good(i) | {"key": f"d/{i}"} for i in range(9))])
     skipped = drawn(tmp_path, 40)[1]
     assert {s.key for s in skipped} == keys and {s.shard for s in skipped} == {"0.tar"}
@@ -265,7 +265,7 @@ def test_many_shards_are_indexed_by_several_processes(tmp_path: Path) -> None:
     assert drawn(tmp_path, 10)[0] == {f"{i:05d}" for i in range(10)}
 
 
-# --- shards that vanish -----------------------------------------------------------------------------------------
+# --- vanished shards --------------------------------------------------------------------------------------------
 
 
 def two_shards(folder: Path) -> Path:
@@ -324,7 +324,7 @@ def test_a_file_system_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypat
 
 
 def test_the_order_of_samples_does_not_depend_on_what_has_vanished(tmp_path: Path, no_pauses: None) -> None:
-    """A position that was saved with all shards is good without one, and the other way round."""
+    """A position saved with all shards is valid without one of them, and vice versa."""
     folder = two_shards(tmp_path / "data")
     whole = loader(folder, batch_size=1)
     source = iter(whole)
@@ -371,7 +371,7 @@ def test_bombs_take_no_memory() -> None:
         with pytest.raises(Fault, match="too large") as error:
             open_image(io.BytesIO(bomb(side)))
         assert error.value.cause == "huge_image"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB; the small one has 300 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB; the small one claims 300 MB
 
 
 def test_a_member_that_claims_too_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +384,7 @@ def test_a_member_that_claims_too_much_is_not_read(tmp_path: Path, monkeypatch: 
 
 
 def test_a_long_thin_picture_is_resized_within_bounds() -> None:
-    """Blown up whole it would have 4 G pixels. The middle of it is what counts."""
+    """Resized whole it would have 4 billion pixels. Only its middle is needed."""
     from tinyclip.inputs.transforms import Preprocess
 
     thin = Image.new("RGB", (60_000, 1), (10, 20, 30))
@@ -397,7 +397,7 @@ def test_a_long_thin_picture_is_resized_within_bounds() -> None:
 
 
 def test_damaged_pictures_of_every_kind_are_faults_and_nothing_else() -> None:
-    """Random bytes changed or cut off in files of all formats."""
+    """Random bytes are changed or cut off in files of all formats."""
     import random
 
     rng = random.Random(0)
@@ -452,7 +452,7 @@ def test_a_run_on_broken_data_resumes_exactly_and_counts_the_same(place: Path, t
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 5 else None
     with pytest.raises(Interrupted):
         loop.run(started)
-    with (tmp_path / "run" / "skipped.jsonl").open("a") as file:  # of steps that were done but not saved
+    with (tmp_path / "run" / "skipped.jsonl").open("a") as file:  # of steps that were completed but not saved
         file.write(json.dumps({"shard": "s", "key": "k", "cause": "no_image", "reason": "", "stage": "50", "step": 6}))
     result = loop.run(loop.start(chosen, resume=True))[0]
     one, two = (weights(tmp_path / name / "student") for name in ("whole", "run"))
@@ -491,7 +491,7 @@ def test_a_shard_deleted_during_a_run_is_reported_and_the_run_resumes(
         if event["event"] == "warning":
             texts.append(event["text"])
         if event.get("step") == 2:
-            # An open file can still be read after it was deleted, so it is emptied.
+            # An open file can still be read after deletion, so empty it instead.
             (folder / "b.tar").write_bytes(b"")
             (folder / "c.tar").unlink()
         if event["event"] == "step" and event["step"] == 9:
@@ -506,7 +506,7 @@ def test_a_shard_deleted_during_a_run_is_reported_and_the_run_resumes(
     result = loop.run(resumed)[0]
     assert result["skipped_by_cause"]["vanished_shard"] > 0
     assert any(text.startswith("b.tar") and "going on without it" in text for text in texts)
-    assert texts == sorted(set(texts), key=texts.index)  # each once
+    assert texts == sorted(set(texts), key=texts.index)  # each one once
 
 
 def test_a_fresh_start_sees_the_shards_that_are_there(tmp_path: Path) -> None:
@@ -517,7 +517,7 @@ def test_a_fresh_start_sees_the_shards_that_are_there(tmp_path: Path) -> None:
     write_shard(folder / "c.tar", [good(5)])
     assert prepare(folder, keep=True) == 12 and prepare(folder) == 13
     write_shard(folder / "c.tar", [good(5), good(6)])
-    assert prepare(folder, keep=True) == 14  # what changed cannot be read by the old index
+    assert prepare(folder, keep=True) == 14  # the old index cannot read a changed shard
 
 
 def test_evaluation_counts_by_cause(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -526,7 +526,7 @@ def test_evaluation_counts_by_cause(place: Path, tmp_path: Path, capsys: pytest.
     list(dataset)
     counted = faults.counts(dataset.skipped)
     expected = Counter(cause for cause, _ in BAD.values())
-    del expected["no_caption"]  # pictures can be judged without
+    del expected["no_caption"]  # pictures without captions can still be evaluated
     assert counted == expected | {"truncated_shard": 1, "damaged_shard": 3, "empty_shard": 1, "duplicate_key": 2}
     judge.evaluate(place / "teacher", folder, device="cpu", output=tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())

@@ -170,7 +170,7 @@ def test_augmentation_is_a_function_of_its_generator() -> None:
 def test_the_default_view_is_a_crop_of_the_picture() -> None:
     ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3))
     views = [Augment(scale=(0.25, 0.25), ratio=1).view(Image.fromarray(ramp.copy()), 32, Random(i)) for i in range(20)]
-    for view in views:  # half the ramp's width, so half its range, and still rising
+    for view in views:  # half the ramp's width, so half its range, and still increasing
         row = view[0, 0].astype(int)
         assert 100 < row[-1] - row[0] < 140 and (np.diff(row) >= 0).all()
     assert len({int(v[0, 0, 0]) for v in views}) > 5

@@ -1,4 +1,4 @@
-"""Shards as tar and other tools make them: what `prepare` counts is what training finds."""
+"""Shards from tar and other tools: what `prepare` counts is what training reads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def link(name: str, to: str, kind: bytes = tarfile.LNKTYPE) -> Member:
 
 
 def check_same(folder: Path, count: int) -> list[list[str]]:
-    """Captions in order. What training reads is what `read_shards` reads, to the byte."""
+    """Check that the captions are in order, and that training reads the same bytes as `read_shards`."""
     ours = list(read_shards(folder, []))
     assert prepare(folder) == len(ours) == count
     for sample in ours:
@@ -148,7 +148,7 @@ def test_captions_end_at_line_breaks_alone() -> None:
     assert captions_of({"txt": f"\ufeff{inside}\r\ntwo\rthree\n".encode()}) == [inside, "two", "three"]
 
 
-# --- not ready --------------------------------------------------------------------------------------------------
+# --- unprepared -------------------------------------------------------------------------------------------------
 
 
 def test_names_that_are_one_key_are_told(tmp_path: Path) -> None:
@@ -183,11 +183,11 @@ def test_shards_with_another_ending_are_told(tmp_path: Path, name: str) -> None:
     assert word in tinyclip("data", "prepare", folder, code=1)
 
 
-# --- hostile ----------------------------------------------------------------------------------------------------
+# --- malicious --------------------------------------------------------------------------------------------------
 
 
 def negative(kind: str) -> bytes:
-    """A member whose size would send a reader back to itself."""
+    """Return a member with a size that would send a reader back to the same member."""
     info = tarfile.TarInfo("9.jpg")
     if kind == "extended":
         info.pax_headers = {"size": "-1536"}
@@ -273,7 +273,7 @@ def test_a_run_that_is_resumed_keeps_an_index_of_before(tmp_path: Path) -> None:
 
 
 def test_links_to_nothing_and_pipes_are_damaged_shards(tmp_path: Path) -> None:
-    """Nothing waits for a pipe, and the others are used."""
+    """The reader does not block on a pipe, and uses the other shards."""
     folder = tar(tmp_path / "data" / "0.tar", pair("0", 0))
     (folder / "1.tar").symlink_to("nowhere")
     (folder / "2.tar").symlink_to("2.tar")

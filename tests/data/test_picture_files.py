@@ -1,4 +1,4 @@
-"""Which pictures of a folder are found, for every command alike."""
+"""Which pictures in a folder are found; the rules are the same for every command."""
 
 from __future__ import annotations
 
@@ -118,14 +118,14 @@ def test_linked_folders_are_read_by_every_command(tmp_path: Path) -> None:
     assert dataset.classnames == ["cat"]
 
 
-# --- what is left out
+# --- ignored files
 
 
 THUMBNAILS = (".thumbnails", "@eaDir", ".Trash-1000", ".Trashes", "__MACOSX", ".AppleDouble", "$RECYCLE.BIN", ".git")
 
 
 def with_thumbnails(folder: Path) -> None:
-    """A photo, and what file managers keep beside it."""
+    """Write a photo, and the files that file managers keep next to it."""
     put(folder / "photo.png", *(folder / "sub" / name / "deep" / "small.png" for name in THUMBNAILS))
     (folder / "sub" / "._photo.jpg").write_bytes(b"\0\5\x16\7" + bytes(80))
     (folder / "Thumbs.db").write_bytes(b"db")
@@ -179,7 +179,7 @@ def test_folders_of_file_managers_are_no_classes(tmp_path: Path) -> None:
 
 
 def close(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders of the name `closed`, for root too."""
+    """Make folders named `closed` unreadable, even for root."""
     real = os.scandir
 
     def scandir(place: str) -> object:
@@ -209,7 +209,7 @@ def test_a_class_folder_that_cannot_be_opened_is_still_a_class(tmp_path: Path, m
     assert [(s.key, s.cause) for s in dataset.skipped] == [("closed", "unreadable_folder")]
 
 
-# --- endings
+# --- file extensions
 
 
 @pytest.mark.parametrize("ending", sorted(ENDINGS))
@@ -237,7 +237,7 @@ def test_pictures_of_other_names_are_packed_as_they_are(ending: str, tmp_path: P
 
 @pytest.mark.parametrize("format", ["HEIF", "AVIF"])
 def test_a_picture_that_only_some_can_read_is_packed_as_png(format: str, tmp_path: Path) -> None:
-    """Phones give such files any name."""
+    """Phones may give such files any extension."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()

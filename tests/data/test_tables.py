@@ -1,4 +1,4 @@
-"""Tables that people really have: a row is whole or named, never cut, and never swallows the next."""
+"""Real-world tables: each row is read whole or reported, never cut off, and never absorbs the next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def items_of(folder: Path, text: str | bytes, name: str = "t.csv", **options: An
 
 
 def found(folder: Path, text: str | bytes, name: str = "t.csv", **options: Any) -> dict[str, list[str]]:
-    """Captions by picture, and of rows that cannot be used the reason by their place."""
+    """Return captions by picture, and for each unusable row the reason by its position."""
     return {
         item.path.name: [f"! {item.problem}"] if item.problem else list(item.captions)
         for item in items_of(folder, text, name, **options)
@@ -202,7 +202,7 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     assert [(s.key, s.cause) for s in source.skipped] == [("t.jsonl, line 3", "bad_row")]
 
 
-# --- pictures inside --------------------------------------------------------------------------------------------
+# --- embedded pictures ------------------------------------------------------------------------------------------
 
 
 def with_pictures(path: Path, count: int, **columns: Any) -> list[bytes]:

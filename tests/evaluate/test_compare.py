@@ -37,7 +37,7 @@ SUBSETS = ["new", "old"]
 
 @dataclass
 class Noisy:
-    """A model that sees a picture's grey level, and mistakes it more the more noise it has."""
+    """A model that sees a picture's grey level; the more noise it has, the more errors it makes."""
 
     noise: float
     dim: int
@@ -86,7 +86,8 @@ def contenders() -> list[Contender]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hundred pictures: most with a class, most with one to three captions, half in a subset; a damaged one."""
+    """A hundred pictures, one of them damaged: most have a class, most have one to three captions, half are in a
+    subset."""
     rows: list[tuple[int, dict[str, Any]]] = []
     for level in range(100):
         name = CLASSES[level % len(CLASSES)]
@@ -202,7 +203,7 @@ def test_captions_alone(tmp_path: Path, contenders: list[Contender]) -> None:
     assert student["lost"] == (right["teacher"] & ~right["student"]).sum() > 0
     owner = [level for level, info in rows for _ in info["captions"]]
     chosen = {}
-    for one in contenders:  # captions of one picture count together
+    for one in contenders:  # captions of the same picture count together
         texts = one.clip.encode_text([caption for _, info in rows for caption in info["captions"]]).double().numpy()
         answers, chosen[one.name] = outcome.answers[one.name], []
         for level in range(40):
@@ -273,7 +274,7 @@ def test_data_that_nothing_can_be_compared_by(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no readable pictures"):
         check(open_dataset(tmp_path / "pictures"))
     (junk / "classnames.txt").write_text("x\n")
-    check(open_dataset(junk))  # its captions are enough
+    check(open_dataset(junk))  # captions are enough
 
 
 def test_size_on_disk_leaves_out_the_state_of_a_training(tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_the_report_is_one_safe_file(outcome: compare.Outcome, contenders: list[
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.count("data:image/png;base64,") == sum(map(len, differences(outcome).values())) > 0
     for words in ("Accuracy and cost", "Calibration", "Only the teacher is right", "probability of the right"):
-        assert (words in page) is (words != "probability of the right")  # classes have enough pictures for accuracy
+        assert (words in page) is (words != "probability of the right")  # classes have enough pictures for an accuracy
     saved = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert saved["data"]["both"]["models"]["猫 $"]["lost"] == outcome.figures["猫 $"]["lost"]
     with (tmp_path / "out" / "answers.csv").open(newline="") as file:
@@ -349,7 +350,7 @@ def test_classes_of_few_pictures_are_shown_by_probability(outcome: compare.Outco
         }
         figure = comparison.class_figure(outcome, "student")
         assert figure is not None and figure.axes[0].get_xlabel().startswith("probability")
-        assert comparison.class_figure(outcome, "teacher") is None  # nothing changed
+        assert comparison.class_figure(outcome, "teacher") is None  # no predictions changed
 
 
 def _recall(outcome: compare.Outcome, model: str, label: int) -> float:
@@ -362,7 +363,7 @@ def _recall(outcome: compare.Outcome, model: str, label: int) -> float:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`teacher`, a narrower `a/student` and a `b/student` with other sizes, and class folders `classes`."""
+    """`teacher`, a narrower `a/student`, a `b/student` of another size, and class folders `classes`."""
     folder = tmp_path_factory.mktemp("command")
     tokenizer = small_tokenizer()
     for i, (name, changes) in enumerate(
@@ -382,7 +383,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0
 ) -> str:
-    """Output of `tinyclip compare`, its error line when it should fail."""
+    """Return the output of `tinyclip compare`, or its error line if it should fail."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["tinyclip", "compare", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
@@ -414,7 +415,7 @@ def test_the_command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     )
     assert list(json.loads((place / "out" / "compare.json").read_text())["models"]) == ["teacher", "student"]
     assert "classes holds more than a comparison (cat)" in tinyclip(*models, "-o", "classes", "--overwrite", code=2)
-    assert len(list(place.iterdir())) == 5  # nothing is left beside it
+    assert len(list(place.iterdir())) == 5  # nothing else is left
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_zero_shot_on_class_folders(tmp_path: Path) -> None:
             (tmp_path / name / f"{level}.png").write_bytes(grey(level))
     (tmp_path / "100" / "broken.png").write_bytes(b"junk")
     dataset = open_dataset(tmp_path)
-    assert dataset.classnames == ["10", "100", "150 x", "200", "220"]  # a folder without pictures is no class
+    assert dataset.classnames == ["10", "100", "150 x", "200", "220"]  # a folder without pictures is not a class
     result = zero_shot(Oracle(), dataset)
     assert (result["acc1"], result["n"], result["classes"]) == (pytest.approx(6 / 7), 7, 5)
     assert result["acc5"] == 1
@@ -113,7 +113,7 @@ def test_evaluate_gives_what_the_data_allows(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint `model`, the same as OpenCLIP's and Hugging Face's, `classes` of pictures, and a `table`."""
+    """A checkpoint `model`, the same in OpenCLIP's and Hugging Face's format, `classes` of pictures, and a `table`."""
     folder = tmp_path_factory.mktemp("ours")
     config = vit_clip(24, (2, 128), (2, 128), 16, image_size=32).model_dump() | {"activation": "gelu"}
     model = random_model(CLIPConfig.from_dict(config), dtype=torch.float32)
@@ -134,7 +134,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_classification_equals_open_clip(ours: Path, others: Callable[[str], ModuleType]) -> None:
-    """Its model, transform, tokenizer and prompt ensemble, and scikit-learn's figures."""
+    """Compare with OpenCLIP's model, transform, tokenizer and prompt ensemble, and scikit-learn's figures."""
     open_clip, metrics = others("open_clip"), others("sklearn.metrics")
     name = f"local-dir:{ours / 'open_clip'}"
     model, _, transform = open_clip.create_model_and_transforms(name)
@@ -162,11 +162,11 @@ def test_classification_equals_open_clip(ours: Path, others: Callable[[str], Mod
     assert [(row["class"], row["n"]) for row in result["per_class"]] == [
         (n, labels.count(i)) for i, n in enumerate(names)
     ]
-    assert 0 < result["acc1"] < result["acc5"] < 1  # else it would prove little
+    assert 0 < result["acc1"] < result["acc5"] < 1  # otherwise the test would prove little
 
 
 def test_retrieval_equals_transformers(ours: Path, others: Callable[[str], ModuleType]) -> None:
-    """Its model and tokenizer, OpenCLIP's transform, and ranks counted one by one."""
+    """Compare with the model and tokenizer of `transformers`, OpenCLIP's transform, and ranks counted one by one."""
     transformers = others("transformers")
     model = transformers.CLIPModel.from_pretrained(ours / "hf").eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(ours / "hf")
@@ -214,7 +214,7 @@ def test_pictures_of_several_classes(tmp_path: Path) -> None:
 
 
 class Arrays(Oracle):
-    """A runtime that returns NumPy."""
+    """A runtime that returns NumPy arrays."""
 
     def _point(self, level: float) -> Any:
         return super()._point(level).numpy()

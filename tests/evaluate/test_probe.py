@@ -1,4 +1,4 @@
-"""The linear probe: its solvers, its choice of C, its data."""
+"""The linear probe: its solvers, its choice of C and its data."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def problem(classes: int, count: int = 200) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 def test_the_solvers_find_the_minimum(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the function in the docstring, whose gradient is 0 there; and both the same one."""
+    """The gradient of the function in the docstring is 0 at the minimum, and both solvers find the same one."""
     features, labels = problem(classes)
-    monkeypatch.setattr(module, "ROWS", 64)  # in pieces
+    monkeypatch.setattr(module, "ROWS", 64)  # in chunks
     for c in (0.01, 1.0, 100.0):
         found = [fit_sklearn(Problem.of(features, labels), c), fit_torch(Problem.of(features, labels), c, CPU)]
         for linear in found:
@@ -62,7 +62,7 @@ def test_best_are_the_likeliest_labels() -> None:
 def test_the_search_finds_the_peak_in_few_steps(top: float) -> None:
     exponent, known = search(lambda e: -abs(e - top))
     assert exponent == top and len(known) <= 15 and all(-6 <= e <= 6 for e in known)
-    assert search(lambda e: 0.5)[0] == -6  # of equals the strongest regularisation
+    assert search(lambda e: 0.5)[0] == -6  # with ties, choose the strongest regularisation
 
 
 def test_a_fifth_of_each_class_is_held_out() -> None:
@@ -87,14 +87,14 @@ def levels(root: Path, classes: dict[str, list[int]]) -> Path:
 def test_a_probe_of_greys(tmp_path: Path) -> None:
     train = {"dark": [*range(0, 60, 4)], "middle": [*range(90, 150, 4)], "light": [*range(180, 250, 4)]}
     given = open_dataset(levels(tmp_path / "train", train))
-    # The test data has its own order of classes, and one picture that looks like another class.
+    # The test data orders its classes differently, and has one picture that looks like another class.
     judged = open_dataset(levels(tmp_path / "test", {"light": [200, 205], "dark": [10, 20, 240]}))
     result = probe(Oracle(), given, judged)
     assert result["acc1"] == pytest.approx(4 / 5) and result["mean_per_class_recall"] == pytest.approx((1 + 2 / 3) / 2)
     assert result["acc5"] == 1 and (result["n"], result["n_train"], result["classes"]) == (5, 47 + 1, 3)
     assert result["validation_acc1"] == max(row["acc1"] for row in result["sweep"]) == 1
     assert result["C"] == min(row["C"] for row in result["sweep"] if row["acc1"] == 1)
-    alone = probe(Oracle(), given)  # a fifth is left out to judge on
+    alone = probe(Oracle(), given)  # a fifth is held out for validation
     assert alone["acc1"] > 0.8 and alone["n"] + alone["n_train"] == 48 and alone["test"] is None
 
 

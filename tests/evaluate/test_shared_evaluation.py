@@ -1,4 +1,4 @@
-"""Several processes: together they get the figures of one, to the last digit."""
+"""Several processes get exactly the same figures together as one process alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def clip() -> Pipeline:
 
 
 def data(root: Path) -> None:
-    """Class folders, and shards with captions; with broken pictures, and a damaged shard that every process meets."""
+    """Class folders, and shards with captions, including broken pictures and a damaged shard that every process
+    encounters."""
     for c in range(4):
         (root / "classes" / f"{c}").mkdir(parents=True)
         for i in range(5):

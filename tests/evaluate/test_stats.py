@@ -29,7 +29,7 @@ def test_intervals_of_means_and_ratios_are_scipys() -> None:
     mean = scipy_stats.bootstrap((hits.astype(float),), np.mean, **options).confidence_interval
     ratio = scipy_stats.bootstrap((sums, sizes), lambda a, b: a.sum() / b.sum(), paired=True, **options)
     assert ours["mean"].value == hits.mean() and ours["ratio"].value == sums.sum() / sizes.sum()
-    # A percentile of 2,000 samples has a standard error of about 0.06 of theirs, here 0.0014 and 0.0008.
+    # A percentile of 2,000 samples has a standard error of about 0.06 standard deviations, here 0.0014 and 0.0008.
     assert ours["mean"].interval == pytest.approx(tuple(mean), abs=0.006)
     assert ours["ratio"].interval == pytest.approx(tuple(ratio.confidence_interval), abs=0.004)
 
@@ -46,7 +46,7 @@ def test_differences_are_paired_and_the_same_at_every_call() -> None:
 
 
 def test_samples_without_a_member_of_a_subset_are_left_out() -> None:
-    inside = np.array([True, False, False])  # in 8 of 27 samples it is missing
+    inside = np.array([True, False, False])  # missing from 8 of 27 samples
     figure = bootstrap({"subset": (inside, inside)})["subset"]
     assert figure.value == 1 and figure.interval == (1, 1)
     assert np.isnan(figure.resampled).any()
@@ -74,5 +74,5 @@ def test_calibration_against_a_loop() -> None:
 def test_calibration_of_known_cases() -> None:
     assert calibration(np.full(4, 0.75), np.array([True, True, True, False])).error == 0
     assert calibration(np.ones(5), np.zeros(5, bool)).error == 1
-    opposite = calibration(np.array([0.9, 0.1]), np.array([False, True]))  # errors of bins do not cancel
+    opposite = calibration(np.array([0.9, 0.1]), np.array([False, True]))  # errors of bins do not cancel out
     assert opposite.error == pytest.approx(0.9)

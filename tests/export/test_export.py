@@ -44,14 +44,14 @@ WAYS = [
 
 
 def with_tokenizer(config: CLIPConfig) -> tuple[CLIPConfig, CLIPTokenizer]:
-    """The config with the vocabulary of a small tokenizer."""
+    """Return the config with the vocabulary of a small tokenizer."""
     tokenizer = small_tokenizer()
     text = config.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
     return config.model_copy(update={"text": text}), tokenizer
 
 
 def models() -> dict[str, tuple[CLIP, CLIPTokenizer]]:
-    """In float64: a ViT as an automatic cut leaves it, a ResNet, a ViT with QuickGELU and the shortest context."""
+    """Float64 models: a ViT as automatic pruning leaves it, a ResNet, a ViT with QuickGELU and the shortest context."""
     found = {}
     for name, config in {
         "uneven": uneven_config(),
@@ -87,7 +87,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(name: str, texts: list[str], count: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Preprocessed random pictures, their features, and those of texts padded to the context, in float64."""
+    """Return preprocessed random pictures, their features, and the features of texts padded to the context, in
+    float64."""
     model, tokenizer = MODELS[name]
     size, context = model.config.vision.image_size, model.config.text.context_length
     pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -170,7 +171,7 @@ def test_threads_and_pickles(place: Path) -> None:
 
 
 def test_nothing_computes_any_more_when_a_batch_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO would go on to read from a batch that is gone, which ends the process."""
+    """Otherwise OpenVINO would keep reading from a freed batch, which crashes the process."""
     at_work: set[int] = set()
 
     class Request:
@@ -240,7 +241,7 @@ print(*{{name.split(".")[0] for name in sys.modules}})"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert runtime in loaded
-    # Neither torch nor what would tell the makers of OpenVINO of each use.
+    # Neither torch nor the module that reports usage to OpenVINO's makers.
     assert not loaded & {"torch", "openvino_telemetry", "megatron", "webdataset", "matplotlib", "ftfy"}
 
 
@@ -278,7 +279,7 @@ def test_int8(to: str, tmp_path: Path, place: Path) -> None:
     with torch.inference_mode():
         wanted = model.encode_image(pixels, normalize=True).numpy()
     cosines = (clip.encode_image(pixels) * wanted).sum(1)
-    assert 0.95 < cosines.min() < 1 - 1e-6  # near, and yet in fewer bits
+    assert 0.95 < cosines.min() < 1 - 1e-6  # close, but in fewer bits
 
 
 def test_features_of_another_calibration_are_refused(
@@ -292,7 +293,7 @@ def test_features_of_another_calibration_are_refused(
         command("export", place / "shortest", "--to", "onnx", "--int8", "--calibration-data", calibration, "-o", name)
     one, two = (tinyclip.load(name) for name in ("one", "two"))
     assert isinstance(one, RuntimePipeline) and isinstance(two, RuntimePipeline)
-    assert one.fingerprint() == two.fingerprint()  # of the model, so that an index serves both
+    assert one.fingerprint() == two.fingerprint()  # same fingerprint, so either model can search the index
     for name, code in (("one", 0), ("two", 2), ("one", 0)):
         said = command("embed", name, "texts.txt", "-o", "features", code=code)
         assert ("made with another model (one, now two)" in said) == (code == 2)
@@ -353,7 +354,7 @@ def test_a_wrong_export_is_refused_and_leaves_nothing(tmp_path: Path, place: Pat
 def test_a_full_disk_is_one_line(
     to: str, message: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Left to write by itself, torch would end the process."""
+    """If torch wrote the file itself, a full disk would crash the process."""
 
     def full(*_: Any, **options: Any) -> None:
         raise RuntimeError("basic_ios::clear") if options else OSError(errno.ENOSPC, "No space left on device")
@@ -397,7 +398,7 @@ def test_accuracy_is_judged_where_there_are_classes(tmp_path: Path, place: Path,
     assert not (tmp_path / "other").exists()
 
 
-# --- folders that cannot be used
+# --- unusable folders
 
 
 @pytest.fixture
@@ -503,7 +504,7 @@ def test_a_package_that_the_export_needs(place: Path, tmp_path: Path, monkeypatc
         export(place / "shortest", tmp_path / "out", "openvino", int8=True, calibration=place / "shards")
 
 
-# --- the commands
+# --- commands
 
 
 def test_export_then_use_it(place: Path, tmp_path: Path) -> None:
@@ -542,7 +543,7 @@ def test_evaluating_an_export(place: Path, tmp_path: Path, monkeypatch: pytest.M
     )
     assert ours["runtime"] == "openvino"
     assert (ours["acc1"], ours["n"]) == (theirs["acc1"], theirs["n"])
-    # Where there is a GPU, an export still runs on the CPU.
+    # Even with a GPU, an export runs on the CPU.
     monkeypatch.setattr("tinyclip.common.devices.best_device", lambda: torch.device("cuda"))
     export_of = place / "uneven-onnx"
     assert json.loads(command("evaluate", export_of, tmp_path / "eval", "--json"))["n"] == 2
@@ -601,7 +602,8 @@ def test_bad_input_is_one_line(
 
 
 def test_signals_after_a_model_is_gone(place: Path) -> None:
-    """OpenVINO deleted in another thread than it was made in takes the first one's stack for signals with it."""
+    """If OpenVINO is deleted in a thread other than the one that created it, the creating thread loses its signal
+    stack."""
     code = f"""
 import gc, signal, subprocess, threading, tinyclip
 signal.signal(signal.SIGCHLD, lambda *_: None)

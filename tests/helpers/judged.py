@@ -17,7 +17,7 @@ from tests.helpers.shards import write_shard
 
 
 class Oracle:
-    """Encodes a grey level `g` and texts that name a level as a point on the half circle."""
+    """Encodes a grey level `g`, and texts that name a level, as a point on the half circle."""
 
     def encode_image(self, images: Any, *, normalize: bool = True) -> Tensor:
         return torch.stack([self._point(float(np.asarray(i.convert("L")).mean())) for i in images])

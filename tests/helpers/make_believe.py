@@ -1,18 +1,18 @@
-"""A make-believe GPU: code for CUDA runs on the CPU, and what a GPU would refuse or wait for is noticed.
+"""A make-believe GPU: CUDA code runs on the CPU, and whatever a GPU would refuse or wait for is detected.
 
-`with make_believe() as gpu:` lets `.to("cuda")`, `device="cuda"`, autocast, scalers, pinned memory, generators and
-`torch.cuda` work where there is no GPU. Every tensor is an ordinary one on the CPU, and `gpu` remembers of its storage
-which device it pretends to be on, so views share it. What runs is real: results are those of the CPU.
+`with make_believe() as gpu:` makes `.to("cuda")`, `device="cuda"`, autocast, scalers, pinned memory, generators and
+`torch.cuda` work without a GPU. Every tensor is an ordinary CPU tensor. `gpu` remembers for each storage which device
+it pretends to be on, so views share it. The computation is real: results are those of the CPU.
 
     an operation on tensors of two devices      raises, as in PyTorch (0-dim CPU tensors and CPU indices excepted)
     `numpy()` of a tensor on the GPU            raises, as in PyTorch
     a worker process that uses the GPU          raises, as in PyTorch
-    a copy to the CPU that nobody waits for     raises: PyTorch hands out memory that is not written yet
-    whatever makes the CPU wait for the GPU     is counted in `gpu.waits` with its place: `.item()`, `bool()`, `.cpu()`,
-                                                boolean masks, `nonzero`, copies to the GPU without `non_blocking`
+    an asynchronous copy to the CPU             raises: PyTorch returns memory that may not be written yet
+    whatever makes the CPU wait for the GPU     is recorded in `gpu.waits` with its location: `.item()`, `bool()`,
+                                                `.cpu()`, boolean masks, `nonzero`, blocking copies to the GPU
 
-What C++ code makes of nothing (`at::ones` within a kernel) has no device here until it meets a tensor that has one.
-Modes are of a thread, so other threads, such as those that decode, compute on the CPU as they should.
+Tensors that C++ code creates itself (`at::ones` within a kernel) have no device here until they meet a tensor that has
+one. Modes are per thread, so other threads, such as decoding threads, compute on the CPU as they should.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ READS = {
     *("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::bincount"),
     *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"),
 }
-# Operations that take no CPU scalar among tensors of the GPU.
+# Operations that do not accept CPU scalars together with GPU tensors.
 STRICT = ("aten::cat", "aten::stack", "aten::_fused_", "aten::_amp_")
 GROUPED = "_group_tensors_by_device_and_dtype"
 LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
@@ -63,7 +63,7 @@ class Wait:
 
 
 class MakeBelieve(TorchDispatchMode):
-    """Knows where tensors pretend to be; `waits` are those so far."""
+    """Tracks which device each tensor pretends to be on; `waits` lists the waits so far."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class MakeBelieve(TorchDispatchMode):
     # --- where tensors are --------------------------------------------------------------------------------------
 
     def place_of(self, tensor: Tensor) -> Place:
-        """Its device; None of what goes with any."""
+        """Return a tensor's device; None if it is compatible with any."""
         storage = tensor.untyped_storage()
         return self.places[storage._cdata][1] if storage._cdata in self.places else CPU
 
     def put(self, tensor: Tensor, place: Place) -> Tensor:
-        """Let a tensor, with all that shares its storage, be there. A weak reference keeps an address from being used
-        again."""
+        """Place a tensor, and all that share its storage, on a device. A weak reference keeps its address from being
+        reused."""
         if place == GPU and os.getpid() != self.process:
             raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
         if len(self.places) > 20_000:
@@ -128,7 +128,7 @@ class MakeBelieve(TorchDispatchMode):
         return result
 
     def _agreed(self, name: str, tensors: list[Tensor]) -> Place:
-        """The device of an operation; an error where its tensors have several."""
+        """Return the device of an operation; raise if its tensors are on several."""
         strict = name.startswith(STRICT)
         placed = [(tensor, self.place_of(tensor)) for tensor in tensors]
         found = {place for tensor, place in placed if place is not ANYWHERE and (tensor.ndim or strict)}
@@ -139,7 +139,7 @@ class MakeBelieve(TorchDispatchMode):
         return next(iter(found), GPU if GPU in scalars else CPU if scalars else ANYWHERE)
 
     def _indexed(self, name: str, args: tuple[Any, ...]) -> Place:
-        """Indices may be on the CPU, and are copied then; a boolean one is counted first."""
+        """Indices may be on the CPU, and are then copied; boolean indices are counted first."""
         indices = [index for index in args[1] if index is not None]
         place = self._agreed(name, [leaf for leaf in (args[0], *args[2:]) if isinstance(leaf, Tensor)])
         if place == CPU and any(self.place_of(index) == GPU for index in indices):
@@ -153,7 +153,7 @@ class MakeBelieve(TorchDispatchMode):
         return place
 
     def _copied(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
-        if name == "aten::_to_copy":  # to another dtype or layout; `to` below sees to devices
+        if name == "aten::_to_copy":  # to another dtype or layout; `to` below handles devices
             return self.place_of(args[0])
         there, here = self.place_of(args[0]), self.place_of(args[1])
         if there is ANYWHERE and here is not ANYWHERE:
@@ -163,7 +163,7 @@ class MakeBelieve(TorchDispatchMode):
         return self.place_of(args[0])
 
     def moved(self, source: Place, target: Place, non_blocking: bool) -> None:
-        """Count a copy between devices."""
+        """Record a copy between devices."""
         if target == GPU and not non_blocking:
             self.wait("copy to the GPU")
         if source == GPU and target == CPU:
@@ -172,14 +172,14 @@ class MakeBelieve(TorchDispatchMode):
             self.wait("copy from the GPU")
 
     def move(self, tensor: Tensor, target: Place, non_blocking: bool = False) -> Tensor:
-        """A copy on another device."""
+        """Return a copy on another device."""
         self.moved(self.place_of(tensor), target, non_blocking)
         moved: Tensor = _Move.apply(tensor, self, target)
         return moved
 
 
 class _Move(torch.autograd.Function):
-    """A copy to another device; its gradient goes back to the one that it came from."""
+    """A copy to another device; its gradient goes back to the source device."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, gpu: MakeBelieve, target: Place) -> Tensor:
@@ -193,7 +193,7 @@ class _Move(torch.autograd.Function):
 
 
 class Generator(torch._C.Generator):
-    """One on the CPU that pretends to be on a device."""
+    """A CPU generator that pretends to be on a device."""
 
     pretended = CPU
 
@@ -214,19 +214,19 @@ def _check_generator(generator: torch.Generator, place: Place) -> None:
 
 
 def device_of(device: Any) -> torch.device:
-    """The device that is meant by a name, a number or a device."""
+    """Return the device for a name, a number or a device."""
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "cuda" and (device.index or 0) > 0:
         raise RuntimeError("CUDA error: invalid device ordinal")
     return GPU if device.type == "cuda" else device
 
 
-# --- what is patched --------------------------------------------------------------------------------------------
+# --- patches ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def make_believe(capability: tuple[int, int] = (8, 0)) -> Iterator[MakeBelieve]:
-    """A GPU of this compute capability: from 8 on it has bfloat16."""
+    """A GPU with this compute capability; from 8 on it supports bfloat16."""
     _settle_compiler()
     gpu = MakeBelieve(capability)
     with ExitStack() as stack:
@@ -249,7 +249,7 @@ def make_believe(capability: tuple[int, int] = (8, 0)) -> Iterator[MakeBelieve]:
 
 @cache
 def _settle_compiler() -> None:
-    """The compiler learns once in a process which functions are torch's; those that are patched are not."""
+    """The compiler learns once per process which functions are torch's; patched ones would not be among them."""
     from torch._dynamo import trace_rules
 
     trace_rules.get_torch_obj_rule_map()
@@ -257,7 +257,7 @@ def _settle_compiler() -> None:
 
 
 def _methods(gpu: MakeBelieve) -> dict[str, Any]:
-    """Of tensors."""
+    """Patches of tensor methods."""
     real = torch.Tensor
 
     def device(self: Tensor) -> torch.device:
@@ -327,7 +327,7 @@ def _methods(gpu: MakeBelieve) -> dict[str, Any]:
 
 
 def _meant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None, bool]:
-    """Device, dtype and `non_blocking` of a call of `to`."""
+    """Return the device, dtype and `non_blocking` of a call to `to`."""
     device, dtype, non_blocking = kwargs.get("device"), kwargs.get("dtype"), kwargs.get("non_blocking", False)
     for arg in args:
         if isinstance(arg, Tensor):
@@ -342,7 +342,7 @@ def _meant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device 
 
 
 def _functions(gpu: MakeBelieve) -> dict[str, Any]:
-    """Of `torch`: all that makes tensors, and autocast."""
+    """Patches of `torch`: everything that creates tensors, and autocast."""
 
     def maker(call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
@@ -358,7 +358,7 @@ def _functions(gpu: MakeBelieve) -> dict[str, Any]:
         return made
 
     def of_data(call: Callable[..., Any]) -> Callable[..., Any]:
-        """What copies data, which is on the CPU."""
+        """Wrap a function that copies data, which is on the CPU."""
 
         def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
             if isinstance(data, Tensor):
@@ -400,7 +400,7 @@ def _within_meta() -> bool:
 
 
 def _of_cpu(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a device's type that tells of the CPU what it is asked of the GPU."""
+    """Wrap a function that takes a device type, so that it gives the CPU's answer for the GPU."""
     return lambda *args: call(*("cpu" if arg == "cuda" else arg for arg in args))
 
 
@@ -410,7 +410,7 @@ class _Autocast(torch.amp.autocast_mode.autocast):
 
 
 def _parse_to(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `nn.Module.to`, which takes a tensor's device without asking for it."""
+    """Patch of `nn.Module.to`, which reads a tensor's device directly."""
 
     def parsed(*args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Tensor):
@@ -421,7 +421,7 @@ def _parse_to(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _grouped(call: Callable[..., Any]) -> Callable[..., Any]:
-    """What optimisers take together: tensors of one device."""
+    """Group tensors by device, as optimisers do."""
 
     def grouped(lists: list[list[Tensor]], with_indices: bool = False) -> dict[Any, Any]:
         groups: dict[Any, Any] = {}
@@ -443,7 +443,7 @@ def _stream(gpu: MakeBelieve) -> Any:
 
 
 def _cuda(gpu: MakeBelieve) -> dict[str, Any]:
-    """Of `torch.cuda`."""
+    """Patches of `torch.cuda`."""
     states: dict[str, Tensor] = {"state": torch.zeros(16, dtype=torch.uint8)}
     properties = SimpleNamespace(name="make-believe", total_memory=16 * 10**9, major=gpu.capability[0], minor=0)
     event = SimpleNamespace(record=lambda *a: None, synchronize=lambda: gpu.wait("synchronize"), query=lambda: True)
@@ -491,7 +491,7 @@ def _accelerator(gpu: MakeBelieve) -> dict[str, Any]:
 
 
 def _files(gpu: MakeBelieve) -> dict[str, Any]:
-    """Of `torch.save`, which notes where a storage is, and `torch.load`, which puts it there again."""
+    """Patches of `torch.save`, which records each storage's device, and `torch.load`, which restores it."""
     real_restored = torch.serialization.default_restore_location
 
     def location(storage: Any) -> str:

@@ -1,4 +1,4 @@
-"""Small models and their inputs, and the numbers of the authors' code."""
+"""Small models, their inputs, and the results of the authors' code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def golden(name: str) -> Any:
 
 
 def filled(config: CLIPConfig, salt: int) -> CLIP:
-    """A model whose weights are `fill.py`'s for this salt."""
+    """Return a model with `fill.py`'s weights for this salt."""
     model = CLIP(config)
     state = {k: torch.from_numpy(np.asarray(fill.fill(k, tuple(v.shape), salt))) for k, v in model.state_dict().items()}
     model.load_state_dict(state)
@@ -48,13 +48,13 @@ def images(config: CLIPConfig, salt: int) -> torch.Tensor:
 
 
 def small_config(**changes: Any) -> CLIPConfig:
-    """A ViT CLIP of a few thousand parameters."""
+    """Return a ViT CLIP config with a few thousand parameters."""
     arguments: dict[str, Any] = {"image_size": 32, "head_dim": 8, "context_length": 12} | changes
     return vit_clip(24, (3, 32), (2, 24), 8, **arguments)
 
 
 def uneven_config(**changes: Any) -> CLIPConfig:
-    """A ViT CLIP as a cut leaves it: unequal blocks, missing branches, empty ones, odd widths."""
+    """Return a ViT CLIP config as pruning leaves it: unequal blocks, missing branches, empty ones, odd widths."""
     vision = {"image_size": 33, "patch_size": 8, "width": 27, "head_dim": 8}
     vision |= {"heads": (3, 0, None, 1), "mlp_width": (10, None, 7, 0)}
     text = {"width": 19, "head_dim": 4, "heads": (None, 2, 3), "mlp_width": (0, 31, None)}
@@ -63,7 +63,7 @@ def uneven_config(**changes: Any) -> CLIPConfig:
 
 
 def random_model(config: CLIPConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> CLIP:
-    """A model in which no parameter is at its initial 0 or 1, so that none can be forgotten unseen."""
+    """Return a model with no parameter at its initial 0 or 1, so that a forgotten one shows."""
     torch.manual_seed(seed)
     model = CLIP(config).to(dtype).eval()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def random_model(config: CLIPConfig, seed: int = 0, dtype: torch.dtype = torch.f
 
 
 def random_inputs(config: CLIPConfig, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three pictures, and three texts of 2 to 7 tokens, zero-padded to the context."""
+    """Return three images, and three texts of 2 to 7 tokens, zero-padded to the context length."""
     generator = torch.Generator().manual_seed(7)
     size, text = config.vision.image_size, config.text
     pixels = torch.randn(3, 3, size, size, generator=generator, dtype=dtype)
@@ -85,8 +85,8 @@ def random_inputs(config: CLIPConfig, dtype: torch.dtype = torch.float64) -> tup
 
 
 def random_masks(config: CLIPConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Graded masks with zeros on every axis that features have, gates included; each tower keeps two channels
-    and its last branch."""
+    """Return graded masks with zeros on every axis of the features, including gates; each tower keeps two channels and
+    its last branch."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, size in axis_sizes(config).items():
@@ -101,19 +101,19 @@ def random_masks(config: CLIPConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def small_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte tokens and first 88 merges: 602 tokens."""
+    """Return a tokenizer with CLIP's byte tokens and first 88 merges: 602 tokens."""
     return CLIPTokenizer(clip_tokenizer().merges[:88], context_length=12)
 
 
 def resnet_config(layers: tuple[int, ...] = (1, 2, 3, 1), width: int = 4, **changes: Any) -> CLIPConfig:
-    """A ResNet CLIP of some ten thousand parameters, 64 px: a last feature map of 2 x 2."""
+    """Return a ResNet CLIP config with some ten thousand parameters, 64 px: the last feature map is 2 x 2."""
     fields: dict[str, Any] = {"image_size": 64, "head_dim": 8} | changes.pop("vision", {})
     base = small_config(**({"vocab_size": 60} | changes))
     return base.model_copy(update={"vision": resnet_tower(layers, width, **fields)})
 
 
 def random_resnet(config: CLIPConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> CLIP:
-    """No parameter and no statistic at its initial value."""
+    """Return a ResNet CLIP with no parameter or running statistic at its initial value."""
     model = random_model(config, seed, dtype)
     for norm in batch_norms(model):
         assert norm.running_mean is not None and norm.running_var is not None

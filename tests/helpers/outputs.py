@@ -1,4 +1,4 @@
-"""Every command that writes a folder, and a place with what they need."""
+"""Every command that writes a folder, and a folder with their inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinyclip.inputs.tokenizer import clip_tokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
 
-# Each command that writes a folder, with names that nearly are those of its files.
+# Each command that writes a folder, with file names that almost match those it writes.
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "distill": (["distill", "recipe.yaml", "--set", "output=OUT"], ["step-by-step.md", "stages/a/step-000001/x.txt"]),
     "inherit": (["inherit", "teacher", "OUT", "--shape", "text.layers=1"], ["model.safetensors.bak", "config.json~"]),
@@ -78,7 +78,7 @@ def call(place: Path, command: str, out: Path, *more: str, code: int = 0) -> str
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """All that is in a folder, as it is."""
+    """Return the exact contents of a folder."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""Pictures drawn here, a model for them, and commands over them in several processes."""
+"""Generated pictures, a model for them, and commands over them in several processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinyclip.inputs.transforms import Preprocess
 
 
 def drawing(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
-    """Smooth colours."""
+    """A drawing with smooth colours."""
     colours = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_processes(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """The command in as many processes, with the variables that torchrun gives them."""
+    """Start the command in several processes, with the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which tests stop and kill."""
+"""Runs in separate processes, which tests stop and kill."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop
 from tinyclip.zoo.resolve import MANIFEST
 
-SERVER = multiprocessing.get_context("forkserver")  # it imports all once; a process is then there in no time
+SERVER = multiprocessing.get_context("forkserver")  # it imports everything once, so that processes start instantly
 SERVER.set_forkserver_preload(["tests.helpers.warm"])
 PATIENCE = 120  # seconds
 
 
 def work(settings: dict[str, Any], index: int, count: int, port: int, prepare: Callable[[int], None] | None) -> None:
-    """One process of a run, from the start or from where it stands; it calls `prepare` with its number first."""
+    """Run one process of a run, from the start or its last checkpoint; first call `prepare` with the process's
+    number."""
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -55,7 +56,7 @@ def begin(chosen: Recipe, count: int = 1, prepare: Callable[[int], None] | None 
 
 
 def end(begun: list[Any]) -> list[int]:
-    """Exit codes."""
+    """Return the exit codes."""
     for process in begun:
         process.join(PATIENCE)
         assert not process.is_alive()
@@ -69,7 +70,7 @@ def kill(begun: list[Any]) -> None:
 
 
 def until(happened: Callable[[], bool], begun: list[Any]) -> None:
-    """Look as often as can be, and no longer than the processes live."""
+    """Poll until a condition holds, as long as the processes live."""
     deadline = time.monotonic() + PATIENCE
     while not happened() and all(process.is_alive() for process in begun):
         assert time.monotonic() < deadline
@@ -83,7 +84,7 @@ def last_step(folder: Path) -> int:
 
 
 def assert_same(one: Path, two: Path) -> None:
-    """The same student, and every step, evaluation and cut told once."""
+    """Assert the same student, and that every step, evaluation and cut is reported once."""
     first, second = weights(one / "student"), weights(two / "student")
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     told = [[(e["stage"], e["step"], e["loss"]) for e in events_of(f) if e["event"] == "step"] for f in (one, two)]

@@ -1,4 +1,4 @@
-"""What makes tests take longer, and changes nothing that they look at."""
+"""Switch off what slows tests down without affecting what they check."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from megatron.energon.wrappers import gc_dataset
 
 
 def quick() -> None:
-    """Energon collects garbage whenever a loader begins, and looks at every object in each decoding process. Where all
-    of the libraries are imported that takes half a second, and loaders are what many tests begin."""
+    """Energon collects garbage whenever a loader starts, and scans every object in each decoding process. With all the
+    libraries imported that takes half a second, and many tests start loaders."""
     gc_dataset.gc = SimpleNamespace(collect=int, freeze=int, unfreeze=int, get_objects=list)

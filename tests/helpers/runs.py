@@ -1,4 +1,4 @@
-"""Recipes of a few steps, and what their runs leave."""
+"""Recipes with a few steps, and the results of their runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stage(name: str = "50", **changes: Any) -> dict[str, Any]:
 
 
 def run(chosen: Recipe, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Results of a run and its events."""
+    """Return the results of a run, and its events."""
     events: list[dict[str, Any]] = []
     started = loop.start(chosen, **options)
     started.listener = events.append
@@ -70,7 +70,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def vouch(folder: Path) -> None:
-    """Make a checkpoint's checksums right after a change, as somebody who means harm would."""
+    """Update a checkpoint's checksums after a change, as an attacker would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["crc32"] = {name: checksum(folder / name) for name in manifest["crc32"]}
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -88,7 +88,7 @@ def calibrated(name: str = "50", target: Any = 0.5, towers: str = "both", **sett
 
 @pytest.fixture(scope="module")
 def resnet_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data` (40 pairs) and a ResNet `teacher` of 32 px."""
+    """A folder with `data` (40 pairs) and a ResNet `teacher` for 32 px."""
     folder = tmp_path_factory.mktemp("resnet")
     (folder / "data").mkdir()
     write_shard(folder / "data" / "0.tar", [good(i % 30) | {"key": f"{i:05d}"} for i in range(40)])

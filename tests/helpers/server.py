@@ -13,22 +13,22 @@ from urllib.parse import urlsplit
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves `files` by path, redirected once as GitHub's releases are; `log` holds (path, Range, If-Range)."""
+    """Serves `files` by path, redirected once as for GitHub releases; `log` holds (path, Range, If-Range)."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
-        self.headers: dict[str, dict[str, str | None]] = {}  # more headers of a path; None: leave it out
+        self.headers: dict[str, dict[str, str | None]] = {}  # extra headers by path; None: omit the header
         self.missing: dict[str, str] = {}  # headers of a 404
         self.log: list[tuple[str, str | None, str | None]] = []
         self.answers: list[int] = []  # statuses of the next requests
-        self.cuts: list[int] = []  # bytes after which the next answers break off
+        self.cuts: list[int] = []  # number of bytes after which the next answers break off
         self.delay_s = 0.0  # before each answer
-        self.go_on = threading.Event()  # what breaks off waits for this
+        self.go_on = threading.Event()  # interrupted answers wait for this
         self.go_on.set()
-        self.ranges = self.honest = self.tags = True  # honest: If-Range is looked at
+        self.ranges = self.honest = self.tags = True  # honest: respects If-Range
         self.content_type = "application/octet-stream"
 
     @property
@@ -36,7 +36,7 @@ class FileServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that go away are part of the tests."""
+        """Ignore disconnecting clients; tests do this on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Shards made here."""
+"""Generated shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def picture(seed: int, ending: str = "jpg", size: int = 20) -> bytes:
 
 
 def write_shard(path: Path, samples: list[dict[str, Any]]) -> None:
-    """A tar of samples; each has `key` and bytes by file ending."""
+    """Write a tar of samples; each has a `key`, and bytes by file extension."""
     with tarfile.open(path, "w") as tar:
         for sample in samples:
             for ending, data in sample.items():

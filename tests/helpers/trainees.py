@@ -1,4 +1,4 @@
-"""Small trainees of every kind, and batches for them; also for tests that start processes of their own."""
+"""Small trainees of every kind, and batches for them; also used in tests that start separate processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stage_of(case: str, **changes: Any) -> Stage:
 
 
 def trainee_of(case: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Trainee:
-    """The same at every call."""
+    """Return the same trainee at every call."""
     stage, tokens = stage_of(case, **changes), small_tokenizer().vocab_size
     config = small_config(vocab_size=tokens)
     if "resnet" in case:
@@ -88,7 +88,7 @@ def trainee_of(case: str, dtype: torch.dtype = torch.float64, **changes: Any) ->
 
 
 def batch_of(size: int = 32, pairs: int = 8) -> Batch:
-    """Pictures of noise; texts of 2 to 9 tokens; three classes."""
+    """Return noise images, texts of 2 to 9 tokens, and three classes."""
     generator = torch.Generator().manual_seed(5)
     tokenizer = small_tokenizer()
     tokens = torch.zeros(pairs, 12, dtype=torch.long)
@@ -105,12 +105,12 @@ def part_of(batch: Batch, piece: slice) -> Batch:
 
 
 def named(trainee: Trainee) -> dict[str, nn.Parameter]:
-    """All that is trained."""
+    """Return all trained parameters by name."""
     return {name: p for name, p in trainee.student.named_parameters() if p.requires_grad}
 
 
 def gradients(trainee: Trainee, batch: Batch, step: int = 1) -> dict[str, Tensor]:
-    """Of the step's own way; every parameter that is trained has one."""
+    """Return the gradients of the training step; check that every trained parameter has one."""
     trainee.student.zero_grad()
     trainee.backward(batch, step)
     found = {}
@@ -121,7 +121,7 @@ def gradients(trainee: Trainee, batch: Batch, step: int = 1) -> dict[str, Tensor
 
 
 def plain_gradients(trainee: Trainee, batch: Batch, step: int = 1) -> dict[str, Tensor]:
-    """Of the whole batch by one graph: neither leaves nor replays."""
+    """Return the gradients of the whole batch in one graph, without feature leaves or replay."""
     teacher, student = trainee.teacher, trainee.student
     assert teacher is not None
     theirs = tuple(x.clone() for x in teacher.features(batch.images, batch.tokens))
@@ -132,7 +132,8 @@ def plain_gradients(trainee: Trainee, batch: Batch, step: int = 1) -> dict[str, 
 
 
 def assert_near(ours: dict[str, Tensor], reference: dict[str, Tensor], tolerance: float) -> None:
-    """Relative to the norm of each tensor, or to a thousandth of the largest, as some are 0 but for rounding."""
+    """Compare relative to each tensor's norm, or to a thousandth of the largest norm, because some are 0 except for
+    rounding."""
     assert ours.keys() == reference.keys()
     largest = max(value.norm().item() for value in reference.values())
     for name, value in reference.items():

@@ -1,4 +1,4 @@
-"""What a user of the Python API writes. `scripts/check` runs mypy over it, and test_python.py runs it."""
+"""Typical user code for the Python API. `scripts/check` runs mypy over it, and test_python.py runs it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Imported by the server that forks processes for tests: what each of them would take seconds to import."""
+"""Imported by the server that forks test processes, to save each of them seconds of imports."""
 
 from __future__ import annotations
 
-import torch._dynamo  # noqa: F401  (which the first optimiser imports)
+import torch._dynamo  # noqa: F401  (the first optimiser imports it)
 
 from tests.helpers import processes  # noqa: F401
 from tests.helpers.quick import quick

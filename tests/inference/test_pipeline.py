@@ -176,7 +176,7 @@ def test_auto_takes_what_the_processor_has(
 
 
 def test_bfloat16_features_of_real_pictures_are_those_of_float32() -> None:
-    """Drawings on even backgrounds, where rounding pixels to bfloat16 alone gives cosines down to 0.9986."""
+    """Drawings on plain backgrounds, where rounding only the pixels to bfloat16 gives cosines down to 0.9986."""
     dataset = tinyclip.evaluate.open_dataset(ROOT / "assets/emoji/eval")
     pictures = [example.image for example in islice(dataset, 0, 240, 3)]
     names = dataset.classnames[::12]
@@ -193,7 +193,7 @@ def test_half_precision_of_models_in_full_size(name: str, dtype: torch.dtype) ->
     images = torch.rand(4, 3, 224, 224) + torch.rand(4, 3, 1, 1)
     tokens = torch.randint(49406, (4, 9))
     tokens[:, -1] = 49407
-    for module in model.modules():  # as it starts, a block's branch is switched off
+    for module in model.modules():  # a block's branch is initialised to zero
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1)
     with torch.inference_mode():
@@ -288,7 +288,7 @@ def test_saving_replaces_checkpoints_alone(clip: Pipeline, tmp_path: Path) -> No
 
 
 class Exported:
-    """In place of a `RuntimePipeline`."""
+    """Stands in for a `RuntimePipeline`."""
 
     embed_dim = 7
 

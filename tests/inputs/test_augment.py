@@ -1,4 +1,4 @@
-"""Views as drawn numbers, against the function that they were before."""
+"""Views from predrawn numbers, compared with the function that they replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = [
 
 
 def former_view(augment: Augment, image: Image.Image, size: int, rng: Random) -> np.ndarray:
-    """A view as it was made while its numbers were drawn one by one on the way: the reference."""
+    """Reference: make a view as before, with the random numbers drawn one by one along the way."""
     image = plain_mode(image)
     backdrop: tuple[int, int, int] = (255, 255, 255)
     if augment.background:
@@ -88,7 +88,7 @@ WHOLE = Augment(scale=(1, 1), ratio=1)
 
 
 def disc(side: int, mode: str = "RGBA") -> Image.Image:
-    """A red disc with a soft edge; where it is transparent a white is hidden."""
+    """Return a red disc with a soft edge; its transparent pixels hide white."""
     rows, columns = np.mgrid[0:side, 0:side]
     alpha = np.clip((0.34 * side - np.hypot(rows - side / 2, columns - side / 2)) * 25 + 128, 0, 255).astype(np.uint8)
     pixels = np.full((side, side, 4), 255, np.uint8)
@@ -126,9 +126,9 @@ def test_hidden_colours_are_never_seen(mode: str, side: int) -> None:
     for pixels in (*views, np.asarray(thumbnail(image)).transpose(2, 0, 1)):
         corner = side // 40 or 1
         assert pixels[:, :corner, :corner].max() == 0
-        # Rounding at an alpha of 1 to 255 leaves single bright pixels at a soft edge, here and in Pillow itself.
+        # Rounding at an alpha of 1 to 255 leaves single bright pixels on a soft edge, here and in Pillow itself.
         assert (pixels.min(0) > 120).mean() < 0.01, "white shines through"  # the disc itself is darker, in grey too
-    for seed in range(20):  # a view's own background, outside of the picture, is white
+    for seed in range(20):  # a view's own background, outside the picture, is white
         pixels = turned.view(image, 64, Random(seed))
         assert np.median(pixels[:, 30:34, 30:34]) < 240
         assert (pixels.max(0) < 10).any()

@@ -1,4 +1,4 @@
-"""Pictures of 16 and 32 bits keep what is on them."""
+"""Pictures with 16 and 32 bits keep their content."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_large_numbers_without_a_sign_are_not_negative() -> None:
     values = (UNIT * 4_000_000_000).astype(np.uint32)
     file = io.BytesIO()
     Image.fromarray(values.view(np.int32)).save(file, "TIFF")
-    whole = bytearray(file.getvalue())  # as others write it: no tag 339, which would say that there is a sign
+    whole = bytearray(file.getvalue())  # as other programs write it: no tag 339, which would mark signed values
     place = whole.index(b"\x53\x01\x03\x00")
     whole[place : place + 12] = b"\x54\x01\x03\0\1\0\0\0\0\0\0\0"
     with pytest.warns(UserWarning, match=OWN):

@@ -1,4 +1,4 @@
-"""Pictures of every format and size are opened in one place, for all commands alike."""
+"""One module opens pictures of every format and size for all commands."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two files, in a process that has opened no such picture yet."""
+    """Two files, in a process that has not opened a HEIC picture yet."""
     import pillow_heif
 
     folder = tmp_path / "heic"
@@ -201,12 +201,12 @@ def test_every_mode_of_files_is_seen_alike_in_training_and_evaluation(mode: str,
     assert np.abs(view - Preprocess(image_size=32).pixels(opened)).mean() < 2
 
 
-# --- how large
+# --- size limits
 
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Class folders of pictures of 6,144 pixels, where 2,000 are allowed."""
+    """Class folders of pictures with 6,144 pixels, where 2,000 are allowed."""
     for name in ("cat/a.jpg", "cat/b.jpg", "dog/a.jpg", "dog/b.jpg"):
         place = tmp_path / "large" / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def test_a_picture_too_large_names_the_option_that_opens_it(
         code, said = run(*words, "--max-pixels", count)
         assert (code == 0) == good, said
         assert ("too large" in said) != good
-    assert Image.MAX_IMAGE_PIXELS == 2000  # as it was
+    assert Image.MAX_IMAGE_PIXELS == 2000  # unchanged
 
 
 def test_search_opens_a_large_picture_to_search_by(model: Path, large: Path, run: Run, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_an_index_takes_a_large_picture_up_once_it_may(model: Path, large: Path,
 
 
 def test_training_does_not_open_them(large: Path, run: Run, tmp_path: Path) -> None:
-    """So `data prepare --check` says it, and packing smaller ones is the way."""
+    """`data prepare --check` reports them, and packing smaller copies is the remedy."""
     assert run("data", "pack", large, tmp_path / "a", "--max-pixels", 10_000)[0] == 0
     assert {s.cause for s in check(tmp_path / "a")[1]} == {"huge_image"}
     assert run("data", "pack", large, tmp_path / "b", "--max-pixels", 10_000, "--resize", 16)[0] == 0
@@ -285,7 +285,7 @@ def test_the_limit_is_put_back_also_after_an_error(large: Path) -> None:
 
 
 def test_links_to_nothing_and_pipes_cost_no_other_picture(model: Path, run: Run, tmp_path: Path) -> None:
-    """By whatever command: each is counted, and nothing waits for a pipe."""
+    """In every command each one is counted, and nothing blocks on a pipe."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.new("RGB", (32, 32), "red").save(folder / "a.png")

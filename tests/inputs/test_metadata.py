@@ -1,4 +1,4 @@
-"""Metadata in any state never costs a picture, which is turned where its orientation can be read."""
+"""Broken metadata never costs a picture, and pictures are rotated if their orientation can be read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyclip.inputs.decoding import open_image
 from tinyclip.inputs.metadata import bare, orientation_in
 
 SCENE = fill.picture(60, 40, 0)
-TURNED = np.rot90(SCENE, -1)  # as orientation 6 wants it
+TURNED = np.rot90(SCENE, -1)  # rotated as for orientation 6
 TIFF = b"II*\0\x08\0\0\0"
 SHORT_6 = struct.pack("<HH", 6, 0)
 
@@ -28,13 +28,13 @@ def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
 
 
 def exif(*entries: bytes, after: bytes = b"", count: int | None = None) -> bytes:
-    """An EXIF block of one directory, which may claim another number of entries."""
+    """Return an EXIF block with one directory, which may claim a different number of entries."""
     number = struct.pack("<H", len(entries) if count is None else count)
     return TIFF + number + b"".join(entries) + bytes(4) + after
 
 
 ORIENTATION = entry(0x112, 3, 1, SHORT_6)
-END = struct.pack("<I", 8 + 2 + 2 * 12 + 4)  # where what follows two entries begins
+END = struct.pack("<I", 8 + 2 + 2 * 12 + 4)  # where the data after two entries begins
 
 BROKEN = {  # each with orientation 6
     "a signed rational that Pillow cannot write": exif(
@@ -57,7 +57,7 @@ BROKEN = {  # each with orientation 6
     "orientation as a float": exif(entry(0x112, 11, 1, struct.pack("<f", 6))),
     "two orientations in one": exif(entry(0x112, 3, 2, struct.pack("<HH", 6, 6))),
 }
-NONE = {  # none can be read
+NONE = {  # no orientation can be read
     "no header": b"\0\x08\0\x02\x01\x12\0\x03" + bytes(10),
     "nothing": b"",
     "rubbish": b"rubbish of no kind at all",
@@ -94,14 +94,14 @@ def jpeg(*segments: bytes) -> bytes:
 
 
 def png(*chunks: bytes, last: bool = False) -> bytes:
-    """Chunks before the pixels, or after them."""
+    """Return a PNG with chunks before or after the pixels."""
     data = encoded("PNG")
     place = len(data) - 12 if last else 33
     return data[:place] + b"".join(chunks) + data[place:]
 
 
 def webp(**chunks: bytes) -> bytes:
-    """A lossless one with these chunks, whatever they hold."""
+    """Return a lossless WebP with these chunks, whatever they contain."""
     data = encoded("WEBP", lossless=True)[12:]
     flags = sum({"ICCP": 32, "EXIF": 8, "XMP_": 4}[name] for name in chunks)
     size = b"".join(struct.pack("<I", side - 1)[:3] for side in (60, 40))
@@ -112,7 +112,8 @@ def webp(**chunks: bytes) -> bytes:
 
 
 def tiff(*entries: bytes, after: int = 0) -> bytes:
-    """An uncompressed one with more entries, and the place of its next directory. Its order of tags does not matter."""
+    """Return an uncompressed TIFF with extra entries, and the position of the next directory. The order of tags does
+    not matter."""
     raw = SCENE.tobytes()
     start = 8 + len(raw)
     bits = start + 2 + (9 + len(entries)) * 12 + 4
@@ -267,7 +268,7 @@ def test_metadata_of_tiff(entries: list[bytes], after: int) -> None:
 def test_a_gif_with_broken_extensions() -> None:
     data = encoded("GIF")
     plain = opened(data)
-    start = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))  # the picture's descriptor
+    start = data.index(b"\x2c", 13 + 3 * 2 ** ((data[10] & 7) + 1))  # the image descriptor
     for block in (b"!\xff\x0bXMP DataXMP\x04abcd\0", b"!\xfe\x02\xff\xfe\0", b"!\xff\x01x\0", b"!\x99\x01x\0"):
         assert np.array_equal(opened(data[:start] + block + data[start:]), plain)
 
@@ -279,12 +280,12 @@ def test_metadata_of_avif_and_heic(format: str) -> None:
 
         pillow_heif.register_heif_opener()
     for block in (NONE["no header"], NONE["rubbish"], *BROKEN.values()):
-        whole = exif(entry(0x10E, 2, 4, b"abc\0"), after=b"\1" * 200)  # the encoders take no other
+        whole = exif(entry(0x10E, 2, 4, b"abc\0"), after=b"\1" * 200)  # the encoders accept no other
         data = encoded(format, quality=100, exif=b"Exif\0\0" + whole)
         assert data.count(whole) == 1
         found = opened(data.replace(whole, block.ljust(len(whole), b"\0")))
         assert sorted(found.shape) == [3, 40, 60]
-        upright = np.rot90(found) if found.shape[0] == 60 else found  # what turns these is no EXIF
+        upright = np.rot90(found) if found.shape[0] == 60 else found  # these rotate by other means than EXIF
         assert np.abs(upright - SCENE).mean() < 12
 
 
@@ -301,7 +302,7 @@ def test_files_without_metadata_are_as_they_were() -> None:
 
 
 def test_a_picture_carries_no_metadata_on(tmp_path: Path) -> None:
-    """Which another program might stumble over once it is stored."""
+    """Otherwise another program might fail on it once the picture is stored."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "x")
     Image.fromarray(SCENE).save(tmp_path / "a.png", pnginfo=info, exif=exif(ORIENTATION), dpi=(72, 72))

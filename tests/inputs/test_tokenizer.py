@@ -54,7 +54,7 @@ def test_the_public_function_gives_int64_rows_padded_with_zeros() -> None:
 
 
 def test_the_short_way_for_plain_text_is_exact() -> None:
-    """Plain texts skip ftfy and html, and are put together of words that are remembered."""
+    """Plain texts skip ftfy and html, and are assembled from cached words."""
     rng, tokenizer = random.Random(0), small_tokenizer()
     ascii_texts = ["".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(60))) for _ in range(2000)]
     words = [
@@ -69,7 +69,7 @@ def test_the_short_way_for_plain_text_is_exact() -> None:
 
 
 def test_html_is_unescaped_twice() -> None:
-    # ftfy unescapes once by itself, but not where there are angle brackets.
+    # ftfy itself unescapes once, but not if there are angle brackets.
     assert clean("<b> Salt &amp;gt; &amp;amp;amp; pepper") == "<b> salt > &amp; pepper"
 
 
@@ -93,7 +93,7 @@ def test_what_is_no_text_is_refused(texts: Any) -> None:
 
 
 def test_what_is_no_unicode_is_refused() -> None:
-    """As labels in another encoding come from the command line."""
+    """For example labels in another encoding from the command line."""
     with pytest.raises(ValueError, match="'caf\\?' is not valid Unicode"):
         clip_tokenizer()(b"caf\xe9".decode("utf-8", "surrogateescape"))
 
@@ -153,7 +153,7 @@ def test_a_pruned_tokenizer_is_exact_within_its_texts_and_writes_any_other() -> 
     pruned = full.pruned(kept)
     assert kept == sorted(set(kept))
     assert pruned.vocab_size == len(kept) < 700
-    # Start and end are the last two of both; every other id is the position of the old one in `kept`.
+    # Start and end are the last two ids of both; every other id is the position of the old one in `kept`.
     assert (pruned.start_id, pruned.end_id) == (len(kept) - 2, len(kept) - 1)
     for caption in captions:
         assert [kept[i] for i in pruned.encode(caption)] == full.encode(caption)
@@ -179,14 +179,14 @@ SPECIAL_TEXTS = [
 
 @pytest.mark.parametrize("text", SPECIAL_TEXTS, ids=lambda text: text[:20])
 def test_special_tokens_in_a_text_are_openais(text: str, others: Callable[[str], ModuleType], tmp_path: Path) -> None:
-    """In OpenCLIP's tokenizer, which spells them otherwise, and in that of `transformers`."""
+    """Compare with OpenCLIP's tokenizer, which spells them differently, and that of `transformers`."""
     ours = openai_tokenizer()
     write_processor(tmp_path, ours, Preprocess(image_size=32), 77)
     theirs = others("transformers").CLIPTokenizer.from_pretrained(tmp_path)
     ids = theirs([text], truncation=True, max_length=77)["input_ids"][0]
     assert ours.rows(text)[0] == ids
     assert tinyclip.clip.tokenize(text, truncate=True)[0].tolist() == padded(ids)
-    spelled = text.replace("<start_of_text>", "< start_of_text >")  # no special token of OpenAI's
+    spelled = text.replace("<start_of_text>", "< start_of_text >")  # not a special token of OpenAI's
     spelled = spelled.replace("<|startoftext|>", "<start_of_text>").replace("<|endoftext|>", "<end_of_text>")
     if "start_of_text >" not in spelled:
         tokens = others("open_clip.tokenizer").SimpleTokenizer()([spelled])[0].tolist()

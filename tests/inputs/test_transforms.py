@@ -97,7 +97,7 @@ def test_every_mode_gives_its_grey(
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_other_modes_become_rgb_after_they_are_resized(mode: str) -> None:
     image = made("RGB", 64, 64).convert(mode)
-    if len(image.getbands()) == 4:  # the fourth band makes it matter whether RGB comes before or after
+    if len(image.getbands()) == 4:  # with the fourth band it matters whether RGB comes before or after
         image = Image.merge(mode, [*image.split()[:3], made("L", 64, 64, salt=1)])
     wanted = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC).convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(Preprocess(image_size=16).pixels(image), wanted)
@@ -106,7 +106,7 @@ def test_other_modes_become_rgb_after_they_are_resized(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "P"])
 def test_palettes_and_bits_become_rgb_before_they_are_resized(mode: str) -> None:
-    """Resized as they are, they would have no colours between the old ones."""
+    """Resizing them directly would produce no colours in between."""
     image = made("RGB", 64, 64).convert(mode)
     pixels = Preprocess(image_size=16).pixels(image)
     assert np.array_equal(pixels, Preprocess(image_size=16).pixels(image.convert("RGB")))
@@ -135,7 +135,7 @@ def test_the_crop_is_central() -> None:
 
 # --- files
 
-SIDES = {  # EXIF 2.3: what the stored picture's first row and first column are in the scene
+SIDES = {  # EXIF 2.3: where the stored picture's first row and first column are in the scene
     1: ("top", "left"),
     2: ("top", "right"),
     3: ("bottom", "right"),
@@ -207,7 +207,7 @@ def test_a_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("limit", [2000, 1000])  # Pillow warns past the limit, and refuses past twice of it
+@pytest.mark.parametrize("limit", [2000, 1000])  # Pillow warns above the limit, and refuses above twice the limit
 def test_a_decompression_bomb_is_named(limit: int, picture_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(ValueError, match=rf"picture\.jpg: too large \({limit:,} pixels"):
@@ -215,7 +215,7 @@ def test_a_decompression_bomb_is_named(limit: int, picture_file: Path, monkeypat
 
 
 def test_broken_exif_is_no_other_error(picture_file: Path) -> None:
-    """Whatever bytes the EXIF block has, the picture opens or there is a `ValueError`."""
+    """Whatever bytes the EXIF block has, the picture either opens or raises `ValueError`."""
     image = Image.open(picture_file)
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x8769] = 6, "maker", {0x9003: "2024"}
@@ -227,7 +227,7 @@ def test_broken_exif_is_no_other_error(picture_file: Path) -> None:
         file = io.BytesIO()
         image.save(file, "JPEG", exif=bytes(data))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about the damage
+            warnings.simplefilter("ignore")  # Pillow's warnings about the damage
             try:
                 open_image(io.BytesIO(file.getvalue()))
             except ValueError as error:

@@ -29,7 +29,7 @@ from tinyclip.model.axes import axis_sizes
 from tinyclip.model.config import NAMED, Activation, CLIPConfig, TransformerConfig, VisionConfig
 from tinyclip.model.model import CLIP, Transformer, VisionTransformer, cast, layer_norm
 
-# --- the whole forward pass against other people's code
+# --- the whole forward pass against other implementations
 
 
 def test_features_equal_the_authors() -> None:
@@ -74,7 +74,7 @@ def test_features_equal_transformers(activation: Activation, others: Callable[[s
 
 
 def transformers_state(model: CLIP) -> dict[str, Tensor]:
-    """Our weights under the keys of `transformers.CLIPModel`."""
+    """Return our weights under the keys of `transformers.CLIPModel`."""
     ours = model.state_dict()
     renamed = {
         "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -168,11 +168,11 @@ def test_the_text_feature_is_read_at_the_first_end_token() -> None:
     torch.testing.assert_close(model.encode_text(noisy), model.encode_text(tokens), rtol=1e-12, atol=1e-12)
 
 
-# --- only what is read is computed
+# --- computes only what is needed
 
 
 def blocks_config(vision: tuple[Any, Any], text: tuple[Any, Any]) -> CLIPConfig:
-    """`small_config` with these heads and MLP widths."""
+    """Return `small_config` with these heads and MLP widths."""
     config = small_config(vocab_size=60)
     parts: dict[str, Any] = {"vision": config.vision, "text": config.text}
     for name, (heads, mlp) in (("vision", vision), ("text", text)):
@@ -191,7 +191,7 @@ NO_BLOCKS = blocks_config(((), ()), ((), ()))
 
 
 def plain_features(model: CLIP, pixels: Tensor, tokens: Tensor, masks: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """All positions through all blocks, the patches by a convolution."""
+    """Compute all positions through all blocks, with a convolution for the patches."""
     visual, hidden = model.visual, masks.get("visual.hidden", torch.ones(()))
     assert isinstance(visual, VisionTransformer)
     x = F.conv2d(pixels, visual.conv1.weight, stride=visual.conv1.stride).flatten(2).transpose(1, 2)
@@ -269,7 +269,7 @@ def test_masks_of_a_model_in_bfloat16(config: CLIPConfig) -> None:
 
 
 class SlowCLIP:
-    """METHOD section 3, "Masked forward", written out: one picture or text, one head at a time."""
+    """A direct implementation of METHOD section 3, "Masked forward": one picture or text, and one head, at a time."""
 
     def __init__(self, model: CLIP, masks: dict[str, Tensor]) -> None:
         self.config, self.weights, self.masks = model.config, model.state_dict(), masks
@@ -354,7 +354,7 @@ def test_unknown_masks_are_refused(small_model: CLIP) -> None:
 
 
 def learned_masks(config: CLIPConfig, salt: int) -> dict[str, torch.Tensor]:
-    """The deterministic masks of METHOD 3 for `fill.py`'s log-alphas."""
+    """Return the deterministic masks of METHOD 3 for `fill.py`'s log-alphas."""
 
     def values(log_alpha: torch.Tensor) -> torch.Tensor:
         kept = 1 - torch.sigmoid(math.log((0.1 / 1.2) / (1.1 / 1.2)) * 2 / 3 - log_alpha)

@@ -37,14 +37,14 @@ NAME = "TinyCLIP-ResNet-19M-Text-19M"
 
 
 def cut_config() -> CLIPConfig:
-    """A ResNet CLIP as a calibrated cut leaves it: no two sizes alike."""
+    """Return a ResNet CLIP config as calibrated pruning leaves it: no two sizes are equal."""
     fields = {"stem": (3, 5, 4), "channels": (7, 9, 12, 10), "heads": 3}
     fields |= {"conv1": ((2,), (5, 3), (4, 6, 1), (8,)), "conv2": ((6,), (1, 4), (5, 2, 3), (7,))}
     return resnet_config(vision={"image_size": 75, "head_dim": 5} | fields)
 
 
 def zero_one_masks(config: CLIPConfig, seed: int) -> dict[str, Tensor]:
-    """Random masks of 0 and 1 on every axis of the image tower and the embedding, whole blocks included."""
+    """Return random masks of 0 and 1 on every axis of the image tower and the embedding, including whole blocks."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
     for name, size in axis_sizes(config).items():
@@ -108,7 +108,7 @@ def test_macs_are_what_torch_counts(config: CLIPConfig) -> None:
         FlopCounterMode(display=False) as counter,
     ):
         CLIP(config).eval().encode_image(torch.rand(1, 3, size, size))
-    # The pool of the authors, and of the published figures, also computes outputs that it throws away.
+    # The authors' pool, and so the published figures, also computes outputs that are never used.
     vision = config.vision
     assert isinstance(vision, ResNetConfig)
     inner, channels, length = vision.heads * vision.head_dim, vision.channels[3], vision.grid**2 + 1
@@ -151,7 +151,7 @@ def test_the_table_is_the_models_state_dict(config: CLIPConfig) -> None:
 
 
 def reference(model: CLIP, pixels: Tensor, masks: dict[str, Tensor]) -> Tensor:
-    """The masked image tower, straight from the weights: masks multiply activations, gates multiply branches."""
+    """Compute the masked image tower directly from the weights: masks multiply activations, gates multiply branches."""
     w = {k.removeprefix("visual."): v for k, v in model.state_dict().items() if k.startswith("visual.")}
     vision = model.config.vision
     assert isinstance(vision, ResNetConfig)

@@ -13,7 +13,7 @@ from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
 from tinyclip.model.speed import measure
 
-# METHOD of TinyCLIP, table of models: recounted parameters (image, text) in millions, published GMACs.
+# TinyCLIP METHOD, model table: recounted parameters (image, text) in millions, published GMACs.
 PUBLISHED = {
     "TinyCLIP-ViT-39M-16-Text-19M": (38.6, 19.2, 9.5),
     "TinyCLIP-ViT-8M-16-Text-3M": (8.3, 2.5, 2.0),
@@ -44,7 +44,7 @@ def test_macs_are_what_torch_counts() -> None:
         ("text", config.text, config.text.context_length, lambda: model.encode_text(tokens)),
     ]
     for part, tower, length, call in towers:
-        # The counter knows the plain attention kernel; a multiply-accumulate is two of its operations.
+        # The counter supports the plain attention kernel; one multiply-accumulate counts as two operations.
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
@@ -54,8 +54,8 @@ def test_macs_are_what_torch_counts() -> None:
 
 
 def spared(tower: VisionConfig | TextConfig, length: int) -> int:
-    """What the model leaves out of its last block: queries, attention and all after it, but for one position. Here
-    the last block has attention."""
+    """Return the operations that the model skips in its last block: queries, attention and everything after it, for all
+    positions but one. The last block must have attention."""
     heads, mlp = tower.heads[-1], tower.mlp_width[-1]
     assert heads and mlp is not None
     inner = heads * tower.head_dim

@@ -28,7 +28,7 @@ def test_rows_state_every_block() -> None:
 def test_the_picture_has_what_is_kept_and_what_is_gone(tmp_path: Path) -> None:
     picture = figure(uneven_config(), small_config())
     heights = [[bar.get_height() for bar in panel.patches] for panel in picture.axes]
-    assert heights[0] == [4, 4, 4, 3, 0, 0, 1]  # the original's three blocks, then the four that are shown
+    assert heights[0] == [4, 4, 4, 3, 0, 0, 1]  # the original's three blocks, then the four shown
     assert "image tower, heads: 4 of 12 (width 27 of 32)" in picture.axes[0].get_title(loc="left")
     picture.savefig(tmp_path / "a.png")
     assert imread(tmp_path / "a.png").std() > 0.05

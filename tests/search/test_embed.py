@@ -46,7 +46,7 @@ def clip(model: Path) -> Pipeline:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Seven pictures, one in a subfolder, and two files that are none."""
+    """Seven pictures, one in a subfolder, and two files that are not pictures."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for i in range(6):
@@ -60,7 +60,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards; in the second a sample without captions, one with a broken picture, one with a broken caption."""
+    """Two shards; the second has a sample without captions, one with a broken picture and one with a broken caption."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for number in range(2):
@@ -75,7 +75,7 @@ def shards(tmp_path: Path) -> Path:
 
 
 def read(out: Path, kind: str) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Rows without their features, and the features, of all parts."""
+    """Return the rows without features, and the features, of all parts."""
     rows: list[dict[str, Any]] = []
     features = []
     for path in sorted(out.glob(f"{kind}-*.parquet")):
@@ -185,7 +185,7 @@ def test_texts_have_the_number_of_their_row_or_a_column_as_key(
 
 @pytest.mark.parametrize("kind", ["parquet", "npy"])
 def test_names_of_any_kind(kind: str, clip: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Among them a link to nothing."""
+    """Including a dangling link."""
     folder = tmp_path / "odd"
     folder.mkdir()
     for i, name in enumerate((b"a b#?%.png", b"new\nline.png", b"\xff.png", "ß 日本.png".encode())):
@@ -229,7 +229,7 @@ def test_features_that_are_no_numbers_are_not_written(model: Path, pictures: Pat
     assert not list((tmp_path / "out").glob("image-*"))
 
 
-# --- going on
+# --- resuming
 
 
 def states(out: Path) -> dict[str, tuple[int, int]]:
@@ -352,7 +352,7 @@ def test_other_columns_are_refused(columns: dict[str, str], message: str, clip: 
     table, out = tmp_path / "t.csv", tmp_path / "out"
     table.write_text("id,caption,title\nx,a cat,the sea\n")
     embed(clip, open_source(table), out, Plan("m"))
-    assert embed(clip, open_source(table, text_column="caption"), out, Plan("m"))["computed"] == 0  # the default's
+    assert embed(clip, open_source(table, text_column="caption"), out, Plan("m"))["computed"] == 0  # the default
     with pytest.raises(ValueError, match=message):
         embed(clip, open_source(table, **columns), out, Plan("m"))
 
@@ -413,14 +413,14 @@ def test_nothing_readable_is_an_error(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(3):
         (tmp_path / "pictures" / f"{i}.jpg").write_text("no picture")
-    for _ in range(2):  # a rerun says the same
+    for _ in range(2):  # a rerun reports the same
         message = r"nothing could be embedded: 3 corrupt_image; the first: 0\.jpg: not a picture"
         with pytest.raises(ValueError, match=message):
             embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))
         assert skipped(tmp_path / "out").keys() == {"0.jpg", "1.jpg", "2.jpg"}
         assert {path.name for path in (tmp_path / "out").iterdir()} <= {"skipped.jsonl", ".lock", MARKER}
     (tmp_path / "pictures" / "0.jpg").write_bytes(encoded(drawing(0), "JPEG"))
-    (tmp_path / "out" / ".embed.json.abc.tmp").touch()  # of a run that was killed as it began
+    (tmp_path / "out" / ".embed.json.abc.tmp").touch()  # left by a run that was killed at its start
     assert embed(clip, open_source(tmp_path / "pictures"), tmp_path / "out", Plan("m"))["images"] == 1
 
 
@@ -469,7 +469,7 @@ def test_errors_that_need_no_model_come_before_it(
 
 
 def photographs() -> Iterator[tuple[str, np.ndarray]]:
-    """Float (h, w, 3) of sizes where reduction just sets in, at 1/2 and 1/4: smooth, edges, noise, fine waves."""
+    """Float (h, w, 3) at sizes where reduction just begins, at 1/2 and 1/4: smooth, edges, noise, fine waves."""
     rng = np.random.default_rng(0)
     for height, width in ((64 * 8 + 8, 700), (64 * 16 + 8, 1100)):
         y, x = np.mgrid[:height, :width]

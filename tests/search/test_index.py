@@ -49,7 +49,7 @@ def clip(opened: tuple[Pipeline, str]) -> Pipeline:
 
 
 def write(folder: Path, *seeds: int) -> Path:
-    """Pictures, every third one in a subfolder."""
+    """Write pictures, every third one in a subfolder."""
     for seed in seeds:
         file = folder / ("more" if seed % 3 == 2 else "") / f"{seed:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def make(opened: tuple[Pipeline, str], pictures: Path, tmp_path: Path) -> Make:
 
 
 def check(out: Path, clip: Pipeline, folder: Path, names: list[str]) -> None:
-    """The index holds exactly these pictures, ranked as cosines in float64 rank them."""
+    """Check that the index holds exactly these pictures, ranked by their float64 cosines."""
     images = clip.encode_image([folder / name for name in names]).double().numpy()
     texts = clip.encode_text(QUERIES).double().numpy()
     with Index.open(out) as index:
@@ -93,7 +93,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
 
 
-# --- making and renewing
+# --- building and updating
 
 
 def test_pictures_are_found_by_their_cosine(make: Make, clip: Pipeline, pictures: Path, tmp_path: Path) -> None:
@@ -117,13 +117,13 @@ def test_an_index_is_renewed_by_what_has_changed(make: Make, clip: Pipeline, pic
     make()
     write(pictures, 20, 21)
     (pictures / "001.png").write_bytes(encoded(drawing(31)))
-    os.utime(pictures / "000.png", ns=(1, 1))  # of the same size, with another time
+    os.utime(pictures / "000.png", ns=(1, 1))  # same size, different time
     for name in ("003.png", "more/005.png"):
         (pictures / name).unlink()
     result = make()
     assert [result[k] for k in ("added", "changed", "removed", "kept", "computed")] == [2, 2, 2, 8, 4]
     check(tmp_path / "index", clip, pictures, names_in(pictures))
-    assert len(list((tmp_path / "index").glob("*-*"))) == 2  # nothing of the state before
+    assert len(list((tmp_path / "index").glob("*-*"))) == 2  # nothing from the previous state
     again = make()
     assert [again[k] for k in ("added", "changed", "removed", "kept", "computed")] == [0, 0, 0, 12, 0]
     assert again["state"] == result["state"]
@@ -144,7 +144,7 @@ def test_what_cannot_be_read_is_listed_and_tried_again_when_it_changes(
 ) -> None:
     (pictures / "3b.png").write_bytes(encoded(drawing(3))[:60])
     (pictures / "words.jpg").write_text("no picture")
-    os.mkfifo(pictures / "pipe.png")  # would wait for ever
+    os.mkfifo(pictures / "pipe.png")  # would block forever
     result = make()
     listed = faults.read(tmp_path / "index" / SKIPPED)
     broken = {"3b.png": "corrupt_image", "words.jpg": "corrupt_image"}
@@ -164,7 +164,7 @@ def test_what_cannot_be_read_is_listed_and_tried_again_when_it_changes(
 def test_what_could_not_be_reached_is_tried_again(
     make: Make, clip: Pipeline, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a disk that was away for a while does not change the pictures on it."""
+    """A disk that was away for a while does not change the pictures on it."""
     opened, away = Image.open, {"001.png": errno.EIO, "003.png": errno.EACCES, "004.png": errno.ENOENT}
 
     def unsure(file: Any, *arguments: Any) -> Any:
@@ -247,7 +247,7 @@ def test_a_state_can_be_searched_while_the_rest_is_computed(
         os.utime(path, ns=(5, 5))
     seen.clear()
     assert make(batch_size=2, progress=progress)["changed"] == 12
-    assert {count for count, _ in seen} == {12}  # what is computed again stays until then
+    assert {count for count, _ in seen} == {12}  # old entries of recomputed pictures stay until then
     check(tmp_path / "index", clip, pictures, names_in(pictures))
 
 
@@ -286,16 +286,16 @@ def test_an_exported_model_serves_as_well(
 ) -> None:
     export(model, tmp_path / "exported", "onnx")
     exported, fingerprint = search.open_model(str(tmp_path / "exported"))
-    assert fingerprint == opened[1]  # so the index of one is searched with the other
+    assert fingerprint == opened[1]  # so the exported model can search the model's index
     build(exported, pictures, tmp_path / "index", model="exported", fingerprint=fingerprint)
     check(tmp_path / "index", opened[0], pictures, names_in(pictures))
 
 
-# --- killed
+# --- kills
 
 
 def build_and_die(clip: Pipeline, fingerprint: str, folder: Path, out: Path, steps: int) -> None:
-    """Index, and kill this process before its `steps`-th step of writing, or in the middle of a file."""
+    """Index, and kill this process before its `steps`-th write step, or in the middle of a file."""
     left = [steps]
 
     def stepping(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -328,7 +328,8 @@ def build_and_die(clip: Pipeline, fingerprint: str, folder: Path, out: Path, ste
 
 
 def killed_runs(model: Path, folder: Path, whole: Path, outs: Path) -> None:
-    """Copies of an index, each renewed by a process that is killed one step later than the one before."""
+    """Copy an index repeatedly; each copy is updated by a process that is killed one step later than the previous
+    one."""
     torch.set_num_threads(1)
     clip, fingerprint = search.open_model(str(model))
     for steps in range(1, 100):
@@ -336,7 +337,7 @@ def killed_runs(model: Path, folder: Path, whole: Path, outs: Path) -> None:
         child = os.fork()
         if child == 0:
             build_and_die(clip, fingerprint, folder, out, steps)
-            os._exit(77)  # it got through
+            os._exit(77)  # finished without being killed
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         (out / "status").write_text(str(status))
         if status != -signal.SIGKILL:
@@ -359,7 +360,7 @@ def test_a_kill_at_any_step_loses_nothing(model: Path, clip: Pipeline, make: Mak
     assert [int((out / "status").read_text()) for out in outs] == [-signal.SIGKILL] * (len(outs) - 1) + [77]
     for out in outs:
         (out / "status").unlink()
-        with Index.open(out) as index:  # the state before, or the new one
+        with Index.open(out) as index:  # either the previous state or the new one
             found = {match.path for match in index.search(np.ones(24), 99)[0]}
             renewed = index.facts["state"] > 1
         assert found == set(after if renewed else before)
@@ -373,7 +374,8 @@ def test_a_kill_at_any_step_loses_nothing(model: Path, clip: Pipeline, make: Mak
 
 
 def waiting_in(out: Path) -> int:
-    """Pictures that a killed run had computed; of a copy, as a look at the file recovers it."""
+    """Return the number of pictures that a killed run had computed. Look in a copy, because opening the file recovers
+    it."""
     if not (out / WORK).exists():
         return 0
     copy = shutil.copytree(out, out.with_name(f"{out.name}-copy"))
@@ -397,7 +399,7 @@ def test_a_killed_command_goes_on(model: Path, clip: Pipeline, make: Make, tmp_p
     check(out, clip, folder, names_in(folder))
 
 
-# --- refused
+# --- errors
 
 
 def test_another_model_is_refused_until_it_replaces(
@@ -417,7 +419,7 @@ def test_another_model_is_refused_until_it_replaces(
 
     options = {"model": "n", "fingerprint": "f", "overwrite": True, "batch_size": 2, "progress": progress}
     build(other, pictures, tmp_path / "index", **options)
-    assert set(lengths) == {(12, "m")}  # the one before stays until the new one is whole
+    assert set(lengths) == {(12, "m")}  # the old index stays until the new one is complete
     check(tmp_path / "index", other, pictures, names_in(pictures))
 
 
@@ -463,7 +465,7 @@ def test_nothing_readable_leaves_the_index_alone(make: Make, clip: Pipeline, pic
     check(tmp_path / "index", clip, kept, names)
     shutil.rmtree(pictures)
     pictures.mkdir()
-    with pytest.raises(ValueError, match="no pictures"):  # a disk that is not mounted, say
+    with pytest.raises(ValueError, match="no pictures"):  # for example an unmounted disk
         make()
     check(tmp_path / "index", clip, kept, names)
 
@@ -564,7 +566,7 @@ def test_the_graph_finds_what_comparing_all_finds(tmp_path: Path, monkeypatch: p
         assert np.mean(right) >= least
         for keys, row, values in zip(found, cosines, given, strict=True):
             np.testing.assert_allclose(values, row[keys.astype(int)], atol=2e-4)
-    found, _ = viewed.search(queries, 5000, exact=False)  # more than there are: all of them
+    found, _ = viewed.search(queries, 5000, exact=False)  # more than there are: returns all
     assert all(len(set(keys.tolist())) == 2000 for keys in found)
     with pytest.raises(ValueError, match="vectors of 32 numbers, not 31"):
         Vectors.open(tmp_path / "vectors", 31)
@@ -591,7 +593,7 @@ def test_a_large_index_follows_the_graph(make: Make, tmp_path: Path, monkeypatch
     assert asked == [True, False, True] and vectors.EXACT >= 10_000
 
 
-# --- the commands
+# --- commands
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
@@ -711,7 +713,7 @@ def test_a_sheet_has_each_picture_in_its_place(tmp_path: Path) -> None:
         tile = picture[top - 90 : top + 90, sheet.GAP + i * step + 5 : sheet.GAP + i * step + 195]
         assert (tile == grey).all(-1).mean() > 0.9 and (tile != grey).any()
     below = top + sheet._step(tiles)
-    assert np.abs(picture[below, sheet.GAP + sheet.SIDE // 2] - colours[0]).max() < 3  # the sixth begins a row
+    assert np.abs(picture[below, sheet.GAP + sheet.SIDE // 2] - colours[0]).max() < 3  # the sixth starts a new row
     assert len(list(tmp_path.glob(".*.tmp"))) == 0
 
 
@@ -735,7 +737,7 @@ def test_a_sheet_too_large_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_exact_copy_of_a_loaded_model_has_its_fingerprint(model: Path, tmp_path: Path) -> None:
-    """Whatever it computes in."""
+    """The compute dtype does not matter."""
     prints = {search.open_model(str(model), dtype=dtype)[1] for dtype in ("float32", "bfloat16")}
     copy = tmp_path / "copy"
     tinyclip.load(model).save(copy)

@@ -1,4 +1,4 @@
-"""Stored teachers: against the live one on the same views, in runs, and where they do not fit."""
+"""Cached teachers: compared with the live teacher on the same views, in runs, and when they do not match."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ VIEWS = AUGMENT.model_dump(mode="json")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` (3 shards, 42 samples of which one is bad), `teacher`, `wide` of another embed_dim, a cache of each."""
+    """`data` (3 shards, 42 samples, one of them bad), `teacher`, `wide` with another embed_dim, and a cache of each."""
     folder = tmp_path_factory.mktemp("cache")
     (folder / "data").mkdir()
     for i in range(3):
@@ -93,7 +93,7 @@ def recipe(place: Path, output: Path, caches: Any = None, **changes: Any) -> Rec
 
 
 def stored(folder: Path) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """(shard, key) -> what a cache has of the sample, read without its reader."""
+    """Return (shard, key) -> what a cache stores for the sample, without using the cache's reader."""
     found = {}
     for file in (folder / "features").iterdir():
         tensors = load_file(file)
@@ -110,7 +110,7 @@ def batches(place: Path, caches: list[Cache], count: int) -> list[Batch]:
         tokenizer=caches[0].tokenizer,
         context_length=12,
         image_size=16,
-        augment=Augment(),  # not asked
+        augment=Augment(),  # not used
         batch_size=8,
         workers=0,
         seed=3,
@@ -145,7 +145,7 @@ def test_every_sample_is_stored_with_what_the_teacher_says(place: Path) -> None:
 
 
 def test_the_student_sees_the_stored_views_with_their_features(place: Path) -> None:
-    """Pixels made anew from the file's numbers, features of the same draw and caption."""
+    """Pixels are recreated from the file's numbers, with features of the same draw and caption."""
     found, samples = stored(place / "cache-teacher"), list(read_shards(place / "data"))
     raw = {(s["__shard__"], s["__key__"]): s for s in samples}
     keys = {key: shard for shard, key in raw}
@@ -170,8 +170,8 @@ def test_the_student_sees_the_stored_views_with_their_features(place: Path) -> N
 def test_losses_are_those_of_the_live_teacher(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, tolerance: float
 ) -> None:
-    """Steps of two equal students on the same batches. A float16 has 11 bits, so features are off by up to 2**-12 of
-    themselves and logits of 50 by some thousandths, in both directions; kept in float32, what is left is rounding."""
+    """Two equal students train on the same batches. Float16 has 11 bits, so features have relative errors up to 2**-12
+    and logits of 50 are off by some thousandths in both directions; in float32 only rounding remains."""
     monkeypatch.setattr(making, "STORED", dtype)
     cached(place, tmp_path / "cache")
     caches, clip = open_caches([tmp_path / "cache"], place / "data"), load(place / "teacher")
@@ -187,7 +187,7 @@ def test_losses_are_those_of_the_live_teacher(
 
 
 def test_several_teachers_are_averaged_in_their_targets(place: Path) -> None:
-    """Against one cross-entropy with the mean of the softmax targets, in float64; sizes of features differ."""
+    """Compare with one cross-entropy with the mean of the softmax targets, in float64; feature sizes differ."""
     caches = open_caches([place / "cache-teacher", place / "cache-wide"], place / "data")
     (batch,) = batches(place, caches, 1)
     scales = [torch.tensor(20.0), torch.tensor(70.0)]
@@ -223,7 +223,7 @@ def stopped_and_resumed(chosen: Recipe, at: int) -> None:
 
 
 def test_a_run_without_its_teachers_resumes_exactly(place: Path, tmp_path: Path) -> None:
-    """Two stored teachers, a given shape, then learned masks; stopped while they are learned."""
+    """Two cached teachers, a given shape, then learned masks; stopped while they are learned."""
     (tmp_path / "gone").mkdir()
     shutil.copytree(place / "teacher", tmp_path / "start")
     auto = {"target_sparsity": 0.85, "steps": 3, "ramp_steps": 2, "lr": 0.6}
@@ -247,7 +247,7 @@ def test_a_run_without_its_teachers_resumes_exactly(place: Path, tmp_path: Path)
 
 
 def begun(work: Any, count: int, *arguments: Any) -> list[Any]:
-    """Processes that do `work(*arguments)`, as torchrun would start them."""
+    """Start processes that call `work(*arguments)`, with torchrun's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -264,7 +264,7 @@ def one_of(environment: dict[str, str], index: int, work: Any, *arguments: Any) 
 
 
 def recorded(settings: dict[str, Any], place: Path) -> None:
-    """One of the processes of a run; the first leaves what all had as batches, and the losses."""
+    """Run one process of a run; the first writes the batches of all processes, and the losses."""
     step, found = Trainee.step, []
 
     def watched(self: Trainee, batch: Batch, number: int) -> Any:
@@ -287,7 +287,7 @@ def joined(shares: list[dict[str, Any]]) -> Batch:
 
 
 def test_two_processes_with_micro_batches_train_as_one_without(place: Path, tmp_path: Path) -> None:
-    """On the same batches; several teachers, each process with its share of their features, in pieces of 3 and 1."""
+    """Use the same batches; several teachers, each process with its share of their features, in pieces of 3 and 1."""
     caches = [str(place / "cache-teacher"), str(place / "cache-wide")]
     settings = stage(augment=VIEWS, start=str(place / "teacher"), steps=3, loss={"image_affinity": 0.5})
     chosen = recipe(place, tmp_path / "run", caches, stages=[settings | {"micro_batch": 3}])
@@ -342,7 +342,7 @@ def test_a_dry_run_and_a_plan_need_no_teacher(place: Path, tmp_path: Path) -> No
     assert entry["flops"] < live["flops"] and entry["hours"] > 0
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------
+# --- mismatches -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -366,20 +366,20 @@ def shorter(path: Path) -> None:
 
 
 def other_time(folder: Path) -> None:
-    """A copy of the data has other times and is still the same data."""
+    """A copy of the data has different file times but is still the same data."""
     for path in folder.glob("*.tar"):
         os.utime(path, (1, 1))
 
 
 def changed(path: Path) -> None:
-    """Another byte, of a picture, in a file as long as before."""
+    """Change one byte of a picture, keeping the file size."""
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
 
 
 def flipped(path: Path) -> None:
-    """Another byte of the text features, which are the last or the last but one in the file."""
+    """Change one byte of the text features, which are the last or second-to-last tensor in the file."""
     data, stored_ = bytearray(path.read_bytes()), load_file(path)
     at = data.rindex(stored_["text_features"].tobytes())
     data[at + 5] ^= 1
@@ -468,11 +468,11 @@ def test_a_start_with_another_vocabulary_is_refused(place: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-# --- making one -------------------------------------------------------------------------------------------------
+# --- creating a cache -------------------------------------------------------------------------------------------
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Exit code of `tinyclip` with these arguments, in this process."""
+    """Run `tinyclip` with these arguments in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["tinyclip", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
@@ -480,7 +480,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def commanded(arguments: list[object], said: Path, with_errors: bool = False) -> None:
-    """`tinyclip` with these arguments; what it prints goes to a file."""
+    """Run `tinyclip` with these arguments; its output goes to a file."""
     sys.argv = ["tinyclip", *map(str, arguments)]
     with said.open("a") as sys.stdout:
         if with_errors:
@@ -561,7 +561,7 @@ def same_features(one: Path, two: Path) -> bool:
 
 
 def test_a_killed_cache_goes_on(place: Path, tmp_path: Path) -> None:
-    """SIGKILL once some shards are done: those are not touched again, and the end is that of a call that was not."""
+    """SIGKILL once some shards are done: those stay untouched, and the result equals that of an uninterrupted call."""
     data = tmp_path / "data"
     data.mkdir()
     for i in range(10):
@@ -607,7 +607,7 @@ def test_a_worker_that_dies_is_an_error_for_people(
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 def test_two_calls_do_not_meet_in_one_folder(place: Path, tmp_path: Path, overwrite: list[str]) -> None:
-    """The second one comes while the first one is at work, and touches nothing."""
+    """The second call starts while the first is running, and changes nothing."""
     arguments = ["cache", place / "teacher", place / "data", "-o", tmp_path / "cache", "--draws", 3, "--device", "cpu"]
     codes = []
 

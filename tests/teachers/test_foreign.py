@@ -1,4 +1,4 @@
-"""Teachers of OpenCLIP and `transformers`: against the libraries themselves, in runs and caches; what is refused."""
+"""OpenCLIP and `transformers` teachers: compared with the libraries themselves, in runs and caches; errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LIKE = small_config(vocab_size=49408, image_size=16).model_dump(mode="json")
 
 
 def word_tokenizer(package: ModuleType, pad: str, length: int) -> Any:
-    """A tokenizer of whole words in lower case that ends texts with </s>."""
+    """Return a lower-case whole-word tokenizer that ends texts with </s>."""
     words = sorted({"a", "photo", "of", "red", "apple", "two", "dogs", "caption", "words", "3", "4", "ripe", *WORDS})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -64,7 +64,7 @@ def word_tokenizer(package: ModuleType, pad: str, length: int) -> Any:
 
 
 def shaken(network: Any) -> Any:
-    """No parameter at its initial 0 or 1."""
+    """Return the model with no parameter at its initial 0 or 1."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if not name.startswith("logit_"):
@@ -84,7 +84,7 @@ def saved(folder: Path, network: Any, tokenizer: Any, size: int, mean: float) ->
 def transformers(others: Callable[[str], ModuleType]) -> ModuleType:
     package = others("transformers")
     package.logging.disable_progress_bar()
-    package.logging.set_verbosity_error()  # its configs' default ids of tokens are outside of vocabularies this small
+    package.logging.set_verbosity_error()  # its configs' default token ids exceed vocabularies this small
     return package
 
 
@@ -95,7 +95,7 @@ def open_clip(others: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def siglip(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a SigLIP for pictures of 24 px and texts of 10 tokens."""
+    """A SigLIP folder for 24 px pictures and texts of 10 tokens."""
     torch.manual_seed(0)
     tokenizer = word_tokenizer(transformers, "<pad>", 10)
     vision = TOWER | {"image_size": 24, "patch_size": 8}
@@ -108,8 +108,8 @@ def siglip(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def clip_folder(transformers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a `CLIPModel` that our loader cannot read: its norms have another epsilon. Padding is the end token,
-    as in OpenAI's."""
+    """A `CLIPModel` folder that our loader cannot read, because its norms have another epsilon. The end token is used
+    for padding, as in OpenAI's models."""
     torch.manual_seed(1)
     tokenizer = word_tokenizer(transformers, "</s>", 10)
     ids = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 1}
@@ -121,7 +121,7 @@ def clip_folder(transformers: ModuleType, tmp_path_factory: pytest.TempPathFacto
 
 
 def open_clip_folder(folder: Path, package: ModuleType, vision: dict[str, Any], **model: Any) -> Path:
-    """A folder with random weights as OpenCLIP reads it."""
+    """Write a folder with random weights in OpenCLIP's format."""
     torch.manual_seed(2)
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     config = {"embed_dim": 48, "vision_cfg": vision, "text_cfg": text} | model
@@ -148,7 +148,7 @@ def convnext(open_clip: ModuleType, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`data` (40 pairs) and `small`, a CLIP to start from with a vocabulary of its own, for pictures of 16 px."""
+    """`data` (40 pairs) and `small`, an initial CLIP with its own vocabulary, for 16 px pictures."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "data").mkdir()
     write_shard(folder / "data" / "0.tar", [good(i % 30) | {"key": f"{i:05d}"} for i in range(40)])
@@ -188,7 +188,7 @@ def padded_ids(tokenizer: Any) -> Tensor:
 
 
 def test_a_siglip_says_what_transformers_says(siglip: Path, transformers: ModuleType) -> None:
-    """Features, and the affinity: the softmax of its own logits, bias included."""
+    """Features, and the affinity: the softmax of its own logits, including the bias."""
     teacher = foreign(f"transformers:{siglip}")
     assert (teacher.kind, teacher.embed_dim, teacher.preprocess.image_size) == ("a SigLIP", 32, 24)
     assert teacher.scale.item() == pytest.approx(117, rel=1e-6)
@@ -201,11 +201,11 @@ def test_a_siglip_says_what_transformers_says(siglip: Path, transformers: Module
     torch.testing.assert_close(text, result.text_embeds, atol=1e-5, rtol=0)
     mine = (teacher.scale * image @ text.T).softmax(1)
     torch.testing.assert_close(mine, result.logits_per_image.softmax(1), atol=1e-3, rtol=1e-3)
-    assert result.logits_per_image.max() < 117 - 12.9 + 1e-3  # the bias is in theirs
+    assert result.logits_per_image.max() < 117 - 12.9 + 1e-3  # theirs includes the bias
 
 
 def test_a_larger_view_is_resized_to_the_teachers_resolution(siglip: Path) -> None:
-    """Bicubic with antialiasing, compared with Pillow's, whose result is rounded to whole levels."""
+    """Bicubic with antialiasing, compared with Pillow's, which rounds its result to whole levels."""
     teacher, smooth = foreign(f"transformers:{siglip}"), torch.linspace(0, 255, 48).to(torch.uint8)
     view = (smooth[:, None] // 2 + smooth[None, :] // 2).expand(1, 3, 48, 48)
     small = Image.fromarray(view[0].permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BICUBIC)
@@ -215,7 +215,7 @@ def test_a_larger_view_is_resized_to_the_teachers_resolution(siglip: Path) -> No
 
 
 def test_padding_is_masked_where_a_text_tower_wants_it(clip_folder: Path, transformers: ModuleType) -> None:
-    """Against texts without padding, one by one."""
+    """Compare with texts without padding, one by one."""
     teacher = foreign(f"transformers:{clip_folder}")
     assert "layer_norm_eps" in teacher.kind and teacher.embed_dim == 20
     theirs = transformers.CLIPModel.from_pretrained(clip_folder).eval()
@@ -232,7 +232,7 @@ def test_padding_is_masked_where_a_text_tower_wants_it(clip_folder: Path, transf
 
 
 def test_a_clip_that_our_loader_reads_becomes_ours(transformers: ModuleType, tmp_path: Path) -> None:
-    """So that students can inherit from it; `transformers` is not asked."""
+    """So that students can inherit from it; `transformers` is not used."""
     text = TOWER | {"hidden_act": "gelu"}
     config = transformers.CLIPConfig(text_config=text, vision_config=text | {"image_size": 32, "patch_size": 16})
     network = shaken(transformers.CLIPModel(config))
@@ -249,7 +249,7 @@ def test_a_clip_that_our_loader_reads_becomes_ours(transformers: ModuleType, tmp
 
 
 def test_a_convnext_says_what_open_clip_says(convnext: Path, open_clip: ModuleType) -> None:
-    """By OpenCLIP's own transform and tokenizer."""
+    """With OpenCLIP's own transform and tokenizer."""
     teacher = foreign(f"open_clip:{convnext}")
     assert (teacher.kind, teacher.embed_dim, teacher.preprocess.image_size) == ("a SigLIP", 48, 64)
     theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{convnext}")
@@ -267,7 +267,7 @@ def test_a_convnext_says_what_open_clip_says(convnext: Path, open_clip: ModuleTy
 
 @pytest.mark.parametrize("more", [{}, {"init_logit_bias": -10}, {"quick_gelu": True}])
 def test_an_open_clip_of_our_shape_becomes_ours(more: dict[str, Any], open_clip: ModuleType, tmp_path: Path) -> None:
-    """Also when it was trained with a sigmoid: the bias is no part of a student."""
+    """Even if it was trained with a sigmoid: the student does not need the bias."""
     folder = open_clip_folder(tmp_path / "vit", open_clip, VIT, **more)
     teacher = load_teacher(f"open_clip:{folder}")
     assert isinstance(teacher, Pipeline)
@@ -280,7 +280,7 @@ def test_an_open_clip_of_our_shape_becomes_ours(more: dict[str, Any], open_clip:
 
 
 def test_an_open_clip_that_computes_otherwise_does_not(open_clip: ModuleType, tmp_path: Path) -> None:
-    """A text tower without causal mask has the same tensors."""
+    """A text tower without a causal mask has the same tensors."""
     folder = open_clip_folder(tmp_path / "vit", open_clip, VIT)
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["no_causal_mask"] = True
@@ -292,7 +292,7 @@ def test_an_open_clip_that_computes_otherwise_does_not(open_clip: ModuleType, tm
 def test_both_must_say_the_same(
     what: str, open_clip: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer that keeps capitals; our reader taking the activation for another."""
+    """One tokenizer keeps capitals; one activation is misread by our reader."""
     folder = open_clip_folder(tmp_path / "vit", open_clip, VIT)
     if "tokenizer" in what:
         capitals = open_clip.SimpleTokenizer(context_length=16, clean="whitespace")
@@ -307,7 +307,7 @@ def with_quick_gelu(read: Any, data: dict[str, Any], *arguments: Any) -> Any:
 
 
 def test_a_name_with_a_file_of_weights(open_clip: ModuleType, tmp_path: Path) -> None:
-    """Of a model that OpenCLIP knows; QuickGELU is as the name says."""
+    """For a model that OpenCLIP knows; the name decides on QuickGELU."""
     folder = open_clip_folder(tmp_path / "vit", open_clip, VIT, quick_gelu=True)
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     (tmp_path / "Tiny-1.json").write_text(json.dumps(config))
@@ -321,7 +321,7 @@ def test_a_name_with_a_file_of_weights(open_clip: ModuleType, tmp_path: Path) ->
 
 
 def test_a_tags_activation_is_its_own(open_clip: ModuleType) -> None:
-    """OpenCLIP only warns of OpenAI's weights in a model of GELU."""
+    """OpenCLIP only warns about OpenAI's weights in a GELU model."""
     assert _open_clip_name("open_clip:ViT-B-32/openai", open_clip) == ("ViT-B-32", "openai", True)
     assert _open_clip_name("open_clip:ViT-B/32/laion2b_e16", open_clip) == ("ViT-B-32", "laion2b_e16", False)
 
@@ -336,8 +336,8 @@ def cosines(seed: int = 0, n: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def given_one_fits(logits: Tensor) -> Tensor:
-    """Of independent yes and no answers with probabilities sigmoid(logits): which column fits, given that one does.
-    All answers of a row are counted out."""
+    """For independent yes/no answers with probabilities sigmoid(logits): which column matches, given that exactly one
+    does. Enumerates all answers of a row."""
     rows = []
     for row in logits.sigmoid():
         chances = torch.zeros(len(row), dtype=row.dtype)
@@ -351,7 +351,7 @@ def given_one_fits(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bias", [-12.9, 0.0, 6.0])
 def test_the_affinity_of_a_sigmoid_is_which_pair_fits_given_that_one_does(bias: float) -> None:
-    """For any bias, both ways, by counting."""
+    """For any bias and in both directions, by enumeration."""
     (image, text), (mine, words) = cosines(), cosines(1)
     logits, ours = 11 * image @ text.T + bias, 30 * mine @ words.T
     rows = -(given_one_fits(logits) * ours.log_softmax(1)).sum(1).mean()
@@ -361,7 +361,7 @@ def test_the_affinity_of_a_sigmoid_is_which_pair_fits_given_that_one_does(bias: 
 
 
 def test_shares_of_the_sigmoids_agree_where_small_and_level_where_sure() -> None:
-    """The two limits of p_ij / sum_k p_ik beside the softmax, which does not change."""
+    """The two limits of p_ij / sum_k p_ik, compared with the softmax, which does not change."""
     image, text = cosines()
     cosine = image @ text.T
     softmax = (11 * cosine).softmax(1)
@@ -375,7 +375,8 @@ def test_shares_of_the_sigmoids_agree_where_small_and_level_where_sure() -> None
 
 
 def test_a_run_with_a_siglip_resumes_exactly(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """The start's tokenizer and looks go with the student; the terms that need the teacher's size have it."""
+    """The student keeps the tokenizer and normalisation of its start; terms that need the teacher's feature size get
+    it."""
     loss = {"image_affinity": 0.5, "feature": 0.1, "interactive": 0.1}
     settings: dict[str, Any] = {"workers": 1, "stages": [stage(start=str(place / "small"), loss=loss)]}
     _, events = run(recipe(place, f"transformers:{siglip}", tmp_path / "whole", **settings))
@@ -390,7 +391,8 @@ def test_a_run_with_a_siglip_resumes_exactly(place: Path, siglip: Path, tmp_path
 
 
 def test_student_and_teacher_see_the_same_pairs_each_in_its_own_way(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """A step's affinity, by hand from the batch: one view and one caption, two tokenizers, sizes and norms."""
+    """Compute a step's affinity by hand from the batch: one view and one caption, two tokenizers, image sizes and
+    norms."""
     from tinyclip.train.run import loader_of
 
     begun = start(recipe(place, f"transformers:{siglip}", tmp_path / "run"))
@@ -408,7 +410,7 @@ def test_student_and_teacher_see_the_same_pairs_each_in_its_own_way(place: Path,
 
 
 def test_masks_are_learned_beside_a_foreign_teacher(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """Sparsity counts from what the first stage starts from; measured masks come on top."""
+    """Sparsity is relative to the start of the first stage; a calibrated stage follows the learned masks."""
     auto = {"target_sparsity": 0.7, "steps": 3, "ramp_steps": 2, "lr": 0.6}
     stages = [
         stage("a", start=str(place / "small"), steps=1),
@@ -426,7 +428,7 @@ def test_masks_are_learned_beside_a_foreign_teacher(place: Path, siglip: Path, t
 
 
 def test_a_student_from_random_weights(place: Path, convnext: Path, tmp_path: Path) -> None:
-    """The whole shape is given, and CLIP's tokenizer taken."""
+    """The whole shape is given, with CLIP's tokenizer."""
     random = stage(inherit="none", student={"like": LIKE}, steps=2)
     run(recipe(place, f"open_clip:{convnext}", tmp_path / "run", stages=[random]))
     student, tokenizer, _ = load_checkpoint(tmp_path / "run" / "student")
@@ -434,7 +436,7 @@ def test_a_student_from_random_weights(place: Path, convnext: Path, tmp_path: Pa
 
 
 def test_a_cache_has_what_the_teacher_says(place: Path, siglip: Path, tmp_path: Path) -> None:
-    """The stored features are the teacher's of the stored views, and its own tokens of every caption."""
+    """The stored features are the teacher's for the stored views, and for its own tokens of every caption."""
     data, cache = str(place / "data"), tmp_path / "cache"
     views = ["--augment", "rotate=10", "--draws", "2", "--image-size", "32", "--precision", "float32"]
     main_with("cache", f"transformers:{siglip}", data, "-o", str(cache), *views, "--workers", "0")
@@ -472,7 +474,8 @@ def test_a_run_over_the_cache_resumes_exactly_and_needs_no_teacher(place: Path, 
 def test_a_cache_notices_another_teacher(
     place: Path, siglip: Path, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the same name with other weights or another tokenizer; the same in another place is the same."""
+    """A teacher with the same name but other weights or another tokenizer is noticed; the same teacher elsewhere is
+    accepted."""
     from shutil import copytree
 
     data, cache, mine = str(place / "data"), tmp_path / "cache", tmp_path / "mine"
@@ -480,7 +483,7 @@ def test_a_cache_notices_another_teacher(
     main_with("cache", f"transformers:{siglip}", data, "-o", str(cache), "--workers", "0")
     main_with("cache", f"transformers:{mine}", data, "-o", str(cache), "--workers", "0")
     assert "1 shard of it was there" in capsys.readouterr().out
-    copytree(clip_folder, tmp_path / "moved")  # its kind, in words, says where it lies
+    copytree(clip_folder, tmp_path / "moved")  # its description in words includes its path
     for folder in (clip_folder, tmp_path / "moved"):
         main_with("cache", f"transformers:{folder}", data, "-o", str(tmp_path / "other"), "--workers", "0")
     assert "1 shard of it was there" in capsys.readouterr().out
@@ -498,7 +501,7 @@ def test_a_cache_notices_another_teacher(
     assert "differs in foreign;" in capsys.readouterr().err.replace("\n", " ")
 
 
-# --- before a run -----------------------------------------------------------------------------------------------
+# --- checks before a run ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Stages that learn masks, and stages of one tower."""
+"""Stages that learn masks, and stages that change one tower."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_two_auto_stages_count_from_the_original(place: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("step", [5, 12, 14])
 def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: int) -> None:
-    """While masks are learned, at the cut, and after it: the weights of a run that was never stopped."""
+    """Stop while masks are learned, at the cut, and after it; the weights match those of an uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     stages = [auto(target={"image": 0.4, "text": 0.5}, auto={"gates": True})]
     run(recipe(place, whole, stages=stages))
@@ -75,7 +75,7 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
 
 
 def test_the_cut_student_is_not_read_back(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another node's view of the disk may still be that before the cut."""
+    """Another node may still see the disk as it was before the cut."""
     chosen = recipe(place, tmp_path / "run", stages=[auto()])
     started = loop.start(chosen)
 
@@ -140,7 +140,7 @@ def test_overflow_in_float16_changes_nothing(place: Path, tmp_path: Path) -> Non
 def test_an_untouched_tower_spares_its_computation_and_changes_nothing(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The teacher's features of the text tower are those of the student's own."""
+    """The teacher's text features equal the student's own, so the student does not compute them."""
     started = loop.start(
         recipe(place, tmp_path / "run", stages=[stage(student={"vision": {"width": 16}}, towers="image")])
     )
@@ -188,7 +188,7 @@ def test_a_latency_as_target(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert size(load_checkpoint(tmp_path / "run" / "student")[0]) < whole * 0.8
 
 
-# --- bad input
+# --- errors
 
 
 @pytest.mark.parametrize(

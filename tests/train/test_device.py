@@ -1,4 +1,4 @@
-"""On a make-believe GPU: everything gives what the CPU gives, and a training step never waits for the device."""
+"""On a make-believe GPU the results are the CPU's, and a training step never waits for the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def on(device: str, case: str, precision: str = "float32", cached: int = 0, **changes: Any) -> Trainee:
-    """A trainee as `trainee_of` makes it, its model and teacher moved as a run moves them."""
+    """Return a trainee from `trainee_of`, with its model and teacher moved as in a run."""
     made = trainee_of(case, torch.float32, **changes)
     teacher = made.teacher
     if cached:
@@ -82,7 +82,7 @@ def test_three_steps_of_each_kind_are_those_of_the_cpu_and_wait_once(kind: str) 
         for step in range(3):
             trainee.step(batch, step)
             overflowed += trainee.overflowed
-        # In float16 a step that overflows must not be taken, so each asks once, and then for the scale.
+        # Steps that overflow in float16 must be skipped: each step checks once, and reads the scale after an overflow.
         assert len(gpu.waits) == (3 + overflowed if kind.startswith("float16") else 0), [*map(str, gpu.waits)]
         gpu.waits.clear()
         assert trainee.figures(3) == expected
@@ -93,11 +93,11 @@ def test_three_steps_of_each_kind_are_those_of_the_cpu_and_wait_once(kind: str) 
         assert torch.equal(found[name], value), name
 
 
-# --- what is not finite ---------------------------------------------------------------------------------------------
+# --- non-finite values ----------------------------------------------------------------------------------------------
 
 
 def poisoned(trainee: Trainee) -> None:
-    """From now on the loss is no number."""
+    """Make the loss NaN from now on."""
     with torch.no_grad():
         trainee.model.visual.conv1.weight.fill_(math.nan)
 
@@ -155,7 +155,7 @@ def test_a_step_that_overflows_in_float16_changes_nothing_but_the_scale(case: st
     with make_believe():
         settings: dict[str, Any] = {"case": case, "precision": "float16", "batch_norm": None}
         trainee, batch = on(device, **settings), inputs(case)
-        while not trainee.optimizer.state:  # the first scale is too large for some
+        while not trainee.optimizer.state:  # the initial scale is too large for some
             trainee.step(batch, 0)
         scale, before = trainee.scaler.get_scale(), state(trainee)
         broken = trainee.model.visual.conv1.register_forward_hook(infinite)

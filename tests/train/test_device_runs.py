@@ -1,4 +1,4 @@
-"""Whole runs and commands on a make-believe GPU: what the CPU gives, saved and resumed from either."""
+"""Whole runs and commands on a make-believe GPU match the CPU, and can be saved and resumed on either."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention has a kernel for training on CPUs; here all take it, so that results can be compared to the bit."""
+    """CPU attention has its own training kernel; use the same one everywhere, so that results are equal bit for bit."""
 
     def same(device: torch.device) -> AbstractContextManager[None]:
         kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
@@ -62,7 +62,7 @@ def on(device: str) -> AbstractContextManager[Any]:
 
 
 def stopped(place: Path, out: Path, kind: str, device: str, at: int, **changes: Any) -> None:
-    """A run that a signal stops after a step."""
+    """Run until a signal stops the run after a step."""
     started = loop.start(recipe(place, out, stages=[stage(**RUNS[kind])], device=device, **changes))
 
     def stop(event: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_a_run_in_float16_leaves_out_what_overflows_and_says_so(place: Path, tmp
     assert left_out >= 3 and results[0]["steps"] == 8 and results[0]["samples"] == 8 * (8 + left_out)
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == [1, 2, 3, 4, 5, 6, 7, 8] and steps[-1]["skipped_steps"] == left_out
-    # The schedule is that of a run without any.
+    # The schedule matches that of a run without overflows.
     assert [event["lr"] for event in steps] == [learning_rate(n, chosen.stages[0]) for n in range(8)]
     said = [event["text"] for event in events if event["event"] == "warning"]
     assert len(said) == left_out and all("overflowed in float16" in text for text in said)
@@ -159,7 +159,7 @@ def test_a_run_in_float16_resumes_to_the_bit(place: Path, tmp_path: Path) -> Non
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(place: Path, tmp_path: Path) -> None:
-    """Nothing is logged between the last good save and the next one."""
+    """Nothing is logged between the last good checkpoint and the next one."""
     chosen = recipe(place, tmp_path / "run", stages=[stage(steps=20)], log_every=100, save_every=4)
     started, real = loop.start(chosen), Trainee.step
 
@@ -203,7 +203,7 @@ COMMANDS: dict[str, list[str]] = {
     "cache": ["cache", "{teacher}", "{data}", "--output", "{out}", "--workers", "0"],
     "index": ["index", "{teacher}", "{classes}", "--output", "{out}", "--json"],
 }
-# By nature, by the order of bits (checksums), or as the solver of the probe computes in float32 on a GPU.
+# Different by nature, by bit order (checksums), or because the probe's GPU solver uses float32.
 UNLIKE = {"vectors_state", "converged", "device", "images_per_s", "texts_per_s", "computed", "seconds"}
 
 
@@ -236,7 +236,7 @@ def test_commands_on_the_gpu_say_what_they_say_on_the_cpu(
             outputs[device] = said = commands.tinyclip(*arguments, "--device", device)
         if "--json" in arguments:
             outputs[device] = json.loads(said.replace(str(out), "OUT"))
-        assert bool(gpu.waits) == (device == "cuda")  # it was there
+        assert bool(gpu.waits) == (device == "cuda")  # the GPU was used
         files[device] = {p.name: p for p in out.rglob("*") if p.suffix in (".safetensors", ".parquet", ".npy")}
     if "--json" in COMMANDS[command]:
         assert_near(outputs["cuda"], outputs["cpu"])

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and damaged go on as if nothing had been: to the bit, in one process and in two."""
+"""Runs that are killed, stopped or damaged resume as if nothing had happened: bit for bit, with one process or two."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from tinyclip.zoo.resolve import MANIFEST
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, count: int) -> None:
-    """Of all processes or of one, and once in the middle of writing a checkpoint."""
+    """Kill all processes or one, once in the middle of writing a checkpoint."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")  # shown when the test fails
     moments = random.Random(seed)
     changes = {"stages": [stage("a", steps=14), stage("b", steps=10)], "save_every": 2, "workers": 2 - count}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
-    first = SERVER.Process(target=int)  # starts the server, which is not to be counted
+    first = SERVER.Process(target=int)  # starts the fork server, which should not be timed
     first.start()
     end([first])
     began = time.monotonic()
@@ -51,13 +51,13 @@ def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, cou
     took = time.monotonic() - began
     out = Path(parts.output)
     for moment in ("any", "writing", "any"):
-        before = set(out.glob("stages/*/.last.*.tmp"))  # of the kill before
+        before = set(out.glob("stages/*/.last.*.tmp"))  # from the previous kill
         begun = begin(parts, count)
         if moment == "writing":
             until(lambda before=before: bool(set(out.glob("stages/*/.last.*.tmp")) - before), begun)  # type: ignore[misc]
             victim = begun.pop(0)
         else:
-            time.sleep(took * moments.uniform(0.05, 0.4))  # the run needs all of it to end
+            time.sleep(took * moments.uniform(0.05, 0.4))  # a whole run takes longer than this
             victim = begun.pop(moments.randrange(count))
         victim.kill()
         assert end([victim]) == [-signal.SIGKILL]
@@ -76,8 +76,8 @@ def test_kills_at_random_moments_change_nothing(place: Path, tmp_path: Path, cou
 def test_evaluations_and_cuts_are_told_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, before: bool
 ) -> None:
-    """After a kill before or after the checkpoint that comes with them: evaluations every 4 steps and at the end, 16,
-    a cut at 12. At each of these steps the second save is theirs; the last evaluation has none."""
+    """Kill the run before or after the checkpoint that includes them: evaluations are every 4 steps and at the end, 16;
+    a cut is at 12. At each of these steps the second save includes them; the last evaluation has none."""
     changes = {"stages": [auto()], "evaluation": {"data": "unused", "every": 4}}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
 
@@ -111,7 +111,7 @@ def test_evaluations_and_cuts_are_told_once(
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(place: Path, tmp_path: Path) -> None:
-    """Two processes, one, two again; each says once that the order of the data is another."""
+    """Two processes, one, then two again; every change warns once that the order of the data differs."""
     chosen = recipe(place, tmp_path / "run", stages=[auto()], save_every=1)
     out = Path(chosen.output)
     for count, step in ((2, 3), (1, 8)):
@@ -187,7 +187,7 @@ def compared(settings: dict[str, Any], index: int, port: int) -> None:
 
 
 def test_what_the_first_process_measures_all_cut_by(place: Path, tmp_path: Path) -> None:
-    """Importance by the affinity loss, and a latency: neither may wait for the processes that wait for them."""
+    """Importance by the affinity loss, and a latency: neither may wait for other processes that are waiting for it."""
     measured = {"inherit": "calibrated", "calibrated": {"target_sparsity": 0.4, "batches": 2}}
     timed = auto("b", None, auto={"latency_ms": 1e-3, "steps": 2, "ramp_steps": 2}) | {"steps": 4}
     chosen = recipe(place, tmp_path / "run", stages=[stage("a", student={}, **measured), timed])
@@ -216,7 +216,7 @@ def test_batch_statistics_of_the_first_process_are_everyones(resnet_place: Path,
 def test_a_stop_at_the_end_of_a_stage_is_not_forgotten(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """In either part of a stage with masks, and in a stage before others."""
+    """In either part of a stage with masks, and in a stage with others after it."""
     stages = [stage("a", student={}), auto("b")]
     whole, parts = (recipe(place, tmp_path / name, stages=stages) for name in ("whole", "parts"))
     run(whole)
@@ -231,7 +231,7 @@ def test_a_stop_at_the_end_of_a_stage_is_not_forgotten(
 
 
 def interrupting(patch: pytest.MonkeyPatch, moment: str, step: int) -> Callable[[dict[str, Any]], None]:
-    """A listener that, at a step, lets a SIGTERM come in the middle of what follows."""
+    """Return a listener that sends SIGTERM at a step, in the middle of what follows."""
     place = loop if moment == "save" else data
     own, told = getattr(place, moment), [0]
 
@@ -325,7 +325,7 @@ def test_the_newest_whole_checkpoint_is_taken(
 
 @pytest.fixture(scope="module")
 def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one auto stage that nothing befell."""
+    """An undisturbed run of one auto stage."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     run(recipe(place, folder, stages=[auto()]))
     return folder
@@ -348,7 +348,7 @@ def test_a_stage_without_a_whole_checkpoint_is_one_clear_line(place: Path, tmp_p
 
 
 def test_a_kill_between_two_renames_is_mended(place: Path, tmp_path: Path) -> None:
-    """`last` not yet back in its place, or aside on a disk that cannot swap; leftovers of other writers."""
+    """`last` is not yet back in place, or moved aside on a disk without atomic exchange; leftovers of other writers."""
     whole, parts = (recipe(place, tmp_path / name, stages=[stage()]) for name in ("whole", "parts"))
     run(whole)
     stages = stopped(parts, 3).folder / "stages" / "50"
@@ -389,14 +389,14 @@ def test_checkpoints_come_after_minutes_too(place: Path, tmp_path: Path, monkeyp
     started = loop.start(recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=7, save_minutes=0.25))
     started.listener = lambda e: now.__setitem__(0, now[0] + 10) if e["event"] == "step" else None
     loop.run(started)
-    assert saved == [3, 6, 7, 9]  # 15 seconds and more after the last; the steps of save_every; the end
+    assert saved == [3, 6, 7, 9]  # at least 15 seconds after the last; the steps of save_every; the end
 
 
 @pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
 def test_two_runs_do_not_share_a_folder(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
 ) -> None:
-    """The second is refused before it has changed anything, and the first ends as if alone."""
+    """The second run is refused before it changes anything, and the first finishes as if alone."""
     monkeypatch.setattr("tinyclip.train.setup.PATIENCE", 0.1)
     chosen, alone = (recipe(place, tmp_path / name, stages=[stage()]) for name in ("run", "alone"))
     other: list[str] = []
@@ -411,10 +411,10 @@ def test_two_runs_do_not_share_a_folder(
 
     started = loop.start(chosen)
     with pytest.raises(ValueError, match="another `tinyclip distill` is running here"):
-        loop.start(chosen, **options)  # it has not begun
+        loop.start(chosen, **options)  # the first run has not begun
     started.listener = intrude
     loop.run(started)
     assert len(other) == 1
     run(alone)
     assert_same(Path(alone.output), Path(chosen.output))
-    assert len(run(chosen, **options)[0]) == 1  # the place is free again
+    assert len(run(chosen, **options)[0]) == 1  # the folder is free again

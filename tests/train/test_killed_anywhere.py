@@ -1,5 +1,5 @@
-"""A run is killed at every stage of its life, and still ends as if nothing had been; one that stands still ends by
-itself, and says where."""
+"""A run that is killed at any stage still ends as if nothing had happened; a run that hangs ends by itself and reports
+where."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop, setup
 from tinyclip.train.resume import Interrupted
 
-# Where a process kills itself: a function, before or after which of its calls, and which process of two.
+# Where a process kills itself: a function, before or after, which of its calls, and which of two processes.
 Moment = tuple[str, str, int, int]
 STAGES: list[Moment] = [
-    ("train.setup.write_atomically", "after", 0, 0),  # the recipe is written, and nothing else
+    ("train.setup.write_atomically", "after", 0, 0),  # only the recipe is written
     ("train.stage_start.calibrate", "after", 0, 0),
     ("train.loop.next_batch", "after", 0, 0),
     ("train.resume.save_into", "after", 0, 0),
-    ("train.loop.save", "after", 0, 0),  # step 2 is saved, and not evaluated
+    ("train.loop.save", "after", 0, 0),  # step 2 is saved but not evaluated
     ("train.loop.save_checkpoint", "before", 0, 0),  # best
     ("train.loop._judge", "after", 0, 0),
     ("train.loop.save", "after", 1, 0),  # step 4, the last
     ("train.loop.write_atomically", "after", 0, 0),  # result.json
     ("zoo.card.write_card", "before", 0, 0),
-    # the stage with masks: evaluated at 2, cut at 4, evaluated then and at 6
+    # the stage with masks: evaluated at 2, cut at 4, evaluated at 4 and at 6
     ("train.loop.save", "after", 0, 0),
     ("train.loop.save", "after", 1, 0),
     ("train.pruner.Pruner.cut", "after", 0, 0),
     ("train.loop.save", "after", 0, 0),  # the cut student
     ("train.loop._judge", "before", 0, 0),
     ("train.loop.save", "after", 0, 0),
-    ("train.loop.save", "after", 0, 0),  # step 6 is saved, and not evaluated
+    ("train.loop.save", "after", 0, 0),  # step 6 is saved but not evaluated
     ("train.loop.save", "after", 1, 0),  # step 7, the last
     ("train.loop.finish", "before", 0, 0),
     ("train.loop.save_checkpoint", "before", 0, 0),  # student
@@ -78,7 +78,7 @@ STATISTICS: list[Moment] = [
 
 
 def judged(model: Any, *_: Any) -> dict[str, float]:
-    """The first of a stage is its best."""
+    """Make the first evaluation of a stage its best."""
     return {"acc1": 1.0, "weights": sum(p.sum().item() for p in model.parameters())}
 
 
@@ -92,7 +92,7 @@ OWN_START = setup.start
 
 
 def doomed(moment: Moment | None, rank: int) -> None:
-    """In a process that begins: let it end itself at the moment."""
+    """In a new process, arrange for it to kill itself at the given moment."""
     loop.start = evaluated  # type: ignore[assignment]
     if moment is None or rank != moment[3]:
         return
@@ -126,8 +126,8 @@ def kill_at_each(whole: Recipe, parts: Recipe, moments: list[Moment], count: int
 
 @pytest.mark.parametrize("moments", [STAGES, OF_TWO])
 def test_a_kill_at_any_stage_of_a_run_changes_nothing(place: Path, tmp_path: Path, moments: list[Moment]) -> None:
-    """Evaluations where the shape is measured, masks are learned, cut, and trained on; with decoding processes, which
-    are asked for their state at every save."""
+    """With evaluations while the shape is measured, masks are learned, cut, and trained on; with decoding processes,
+    whose state is requested at every save."""
     masks = auto("b", 0.6, auto={"steps": 4, "ramp_steps": 2, "gates": True}, steps=7)
     changes = {"stages": [calibrated("a", 0.3, batches=2), masks], "workers": 1, "save_every": 100}
     changes |= {"evaluation": {"data": "unused", "every": 2}}
@@ -156,7 +156,7 @@ def test_evaluations_that_fall_on_the_cut_go_on(place: Path, tmp_path: Path) -> 
 def test_a_stop_does_not_wait_for_an_evaluation(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, late: bool
 ) -> None:
-    """The step before it is saved; the signal comes during the evaluation, or just before it."""
+    """The previous step is saved; the signal comes during the evaluation, or just before it."""
     changes = {"stages": [stage(steps=6)], "workers": 1, "evaluation": {"data": "unused", "every": 2}}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
     loop.run(evaluated(whole))
@@ -187,7 +187,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 
 
 def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data that does not come once the run is asked to stop; it goes on when the data is there."""
+    """Data stops coming after the run is asked to stop; it resumes once the data is there."""
     whole, parts = (recipe(place, tmp_path / name, stages=[stage()], workers=1) for name in ("whole", "parts"))
     loop.run(setup.start(whole))
     started, own, told = setup.start(parts), loop.next_batch, list[dict[str, Any]]()
@@ -211,7 +211,7 @@ def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypat
 
 
 def deaf(said: str) -> None:
-    """A main thread that no signal wakes, as in a call to a library that does not come back."""
+    """Block the main thread so that no signal wakes it, as in a library call that never returns."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
     watchdog.GRACE = 0.2
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
@@ -234,17 +234,17 @@ def test_what_moves_on_is_left_alone_and_a_stopped_process_has_not_stood_still(m
     own = watchdog._wait
     monkeypatch.setattr(watchdog, "_wait", lambda *args: ticks.append(own(*args)) or ticks[-1])
     with dog.watching():
-        while len(ticks) < 30:  # three times the bound
+        while len(ticks) < 30:  # three times the limit
             dog.doing("moving on")
     monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=iter([0.0, 3600.0]).__next__))
     assert own(threading.Event(), 1.0) == pytest.approx(0.2)
 
 
-# --- the commands of the docs -----------------------------------------------------------------------------------
+# --- commands in the docs ---------------------------------------------------------------------------------------
 
 
 def test_the_command_for_two_processes_of_a_cpu_ends_with_its_report(tmp_path: Path) -> None:
-    """As the page prints it, with the evaluation of the teacher for the report; only on fewer pairs and pictures."""
+    """As printed on the page, with the teacher's evaluation for the report, but with fewer pairs and pictures."""
     page = (ROOT / "docs" / "distributed.md").read_text()
     (printed,) = re.findall(r"^    (torchrun .*--set device=cpu)$", page, re.MULTILINE)
     for name in ("red apple", "dog"):
@@ -259,4 +259,4 @@ def test_the_command_for_two_processes_of_a_cpu_ends_with_its_report(tmp_path: P
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"report: {output / 'report.html'}") == 1 and (output / "report.html").stat().st_size
     (teacher,) = [line for line in done.stdout.splitlines() if line.split()[:1] == ["teacher"]]
-    assert "50.0" in teacher.split()  # one of two equal pictures
+    assert "50.0" in teacher.split()  # one of two identical pictures

@@ -84,7 +84,7 @@ def test_every_term_trains_through_its_projection_and_resumes(place: Path, tmp_p
 
 
 def judged(chosen: Recipe, stop_at: int | None, scores: dict[int, float], **options: Any) -> list[dict[str, Any]]:
-    """Run with made-up evaluations; returns every evaluation that the run has logged by then."""
+    """Run with made-up evaluations; return all evaluations logged so far."""
     started = loop.start(chosen, **options)
     step = 0
 
@@ -107,7 +107,7 @@ def judged(chosen: Recipe, stop_at: int | None, scores: dict[int, float], **opti
 
 @pytest.mark.parametrize("stop_at", [4, 5])
 def test_evaluations_and_the_best_survive_a_stop(place: Path, tmp_path: Path, stop_at: int) -> None:
-    """Also one that falls between saving and judging."""
+    """Including one that falls between the save and the evaluation."""
     chosen = recipe(place, tmp_path / "run", stages=[stage(steps=8)], evaluation={"data": "unused", "every": 2})
     scores = {2: 0.1, 4: 0.9, 6: 0.2, 8: 0.3}
     judged(chosen, stop_at, scores)
@@ -153,7 +153,7 @@ def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) 
 
 
 def test_a_run_with_a_decoding_process_resumes(place: Path, tmp_path: Path) -> None:
-    """Its random state travels through torch's own pickling of tensors."""
+    """Its random state passes through torch's own pickling of tensors."""
     chosen = recipe(place, tmp_path / "run", stages=[stage()], workers=1)
     started = loop.start(chosen)
     started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
@@ -194,7 +194,7 @@ def test_training_from_scratch_makes_its_vocabulary(place: Path, tmp_path: Path)
 
 
 def test_results_do_not_depend_on_an_interruption(place: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle, then --resume: the weights of a run that was never stopped, to the bit."""
+    """Ctrl-C in the middle, then --resume: the weights equal those of an uninterrupted run, bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(recipe(place, whole))
     started = loop.start(recipe(place, parts))
@@ -227,7 +227,7 @@ def test_a_run_goes_on_in_the_precision_of_another_device(
     monkeypatch.setattr("tinyclip.train.setup.best_precision", lambda device: names[1])
     (result,), events = run(chosen, resume=True)
     assert [e["step"] for e in events if e["event"] == "step"] == [4, 5]
-    assert result["samples"] == 8 * (5 + result["skipped_steps"])  # what overflows in float16 is no step
+    assert result["samples"] == 8 * (5 + result["skipped_steps"])  # a float16 overflow does not count as a step
     (warned,) = [e["text"] for e in events if e["event"] == "warning" and "overflowed" not in e["text"]]
     assert warned == f"it goes on in {names[1]}, as this device has it, after {names[0]} so far"
 
@@ -243,7 +243,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(place: Path, tmp_path: Pa
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(place, killed, stages=[long]).model_dump(mode="json")))
     command = [sys.executable, "-m", "tinyclip", "distill", str(path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on the number of threads
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on the number of threads
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
     while not (killed / "stages" / "50" / "last").exists() and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Several processes: together they take the step that one takes with the joined batch."""
+"""Several processes together take the same step as one process with the joined batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs(case: str) -> Batch:
 
 
 def steps(case: str, changes: dict[str, Any], batch: Batch) -> tuple[dict[str, Tensor], list[float]]:
-    """All weights after two steps, and the losses of them. A parameter that took no part would fail the second."""
+    """Return all weights and losses of two steps. A parameter that takes no part would make the second step fail."""
     trainee = trainee_of(case, **changes)
     losses = [trainee.step(batch, step)["loss"].item() for step in (0, 1)]
     return {name: p.detach() for name, p in trainee.student.named_parameters()}, losses
@@ -55,7 +55,7 @@ def work(index: int, port: int) -> None:
 
 
 def one_fails() -> None:
-    """The loss of one process is not finite: neither saves, and neither goes on alone."""
+    """One process has a non-finite loss: neither saves, and neither continues alone."""
     trainee, terms = trainee_of("affinity"), Trainee._terms
     if rank() == 1:
         trainee._terms = lambda *a: {k: v * torch.nan for k, v in terms(trainee, *a).items()}  # type: ignore[method-assign]

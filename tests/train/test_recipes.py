@@ -1,4 +1,4 @@
-"""The recipes that ship, `tinyclip plan` and the dry run."""
+"""The shipped recipes, `tinyclip plan` and the dry run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def recipe(stages: list[dict[str, Any]], **changes: Any) -> Recipe:
     return Recipe.model_validate(data | {"stages": stages} | changes)
 
 
-# --- what ships -------------------------------------------------------------------------------------------------
+# --- shipped recipes --------------------------------------------------------------------------------------------
 
 
 def test_the_papers_recipes_are_there() -> None:
@@ -186,7 +186,7 @@ def test_an_expected_shape_meets_its_target(unit: str) -> None:
 
 
 def saved_bytes(config: CLIPConfig, images: Tensor, tokens: Tensor, checkpointed: bool = False) -> int:
-    """What autograd really keeps, weights left out."""
+    """Return the bytes that autograd actually saves, excluding weights."""
     model, kept = CLIP(config), {}
     model.set_grad_checkpointing(checkpointed)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -214,7 +214,7 @@ def test_activations_are_what_autograd_keeps(family: str) -> None:
     assert 4 * activation_bytes(config, "both", 4) == pytest.approx(real, rel=0.15)
     image, text = (activation_bytes(config, tower, 4) for tower in ("image", "text"))
     assert image + text == activation_bytes(config, "both", 4)
-    # With checkpointing autograd keeps what goes into blocks, and later one block more.
+    # With checkpointing, autograd keeps the inputs of blocks, and later one more block.
     checkpointed = 4 * activation_bytes(config, "both", 4, True)
     kept = saved_bytes(config, images, tokens, checkpointed=True)
     if family == "vit":
@@ -245,14 +245,14 @@ def test_micro_batches_and_checkpointing_cost_time_and_spare_memory() -> None:
     student = plain["macs_image"] + plain["macs_text"]
     teacher = sum(macs(CLIPConfig.named("ViT-B-32")).values())
     assert plain["flops"] == pytest.approx(2 * 10 * 1024 * (3 * student + teacher), rel=1e-9)
-    for stage in (micro, checkpointed):  # one more forward of the student
+    for stage in (micro, checkpointed):  # one more forward pass of the student
         assert stage["flops"] == pytest.approx(plain["flops"] + 2 * 10 * 1024 * student, rel=1e-9)
-    assert whole == plain  # a device has no more than 512 pairs
+    assert whole == plain  # a device has at most 512 pairs
 
 
 def test_the_loss_takes_tiles() -> None:
     one = plan(recipe([{"name": "50", "steps": 10, "batch_size": 32768, "micro_batch": 256} | FLOPS]))["stages"][0]
-    assert one["memory_bytes"]["loss"] < 1e9  # 4.3e9 for one matrix
+    assert one["memory_bytes"]["loss"] < 1e9  # a single matrix would take 4.3e9
 
 
 def test_what_is_absent_is_said() -> None:
@@ -280,7 +280,7 @@ def test_a_name_of_the_zoo_gives_its_shape(tmp_path: Path, monkeypatch: pytest.M
     assert result["stages"][0]["shape"] == "10 x 256, text 3 x 256"
     chosen = recipe([{"name": "a", "steps": 5}], teacher=auto.name, teacher_shape=None)
     with pytest.raises(ValueError, match=r"no such checkpoint; put it there, or set `teacher_shape`"):
-        plan(chosen)  # only its file says the shape
+        plan(chosen)  # only its file gives the shape
     torch.save(CLIP(SMALL).state_dict(), tmp_path / auto.file)
     assert plan(chosen)["teacher"]["shape"] == "2 x 64, text 1 x 64"
     assert plan(recipe([{"name": "a", "steps": 5}], teacher="hf:org/name"))["teacher"]["shape"].startswith("12 x 768")
@@ -333,7 +333,7 @@ def test_measured_speed_is_that_of_real_steps() -> None:
 
 
 def command(*arguments: str) -> str:
-    """Output of the command, run in this process."""
+    """Run the command in this process and return its output."""
     import io
     from contextlib import redirect_stdout
 

@@ -1,4 +1,4 @@
-"""One step: the gradient of the whole batch, in one piece or in many."""
+"""One training step: the gradient of the whole batch, in one piece or several."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dropped(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
 
 
 def noisy(**changes: Any) -> Any:
-    """With dropout, which our models have none of."""
+    """Return a trainee with dropout, which our models do not have."""
     trainee = trainee_of("scale learned", **changes)
     towers = trainee.model.visual.transformer, trainee.model.transformer
     for module in (*trainee.projections.values(), *(tower.resblocks[0].mlp for tower in towers)):
@@ -49,7 +49,7 @@ def noisy(**changes: Any) -> Any:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_replay_draws_the_same_random_numbers(checkpointing: bool) -> None:
-    """The reference keeps the graphs of all pieces, drawn one after the other."""
+    """The reference keeps the graphs of all pieces, computed one after the other."""
     batch, reference = batch_of(), noisy()
     torch.manual_seed(11)
     outputs = []
@@ -64,13 +64,13 @@ def test_a_replay_draws_the_same_random_numbers(checkpointing: bool) -> None:
     trainee = noisy(micro_batch=3, grad_checkpointing=checkpointing)
     torch.manual_seed(11)
     trainee.backward(batch, 0)
-    assert torch.equal(torch.get_rng_state(), after)  # a replay draws nothing anew
+    assert torch.equal(torch.get_rng_state(), after)  # a replay draws no additional numbers
     expected = {name: p.grad for name, p in named(reference).items()}
     assert_near({name: p.grad for name, p in named(trainee).items()}, expected, 1e-10)  # type: ignore[misc, arg-type]
 
 
 def saved_bytes(trainee: Any, batch: Any) -> int:
-    """The most that graphs hold at one time of tensors that are kept for a backward pass, weights not counted."""
+    """Return the peak bytes of tensors saved for a backward pass, excluding weights."""
     weights = {p.data_ptr() for p in trainee.student.parameters()}
     held: dict[int, int] = {}
     most = 0
@@ -107,14 +107,14 @@ def test_micro_batches_and_checkpointing_keep_less(case: str) -> None:
 
 @pytest.mark.parametrize(("case", "size"), [("affinity", None), ("masks, all terms", 4)])
 def test_compiled_towers_give_the_same_and_settle(case: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for the real compiler, run without it, which would take minutes."""
+    """Traced as for the real compiler but run without it, which would take minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     batch = batch_of()
     trainee = trainee_of(case, compile=True, micro_batch=size)
     assert_near(gradients(trainee, batch), gradients(trainee_of(case), batch), 1e-10)
     for cut in (5, 7, 8):
-        with torch._dynamo.config.patch(error_on_recompile=True):  # whatever the texts' length
+        with torch._dynamo.config.patch(error_on_recompile=True):  # no recompilation for any text length
             gradients(trainee, replace(batch, tokens=shortened(batch.tokens, cut)))
 
 
@@ -162,7 +162,7 @@ def test_a_resumed_run_may_have_another_memory_but_no_other_batch() -> None:
 
     before = settings()
     for key in ("micro_batch", "grad_checkpointing", "compile"):
-        del before["stages"][0][key]  # a run of a version that had none
+        del before["stages"][0][key]  # a run from a version without this key
         assert _fixed(settings(**{key: 2 if key == "micro_batch" else True}), "stages") == _fixed(before, "stages")
     assert _fixed(settings(batch_size=4), "stages") != _fixed(before, "stages")
     assert _fixed({"stages": "damaged"}, "stages") == "damaged"

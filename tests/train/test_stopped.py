@@ -1,4 +1,4 @@
-"""Runs from the command line that are asked to stop: alone, and under torchrun by the scripts of the docs."""
+"""Command line runs that are asked to stop: alone, and under torchrun with the scripts in the docs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tinyclip.recipe.recipe import Recipe
 
 
 def command(words: list[str], said: str) -> None:
-    """The command line in a session of its own, as a process of the server, which has imported all."""
+    """Run the command line in a new session, in a process of the fork server, which has already imported everything."""
     os.setsid()
     torch.set_num_threads(1)
     with Path(said).open("a") as file:
@@ -41,7 +41,7 @@ def written(chosen: Recipe, path: Path) -> str:
 
 
 def test_a_sigterm_to_the_whole_group_saves_and_exits_143(place: Path, tmp_path: Path) -> None:
-    """The decoding processes get it too, and a second one changes nothing."""
+    """The decoding processes get it too, and a second one has no effect."""
     changes = {"stages": [stage(steps=40)], "workers": 2, "save_every": 1000}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
     path, said = written(parts, tmp_path / "recipe.yaml"), tmp_path / "said"
@@ -65,7 +65,7 @@ def test_a_sigterm_to_the_whole_group_saves_and_exits_143(place: Path, tmp_path:
 
 
 def alive(group: int) -> list[int]:
-    """Processes of a group that still run."""
+    """Return the processes of a group that are still running."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -122,7 +122,7 @@ def refused(words: list[str], index: int, port: int, said: str) -> None:
 )
 def test_what_all_processes_refuse_is_said_once(place: Path, tmp_path: Path, words: list[str], expected: str) -> None:
     path = written(recipe(place, tmp_path / "run", stages=[stage()]), tmp_path / "recipe.yaml")
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's store
     arguments = ["distill", *(path if word == "RECIPE" else word for word in words)]
     said = tmp_path / "said"
     begun = [SERVER.Process(target=refused, args=(arguments, i, store.port, str(said))) for i in range(2)]
@@ -138,7 +138,7 @@ def test_what_all_processes_refuse_is_said_once(place: Path, tmp_path: Path, wor
 def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launcher: str
 ) -> None:
-    """A file stands for `/proc/PID/cmdline`, as no launcher has started this process."""
+    """A file stands in for `/proc/PID/cmdline`, since no launcher started this process."""
     words = ["--nproc-per-node", "2", "-m", "tinyclip", "distill", "a b.yaml", "--overwrite"]
     file = tmp_path / "cmdline"
     if launcher != "gone":
@@ -151,11 +151,11 @@ def test_the_command_that_goes_on_is_torchruns_or_said_in_words(
     assert compress._hint() == (known if launcher == "torchrun" else "the same command with --resume")
 
 
-# --- scripts of the docs ----------------------------------------------------------------------------------------
+# --- scripts in the docs ----------------------------------------------------------------------------------------
 
 
 def test_the_slurm_script_resumes_and_requeues(tmp_path: Path) -> None:
-    """With stand-ins for SLURM's commands that write down how they are called."""
+    """With stand-ins for SLURM's commands that record their calls."""
     calls = tmp_path / "calls"
     stand_ins = {
         "scontrol": f'echo scontrol "$@" >> {calls}; echo node1',
@@ -192,7 +192,7 @@ def test_the_page_shows_what_the_script_computes() -> None:
 
 
 def test_bytes_are_those_of_the_collective_operations() -> None:
-    """Against the sizes of the tensors themselves, for two GPUs of a small model."""
+    """Against the actual tensor sizes, for two GPUs and a small model."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         scaling = __import__("scaling")
@@ -200,5 +200,5 @@ def test_bytes_are_those_of_the_collective_operations() -> None:
         sys.path.pop(0)
     features = torch.zeros(64, 24)
     parts = scaling.step(scaling.Work(1000, 500, (24, 24)), scaling.Machine(1, 1, 1, 1, 1), 2, 64)
-    assert parts["features_mb"] * 1e6 == 6 * features.nbytes / 2  # half of each tensor is the other's
-    assert parts["gradients_mb"] * 1e6 == torch.zeros(500).nbytes  # half goes out to be summed, half of the sums
+    assert parts["features_mb"] * 1e6 == 6 * features.nbytes / 2  # half of each tensor comes from the other GPU
+    assert parts["gradients_mb"] * 1e6 == torch.zeros(500).nbytes  # half goes out to be summed, then half of the sums

@@ -22,7 +22,7 @@ from tinyclip.train.tracking import flat
 
 
 def run(chosen: Any, stop_at: int | None = None, **options: Any) -> list[dict[str, Any]]:
-    """The events of a run, which may be stopped at a step."""
+    """Return the events of a run, which may be stopped at a step."""
     events: list[dict[str, Any]] = []
     started = loop.start(chosen, **options)
 
@@ -45,14 +45,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: name -> (step, value)."""
+    """Return what TensorBoard shows: name -> (step, value)."""
     reader = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
 def logged(folder: Path, offsets: dict[str, int], name: str) -> list[tuple[int, float]]:
-    """The same of one figure, from metrics.jsonl."""
+    """Return the values of one figure in metrics.jsonl."""
     steps = [e for e in metrics(folder) if e["event"] == "step"]
     return [(offsets[e["stage"]] + e["step"], pytest.approx(e[name], rel=1e-6)) for e in steps]
 
@@ -109,7 +109,7 @@ def test_tensorboard_shows_the_whole_run_as_one_curve(place: Path, tmp_path: Pat
 
 
 def test_a_resumed_run_goes_on_in_the_same_curve(place: Path, tmp_path: Path) -> None:
-    """Also where steps after the checkpoint had been logged and are done again."""
+    """Even if steps after the checkpoint had been logged and are repeated."""
     chosen = recipe(place, tmp_path / "run", tracking="tensorboard", save_every=2, stages=[stage(steps=8)])
     started = loop.start(chosen)
 
@@ -133,7 +133,7 @@ def test_tracking_changes_nothing_else(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "without" / "tracking.json").exists() and not (tmp_path / "without" / "tensorboard").exists()
 
 
-# --- wandb and trackio: stand-ins with the signatures of wandb 0.31 and trackio 0.43, which were tried by hand ---
+# --- wandb and trackio: stand-ins with the signatures of wandb 0.31 and trackio 0.43, which were tested manually ---
 
 
 class Recorded:
@@ -219,7 +219,7 @@ def test_wandb_and_trackio_get_every_figure_and_one_run(
     assert [(c["step"], c["train/loss"]) for c in calls.of("log")] == [(e["step"], e["loss"]) for e in steps]
     assert len(calls.of("finish")) == 2
     run(recipe(place, tmp_path / "run", tracking=[name], stages=[stage()]), overwrite=True)
-    assert calls.of("init")[-1]["id"] != first["id"]  # another run, though of the same name
+    assert calls.of("init")[-1]["id"] != first["id"]  # another run, despite the same name
 
 
 @pytest.mark.parametrize("when", ["log", "finish"])
@@ -236,11 +236,11 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     named = "wandb failed (ConnectionError: no route); continuing without it, metrics.jsonl has everything"
     assert warnings == [named] and sum(e["event"] == "step" for e in events) == 5
     assert len(calls.of("log")) == (0 if when == "log" else 5)
-    assert len(scalars(tmp_path / "run")["train/loss"]) == 5  # the other one has all
+    assert len(scalars(tmp_path / "run")["train/loss"]) == 5  # the other tracker has everything
 
 
 def test_a_tracker_that_cannot_be_opened(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the start it is an error, before anything is done; a run that is resumed in the night goes on."""
+    """At the start it is an error, before anything is done; a resumed run continues, as nobody may be watching it."""
     broken: list[bool] = [True]
 
     def fail(call: str) -> None:

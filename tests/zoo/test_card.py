@@ -1,4 +1,4 @@
-"""Model cards: in the hub's format, with what is known and nothing more."""
+"""Model cards: in the hub's format, with the known facts and nothing more."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def front(folder: Path) -> dict[str, Any]:
-    """As the hub's own library reads it."""
+    """Return the front matter as the hub's own library reads it."""
     return ModelCard.load(folder / "README.md").data.to_dict()
 
 
@@ -129,7 +129,7 @@ def test_a_card_goes_on_from_the_one_before(tmp_path: Path) -> None:
     again = read_card(tmp_path / "second")
     assert (again.figures["acc1"], again.licence, again.data) == (0.25, "mit", "The pairs in pairs")
     small = made_from(tmp_path / "second", "Cut.")
-    assert (small.figures, small.licence, small.data) == ({}, "mit", "The pairs in pairs")  # its figures are others
+    assert (small.figures, small.licence, small.data) == ({}, "mit", "The pairs in pairs")  # its figures differ
 
 
 def test_cards_of_others_and_of_the_zoo_are_read(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_other_formats_say_what_loads_them(to: str, library: str, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two stages that was evaluated."""
+    """A finished two-stage run with evaluation."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "data").mkdir()
     write_shard(folder / "data" / "0.tar", [good(i) for i in range(20)])
@@ -214,7 +214,7 @@ def test_the_commands_say_what_they_did(tmp_path: Path, monkeypatch: pytest.Monk
     }
     monkeypatch.chdir(tmp_path)
     for output, command in commands.items():
-        for more in ((), ("--overwrite",)):  # a card is part of what is replaced
+        for more in ((), ("--overwrite",)):  # the card is replaced too
             monkeypatch.setattr(sys, "argv", ["tinyclip", *command, *more])
             with pytest.raises(SystemExit) as stopped:
                 main()

@@ -44,7 +44,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-# --- what comes back
+# --- round trips
 
 
 def test_what_was_saved_comes_back_to_the_bit(saved: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_half_precision_file_loads_in_float32(tmp_path: Path, saved: Path) -> 
         assert torch.equal(value, a_model(0).state_dict()[key].half().float())
 
 
-# --- what is refused
+# --- errors
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_file_in_the_way_stays(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_a_value_error_and_changes_nothing(saved: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow past this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # file size limit
     try:
         with pytest.raises(ValueError, match="cannot write"):
             save(saved, a_model(1))
@@ -242,7 +242,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(moment: int, saved: Path
     save(tmp_path / "new", a_model(1))
     arguments = [sys.executable, "-c", KILLED, str(saved), str(tmp_path / "new"), str(moment)]
     result = subprocess.run(arguments, capture_output=True, text=True)
-    # Code that needs fewer renames lives through the last moment.
+    # Code that needs fewer renames survives the last moment.
     assert result.returncode in ([-signal.SIGKILL] if moment == 1 else [-signal.SIGKILL, 0]), result.stderr
     assert same(load_checkpoint(saved)[0], a_model(1 if result.returncode == 0 else 0))
 

@@ -1,4 +1,4 @@
-"""Writing for others: what OpenCLIP and Hugging Face load gives our features, and comes back to the bit."""
+"""Converted models load in OpenCLIP and Hugging Face with our features, and convert back bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOOKS = Preprocess(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.25, 0.26, 0.27))
 
 
 def config(activation: str = "gelu", head_dim: int = 64, mlp: int = 4 * 128, **text: Any) -> CLIPConfig:
-    """Towers of width 128, image 2 and text 3 blocks."""
+    """Return a config with towers of width 128 and 2 image and 3 text blocks."""
     data = vit_clip(24, (2, 128), (3, 128), 16, image_size=32, head_dim=head_dim).model_dump()
     data["vision"]["mlp_width"] = [mlp] * 2
     data["text"] |= text
@@ -108,12 +108,12 @@ def test_open_clip(ours: tuple[Path, CLIP], others: Others) -> None:
     with torch.no_grad():
         close(theirs.eval().encode_text(tokens, normalize=True), clip.encode_text(TEXTS))
         close(transform(image), clip.preprocess(image))
-        exact = copy.deepcopy(model).double()  # as they are not normalised, float32 is not near enough everywhere
+        exact = copy.deepcopy(model).double()  # features are not normalised, so float32 is not always enough
         close(theirs.double().encode_image(pixels.double()), exact.encode_image(pixels.double()))
 
 
 def test_the_processor_of_hugging_face(others: Others, tmp_path: Path) -> None:
-    """With a reduced vocabulary, which OpenCLIP cannot have."""
+    """With a reduced vocabulary, which OpenCLIP does not support."""
     tokenizer = small_tokenizer()
     model = save(tmp_path / "ours", config(vocab_size=602, context_length=12), tokenizer)
     convert(tmp_path / "ours", tmp_path / "hf", "hf")
@@ -133,7 +133,7 @@ def test_the_processor_of_hugging_face(others: Others, tmp_path: Path) -> None:
     with torch.no_grad():
         result = theirs(**inputs)
         close(result.text_embeds, clip.encode_text(texts))
-        # Their resize works on tensors, ours as Pillow does; they differ by a level of 255 at most.
+        # They resize tensors, we resize as Pillow does; the results differ by at most one level of 255.
         torch.testing.assert_close(inputs["pixel_values"][0], clip.preprocess(image), atol=1.5 / 255 / 0.25, rtol=0)
     processor.save_pretrained(tmp_path / "again")
     theirs.save_pretrained(tmp_path / "again")
@@ -149,7 +149,7 @@ def test_the_mlp_ratio_gives_the_integer(width: int) -> None:
         assert int(width * mlp_ratio(tower)) == mlp
 
 
-# --- what others cannot have
+# --- not supported elsewhere
 
 EVEN = {"heads": [2, 2, 2], "mlp_width": [9, 9, 9]}
 

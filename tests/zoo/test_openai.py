@@ -1,4 +1,4 @@
-"""Reading checkpoints of others. The reference models are OpenCLIP's and Hugging Face's own."""
+"""Reading other projects' checkpoints. The reference models are OpenCLIP's and Hugging Face's own."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_logit_scale_of_one_axis(model: CLIP, state: State, tmp_path: Path) ->
     assert same(loaded(state | {"logit_scale": state["logit_scale"].view(1)}, tmp_path), model)
 
 
-# --- the config out of the tensors
+# --- config from tensors
 
 
 def meta(layout: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -188,11 +188,11 @@ def test_our_own_folder_knows_its_activation(model: CLIP, tmp_path: Path) -> Non
     assert same(load_checkpoint(tmp_path / "ours" / "model.safetensors")[0], model)
 
 
-# --- what is refused
+# --- errors
 
 
 def change(**tensors: Tensor | None) -> Callable[[State], State]:
-    """Replace (or with None drop) tensors; `_` stands for a dot."""
+    """Replace tensors, or drop them with None; `_` stands for a dot."""
 
     def edit(state: State) -> State:
         names = {key.replace(".", "_"): key for key in state}
@@ -293,11 +293,11 @@ def test_a_tensor_that_claims_more_than_the_file_has(state: State, tmp_path: Pat
         loaded(state | {"visual.proj": torch.ones(2, 2).to_sparse()}, tmp_path)
 
 
-# --- nothing of a file is run
+# --- no code from a file is run
 
 
 class Hostile:
-    """Runs a shell command when it is unpickled; `canary` tells whether it did."""
+    """Runs a shell command when it is unpickled; `canary` shows whether it did."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -307,7 +307,7 @@ class Hostile:
 
 
 def archive(path: Path, data: bytes, storages: dict[str, bytes] | None = None, compression: int = 0) -> None:
-    """A file that looks like a TorchScript archive."""
+    """Write a file that looks like a TorchScript archive."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("m/data.pkl", data)
         file.writestr("m/constants.pkl", pickle.dumps((), 2))
@@ -365,7 +365,7 @@ def test_a_hostile_hugging_face_folder_runs_nothing(tmp_path: Path) -> None:
 def test_a_torchscript_archive(
     how: str, model: CLIP, others: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenCLIP's own model, filled with ours, in half precision and with OpenAI's extra entries."""
+    """OpenCLIP's own model with our weights, in half precision and with OpenAI's extra entries."""
     open_clip = others("open_clip.model")
     theirs = open_clip_model(open_clip, quick_gelu=True)
     theirs.load_state_dict(model.state_dict())
@@ -391,7 +391,7 @@ def open_clip_model(package: ModuleType, quick_gelu: bool) -> Any:
 
 
 def tensor_pickle(size: tuple[int, ...], key: str = "0", length: int = 4, module: str = "__torch__") -> bytes:
-    """`data.pkl` of a module with one tensor `a`, as PyTorch writes it (protocol 2)."""
+    """Return `data.pkl` of a module with one tensor `a`, as PyTorch writes it (protocol 2)."""
 
     def number(value: int) -> bytes:
         return b"J" + value.to_bytes(4, "little", signed=True)
@@ -409,14 +409,14 @@ def tensor_pickle(size: tuple[int, ...], key: str = "0", length: int = 4, module
 @pytest.mark.parametrize(
     ("data", "storage", "compression", "message"),
     [
-        (tensor_pickle((1,)), bytes(16), 0, r"not a readable CLIP: .*it has a$"),  # a good archive
+        (tensor_pickle((1,)), bytes(16), 0, r"not a readable CLIP: .*it has a$"),  # a valid archive
         (tensor_pickle((1,), module="__torch__.os"), bytes(16), 0, r"not a readable CLIP"),
         (tensor_pickle((1,), module="builtins"), bytes(16), 0, r"not a readable CLIP: .*it has a$"),
         (tensor_pickle((1,), module="torch._utils"), bytes(16), 0, r"not a readable CLIP: .*it has a$"),
         (tensor_pickle((1,)), bytes(15), 0, r"storage 0 has 15 bytes, not 16"),
         (tensor_pickle((1,), key="7"), bytes(16), 0, r"damaged"),
         (tensor_pickle((9,)), bytes(16), 0, r"a claims more values than the file has"),
-        (tensor_pickle((3,), length=4), bytes(16), 0, r"a claims more values"),  # its strides of 3 lead outside
+        (tensor_pickle((3,), length=4), bytes(16), 0, r"a claims more values"),  # strides of 3 go out of bounds
         (tensor_pickle((1,)), bytes(16), zipfile.ZIP_DEFLATED, r"data\.pkl is compressed"),
         (b"\x80\x02K\x01Q.", bytes(16), 0, r"no tensors in it"),
     ],
@@ -433,7 +433,7 @@ def test_bad_archives(data: bytes, storage: bytes, compression: int, message: st
 
 @pytest.fixture(scope="module")
 def hugging_face(others: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A folder that `transformers` wrote, and its model. Its heads are 32 wide."""
+    """A folder that `transformers` wrote, and its model. Heads are 32 wide."""
     package = others("transformers")
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = text | {"image_size": 32, "patch_size": 16, "num_hidden_layers": 3, "hidden_act": "gelu"}
@@ -556,7 +556,7 @@ def test_mean_and_std_are_read(hugging_face: tuple[Path, Any], tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def open_clip_folder(others: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What OpenCLIP's `push_to_hf_hub` writes."""
+    """A folder that OpenCLIP's `push_to_hf_hub` wrote."""
     folder = tmp_path_factory.mktemp("open_clip")
     torch.manual_seed(0)
     torch.save(open_clip_model(others("open_clip.model"), False).state_dict(), folder / "open_clip_pytorch_model.bin")

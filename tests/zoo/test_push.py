@@ -1,4 +1,4 @@
-"""`tinyclip push` against a small hub of our own: only HTTP is mocked."""
+"""`tinyclip push` to a small hub of our own: only HTTP is mocked."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tinyclip.cli.main import main
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import Preprocess
 
-# Inside huggingface_hub, of its HTTP library.
+# Raised inside huggingface_hub by its HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 FILES = ["README.md", "config.json", "model.safetensors", "preprocess.json", "tokenizer.json"]
 
 
 class Hub(ThreadingHTTPServer):
-    """Takes repositories, branches and commits as the hub does; weights by LFS, everything else in the commit."""
+    """Accepts repositories, branches and commits as the hub does; weights by LFS, everything else in the commit."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.status: dict[str, int] = {}  # of an answer to a path that ends so
+        self.status: dict[str, int] = {}  # status of answers, by end of the path
         self.private = False
         self.log: list[tuple[str, str]] = []
         self.bodies: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def test_what_the_hub_refuses_is_one_line(
 ) -> None:
     hub.status = answers
     assert run(monkeypatch, model, "org/small") == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]  # a progress bar may come before
+    last = capsys.readouterr().err.strip().splitlines()[-1]  # may follow a progress bar
     assert f"cannot push to {hub.address}/org/small: " in last and message in last
     assert "model.safetensors" not in hub.committed
 

@@ -59,7 +59,7 @@ PUBLISHED = [
         5.6,
         2909,
     ),
-    (  # the 1.9 GMACs of the table are a slip
+    (  # the table's 1.9 GMACs are a mistake
         "TinyCLIP-auto-ViT-45M-32-Text-18M-LAIONYFCC400M.pt",
         "TinyCLIP-ViT-45M-32-LAION-YFCC.pt",
         62.7,
@@ -69,7 +69,7 @@ PUBLISHED = [
     ),
 ]
 FORTY, AUTO = "TinyCLIP-ViT-40M-32-Text-19M-LAION400M", "TinyCLIP-auto-ViT-22M-32-Text-10M-LAION400M"
-CUT = CLIPConfig.from_dict(  # as in golden/auto-ViT-B-32.json, and a block without attention
+CUT = CLIPConfig.from_dict(  # as in golden/auto-ViT-B-32.json, plus a block without attention
     {
         "embed_dim": 32,
         "vision": {"kind": "vit", "image_size": 224, "patch_size": 32, "width": 37}
@@ -82,7 +82,7 @@ CUT = CLIPConfig.from_dict(  # as in golden/auto-ViT-B-32.json, and a block with
 
 
 def training_file(state: dict[str, Tensor], path: Path, layout: str) -> None:
-    """A file as the authors' training code writes it."""
+    """Write a file as the authors' training code does."""
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         part = "image" if key.startswith("visual.") else "logit" if key == "logit_scale" else "text"
@@ -101,7 +101,7 @@ def training_file(state: dict[str, Tensor], path: Path, layout: str) -> None:
 
 
 def manual_reference(entry: Entry, open_clip: ModuleType) -> Any:
-    """OpenCLIP's model of the same kind at reduced width and depth, filled with noise."""
+    """Return OpenCLIP's model of the same kind with reduced width and depth, filled with noise."""
     torch.manual_seed(len(entry.name))
     vision: dict[str, Any] = {"image_size": 224, "layers": 2, "width": 64, "head_width": 64}
     vision |= {"patch_size": 16 if "-16-" in entry.name else 32}
@@ -118,7 +118,7 @@ def manual_reference(entry: Entry, open_clip: ModuleType) -> Any:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """GitHub, as far as the zoo knows; the cache is `tmp_path / "cache"`."""
+    """Stand-in for GitHub, as far as the zoo uses it; the cache is `tmp_path / "cache"`."""
     monkeypatch.setenv(catalogue.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(download, "FIRST_WAIT_S", 0.001)
     original = requests.adapters.HTTPAdapter.send
@@ -144,7 +144,7 @@ def cut_model(seed: int = 0) -> CLIP:
 
 
 def run(*arguments: object, code: int = 0) -> None:
-    """The command line in this process, where GitHub is the server."""
+    """Run the command line in this process, with the server as GitHub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tinyclip", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -152,7 +152,7 @@ def run(*arguments: object, code: int = 0) -> None:
     assert (stop.value.code or 0) == code
 
 
-# --- what is known of the models ---------------------------------------------------------------------------------
+# --- facts about the models --------------------------------------------------------------------------------------
 
 
 def test_every_published_row_is_there() -> None:
@@ -170,7 +170,7 @@ def test_every_published_row_is_there() -> None:
     assert "slip" in ENTRIES[-1].note and ENTRIES[-1].data == "LAION+YFCC-400M"
 
 
-# Counted from the authors' code, image and text; the MACs without the two products of the attention.
+# Counted from the authors' code: (image, text); the MACs exclude the two attention products.
 @pytest.mark.parametrize(
     ("name", "params", "gmacs"),
     [
@@ -190,7 +190,7 @@ def test_the_recount_of_a_shape(name: str, params: tuple[float, ...], gmacs: tup
     config = CLIPConfig.named(entry.shape)
 
     def products(tower: TransformerConfig | ResNetConfig, length: int) -> int:
-        heads = tower.heads if isinstance(tower, TransformerConfig) else (tower.heads,)  # those of the pool
+        heads = tower.heads if isinstance(tower, TransformerConfig) else (tower.heads,)  # heads of the pool
         return 2 * length**2 * sum(n or 0 for n in heads) * tower.head_dim
 
     image = counts["macs_image"] - products(config.vision, config.vision.grid**2 + 1)
@@ -239,7 +239,7 @@ def test_a_name_of_several_models_names_them() -> None:
 def test_an_unknown_name_is_one_line_with_what_is_like_it(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # what lies where the tests are run, as after `make demo`, is not meant
+    monkeypatch.chdir(tmp_path)  # ignore files in the tests' working directory, such as those of `make demo`
     with pytest.raises(ValueError, match=message) as caught:
         resolve(name, tmp_path)
     assert "\n" not in str(caught.value)
@@ -252,7 +252,7 @@ def test_a_local_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.warns(UserWarning, match=rf"{name}: reading {tmp_path / name}, not the published model"):
             assert resolve(name, tmp_path / "cache") == Path(name)
         assert resolve(tmp_path / name) == tmp_path / name  # without a warning
-    with pytest.raises(ValueError, match=r"runs/mine: no such checkpoint; "):  # no hub id: there is a folder `runs`
+    with pytest.raises(ValueError, match=r"runs/mine: no such checkpoint; "):  # not a hub id: a folder `runs` exists
         (tmp_path / "runs").mkdir()
         resolve("runs/mine", tmp_path / "cache")
 
@@ -357,7 +357,7 @@ RESOLVE = (
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[FileServer]:
-    """The hub, with one model, `org/small`, as `transformers` saves it, beside files that nobody needs."""
+    """The hub with one model, `org/small`, as `transformers` saves it, and files that are not needed."""
     config = vit_clip(32, (2, 64), (1, 64), 32)
     (tmp_path / "hub").mkdir()
     Pipeline(random_model(config, 0, torch.float32), clip_tokenizer(), Preprocess(image_size=224)).save(
@@ -381,7 +381,8 @@ def hub(tmp_path: Path) -> Iterator[FileServer]:
 
 
 def from_hub(server: FileServer, folder: Path, name: str, code: int = 0, **environment: str) -> str:
-    """Output of a new process that resolves a name; the hub's settings are read when it is imported."""
+    """Return the output of a new process that resolves a name; it must be new because the hub's settings are read on
+    import."""
     settings = {"HF_ENDPOINT": server.address, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", RESOLVE, name]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings | environment, timeout=120)

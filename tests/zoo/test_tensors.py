@@ -1,4 +1,4 @@
-"""Other people's pickles: read as plain data, whatever they hold, and nothing of them run."""
+"""Other people's pickles are read as plain data, whatever they contain, and none of their code runs."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_an_optimiser_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert touched == [12]
 
 
-# --- nothing runs
+# --- no code runs
 
 
 def ran() -> None:
@@ -235,7 +235,7 @@ def test_pickles_that_call_lie_beside_weights(name: str, tmp_path: Path) -> None
     with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
         for part in good.infolist():
             data = good.read(part)
-            if part.filename.endswith("data.pkl"):  # the value of one key more
+            if part.filename.endswith("data.pkl"):  # value of one additional key
                 assert data[-2:] == b"s."
                 data = data[:-1] + b"X\x01\x00\x00\x00x" + PICKLES[name] + b"s."
             bad.writestr(part.filename, data)
@@ -335,7 +335,7 @@ def test_flipped_bytes_are_read_or_one_line(tmp_path: Path) -> None:
 
 
 def with_tensor(path: Path, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """A file whose tensor `a` looks elsewhere into its storage of 24 values."""
+    """Write a file whose tensor `a` uses another part of its storage of 24 values."""
 
     class Elsewhere:
         def __reduce_ex__(self, _: Any) -> Any:
@@ -394,7 +394,7 @@ def test_other_files(data: bytes, tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    """By the archive's checksums; not where PyTorch was told to write none."""
+    """The archive's checksums find it, unless PyTorch was told to write none."""
     path, weights = tmp_path / "weights.pt", torch.arange(1000, dtype=torch.float32)
     torch.save({"a": weights}, path)
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Training files of others: which of their values are the CLIP, whatever is wrapped around it."""
+"""Other projects' training files: which of their values are the CLIP, whatever is wrapped around it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def same(a: CLIP, b: CLIP) -> bool:
 
 
 def load(data: Any, folder: Path) -> tuple[CLIP, list[str]]:
-    """The model of a file, and what was said of it."""
+    """Return a file's model, and the warnings about it."""
     torch.save(data, folder / "weights.pt")
     return read(folder / "weights.pt")
 
@@ -171,7 +171,7 @@ def test_a_larger_training_module(model: CLIP, state: State, tmp_path: Path) -> 
     assert len(said) == 1 and "the logit scale is loss.logit_scale" in said[0]
 
 
-# --- keys that carry no weights
+# --- keys without weights
 
 
 EXTRA: dict[str, Any] = {
@@ -220,7 +220,7 @@ def test_what_would_change_the_features_is_refused(key: str, state: State, tmp_p
         load(prefixed("module.", state | {key: UNKNOWN[key]}), tmp_path)
 
 
-# --- the weights themselves
+# --- the weights
 
 
 class Quantised:
@@ -247,7 +247,7 @@ def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State,
         load(both(state, Tensor.clone, lambda v: (v + 0.1).to(narrow)), tmp_path)
 
 
-# --- what a bare file does not say
+# --- what a bare file does not state
 
 
 @pytest.mark.parametrize(

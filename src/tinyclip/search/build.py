@@ -300,7 +300,7 @@ class _Writer:
             by_cause = faults.counts(skipped)
             if not len(vectors):
                 first = f"{faults.summary(by_cause)}; the first: {skipped[0]}"
-                raise Unusable(f"{self.folder.root}: is empty can be read: {first}")
+                raise Unusable(f"{self.folder.root}: nothing in it can be read: {first}")
             vectors.save(file)
         except Exception:  # no readable picture, or a full disk
             drop(self.out, (file.name, pictures.name))

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's `CLIPModel`: `config.json`, weights, tokenizer and preprocessor, read and written."""
+"""Read and write Hugging Face `CLIPModel` folders: `config.json`, weights, tokenizer and preprocessor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tinyclip.zoo.openai import (
 from tinyclip.zoo.tensors import Entry, read_entries
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# (ours, theirs); the misspelling is theirs.
+# (our name, their name); the misspelling below is theirs.
 TOWERS = {
     "visual.transformer.resblocks": "vision_model.encoder.layers",
     "transformer.resblocks": "text_model.encoder.layers",
@@ -57,7 +57,7 @@ OUTSIDE = {
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
-TRANSPOSED = ("visual.proj", "text_projection")  # theirs are Linear layers
+TRANSPOSED = ("visual.proj", "text_projection")  # linear layers in `transformers`
 QKV = re.compile(r"(.+)\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 BLOCK = re.compile(r"(.+)\.(\d+)\.(\w+(?:\.\w+)?)\.(weight|bias)")
 
@@ -66,10 +66,10 @@ BLOCK = re.compile(r"(.+)\.(\d+)\.(\w+(?:\.\w+)?)\.(weight|bias)")
 
 
 def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
-    """A `CLIPModel` folder: weights whole or in shards, as safetensors or PyTorch files.
+    """Read a `CLIPModel` folder with single-file or sharded weights, in safetensors or PyTorch format.
 
     Raises:
-        ValueError: when a part is missing or damaged, or is something that our model does not have.
+        ValueError: if a part is missing or damaged, or uses a feature that our model lacks.
     """
     where = folder / "config.json"
     data = read_json_object(where)
@@ -86,7 +86,7 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
     head_dims = tuple(part["hidden_size"] // part["num_attention_heads"] for part in (vision, text))
     layers = (vision["num_hidden_layers"], text["num_hidden_layers"])
     size = vision.get("image_size", 224)
-    if text["eos_token_id"] not in (2, text["vocab_size"] - 1):  # 2: older files, read as the highest id there too
+    if text["eos_token_id"] not in (2, text["vocab_size"] - 1):  # 2 in older files means the highest id
         raise ValueError(f"{where}: text_config.eos_token_id is {text['eos_token_id']!r}, not the highest token id")
     tensors = weights_of(_weights(folder), str(folder))
     state, _ = canonical(from_hugging_face(tensors, str(folder)), str(folder))
@@ -98,7 +98,7 @@ def read_hugging_face(folder: Path, activation: str | None) -> Foreign:
 
 
 def _section(data: dict[str, Any], key: str, defaults: dict[str, int], where: Path) -> dict[str, Any]:
-    """A tower's config with `transformers`' defaults; in older files `..._dict` wins, as it does there."""
+    """Return a tower's config with `transformers`' defaults. As in `transformers`, `..._dict` in older files wins."""
     section: dict[str, Any] = {"hidden_act": "quick_gelu", "num_hidden_layers": 12, "layer_norm_eps": 1e-5} | defaults
     said = data.get(key) if data.get(f"{key}_dict") is None else data[f"{key}_dict"]
     if not isinstance(said or {}, dict):
@@ -132,13 +132,13 @@ def _weights(folder: Path) -> list[Entry]:
 
 
 def from_hugging_face(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Their keys to OpenAI's; keys that are not known stay as they are."""
+    """Rename their keys to OpenAI's and keep unknown keys unchanged."""
     ours: dict[str, Tensor] = {}
     towers = {theirs: name for name, theirs in TOWERS.items()}
     names = {theirs: name for name, theirs in IN_BLOCK.items()}
     outside = {theirs: name for name, theirs in OUTSIDE.items()}
     for key, value in state.items():
-        if key.endswith(".position_ids"):  # older versions saved this buffer
+        if key.endswith(".position_ids"):  # a buffer that older versions saved
             continue
         if (match := QKV.fullmatch(key)) and match[1] in towers:
             if match[3] == "q":
@@ -163,10 +163,10 @@ def _joined(state: Mapping[str, Tensor], query: str, where: str) -> Tensor:
 
 
 def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
-    """The folder's CLIP-BPE tokenizer; CLIP's own where there is none.
+    """Return the folder's CLIP BPE tokenizer, or CLIP's own if the folder has none.
 
     Raises:
-        ValueError: when it is another kind of tokenizer, or has another vocabulary than the model.
+        ValueError: if it is another kind of tokenizer, or its vocabulary does not match the model's.
     """
     whole, where = folder / "tokenizer.json", folder / "merges.txt"
     vocabulary: Any
@@ -183,7 +183,7 @@ def read_tokenizer(folder: Path, config: CLIPConfig) -> CLIPTokenizer:
         else:
             return own_tokenizer(config, str(folder), OPENAI_SPECIAL)
         tokenizer = CLIPTokenizer([(left, right) for left, right in pairs], config.text.context_length, OPENAI_SPECIAL)
-    except Exception as error:  # `tokenizers` raises bare Exception for merges that do not fit
+    except Exception as error:  # `tokenizers` raises a bare Exception for invalid merges
         raise ValueError(f"{where}: not a tokenizer of CLIP's kind ({type(error).__name__}: {error})") from None
     if vocabulary != _vocabulary(tokenizer):
         raise ValueError(f"{where}: its tokens are not in the order of CLIP's tokenizer: bytes, merges, start, end")
@@ -197,7 +197,7 @@ def _vocabulary(tokenizer: CLIPTokenizer) -> dict[str, int]:
 
 
 def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool]:
-    """The evaluation transform, and whether the folder says mean or std."""
+    """Return the evaluation transform, and whether the folder states a mean or std."""
     size = config.vision.image_size
     data: dict[str, Any] = {}
     where = folder / "preprocessor_config.json"
@@ -209,7 +209,7 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool
         if not isinstance(data, dict):
             raise ValueError(f"{where}: image_processor should be an object")
     for key, good in (
-        # Height and width would be a squash of the whole picture, even where they are equal.
+        # Height and width, even if equal, would mean resizing without keeping the aspect ratio.
         ("size", (size, {"shortest_edge": size})),
         ("crop_size", (size, {"height": size, "width": size})),
         ("resample", (3,)),
@@ -226,7 +226,7 @@ def _read_preprocess(folder: Path, config: CLIPConfig) -> tuple[Preprocess, bool
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's keys to those of `CLIPModel`."""
+    """Rename OpenAI's keys to those of `CLIPModel`."""
     theirs: dict[str, Tensor] = {}
     for key, value in state.items():
         if key in OUTSIDE:
@@ -245,7 +245,7 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hugging_face_config(config: CLIPConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """Their `config.json` of a model of equal blocks (see `interchange.check_even`)."""
+    """Return the `config.json` for a model whose blocks are all equal (see `interchange.check_even`)."""
     vision = config.vision
     assert isinstance(vision, VisionConfig)
     ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}
@@ -270,7 +270,7 @@ def _tower(tower: TransformerConfig, config: CLIPConfig) -> dict[str, Any]:
 
 
 def write_processor(folder: Path, tokenizer: CLIPTokenizer, preprocess: Preprocess, context_length: int) -> None:
-    """The files that `CLIPProcessor` reads."""
+    """Write the files that `CLIPProcessor` reads."""
     size = preprocess.image_size
     start, end = OPENAI_SPECIAL
     files: dict[str, Any] = {

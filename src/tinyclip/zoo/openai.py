@@ -1,7 +1,7 @@
-"""State dicts of others: OpenAI's and OpenCLIP's files, the TinyCLIP authors' training files, OpenCLIP folders.
+"""Read other projects' state dicts: OpenAI and OpenCLIP files, the TinyCLIP authors' training files, OpenCLIP folders.
 
-The shape is worked out from the tensors alone; what a config beside them says (`Stated`) is only what tensors
-cannot say. Hugging Face folders are in `hugging_face.py`, which comes here once its keys are renamed.
+The shape comes from the tensors alone; a config next to them (`Stated`) adds only what tensors cannot show.
+`hugging_face.py` reads Hugging Face folders and calls this module once it has renamed the keys.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# OpenCLIP's giants have image towers of wider heads than OpenAI's rule of 64: (layers, width) -> head_dim.
+# OpenAI uses a head size of 64; OpenCLIP's giant image towers use wider heads: (layers, width) -> head_dim.
 WIDE_HEADS = {(32, 1280): 80, (40, 1408): 88, (48, 1664): 104, (56, 1792): 112}
 FAMILIES = (
     ("visual.trunk.", "its image tower is in timm's layout"),
@@ -45,8 +45,8 @@ SAYS = frozenset({"activation", "normalisation"})
 
 @dataclass(frozen=True)
 class Foreign:
-    """A checkpoint of others in our terms. `says` is what it states of activation and normalisation; the rest is
-    assumed, or what the user says."""
+    """Another project's checkpoint in our format. `says` lists which of activation and normalisation it states; the
+    rest is assumed or set by the user."""
 
     config: CLIPConfig
     state: dict[str, Tensor]
@@ -57,7 +57,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Stated:
-    """What a config beside the weights says of (image, text) tower; None where it says nothing."""
+    """What a config next to the weights states for the (image, text) towers; None where it states nothing."""
 
     head_dim: tuple[int | None, int | None] = (None, None)
     layers: tuple[int | None, int | None] = (None, None)
@@ -65,12 +65,12 @@ class Stated:
 
 
 def read_file(path: Path, activation: str | None) -> Foreign:
-    """A file of weights without a config: OpenAI's, OpenCLIP's, or of the TinyCLIP authors.
+    """Read a weights file without a config, from OpenAI, OpenCLIP or the TinyCLIP authors.
 
-    OpenAI's files have QuickGELU; for the others GELU is assumed unless `activation` says it.
+    OpenAI files use QuickGELU; for the others GELU is assumed unless `activation` is given.
 
     Raises:
-        ValueError: when it is damaged, asks for more than tensors, or is no CLIP that can be read, naming keys.
+        ValueError: if the file is damaged, asks for more than tensors, or holds no readable CLIP; names the keys.
     """
     entries, kind = read_entries(path)
     state, extras = canonical(weights_of(entries, str(path)), str(path))
@@ -84,11 +84,11 @@ def read_file(path: Path, activation: str | None) -> Foreign:
 
 
 def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
-    """The CLIP's weights among the values of a file, under OpenAI's keys or Hugging Face's; one warning says what is
+    """Return the CLIP's weights from a file's values, under OpenAI's or Hugging Face's keys; one warning lists what is
     left out.
 
     Raises:
-        ValueError: when there are several CLIPs, or a weight is no plain tensor.
+        ValueError: if there are several CLIPs, or a weight is not a plain tensor.
     """
     found = find_clip(entries, where)
     said = [*found.said]
@@ -100,10 +100,10 @@ def weights_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
 
 
 def canonical(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights under OpenAI's keys, and OpenAI's extra entries apart.
+    """Return the weights under OpenAI's keys, and OpenAI's extra entries separately.
 
     Raises:
-        ValueError: for integers where weights belong.
+        ValueError: if a weight holds integers.
     """
     extras = {key: value for key, value in tensors.items() if key in EXTRAS}
     state = {key: value for key, value in tensors.items() if key not in EXTRAS}
@@ -116,10 +116,10 @@ def canonical(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tens
 
 
 def config_from(state: Mapping[str, Tensor], where: str, activation: str, stated: Stated) -> CLIPConfig:
-    """The config whose model has these tensors (OpenAI's keys).
+    """Return the config of the model that has these tensors (under OpenAI's keys).
 
     Raises:
-        ValueError: when what every CLIP has is missing, or a tensor's shape makes no sense.
+        ValueError: if a tensor that every CLIP has is missing, or a tensor's shape is invalid.
     """
     _check_family(state, where)
     vision = _resnet(state, where) if _is_resnet(state) else _vit(state, where, stated)
@@ -139,7 +139,7 @@ def _is_resnet(state: Mapping[str, Tensor]) -> bool:
 
 
 def _check_family(state: Mapping[str, Tensor], where: str) -> None:
-    """What every CLIP must have is there and has the right number of axes."""
+    """Check that the tensors every CLIP must have are present with the right number of axes."""
     needed = {"visual.conv1.weight": 4, "token_embedding.weight": 2, "positional_embedding": 2}
     needed |= {"text_projection": 2, "logit_scale": 0}
     if _is_resnet(state):
@@ -172,7 +172,7 @@ def _vit(state: Mapping[str, Tensor], where: str, stated: Stated) -> dict[str, A
 
 
 def _resnet(state: Mapping[str, Tensor], where: str) -> dict[str, Any]:
-    """OpenAI's ResNet: the input is 32 times the attention pool's grid, whose heads are of 64."""
+    """Return the config of OpenAI's ResNet: image size is 32 times the attention pool's grid, head size is 64."""
     counts = [len({key.split(".")[2] for key in state if key.startswith(f"visual.layer{i}.")}) for i in range(1, 5)]
     channels = state["visual.attnpool.q_proj.weight"].shape[0]
     if channels % 64:
@@ -196,7 +196,7 @@ def _block_numbers(state: Mapping[str, Tensor], tower: str) -> list[int]:
 
 
 def _blocks(state: Mapping[str, Tensor], tower: str, head_dim: int, where: str) -> dict[str, Any]:
-    """Heads and MLP width of each block; a branch is there when any of its keys is."""
+    """Return the heads and MLP width of each block; a branch exists if any of its keys does."""
     numbers = _block_numbers(state, tower)
     if gaps := sorted(set(range(len(numbers))) - set(numbers)):
         raise ValueError(f"{where}: {tower}resblocks.{gaps[0]} is missing, though there are blocks after it")
@@ -216,7 +216,7 @@ def _blocks(state: Mapping[str, Tensor], tower: str, head_dim: int, where: str) 
 
 
 def _rows(state: Mapping[str, Tensor], block: str, branch: tuple[str, str], name: str, where: str) -> int | None:
-    """Rows of a branch's first matrix; None for a branch that is gone."""
+    """Return the number of rows in a branch's first matrix; None if the branch was pruned."""
     if not any(key.startswith((block + branch[0], block + branch[1])) for key in state):
         return None
     matrix = state.get(block + name)
@@ -226,7 +226,7 @@ def _rows(state: Mapping[str, Tensor], block: str, branch: tuple[str, str], name
 
 
 def own_tokenizer(config: CLIPConfig, where: str, special: tuple[str, str] = (START, END)) -> CLIPTokenizer:
-    """CLIP's tokenizer at the model's context; `ValueError` for a model of another vocabulary."""
+    """Return CLIP's tokenizer at the model's context length; `ValueError` if the model has another vocabulary."""
     ours = clip_tokenizer()
     text = config.text
     if text.vocab_size != ours.vocab_size:
@@ -240,13 +240,13 @@ def own_tokenizer(config: CLIPConfig, where: str, special: tuple[str, str] = (ST
 
 
 def check_activation(name: str | None, where: str) -> None:
-    """`ValueError` for an activation that is none of ours; None is not said, so it passes."""
+    """Raise `ValueError` for an activation that we do not support. None means unstated and is accepted."""
     if name not in (None, *get_args(Activation)):
         raise ValueError(f"{where}: activation {name!r} is not one of {', '.join(get_args(Activation))}")
 
 
 def agree(activation: str | None, said: str, where: str) -> str:
-    """The activation that a config says; `ValueError` when it is none of ours, or the user says another."""
+    """Return the activation that a config states; `ValueError` if unsupported or not the user's."""
     check_activation(said, where)
     if activation not in (None, said):
         raise ValueError(f"{where} says {said}, so the activation cannot be {activation}")
@@ -255,7 +255,7 @@ def agree(activation: str | None, said: str, where: str) -> str:
 
 # --- OpenCLIP's folders ------------------------------------------------------------------------------------------
 
-# What a config may say besides: nothing (None, False, 0), or what our model does anyway.
+# Accepted config entries besides SHAPES: unset values (None, False, 0), and values that match what our model does.
 SHAPES = {"image_size", "layers", "width", "head_width", "heads", "mlp_ratio", "patch_size", "context_length"}
 SHAPES |= {"vocab_size", "patch_dropout", "pad_id", "eos_id", "embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
 SAME: dict[str, tuple[object, ...]] = {
@@ -269,13 +269,13 @@ SAME |= {"hf_pooler_type": ("mean_pooler",)}
 
 
 def read_open_clip(folder: Path, activation: str | None, weights: Path | None = None) -> Foreign:
-    """A folder with `open_clip_config.json` and weights, as OpenCLIP's `local-dir:` and the hub have them.
+    """Read a folder with `open_clip_config.json` and weights, as used by OpenCLIP's `local-dir:` and the hub.
 
     Args:
-        weights: a file in it of another name than theirs.
+        weights: a weights file in the folder, if its name is not one of OpenCLIP's.
 
     Raises:
-        ValueError: as `read_file`, and for a part of its config that our model does not have.
+        ValueError: as in `read_file`, and if the config uses a feature that our model lacks.
     """
     where = folder / OPEN_CLIP_CONFIG
     data = read_json_object(where)
@@ -288,13 +288,13 @@ def read_open_clip(folder: Path, activation: str | None, weights: Path | None = 
 def from_open_clip(
     data: dict[str, Any], entries: Sequence[Entry], activation: str | None, where: str, source: str
 ) -> Foreign:
-    """What an `open_clip_config.json` says and the weights that go with it.
+    """Build a checkpoint from an `open_clip_config.json` and its weights.
 
     Args:
-        where, source: what errors call the config and the weights.
+        where, source: names of the config and the weights in error messages.
 
     Raises:
-        ValueError: as `read_open_clip`.
+        ValueError: as in `read_open_clip`.
     """
     model, looks = _object(data, "model_cfg", where), _object(data, "preprocess_cfg", where)
     vision, text = _object(model, "vision_cfg", where), _object(model, "text_cfg", where)
@@ -318,7 +318,7 @@ def from_open_clip(
 
 
 def preprocessing(config: CLIPConfig, mean: Any, std: Any, where: str | Path) -> Preprocess:
-    """The evaluation transform; OpenAI's mean and std where a file does not say them."""
+    """Return the evaluation transform, with OpenAI's mean and std where the file states none."""
     try:
         return Preprocess(
             image_size=config.vision.image_size,

@@ -1,6 +1,6 @@
-"""The published TinyCLIP models: names, links and figures; and names and hub ids -> local files.
+"""Resolve names of published TinyCLIP models and hub ids to local files.
 
-The figures are those of the paper's model table (ICCV 2023) and its release page.
+The models' figures in `catalogue` come from the paper's model table (ICCV 2023) and its release page.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from tinyclip.model.config import NAMED
 from tinyclip.zoo.catalogue import ENTRIES, SHIPPED, Entry, _hint, cache_folder, find, shipped
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-# Each is tried until there are weights: those of `transformers` first, OpenCLIP's after.
-HUB_SMALL = ("*.json", "*.txt", "*.model", "README.md")  # *.model: vocabularies of sentencepiece
+# Tried in order until weights are found: first `transformers`' names, then OpenCLIP's.
+HUB_SMALL = ("*.json", "*.txt", "*.model", "README.md")  # *.model: SentencePiece vocabularies
 HUB_WEIGHTS = (
     *("model*.safetensors", "pytorch_model*.bin", "open_clip_*.safetensors", "open_clip_*.bin"),
-    *("0_CLIPModel/model*.safetensors", "0_CLIPModel/pytorch_model*.bin"),  # of sentence-transformers
+    *("0_CLIPModel/model*.safetensors", "0_CLIPModel/pytorch_model*.bin"),  # sentence-transformers
 )
 
 
 def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
-    """The local file or folder of a path, a name of the zoo or of a model that ships with the package, or a Hugging
-    Face id (`org/name`, `hf:org/name@revision`).
+    """Return the local file or folder for a path, a zoo name, the name of a model shipped with the package, or a
+    Hugging Face id (`org/name`, `hf:org/name@revision`).
 
-    A local path wins over a name, with a warning where it is also that of a published model. What is missing is
-    downloaded, into `cache` or the hub's own cache.
+    A local path wins over a name; if it is also the name of a published model, warn. Missing files are downloaded into
+    `cache` or the hub's own cache.
 
     Raises:
-        ValueError: for an unknown name, with those like it, or a download that fails.
+        ValueError: for an unknown name (suggests similar names), or if a download fails.
     """
     name = str(name_or_path)
     if Path(name).exists():
@@ -54,12 +54,12 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
 
 
 def _is_published(name: str) -> bool:
-    """Whether a bare name that is also a path is that of a published model, written out."""
+    """Return whether a bare name that is also a local path is exactly a published model's name."""
     return Path(name).name == name and name in (*SHIPPED, *(entry.name for entry in ENTRIES))
 
 
 def local_file(entry: Entry, cache: str | Path | None = None) -> Path:
-    """A model's file, downloaded once and checked against its record when its size or time changed."""
+    """Return a model's file. Download it once; check it against its record if its size or time changed."""
     from tinyclip.common.download import check, fetch
 
     path = cache_folder(cache) / entry.file
@@ -70,7 +70,7 @@ def local_file(entry: Entry, cache: str | Path | None = None) -> Path:
 
 
 def _from_hub(identifier: str) -> Path:
-    """A model's folder in the Hugging Face hub's own cache, downloaded when needed (see HF_HOME, HF_HUB_OFFLINE)."""
+    """Return a model's folder in the Hugging Face hub's cache; download it if needed (see HF_HOME, HF_HUB_OFFLINE)."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -101,7 +101,7 @@ def _from_hub(identifier: str) -> Path:
 
 
 def transfer_errors() -> tuple[type[Exception], ...]:
-    """What a broken transfer raises, also of the HTTP library, of which the hub has had several."""
+    """Return the exceptions of a broken transfer, including the HTTP library's, which differs between hub versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
@@ -113,10 +113,10 @@ ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}  # of a tower's
 
 
 def find_export(path: str | Path) -> Path | None:
-    """The folder of an export that a path leads to, itself or a file in it; None for anything else.
+    """Return the export folder that a path refers to, either itself or a file in it; None for anything else.
 
     Raises:
-        ValueError: for an ONNX, OpenVINO or `.pt2` model that is not in such a folder.
+        ValueError: for an ONNX, OpenVINO or `.pt2` model outside such a folder.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -126,7 +126,7 @@ def find_export(path: str | Path) -> Path | None:
     ):
         return folder
     alone = path.suffix in ENDINGS.values() and path.exists()
-    if path.is_dir() and not any(path.glob("*config*.json")):  # of a checkpoint
+    if path.is_dir() and not any(path.glob("*config*.json")):  # a checkpoint has a config
         alone = alone or any(file.suffix in ENDINGS.values() for file in path.iterdir())
     if alone:
         raise ValueError(
@@ -137,4 +137,4 @@ def find_export(path: str | Path) -> Path | None:
 
 
 STATE = "state.pt"
-MANIFEST = "checksums.json"  # of the files beside it; written last, so that a whole checkpoint has it
+MANIFEST = "checksums.json"  # of the files next to it; written last, so only complete checkpoints have it

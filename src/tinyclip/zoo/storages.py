@@ -1,4 +1,4 @@
-"""Where the values of tensors lie in PyTorch's files. They are mapped, and read only where a tensor is asked for."""
+"""Locate tensor values in PyTorch files. Files are memory-mapped; values are read only when a tensor is requested."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ STORAGES = {
 
 
 class Refused(Exception):
-    """What a file asks for is not given; the message says what."""
+    """The file asks for something that we refuse; the message says what."""
 
 
 @dataclass(eq=False, frozen=True)
 class Storage:
-    """Where values of a tensor lie."""
+    """Location of a tensor's values."""
 
     source: Any  # a `ZipStorages` or `StreamStorages`
     key: str
-    dtype: torch.dtype | None  # None: one that is not known here
+    dtype: torch.dtype | None  # None: unknown here
     length: int
-    start: int = 0  # of a view into another storage
+    start: int = 0  # offset of a view into another storage
 
 
 @dataclass(eq=False, frozen=True)
 class Stored:
-    """A tensor that is not read yet."""
+    """A tensor that has not been read yet."""
 
     storage: Storage
     offset: Any
@@ -58,10 +58,10 @@ class Stored:
     dtype: torch.dtype | None
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU; not copied where it is aligned.
+        """Return the tensor on the CPU, without a copy if it is aligned.
 
         Raises:
-            Refused: when its storage is not there, or it reaches outside.
+            Refused: if the storage is missing, or the tensor extends beyond it.
         """
         place, whole = self.storage, self.dtype
         numbers = (self.offset, *self.size, *self.stride)
@@ -87,10 +87,11 @@ def is_index(value: Any) -> bool:
 
 
 class StorageSource:
-    """The storages of a file by their keys."""
+    """A file's storages by key."""
 
     def persistent(self, pid: Any) -> Any:
-        """`pid` is ("storage", class, key, device, length), and in the old format a view (key, offset, length)."""
+        """Return the storage for `pid`: ("storage", class, key, device, length); the old format adds a view (key,
+        offset, length)."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not is_index(pid[4]):
             return Inert("a persistent id", (pid,))
         name = pid[1].name if isinstance(pid[1], Inert) else ""
@@ -107,11 +108,11 @@ class StorageSource:
         return storage
 
     def _found(self, key: str, dtype: torch.dtype) -> None:
-        """The type of a storage is known."""
+        """Note the dtype of a storage."""
 
 
 class ZipStorages(StorageSource):
-    """A zip archive of PyTorch's, whose parts are never compressed, in a folder of any name."""
+    """A PyTorch zip archive: its parts are never compressed and lie in one folder, whose name is arbitrary."""
 
     def __init__(self, path: Path, mapped: mmap.mmap) -> None:
         self._mapped = mapped
@@ -121,7 +122,7 @@ class ZipStorages(StorageSource):
         if not roots:
             raise Damaged("a zip archive without data.pkl")
         self._root = roots[0]
-        self._summed = self._is_whole("data.pkl")  # PyTorch can be told to write no checksums
+        self._summed = self._is_whole("data.pkl")  # PyTorch can be set to write no checksums
         if self.has("byteorder") and self.small("byteorder") != b"little":
             raise Refused("its numbers are big-endian")
 
@@ -144,11 +145,11 @@ class ZipStorages(StorageSource):
             return zlib.crc32(part) == self._parts[self._root + name].CRC
 
     def _span(self, name: str) -> tuple[int, int]:
-        """Where a part lies in the file."""
+        """Return the start and end of a part in the file."""
         item = self._parts.get(self._root + name)
         if item is None:
             raise Refused(f"damaged, {name} is not in it")
-        if item.compress_type or item.flag_bits & 1:  # so nothing can unpack to more than the file's size
+        if item.compress_type or item.flag_bits & 1:  # so nothing unpacks to more than the file's size
             raise Refused(f"{item.filename} is compressed, which PyTorch never does")
         header = self._mapped[item.header_offset : item.header_offset + 30]
         if len(header) < 30 or header[:4] != b"PK\3\4":
@@ -160,18 +161,18 @@ class ZipStorages(StorageSource):
 
 
 class StreamStorages(StorageSource):
-    """The storages behind the pickles of a file without a zip: each its number of values, then these."""
+    """Storages after the pickles of a non-zip file; each is its number of values, followed by the values."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
         self._spans: dict[str, tuple[int, int]] = {}
-        self._sizes: dict[str, int] = {}  # of a value, bytes
+        self._sizes: dict[str, int] = {}  # bytes per value
 
     def _found(self, key: str, dtype: torch.dtype) -> None:
         self._sizes[key] = dtype.itemsize
 
     def find(self, keys: Any, start: int) -> None:
-        """Note where each storage lies."""
+        """Record where each storage lies."""
         for key in keys if isinstance(keys, list) else ():
             header = self._data[start : start + 8]
             if len(header) < 8:
@@ -191,5 +192,5 @@ class StreamStorages(StorageSource):
 
 
 def _bytes_of(data: Any, start: int, length: int) -> Tensor:
-    """Bytes of a file as a flat uint8 tensor, not copied."""
+    """Return bytes of a file as a flat uint8 tensor, without a copy."""
     return torch.frombuffer(data, dtype=torch.uint8, count=length, offset=start) if length else torch.empty(0).byte()

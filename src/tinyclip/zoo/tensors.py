@@ -1,8 +1,8 @@
-"""What other people's weight files hold, without running anything of them.
+"""Read other people's weight files without running any code from them.
 
-Of PyTorch files (zip archives, TorchScript among them, and the older format without a zip) the pickle is read as plain
-data (see `unpickle`). Storages are mapped and read only where a tensor is asked for, so an optimiser beside the weights
-costs nothing.
+PyTorch files are zip archives (including TorchScript) or use the older non-zip format; their pickle is read as plain
+data (see `unpickle`). Storages are memory-mapped and read only when a tensor is requested, so an optimiser next to the
+weights costs nothing.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from tinyclip.zoo.unpickle import Inert, printable, unpickle
 
 Kind = Literal["safetensors", "pytorch", "torchscript"]
 DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of PyTorch's files without a zip
-DEEPEST = 64  # levels of dictionaries and modules
-# Attributes in which a pickled `torch.nn.Module` keeps its parts; the rest of them are hooks.
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of PyTorch's non-zip files
+DEEPEST = 64  # nesting limit for dictionaries and modules
+# Attributes where a pickled `torch.nn.Module` keeps its parts; its other attributes are hooks.
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A value of a file: the keys of the dictionaries or modules around it, and its own. In place of a tensor there
-    may be a `Stored`, or something else than a tensor."""
+    """A value in a file: the keys of the dictionaries or modules around it, and its own key. A tensor may be a
+    `Stored`; the value may also be something other than a tensor."""
 
     around: tuple[str, ...]
     key: str
     value: Any
-    attribute: bool = False  # of a module, so no entry of a state dict
+    attribute: bool = False  # a module's attribute, so not a state dict entry
 
     @property
     def path(self) -> tuple[str, ...]:
-        """All its keys, split at dots."""
+        """All keys, split at dots."""
         return tuple(part for key in (*self.around, self.key) for part in key.split("."))
 
 
 def read_entries(path: Path) -> tuple[list[Entry], Kind]:
-    """All values of a safetensors, PyTorch or TorchScript file. Tensors of the last two are `Stored`.
+    """Return all values of a safetensors, PyTorch or TorchScript file. Tensors from the last two are `Stored`.
 
     Raises:
-        ValueError: when the file is missing, damaged, or holds nothing.
+        ValueError: if the file is missing or damaged, or has no tensors.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -86,10 +86,10 @@ def _beyond_tensors(name: str) -> str:
 
 
 def tensor_of(entry: Entry) -> Tensor:
-    """The tensor of an entry.
+    """Return an entry's tensor.
 
     Raises:
-        Refused: when it is none, or not as it claims.
+        Refused: if it is not a tensor, or does not match its description.
     """
     value = entry.value
     if isinstance(value, Inert):
@@ -99,7 +99,7 @@ def tensor_of(entry: Entry) -> Tensor:
     if isinstance(value, Stored):
         try:
             return value.read(entry.key)
-        except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch does not take
+        except (RuntimeError, TypeError, OverflowError) as error:  # sizes that torch rejects
             raise Refused(f"{entry.key} is not a plain tensor ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(value, Tensor):
         raise Refused(f"{entry.key} is a {type(value).__name__}, not a tensor")
@@ -107,14 +107,14 @@ def tensor_of(entry: Entry) -> Tensor:
 
 
 def _entries(data: Any) -> Iterator[Entry]:
-    """What is in nested dictionaries, lists and modules; of what is there several times the first."""
+    """Yield the values in nested dictionaries, lists and modules; a container that appears repeatedly is read once."""
     stack: list[tuple[tuple[str, ...], Any, bool]] = [((), data, False)]
     seen = set[int]()
     while stack:
         place, value, attribute = stack.pop()
         inner = _inner(value)
         if inner is None:
-            if place and value is not None:  # as modules note a bias that they lack
+            if place and value is not None:  # modules record an absent bias as None
                 yield Entry(place[:-1], place[-1], value, attribute)
         elif id(value) not in seen and len(place) < DEEPEST:
             seen.add(id(value))
@@ -126,7 +126,7 @@ def _entries(data: Any) -> Iterator[Entry]:
 
 
 def _inner(value: Any) -> list[tuple[Any, Any]] | None:
-    """The named parts of a container; None of anything else."""
+    """Return the named parts of a container; None for anything else."""
     if isinstance(value, dict):
         return list(value.items())
     if isinstance(value, list | tuple):
@@ -146,7 +146,7 @@ def _inner(value: Any) -> list[tuple[Any, Any]] | None:
 
 def _pytorch(path: Path, zipped: bool) -> tuple[Any, Kind]:
     with path.open("rb") as file:
-        # A private mapping: writable for torch, and never written.
+        # A private mapping: torch needs it writable, but nothing is written to it.
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     if not zipped:
         return _read_stream(mapped, mapped), "pytorch"
@@ -156,7 +156,7 @@ def _pytorch(path: Path, zipped: bool) -> tuple[Any, Kind]:
 
 
 def _builders() -> dict[str, Callable[..., Any]]:
-    """What is made of the few names that are tensors and dictionaries."""
+    """Return the functions for the few names that build tensors and dictionaries."""
     return {
         "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
@@ -170,7 +170,7 @@ def _builders() -> dict[str, Callable[..., Any]]:
 
 
 def _ordered(pairs: Any = (), *_: Any) -> dict[Any, Any]:
-    """Old pickles give the items of an OrderedDict as a list of pairs."""
+    """Build an OrderedDict; old pickles give its items as a list of pairs."""
     return {key: value for key, value in pairs if isinstance(key, str)}
 
 
@@ -180,7 +180,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> An
 
 
 def _tensor_of_type(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """With a dtype of which there is no class of storages; its length is in bytes."""
+    """Build a tensor with a dtype that has no storage class; the storage length is in bytes."""
     dtype = rest[2] if len(rest) > 2 else None
     found = DTYPES.get(dtype.name) if isinstance(dtype, Inert) else None
     if isinstance(storage, Storage) and found is not None:
@@ -192,14 +192,15 @@ def _strided(
     storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None, metadata: tuple[Any, ...]
 ) -> Any:
     plain = isinstance(storage, Storage) and isinstance(size, tuple) and isinstance(stride, tuple)
-    # Metadata says that the values are to be conjugated or negated.
+    # Metadata marks values to be conjugated or negated.
     if not plain or any(metadata) or not all(map(is_index, (offset, *size, *stride))):
         return Inert("torch._utils._rebuild_tensor_v2", (storage, offset, size, stride))
     return Stored(storage, offset, size, stride, dtype)
 
 
 def _typed(function: Any = None, kind: Any = None, arguments: Any = (), *_: Any) -> Any:
-    """A tensor with attributes; one of a class that is not PyTorch's own may mean anything by its values."""
+    """Build a tensor with attributes. Only PyTorch's own classes: any other class may give its values another
+    meaning."""
     name = kind.name if isinstance(kind, Inert) else type(kind).__name__
     build = _builders().get(function.name) if isinstance(function, Inert) else None
     if build is None or not isinstance(arguments, tuple) or not name.startswith("torch."):
@@ -208,15 +209,15 @@ def _typed(function: Any = None, kind: Any = None, arguments: Any = (), *_: Any)
 
 
 def _of_bytes(data: Any = b"") -> Any:
-    """A storage inside of a plain pickle: a whole file of the format without a zip."""
+    """Read a storage inside a plain pickle; it is itself a whole file in the non-zip format."""
     try:
         return _read_stream(BytesIO(data), bytearray(data))
-    except Exception:  # damaged; that matters only where a weight lies in it
+    except Exception:  # damaged, which matters only if it holds a weight
         return Inert("torch.storage._load_from_bytes", ())
 
 
 def _read_stream(file: Any, data: Any) -> Any:
-    """The format without a zip: five pickles, then the storages; or a plain pickle.
+    """Read the non-zip format (five pickles, then the storages) or a plain pickle.
 
     Args:
         file, data: the same bytes, as a file and as a writable buffer.
@@ -231,7 +232,7 @@ def _read_stream(file: Any, data: Any) -> Any:
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise Refused("its numbers are big-endian")
     builders = _builders()
-    del builders["torch.storage._load_from_bytes"]  # PyTorch never nests it
+    del builders["torch.storage._load_from_bytes"]  # PyTorch never nests these
     value = unpickle(file, builders, stream.persistent)
     stream.find(unpickle(file, {}, stream.persistent), file.tell())
     return value

@@ -1,7 +1,7 @@
-"""Pickles of other people as plain data: nothing is imported, nothing is called.
+"""Read other people's pickles as plain data: nothing is imported, nothing is called.
 
-The standard library's `pickletools` parses the opcodes, which runs nothing; here they are carried out on plain values.
-Whatever a pickle names (classes, functions, their instances and results) is put down as an `Inert`.
+The standard library's `pickletools` parses the opcodes without running anything; this module applies them to plain
+values. Whatever a pickle names (classes, functions, their instances and results) becomes an `Inert`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-OPCODES = 20_000_000  # a training file of a large model has a few hundred thousand; a bomb may have any number
+OPCODES = 20_000_000  # a large model's training file has a few hundred thousand; a pickle bomb may have any number
 # Opcodes whose argument is the value itself.
 VALUES = {
     code.name
@@ -25,13 +25,13 @@ RECONSTRUCTORS = ("copyreg._reconstructor", "copy_reg._reconstructor", "copyreg.
 
 
 class Damaged(Exception):
-    """Not a pickle, or one that contradicts itself; the message says how."""
+    """Not a pickle, or an inconsistent one; the message says how."""
 
 
 @dataclass(eq=False, slots=True)
 class Inert:
-    """Stands where a pickle names something: a class or function, or (with `arguments`) what it would have made.
-    `state`, `items` and `values` are what would have been put into that."""
+    """Placeholder for something a pickle names: a class or function, or (with `arguments`) the result of calling it.
+    `state`, `items` and `values` are what the pickle would have put into that result."""
 
     name: str
     arguments: tuple[Any, ...] | None = None
@@ -41,7 +41,7 @@ class Inert:
 
 
 def printable(text: str) -> str:
-    """A name out of a file, fit for a message on one line: its beginning, without controls of terminals."""
+    """Return a name from a file, safe for a one-line message: truncated, with no terminal control characters."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
@@ -49,14 +49,14 @@ Builders = Mapping[str, Callable[..., Any]]
 
 
 def unpickle(source: BinaryIO, builders: Builders, persistent: Callable[[Any], Any]) -> Any:
-    """The value of the pickle at the file's position, which is left behind its end.
+    """Return the value of the pickle at the file's current position, and leave the position after its end.
 
     Args:
-        builders: what calls of these names (`module.name`) give, instead of an `Inert`.
-        persistent: what a persistent id stands for.
+        builders: functions to call for these names (`module.name`) instead of creating an `Inert`.
+        persistent: function that resolves a persistent id.
 
     Raises:
-        Damaged: when it is not a complete pickle.
+        Damaged: if the pickle is incomplete or invalid.
     """
     machine = _Machine(builders, persistent)
     count = 0
@@ -74,7 +74,7 @@ def unpickle(source: BinaryIO, builders: Builders, persistent: Callable[[Any], A
 
 
 class _Machine:
-    """The stack, the marks and the memo of the pickle format."""
+    """The stack, marks and memo of the pickle format."""
 
     def __init__(self, builders: Builders, persistent: Callable[[Any], Any]) -> None:
         self.stack: list[Any] = []
@@ -108,7 +108,7 @@ class _Machine:
         return items
 
     def _top(self, count: int) -> list[Any]:
-        """Take the uppermost values off."""
+        """Pop the topmost values."""
         if len(self.stack) < count:
             raise Damaged("not a complete pickle")
         items = self.stack[-count:]
@@ -147,7 +147,7 @@ class _Machine:
     def _dict(self) -> None:
         self.stack.append(_pairs(self._pop_mark()))
 
-    def _empty_set(self) -> None:  # its members are never hashed: that may take for ever, or recurse without end
+    def _empty_set(self) -> None:  # never hash the members: that may take forever, or recurse without end
         self.stack.append(Inert("builtins.set", ()))
 
     def _frozenset(self) -> None:
@@ -185,7 +185,7 @@ class _Machine:
                 target.items = {}
             target.items.update(items)
 
-    # --- what is named, and what would be called
+    # --- names and calls
 
     def _global(self, name: str) -> None:
         self.stack.append(Inert(printable(name.replace(" ", ".", 1))))
@@ -224,7 +224,7 @@ class _Machine:
         self._call(Inert(printable(name.replace(" ", ".", 1))), tuple(self._pop_mark()))
 
     def _call(self, named: Any, arguments: Any) -> None:
-        """Put down what a call would have made; of our own builders what they make."""
+        """Push the result of one of our builders, or else an `Inert` for the result of the call."""
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         name = named.name if isinstance(named, Inert) else type(named).__name__
         if isinstance(named, Inert) and named.arguments is None and name in self._builders:
@@ -242,7 +242,7 @@ class _Machine:
 
 
 def _pairs(values: list[Any]) -> dict[Any, Any]:
-    """A dictionary of keys and values in turn. In place of a key that is no plain value stands an object, as the hash
-    of a tuple may recurse without end."""
+    """Build a dictionary from alternating keys and values. A key that is not a plain value is replaced by an object,
+    because hashing a tuple may recurse without end."""
     keys = [key if isinstance(key, str | int | float | bytes | None) else object() for key in values[::2]]
     return dict(zip(keys, values[1::2], strict=True))

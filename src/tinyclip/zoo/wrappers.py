@@ -1,7 +1,7 @@
-"""Which values of a training file are the weights of a CLIP, whatever is wrapped around them.
+"""Find the weights of a CLIP in a training file, whatever they are wrapped in.
 
-There is no list of wrappers: the end of a key says what a tensor is (`visual.conv1.weight`), and all before that, the
-dictionaries and modules it lies in, is the name of the model that it belongs to.
+There is no list of wrappers: the end of a key says what a tensor is (`visual.conv1.weight`); everything before it, the
+enclosing dictionaries and modules, names the model that the tensor belongs to.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ OPENAI = re.compile(
     r"|text_projection|logit_scale"
 )
 HUGGING_FACE = re.compile(r"(vision_model|text_model)\.[\w.]+|(visual|text)_projection\.weight|logit_scale")
-ANCHORS = (  # of a whole model: an image tower, a text tower
+ANCHORS = (  # keys of a complete model's towers: (image, text)
     ("visual.conv1.weight", "token_embedding.weight"),
     ("vision_model.embeddings.patch_embedding.weight", "text_model.embeddings.token_embedding.weight"),
 )
-# First parts of a CLIP's keys: what else is under them would change its features.
+# First parts of a CLIP's keys. Other tensors under them would change its features.
 TOWERS = {"visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "text"}
 TOWERS |= {"logit_scale", "vision_model", "text_model", "visual_projection"}
-# Modules around others: those of PyTorch (`module`, `_orig_mod`, `_fsdp_wrapped_module`), which also stand in the
-# middle of keys, and the towers of the TinyCLIP authors (`_image_encoder`, `image_encoder_without_ddp`).
+# Wrapper modules: PyTorch's (`module`, `_orig_mod`, `_fsdp_wrapped_module`), which can also appear in the middle of
+# keys, and the TinyCLIP authors' tower wrappers (`_image_encoder`, `image_encoder_without_ddp`).
 AROUND = re.compile(r"module|_\w+|\w+_without_ddp")
-MASKS = "l0_module"  # of the authors' pruning, already folded into the weights
+MASKS = "l0_module"  # the authors' pruning masks, already folded into the weights
 AVERAGE = re.compile(r"(^|_)(emas?|averaged?|swa|shadow)(_|$)")
 OPTIMISER = re.compile(r"optim|scaler|sched", re.IGNORECASE)
-# Left out of a model's own keys: buffers, and what others' training adds.
+# Ignored among a model's own keys: buffers, and additions from other projects' training.
 NO_WEIGHTS = {"attn_mask", "position_ids", "num_batches_tracked", "positional_embedding_res", "logit_bias"}
-EXTRAS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's files
+EXTRAS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files
 
 Path = tuple[str, ...]
 
 
 @dataclass
 class Found:
-    """A CLIP of a file: its weights by the ends of their keys, what was left out, and what is to be said of it."""
+    """A CLIP found in a file: its weights by the ends of their keys, the keys left out, and notes for the user."""
 
     tensors: dict[str, Tensor]
     left_out: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Found:
 
 @dataclass
 class _Model:
-    """The entries of one model, under the name of what is around them."""
+    """The entries of one model; its name is the path of what encloses it."""
 
     name: Path
     entries: list[tuple[str, Entry]] = field(default_factory=list)
@@ -76,10 +76,10 @@ class _Model:
 
 
 def find_clip(entries: Sequence[Entry], where: str) -> Found:
-    """The CLIP among the values of a file. Its keys are not checked: what does not fit is for the caller.
+    """Return the CLIP among a file's values. Its keys are not checked; the caller rejects those that do not fit.
 
     Raises:
-        ValueError: when there are several, or one of its weights is no plain tensor.
+        ValueError: if there are several CLIPs, or a weight is not a plain tensor.
     """
     models = _models(entries)
     whole = [model for model in models.values() if model.whole]
@@ -107,13 +107,13 @@ def _models(entries: Iterable[Entry]) -> dict[Path, _Model]:
 
 
 def _end_of(entry: Entry) -> tuple[Path, str] | None:
-    """The name of the model that a value belongs to, and its key there; None when it is no weight of a CLIP."""
+    """Return the model that a value belongs to, and its key in it; None if it is not a weight of a CLIP."""
     parts = _unwrapped(entry.path)
     for i in range(len(parts)):
         key = ".".join(parts[i:])
         if OPENAI.fullmatch(key) or HUGGING_FACE.fullmatch(key):
             name = parts[:i]
-            # OpenCLIP's models with `custom_text` have their text tower in a module.
+            # OpenCLIP models with `custom_text` keep their text tower in a module of its own.
             return (name[:-1] if name[-1:] == ("text",) and not key.startswith("vis") else name), key
     return None
 
@@ -123,7 +123,7 @@ def _unwrapped(path: Path) -> Path:
 
 
 def _role(part: str) -> str:
-    """What the name of a model says that it is beside others."""
+    """Return the role that a model's name gives it: student, teacher, average or none."""
     part = part.lower()
     return next((role for role in ("student", "teacher") if role in part), "average" if AVERAGE.search(part) else "")
 
@@ -133,11 +133,10 @@ def _roles(model: _Model) -> set[str]:
 
 
 def _one_of(models: list[_Model], where: str, said: list[str]) -> _Model:
-    """The model to take of several: the student of a student and a teacher, the raw weights where an average of them
-    is there too.
+    """Choose one of several models: the student rather than the teacher, the raw weights rather than their average.
 
     Raises:
-        ValueError: when there are several still, of different weights.
+        ValueError: if several models with different weights remain.
     """
     for role, why in (
         ("teacher", "the trained model, not its teacher"),
@@ -159,13 +158,13 @@ def _one_of(models: list[_Model], where: str, said: list[str]) -> _Model:
 
 
 def _width(model: _Model) -> int:
-    """Bytes of the widest value."""
+    """Return the item size in bytes of the widest dtype."""
     dtypes = [entry.value.dtype for _, entry in model.entries if isinstance(entry.value, Tensor | Stored)]
     return max((dtype.itemsize for dtype in dtypes if dtype is not None), default=0)
 
 
 def _same(one: _Model, two: _Model) -> bool:
-    """Whether two models have equal weights."""
+    """Return whether two models have equal weights."""
     first, second = dict(one.entries), dict(two.entries)
     return first.keys() == second.keys() and all(
         (a := tensor_of(first[key])).shape == (b := tensor_of(second[key])).shape and agreed(a, b) is not None
@@ -174,7 +173,7 @@ def _same(one: _Model, two: _Model) -> bool:
 
 
 def agreed(one: Tensor, two: Tensor) -> Tensor | None:
-    """The wider of two copies of a tensor; None when they differ by more than the rounding of the narrower one."""
+    """Return the wider of two copies of a tensor; None if they differ by more than the narrower one's rounding."""
     if one.dtype.itemsize < two.dtype.itemsize:
         one, two = two, one
     if one.shape != two.shape:
@@ -186,7 +185,7 @@ def agreed(one: Tensor, two: Tensor) -> Tensor | None:
 
 
 def _joined(models: list[_Model], entries: Sequence[Entry]) -> _Model:
-    """Towers that lie apart, as one model; the most that there is of a CLIP where that gives no whole one."""
+    """Return two separate towers as one model; if they do not make a complete one, the largest part of a CLIP found."""
     parts = [[m for m in models if any(pair[i] in m.keys for pair in ANCHORS)] for i in (0, 1)]
     if all(len(part) == 1 for part in parts):
         (image,), (text,) = parts
@@ -201,7 +200,7 @@ def _common(one: Path, two: Path) -> Path:
 
 
 def _collected(model: _Model, entries: Sequence[Entry], said: list[str]) -> Found:
-    """A model's tensors, and what else lies in the same dictionaries."""
+    """Return a model's tensors, and the other entries in the same dictionaries."""
     found = Found({}, said=said)
     weights = list(model.entries)
     if model.whole and "logit_scale" not in model.keys:
@@ -226,12 +225,13 @@ def _collected(model: _Model, entries: Sequence[Entry], said: list[str]) -> Foun
 
 
 def _number(tensor: Tensor) -> Tensor:
-    """A tensor of one value without axes."""
+    """Drop the axes of a single-value tensor."""
     return tensor.reshape(()) if tensor.numel() == 1 else tensor
 
 
 def _key_within(model: _Model, entry: Entry) -> str | None:
-    """The key of what is no weight that every CLIP has, but would change this one; None for what carries no weights."""
+    """Return the key of a tensor that not every CLIP has but that would change this one; None if the value carries no
+    weights."""
     parts, depth = _unwrapped(entry.path), len(model.name)
     if parts[:depth] != model.name or not isinstance(entry.value, Tensor | Stored) or parts[-1] in NO_WEIGHTS:
         return None
@@ -243,7 +243,7 @@ def _key_within(model: _Model, entry: Entry) -> str | None:
 
 
 def _scale(entries: Iterable[Entry], said: list[str]) -> list[tuple[str, Entry]]:
-    """The logit scale from elsewhere, as of a loss that holds it, where there is one alone."""
+    """Return the logit scale from outside the model, for example from a loss, if there is exactly one."""
     found = [entry for entry in entries if entry.path[-1] == "logit_scale" and not _beside(entry)]
     if len(found) == 1:
         said.append(f"the logit scale is {'.'.join(found[0].path)}")
@@ -256,6 +256,6 @@ def _beside(entry: Entry) -> bool:
 
 
 def _fullest(entries: Iterable[Entry]) -> set[Path]:
-    """The dictionary of the most tensors."""
+    """Return the dictionary with the most tensors."""
     counts = Counter(entry.around for entry in entries if isinstance(entry.value, Tensor | Stored))
     return {around for around, _ in counts.most_common(1)}
