@@ -137,7 +137,9 @@ def test_a_web_page_is_no_model(server: FileServer, tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_no_download(server: FileServer, tmp_path: Path) -> None:
     server.cuts = [10_100] + [0] * 9
-    with pytest.raises(ValueError, match=r"model\.pt \(the connection broke\); 10,000 bytes are kept; run the command again"):
+    with pytest.raises(
+        ValueError, match=r"model\.pt \(the connection broke\); 10,000 bytes are kept; run the command again"
+    ):
         get(server, tmp_path)
     assert names(tmp_path) == ["model.pt.part", "model.pt.part.json"]
 

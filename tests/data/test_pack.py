@@ -151,7 +151,9 @@ def test_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(items, tmp_path / "out", progress=stop)
     (tmp_path / "in" / "a.jpg").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"all 1 pictures were skipped \(1 corrupt_image\); the first: .*a\.jpg: not a"):
+    with pytest.raises(
+        ValueError, match=r"all 1 pictures were skipped \(1 corrupt_image\); the first: .*a\.jpg: not a"
+    ):
         pack(items, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     (tmp_path / "out").mkdir()

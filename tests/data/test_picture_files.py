@@ -137,7 +137,7 @@ def test_what_file_managers_keep_is_left_out_and_counted(tmp_path: Path) -> None
     assert find_pictures(tmp_path, places) == [tmp_path / "photo.png"]
     told = {path.relative_to(tmp_path).as_posix(): str(fault) for path, fault in places}
     assert set(told) == {"sub/._*", *(f"sub/{name}" for name in THUMBNAILS)}
-    assert {words.split(" of a file manager")[0] for words in told.values()} == {"1 picture"}
+    assert {words.split(" kept by a file manager")[0] for words in told.values()} == {"1 picture"}
 
 
 def test_such_a_folder_is_read_where_it_is_named(tmp_path: Path) -> None:

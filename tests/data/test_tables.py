@@ -63,7 +63,7 @@ def test_commas_that_could_be_anywhere_are_a_bad_row(tmp_path: Path, header: str
     assert found(tmp_path, f"{header}\n{row}\n{good}") == {
         "1.jpg": ["fine"],
         "2.jpg": ["fine"],
-        "t.csv, line 2": [f"! {fields} fields between ',', the header has {header.count(',') + 1}"],
+        "t.csv, line 2": [f"! {fields} fields separated by ',', but the header has {header.count(',') + 1}"],
     }
 
 
@@ -111,10 +111,10 @@ def test_ragged_and_cut_rows_are_named(tmp_path: Path) -> None:
         "4.jpg": ["4"],
         "5.jpg": ["5"],
         "6.jpg": ["6"],
-        "t.csv, line 4": ["! 2 fields between ',', the header has 3"],
+        "t.csv, line 4": ["! 2 fields separated by ',', but the header has 3"],
         "t.csv, line 7": ["! NUL bytes"],
         "t.csv, line 8": ["! no picture in filepath"],
-        "t.csv, line 12": ["! 1 fields between ',', the header has 3"],
+        "t.csv, line 12": ["! 1 fields separated by ',', but the header has 3"],
     }
 
 

@@ -319,8 +319,10 @@ def test_the_report_is_one_safe_file(outcome: compare.Outcome, contenders: list[
     assert "<script" not in page and "<i>" not in page and "<b>&lt;" not in page.replace("<b>ant", "")
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.count("data:image/png;base64,") == sum(map(len, differences(outcome).values())) > 0
-    for words in ("Accuracy and cost", "Calibration", "Only the teacher is right", "probability of the right"):
-        assert (words in page) is (words != "probability of the right")  # classes have enough pictures for an accuracy
+    for words in ("Accuracy and cost", "Calibration", "Only the teacher is right", "probability of the right class"):
+        assert (words in page) is (
+            words != "probability of the right class"
+        )  # classes have enough pictures for an accuracy
     saved = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert saved["data"]["both"]["models"]["猫 $"]["lost"] == outcome.figures["猫 $"]["lost"]
     with (tmp_path / "out" / "answers.csv").open(newline="") as file:

@@ -283,7 +283,7 @@ def test_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
         evaluate(Oracle(), open_dataset(broken))
     names = _lines(tmp_path / "names.txt", "10", "10")
     twice = open_dataset(folder, classes=names)
-    with pytest.raises(ValueError, match=r"2 unknown_class; the first: .* '10' is more than once in names\.txt"):
+    with pytest.raises(ValueError, match=r"2 unknown_class; the first: .* '10' is listed more than once in names\.txt"):
         evaluate(Oracle(), twice)
     short = shards(tmp_path / "short", [(g, {"class": str(g)}) for g in (10, 20, 30)])
     with pytest.raises(

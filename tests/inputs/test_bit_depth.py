@@ -23,7 +23,7 @@ from tinyclip.inputs.transforms import Preprocess, plain_mode, thumbnail
 from tinyclip.search.sheet import small_copy
 
 GREY = np.asarray(Image.fromarray(fill.picture(48, 48, 0)).convert("L"))
-OWN = "numbers from .* are scaled by their own lowest and highest number"
+OWN = "values from .*; such a picture is scaled so that its lowest value is black"
 UNIT = (GREY.astype(np.float64) - GREY.min()) / (int(GREY.max()) - int(GREY.min()))  # from 0 to 1
 
 

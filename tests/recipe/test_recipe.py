@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, override: str, named: str) -
 
 
 def test_two_stages_of_one_name_and_affinity_without_teacher(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one name"):
+    with pytest.raises(ValueError, match="two stages have the same name"):
         load_recipe(write(tmp_path, stages=MINIMAL["stages"] * 2))
     with pytest.raises(ValueError, match=r"stages.0.loss.affinity: needs a teacher"):
         load_recipe(write(tmp_path, teacher=None, model="ViT-B-32"))

@@ -413,7 +413,10 @@ def damage(kind: str, place: Path, cache: Path, data: Path) -> None:
         ("no cache", "not a teacher cache"),
         ("bad info", r"cache.json: version: "),
         ("truncated", r"1.safetensors: damaged .*; run the same `tinyclip cache` again to repair it"),
-        ("flipped", r"1.safetensors: damaged \(text_features does not match its checksum\); run the same `tinyclip cache`"),
+        (
+            "flipped",
+            r"1.safetensors: damaged \(text_features does not match its checksum\); run the same `tinyclip cache`",
+        ),
         ("missing", r"lacks 1 of the 4 shards of .* \(the first: 1.tar\)"),
         ("changed", r"data/1.tar has changed since"),
         ("grown", r"lacks 1 of the 5 shards of .* \(the first: 4.tar\)"),

@@ -549,7 +549,7 @@ def test_a_plan_and_a_dry_run_need_no_foreign_teacher(place: Path, tmp_path: Pat
         ("transformers:{empty}/absent", "neither a folder nor a Hugging Face id"),
         ("transformers:{empty}", "config.json: no such file"),
         ("{siglip}", "a recipe's teacher may be another type, as `transformers:"),
-        ("transformers:{bert}", "'bert'.* no image and text features"),
+        ("transformers:{bert}", "'bert'.* no shared image and text features"),
         ("transformers:{bare}", "image_mean None"),
         ("transformers:{damaged}", "transformers cannot load it"),
         ("transformers:{nan}", "not finite"),

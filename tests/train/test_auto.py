@@ -238,7 +238,7 @@ def test_a_stage_that_overshot_does_not_end_the_run(place: Path, tmp_path: Path)
     _, events = run(recipe(place, tmp_path / "run", stages=[auto("a", 0.3, auto=fast), auto("b", 0.35)]))
     warned = [e["text"] for e in events if e["event"] == "warning"]
     assert any("masks ended at sparsity" in text and "the target is 0.300" in text for text in warned)
-    assert any("is gone already, target_sparsity 0.350 adds none" in text for text in warned)
+    assert any("is already removed; target_sparsity 0.350 removes no more" in text for text in warned)
 
 
 def test_a_latency_out_of_reach_leaves_no_run(place: Path, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_the_command(tmp_path: Path) -> None:
     command("convert", tmp_path / "ours", tmp_path / "ours", "--to", "hf", "--overwrite")
     assert load_checkpoint(tmp_path / "ours")[0].config == config("quick_gelu")
     assert '"macs_image"' in command("measure", tmp_path / "theirs.pt", "--json")
-    assert "no format 'onnx'; known: tinyclip, open_clip, hf" in command(
+    assert "unknown format 'onnx'; choose tinyclip, open_clip, hf" in command(
         "convert", tmp_path / "ours", tmp_path / "x", "--to", "onnx", code=2
     )
     assert not (tmp_path / "x").exists()

@@ -90,9 +90,7 @@ def test_a_training_file_of_the_authors(model: CLIP, state: State, tmp_path: Pat
 
 def test_towers_registered_twice_must_agree(state: State, tmp_path: Path) -> None:
     other = state["visual.proj"] + 1
-    with pytest.raises(
-        ValueError, match=r"visual\.proj appears twice with different .*image_encoder_without_ddp\.vis"
-    ):
+    with pytest.raises(ValueError, match=r"visual\.proj appears twice with different .*image_encoder_without_ddp\.vis"):
         loaded(state | {"image_encoder_without_ddp.visual.proj": other}, tmp_path)
 
 

@@ -145,14 +145,14 @@ def test_of_a_student_and_a_teacher_the_student(model: CLIP, state: State, tmp_p
         found, said = load(data, tmp_path)
         assert same(found, model)
         assert len(said) == 1
-        assert "teacher (what was trained is read)" in said[0] and "left out" not in said[0]
+        assert "teacher (the trained model, not its teacher)" in said[0] and "left out" not in said[0]
 
 
 def test_of_weights_and_their_average_the_weights(model: CLIP, state: State, tmp_path: Path) -> None:
     for name in ("state_dict_ema", "model_ema", "ema", "ema_state_dict"):
         found, said = load({name: other(state), "model": state}, tmp_path)
         assert same(found, model)
-        assert len(said) == 1 and f"model is read, not {name} (the weights themselves" in said[0]
+        assert len(said) == 1 and f"reading model, not {name} (the weights themselves" in said[0]
 
 
 def test_two_clips_are_refused_by_name(state: State, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_the_command_line_says_it_on_a_line(
         "override with these options of load, convert and export",
     ]
     assert tinyclip.load(wanted).preprocessing.std == (0.25,) * 3
-    assert "--mean 0.5,x: three numbers" in command("convert", path, tmp_path / "a", "--mean", "0.5,x", code=2)
+    assert "--mean 0.5,x: give three numbers" in command("convert", path, tmp_path / "a", "--mean", "0.5,x", code=2)
 
 
 def test_a_config_of_open_clip_beside_a_file_says_it(model: CLIP, state: State, tmp_path: Path) -> None:
