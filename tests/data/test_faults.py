@@ -505,7 +505,7 @@ def test_a_shard_deleted_during_a_run_is_reported_and_the_run_resumes(
     resumed.listener = listen
     result = loop.run(resumed)[0]
     assert result["skipped_by_cause"]["vanished_shard"] > 0
-    assert any(text.startswith("b.tar") and "going on without it" in text for text in texts)
+    assert any(text.startswith("b.tar") and "continuing without it" in text for text in texts)
     assert texts == sorted(set(texts), key=texts.index)  # each one once
 
 

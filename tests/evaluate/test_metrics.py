@@ -291,7 +291,7 @@ def test_data_that_cannot_be_evaluated(tmp_path: Path) -> None:
     ):
         evaluate(Oracle(), open_dataset(short, classes=_lines(tmp_path / "one.txt", "10")))
     bare = shards(tmp_path / "bare", [(10, {})])
-    with pytest.raises(ValueError, match="no classes; samples need `class`"):
+    with pytest.raises(ValueError, match="no classes; samples need a `class`"):
         evaluate(Oracle(), open_dataset(bare))
     with pytest.raises(ValueError, match="no picture has a class"):
         evaluate(Oracle(), open_dataset(bare, classes=names))

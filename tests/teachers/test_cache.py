@@ -624,7 +624,7 @@ def test_two_calls_do_not_meet_in_one_folder(place: Path, tmp_path: Path, overwr
 
     cached(place, tmp_path / "cache", progress=progress)
     said = (tmp_path / "said").read_text()
-    assert codes == [2] and "another `tinyclip cache` is at work here" in said and said.count("\n") == 1
+    assert codes == [2] and "another `tinyclip cache` is running here" in said and said.count("\n") == 1
     assert same_features(tmp_path / "cache", place / "cache-teacher")
     cached(place, tmp_path / "cache", overwrite=True)
     assert same_features(tmp_path / "cache", place / "cache-teacher")

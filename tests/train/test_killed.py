@@ -317,7 +317,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     assert sorted(p.name for p in stages.iterdir()) == ["last", "step-000002", "step-000004"]
     damage(stages / "last" / name)
     _, events = run(chosen, resume=True)
-    (warned,) = [e["text"] for e in events if "going on" in e.get("text", "")]
+    (warned,) = [e["text"] for e in events if "continuing from" in e.get("text", "")]
     assert name in warned and warned.endswith("; continuing from step 4") and "\n" not in warned
     assert [e["step"] for e in events if e["event"] == "resumed"] == [4]
     assert_same(whole, tmp_path / "run")

@@ -294,7 +294,7 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="it is not a run from tinyclip"):
         loop.start(recipe(place, place / "data"), overwrite=True)
     inside = recipe(place, out, stages=[stage(start=str(out / "student"), student={})])
-    with pytest.raises(ValueError, match=r"student lies in .*run, which --overwrite would delete"):
+    with pytest.raises(ValueError, match=r"student is inside .*run, which --overwrite would delete"):
         loop.start(inside, overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot write"):

@@ -52,7 +52,7 @@ def test_what_nobody_said_is_unknown(tmp_path: Path) -> None:
     text = (folder / "README.md").read_text()
     assert "# mine\n" in text
     for section in (
-        "How it came about\n\nUnknown",
+        "How it was made\n\nUnknown",
         "Training data\n\nUnknown",
         "Figures\n\nNone",
         "Licence\n\nUnknown",
