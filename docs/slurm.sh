@@ -14,7 +14,7 @@
 set -u
 
 # A job that SLURM has started again goes on with its run. A new job for an old run is told so with --resume; one that
-# was stopped before its run began says that there is none, and is submitted anew.
+# was stopped before its run began says that there is none, and is submitted again.
 resume=
 [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && resume=--resume
 

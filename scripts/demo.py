@@ -42,6 +42,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        fail(f"{error} (remove the folder runs to start the demo anew)", 2)
+        fail(f"{error} (remove the folder runs to start the demo over)", 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -350,12 +350,12 @@ class _Writer:
         vectors.remove(ids)
         if holes <= WASTE * len(vectors):
             return holes, vectors
-        anew, keys = Vectors(self.facts["embed_dim"]), np.sort(vectors.keys())
+        rebuilt, keys = Vectors(self.facts["embed_dim"]), np.sort(vectors.keys())
         for start in range(0, len(keys), AT_ONCE):
             some = keys[start : start + AT_ONCE]
-            anew.add(some, vectors.get(some))
-            self.progress("linking anew", min(start + AT_ONCE, len(keys)), len(keys))
-        return 0, anew
+            rebuilt.add(some, vectors.get(some))
+            self.progress("rebuilding the graph", min(start + AT_ONCE, len(keys)), len(keys))
+        return 0, rebuilt
 
     def _number(self) -> int:
         found = [STATE.fullmatch(path.name) for path in self.out.iterdir()]
