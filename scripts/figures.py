@@ -1,8 +1,11 @@
-"""Draw the figures of docs/method.md and docs/design.md: python scripts/figures.py"""
+"""Draw the figures of docs/method.md and docs/design.md; `--check` only checks whether they are up to date."""
 
 from __future__ import annotations
 
 import ast
+import io
+import re
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -155,8 +158,18 @@ def rooms() -> Figure:
 def main() -> None:
     figures = {f"method-{draw.__name__}": draw for draw in (inheritance, affinity, stages)} | {"rooms": rooms}
     for name, draw in figures.items():
+        file, drawn = IMAGES / f"{name}.svg", io.StringIO()
         with rc_context({"svg.hashsalt": "figures", "font.size": 10}):
-            draw().savefig(IMAGES / f"{name}.svg", metadata={"Date": None})
+            draw().savefig(drawn, format="svg", metadata={"Date": None})
+        if sys.argv[1:] != ["--check"]:
+            file.write_text(drawn.getvalue(), encoding="utf-8")
+        elif words(drawn.getvalue()) != words(file.read_text(encoding="utf-8")):
+            sys.exit(f"{file} is out of date: run scripts/figures.py")
+
+
+def words(svg: str) -> list[str]:
+    """Return the texts of a figure; outlines may differ between versions of Matplotlib."""
+    return re.findall(r"<!-- (.*?) -->", svg)
 
 
 if __name__ == "__main__":

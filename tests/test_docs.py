@@ -133,7 +133,7 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
             raise AssertionError(f"{page.name}: a block of {language!r} that no test runs")
 
 
-@pytest.mark.parametrize("script", ["document_recipes.py", "document_commands.py"])
+@pytest.mark.parametrize("script", ["document_recipes.py", "document_commands.py", "figures.py"])
 def test_what_is_written_by_a_script_is_up_to_date(script: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

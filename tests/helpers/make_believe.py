@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU, GPU, ANYWHERE = torch.device("cpu"), torch.device("cuda", 0), None
 Place = torch.device | None
@@ -103,7 +102,7 @@ class MakeBelieve(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
-        leaves = tree_leaves((args, kwargs))
+        leaves = list(_leaves((args, kwargs)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if name in MOVES:
             place = self._copied(name, args, kwargs)
@@ -119,7 +118,7 @@ class MakeBelieve(TorchDispatchMode):
                     self.put(tensor, place)
         known = {tensor.untyped_storage()._cdata for tensor in tensors}
         result = func(*args, **kwargs)
-        for made in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+        for made in (leaf for leaf in _leaves(result) if isinstance(leaf, Tensor)):
             storage = made.untyped_storage()._cdata
             if storage not in known and storage not in self.places:
                 self.put(made, place)
@@ -205,6 +204,18 @@ class Generator(torch._C.Generator):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return self.pretended
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Return what nested lists, tuples and dictionaries hold; `torch.utils._pytree` takes several times as long."""
+    if isinstance(value, list | tuple):
+        for entry in value:
+            yield from _leaves(entry)
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _leaves(entry)
+    else:
+        yield value
 
 
 def _check_generator(generator: torch.Generator, place: Place) -> None:

@@ -223,8 +223,9 @@ def assert_near(found: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_on_the_gpu_say_what_they_say_on_the_cpu(
-    command: str, place: Path, classes: Path, tmp_path: Path
+    command: str, place: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tinyclip.evaluate.probe.STEPS", 20)
     outputs, files = {}, {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device / "out"

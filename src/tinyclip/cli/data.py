@@ -143,8 +143,7 @@ def cache(
     from tinyclip.common.distributed import from_main, is_main, processes
     from tinyclip.recipe.recipe import augment_from
     from tinyclip.teachers.foreign import load_teacher, short_name
-    from tinyclip.teachers.make_cache import check_place, make_cache
-    from tinyclip.train.resume import Interrupted
+    from tinyclip.teachers.make_cache import check_place
 
     if recipe and augment:
         raise ValueError("give either --recipe or --augment")
@@ -162,14 +161,21 @@ def cache(
         settings: dict[str, Any] = {"draws": draws, "seed": seed, "batch_size": batch_size, "workers": workers}
         settings |= {"precision": best_precision(where) if precision == "auto" else precision}
         settings |= {"augment": views, "image_size": image_size, "overwrite": overwrite}
-        try:
-            with _cache_progress() as progress:
-                report = make_cache(clip, teacher, shards, place, **settings, progress=progress)
-        except (Interrupted, KeyboardInterrupt, Terminated) as stop:
-            code = 128 + getattr(stop, "signal_number", signal.SIGINT)
-            fail(f"stopped; finished shards are kept in {place}, run the same command to resume", code)
+        report = _cached(clip, teacher, shards, place, settings)
         if is_main():
             _say_report(report, place, draws)
+
+
+def _cached(clip: Any, teacher: str, shards: Path, place: Path, settings: dict[str, Any]) -> Report:
+    from tinyclip.teachers.make_cache import make_cache
+    from tinyclip.train.resume import Interrupted
+
+    try:
+        with _cache_progress() as progress:
+            return make_cache(clip, teacher, shards, place, **settings, progress=progress)
+    except (Interrupted, KeyboardInterrupt, Terminated) as stop:
+        code = 128 + getattr(stop, "signal_number", signal.SIGINT)
+        fail(f"stopped; finished shards are kept in {place}, run the same command to resume", code)
 
 
 def _say_report(report: Report, place: Path, draws: int) -> None:

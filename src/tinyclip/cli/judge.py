@@ -229,12 +229,12 @@ def compare(
         check(dataset)
     contenders = _load_all([teacher, *students], device, dtype)
     say_computing(contenders[0].clip.computing)
-    outcomes = []
-    for name, dataset in zip(labels([str(path) for path in data]), datasets, strict=True):
-        outcomes.append(judge(contenders, dataset, name))
-        if outcomes[-1].skipped:
-            errors.print(f"{name}: left out:")
-            print_faults(outcomes[-1].skipped, errors)
+    names = labels([str(path) for path in data])
+    outcomes = [judge(contenders, dataset, name) for name, dataset in zip(names, datasets, strict=True)]
+    for outcome in outcomes:
+        if outcome.skipped:
+            errors.print(f"{outcome.name}: left out:")
+            print_faults(outcome.skipped, errors)
     measured = costs(contenders)
 
     from tinyclip.report.comparison import result, table, write

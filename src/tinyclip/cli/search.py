@@ -115,8 +115,7 @@ def search(
     """Find images in INDEX by text or by a similar image."""
     from tinyclip.inputs.transforms import open_image
     from tinyclip.search import sheet as drawing
-    from tinyclip.search.index import Index, check_model, open_model, pixels, plain, queries_from
-    from tinyclip.zoo.catalogue import SHIPPED
+    from tinyclip.search.index import Index, pixels, plain, queries_from
 
     check_file(sheet)
     texts = queries_from([*(query or []), *(read_lines(queries) if queries else [])])
@@ -132,13 +131,7 @@ def search(
         if sheet:
             drawing.check(sheet, len(asked) * min(top, len(opened)))
         name = model or opened.facts["model"]
-        try:
-            clip, fingerprint = open_model(name, device, dtype)
-        except ValueError as error:
-            if Path(name).exists() or name in SHIPPED:
-                raise
-            raise ValueError(f"{error} (the model of {index}; give its new place with --model)") from None
-        check_model(opened.facts, index, name, fingerprint)
+        clip = _model_of(opened, index, name, device, dtype)
         features = [*plain(clip.encode_text(texts))] if texts else []
         if images:
             features += [*plain(clip.encode_image([pixels(clip, path) for path in images]))]
@@ -159,6 +152,21 @@ def search(
     _print(asked, rows)
     if sheet:
         errors.print(f"drawn: {sheet}")
+
+
+def _model_of(opened: Index, index: Path, name: str, device: str, dtype: str) -> Any:
+    """Load the model that made an index, or one with the same weights."""
+    from tinyclip.search.index import check_model, open_model
+    from tinyclip.zoo.catalogue import SHIPPED
+
+    try:
+        clip, fingerprint = open_model(name, device, dtype)
+    except ValueError as error:
+        if Path(name).exists() or name in SHIPPED:
+            raise
+        raise ValueError(f"{error} (the model of {index}; give its new place with --model)") from None
+    check_model(opened.facts, index, name, fingerprint)
+    return clip
 
 
 def _asked(query: str | Path) -> dict[str, str]:

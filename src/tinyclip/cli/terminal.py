@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -138,7 +138,7 @@ def say_computing(computing: dict[str, str]) -> None:
     errors.print(f"computing in {computing['dtype']} on {computing['device']}{runtime}")
 
 
-def fail(text: str, code: int) -> None:
+def fail(text: str, code: int) -> NoReturn:
     """Exit with a line on stderr; under torchrun, only the first process with this text prints it."""
     line = f"tinyclip: {' '.join(text.split())}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

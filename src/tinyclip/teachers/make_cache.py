@@ -89,15 +89,18 @@ def make_cache(
     """
     output = Path(output)
     counts = from_main(lambda: shard_counts(data))
-    settings: dict[str, Any] = {"augment": augment, "draws": draws, "seed": seed, "precision": precision}
     teacher = Teacher(clip.model, clip.preprocessing) if isinstance(clip, Pipeline) else clip
-    settings["image_size"] = image_size or teacher.preprocess.image_size
-    facts: dict[str, Any] = {
-        "weights": weights_hash(teacher.network),
-        "scale": teacher.scale.item(),
-        "foreign": _foreign_info(clip),
-    }
-    info = CacheInfo(teacher=name, **facts, **settings)
+    info = CacheInfo(
+        teacher=name,
+        weights=weights_hash(teacher.network),
+        scale=teacher.scale.item(),
+        foreign=_foreign_info(clip),
+        augment=augment,
+        image_size=image_size or teacher.preprocess.image_size,
+        draws=draws,
+        seed=seed,
+        precision=precision,
+    )
     shards = [shard for shard in find_shards(data) if shard.name in counts]
     with _only_call(output, overwrite):
         from_main(lambda: _open_folder(output, info, clip, overwrite, shards))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,32 +73,8 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     from_main(lambda: check_readers(recipe.data, recipe.workers, world_size()))
     device = resolve_device(recipe.device)
     precision = best_precision(device) if recipe.precision == "auto" else recipe.precision
-    teacher: AnyTeacher | None = None
-    foreign: str | None = None  # kind of a teacher that no student can inherit from
     caches = open_caches(recipe.caches, recipe.data)
-    if caches:
-        first = caches[0]
-        teacher = CachedTeacher(first.embed_dim, [torch.tensor(cache.info.scale, device=device) for cache in caches])
-        if first.info.foreign is not None:
-            foreign = first.info.foreign.kind
-        else:
-            config, tokenizer, preprocess = first.own
-    elif recipe.teacher is not None:
-        assert isinstance(recipe.teacher, str), "a teacher is a checkpoint or a cache"
-        loaded = load_teacher(recipe.teacher, device)
-        if isinstance(loaded, Pipeline):
-            teacher = Teacher(loaded.model, loaded.preprocessing)
-            config, tokenizer, preprocess = loaded.model.config, loaded.tokenizer, loaded.preprocessing
-        else:
-            teacher, foreign = loaded, loaded.kind
-    else:
-        assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
-        tokenizer = _vocabulary(recipe, recipe.model.text.context_length)
-        text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
-        config = recipe.model.model_copy(update={"text": text})
-        preprocess = Preprocess(image_size=config.vision.image_size)
-    if foreign is not None:
-        config, tokenizer, preprocess = _first_start(recipe, foreign)
+    teacher, (config, tokenizer, preprocess) = _origin(recipe, caches, device)
     if any(stage.compile for stage in recipe.stages):
         check_compiler(device)
     configs = plan(recipe, config, device)
@@ -113,6 +90,29 @@ def start(recipe: Recipe, *, overwrite: bool = False, resume: bool = False) -> R
     watchdog = Watchdog(recipe.stall_minutes, who)
     shapes = config, configs, tokenizer, preprocess
     return Run(recipe, folder, teacher, *shapes, device, precision, lock, caches=caches, watchdog=watchdog)
+
+
+def _origin(
+    recipe: Recipe, caches: Sequence[Cache], device: torch.device
+) -> tuple[AnyTeacher | None, tuple[CLIPConfig, CLIPTokenizer, Preprocess]]:
+    """Return the teacher, if there is one, and what the first student's shape is relative to."""
+    if caches:
+        first = caches[0]
+        scales = [torch.tensor(cache.info.scale, device=device) for cache in caches]
+        kind = first.info.foreign.kind if first.info.foreign is not None else None
+        return CachedTeacher(first.embed_dim, scales), _first_start(recipe, kind) if kind else first.own
+    if recipe.teacher is not None:
+        assert isinstance(recipe.teacher, str), "a teacher is a checkpoint or a cache"
+        loaded = load_teacher(recipe.teacher, device)
+        if not isinstance(loaded, Pipeline):  # no student can inherit from it
+            return loaded, _first_start(recipe, loaded.kind)
+        own = loaded.model.config, loaded.tokenizer, loaded.preprocessing
+        return Teacher(loaded.model, loaded.preprocessing), own
+    assert recipe.model is not None, "the recipe's validation asks for a teacher or a model"
+    tokenizer = _vocabulary(recipe, recipe.model.text.context_length)
+    text = recipe.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    config = recipe.model.model_copy(update={"text": text})
+    return None, (config, tokenizer, Preprocess(image_size=config.vision.image_size))
 
 
 def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, Preprocess]:
