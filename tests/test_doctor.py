@@ -98,10 +98,10 @@ def test_a_cache_that_cannot_be_written(requirements: list[str], tmp_path: Path)
     ("cores", "limit", "used", "advice"),
     [
         (8, "max 100000", 8, None),
-        (8, "200000 100000", 8, "more threads than cores are slow: set OMP_NUM_THREADS=2"),
-        (8, "50000 100000", 2, "more threads than cores are slow: set OMP_NUM_THREADS=1"),
+        (8, "200000 100000", 8, "more threads than cores slow torch down: set OMP_NUM_THREADS=2"),
+        (8, "50000 100000", 2, "more threads than cores slow torch down: set OMP_NUM_THREADS=1"),
         (2, None, 2, None),
-        (2, None, 4, "more threads than cores are slow: set OMP_NUM_THREADS=2"),
+        (2, None, 4, "more threads than cores slow torch down: set OMP_NUM_THREADS=2"),
     ],
 )
 def test_threads_beyond_the_share_of_a_container(
@@ -120,7 +120,7 @@ def test_threads_beyond_the_share_of_a_container(
 @pytest.mark.parametrize(
     ("device", "precision", "reason"),
     [
-        ("cuda", "bfloat16", "the GPU computes in it"),
+        ("cuda", "bfloat16", "the GPU supports it"),
         ("cuda", "float16", "the GPU is older than bfloat16"),
         ("cpu", "float32", "the processor has no native bfloat16"),
         ("mps", "float32", "the only one used on mps"),

@@ -1,4 +1,4 @@
-"""Make CLIP models small. Names load on first use, so that `import tinyclip` costs no torch."""
+"""Make CLIP models small. Names load on first use, so that `import tinyclip` does not import torch."""
 
 from __future__ import annotations
 

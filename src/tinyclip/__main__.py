@@ -11,7 +11,7 @@ from tinyclip.common.stopping import stoppable
 
 def main() -> None:
     try:
-        with stoppable():
+        with stoppable(exiting=True):
             from tinyclip.cli.main import main as commands
 
             speak_plainly()
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def speak_plainly() -> None:
-    """Warnings of any library as a line of ours; letters that the terminal's encoding lacks as `\\u2014`."""
+    """Print libraries' warnings in our one-line format, and escape characters the terminal cannot encode."""
     import warnings
     from io import TextIOWrapper
 

@@ -20,8 +20,8 @@ EXTRAS = {
     "app": "tinyclip app",
     "heif": "HEIC and HEIF pictures",
     "onnx": "exports to ONNX, and running them on onnxruntime",
-    "openvino": "exports to OpenVINO, running them there, and 8 bits",
-    "probe": "tinyclip probe by scikit-learn",
+    "openvino": "exports to OpenVINO, running them, and 8-bit quantisation",
+    "probe": "tinyclip probe with scikit-learn",
     "search": "tinyclip index and tinyclip search",
     "teachers": "teachers from OpenCLIP and transformers",
     "tracking": "following runs in TensorBoard, trackio or wandb",
@@ -48,7 +48,7 @@ def examine(cache: str | Path | None = None) -> dict[str, Any]:
 
 
 def _packages(problems: list[str]) -> list[dict[str, Any]]:
-    """Return all packages, also optional ones: `name`, installed `version` or None, `wanted`, `extra` or None."""
+    """Return all packages, including optional ones: `name`, installed `version` or None, `wanted`, `extra` or None."""
     try:
         requirements = metadata.requires("tinyclip") or []
     except metadata.PackageNotFoundError:
@@ -130,7 +130,7 @@ def _answers(precision: str) -> None:
 def _why(device: str, precision: str) -> str:
     """Explain the choice of `dtype="auto"` (see `devices.best_precision`)."""
     return {
-        ("cuda", "bfloat16"): "the GPU computes in it",
+        ("cuda", "bfloat16"): "the GPU supports it",
         ("cuda", "float16"): "the GPU is older than bfloat16",
         ("cpu", "bfloat16"): "the processor multiplies it natively (AVX-512 BF16, AMX or Arm BF16)",
         ("cpu", "float32"): "the processor has no native bfloat16",
@@ -146,7 +146,7 @@ def _threads(used: int) -> dict[str, Any]:
     except (OSError, ValueError):  # no control group, or "max": no limit
         pass
     more = used > cores + 0.5
-    advice = f"more threads than cores are slow: set OMP_NUM_THREADS={max(1, int(cores))}" if more else None
+    advice = f"more threads than cores slow torch down: set OMP_NUM_THREADS={max(1, int(cores))}" if more else None
     return {"torch": used, "cores": cores, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "advice": advice}
 
 
@@ -183,7 +183,7 @@ def rows(facts: dict[str, Any]) -> list[list[str]]:
             ["threads", str(threads["torch"]), threads["advice"] or f"{threads['cores']:g} cores"],
             ["compiler", facts["compiler"] or "none", "for --compile and `compile` in recipes" + _how_compiler(facts)],
         ]
-    low = ", not much: a published model has up to 1 GB" if cache["low"] else ""
+    low = ", which is little: a published model can take 1 GB" if cache["low"] else ""
     lines.append(["cache", f"{cache['free_gb']:g} GB free", f"{cache['folder']}{low}"])
     for package in facts["packages"]:
         if package["extra"] is None:

@@ -90,7 +90,7 @@ def load(
     if is_export or runtime in EXTRAS:
         check_device(str(name_or_path), device)
         if compile:
-            raise ValueError("`compile` is for torch; other runtimes compile by themselves")
+            raise ValueError("`compile` is for torch; other runtimes always compile")
     if is_export:
         if activation:
             raise ValueError(f"{name_or_path} is an export, whose activation is part of its graph")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from tests.helpers.commands import tinyclip
 from tests.helpers.models import small_config
 from tests.helpers.processes import SERVER, end, until
 from tests.helpers.shards import good, picture, write_shard
+from tinyclip import __main__
 from tinyclip.cli import main
 from tinyclip.cli.arguments import Command
 from tinyclip.inference.pipeline import Pipeline
@@ -217,7 +217,12 @@ def held(words: list[str], folder: str, where: str, said: str) -> None:
 
     setattr(owner, name, stay)
     sys.argv = ["tinyclip", *words]
-    main.main()
+    try:
+        __main__.main()
+    finally:
+        Path(said + ".ending").touch()
+        while not Path(said + ".end").exists():
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +251,10 @@ def test_a_signal_in_the_midst_of_work(
     until(lambda: Path(f"{said}.here").exists(), [process])
     assert process.is_alive() and process.pid, said.read_text()
     os.kill(process.pid, number)
-    time.sleep(0.01)
-    with contextlib.suppress(ProcessLookupError):  # it may have ended already
-        os.kill(process.pid, number)  # `timeout` sends two
+    os.kill(process.pid, number)  # `timeout` sends two
+    until(lambda: Path(f"{said}.ending").exists(), [process])
+    os.kill(process.pid, number)  # too late to change anything
+    Path(f"{said}.end").touch()
     assert end([process]) == [128 + number], said.read_text()
     text = said.read_text()
     assert "Traceback" not in text and "Exception ignored" not in text

@@ -173,6 +173,6 @@ def test_a_vit_has_no_batch_norm(resnet_place: Path, tmp_path: Path) -> None:
     chosen = resnet_recipe(
         resnet_place, tmp_path / "run", {"teacher": str(tmp_path / "vit")}, student={}, batch_norm="frozen"
     )
-    with pytest.raises(ValueError, match=r"stages.0 \(half\): batch_norm: a ViT has none; leave the key out"):
+    with pytest.raises(ValueError, match=r"stages.0 \(half\): batch_norm: a ViT has no batch norm; leave the key out"):
         loop.start(chosen)
     assert not (tmp_path / "run").exists()

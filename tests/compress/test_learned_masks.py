@@ -264,7 +264,7 @@ def test_a_target_out_of_reach_is_an_error(targets: dict[str, float], message: s
 def test_a_target_that_is_already_passed_is_an_error() -> None:
     config = small_config(vocab_size=60)
     cut = compact(random_model(config), {"visual.hidden": (torch.arange(32) < 8).float()}).config
-    with pytest.raises(ValueError, match=r"needs no cut: 0.7\d+ of the teacher is gone already"):
+    with pytest.raises(ValueError, match=r"needs no cut: 0.7\d+ of the teacher has already been removed"):
         check_targets(HardConcrete(cut, config), {"visual": 0.5})
 
 

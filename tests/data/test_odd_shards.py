@@ -173,7 +173,10 @@ def test_pictures_and_captions_far_apart_are_told(tmp_path: Path) -> None:
 def test_samples_without_a_usable_caption_are_not_ready(tmp_path: Path) -> None:
     members = [m for i in range(5) for m in ((f"{i}.jpg", picture(i)), (f"{i}.json", b'{"width": 3}'))]
     error = tinyclip("data", "prepare", tar(tmp_path / "data" / "0.tar", members), code=1)
-    assert "0 of them usable: training needs at least half of them; not ready, the first: 0.tar, 0: no caption" in error
+    assert (
+        "0 of them usable: training needs at least half of them; not ready; the first fault: 0.tar, 0: no caption"
+        in error
+    )
 
 
 @pytest.mark.parametrize("name", ["0.tar", "0.tar.gz"])

@@ -227,7 +227,7 @@ def test_splits_without_one_to_train_on_are_asked_for(tmp_path: Path, names: tup
 
 def test_splits_beside_other_folders_are_refused(tmp_path: Path) -> None:
     root = class_tree(tmp_path / "in", "train/bus", "val/bus", "extra/van")
-    assert "train looks like a split beside other folders" in pack_classes(root, tmp_path / "out", code=2)
+    assert "train looks like a split, but has other folders beside it" in pack_classes(root, tmp_path / "out", code=2)
     trains = class_tree(tmp_path / "vehicles", "bus", "train")  # contains pictures of trains
     pack_classes(trains, tmp_path / "out")
     assert captions_in(tmp_path / "out") == ["a photo of a bus", "a photo of a train"]

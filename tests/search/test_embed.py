@@ -203,7 +203,7 @@ def test_a_bad_line_costs_no_other(clip: Pipeline, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         out = tmp_path / f"{name}-out"
         assert embed(clip, open_source(tmp_path / name), out, Plan("m"))["texts"] == 2
-        assert skipped(out) == {"2": "not UTF-8, or half a surrogate pair"}
+        assert skipped(out) == {"2": "not UTF-8, or an unpaired surrogate"}
 
 
 def test_keys_of_a_table_can_be_written(clip: Pipeline, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_keys_of_a_table_can_be_written(clip: Pipeline, tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_left_out(clip: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a cat"}\n{"text": "\\ud800"}\n')
     assert embed(clip, open_source(tmp_path / "a.jsonl"), tmp_path / "out", Plan("m"))["texts"] == 1
-    assert skipped(tmp_path / "out") == {"2": "not UTF-8, or half a surrogate pair"}
+    assert skipped(tmp_path / "out") == {"2": "not UTF-8, or an unpaired surrogate"}
 
 
 def test_features_that_are_no_numbers_are_not_written(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_latency_as_target(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (auto(auto={"target_sparsity": 1.0}), "target_sparsity"),
         (auto(optimizer={"warmup_steps": 3}), "optimizer.warmup_steps: the learning rate rises while masks"),
         (auto(student={"vision": {"width": 16}}), "inherit: auto finds the student's shape; leave `student` out"),
-        (auto(inherit="manual"), "`inherit: auto` and a section `auto` need each other"),
+        (auto(inherit="manual"), "`inherit: auto` and a section `auto` must be given together"),
         ({"name": "x", "steps": 5, "inherit": "calibrated"}, "`inherit: calibrated` and a section `calibrated`"),
         (auto(towers="image", target={"image": 0.4, "text": 0.5}), "one number, since towers is image"),
         (stage(towers="image"), "towers: image leaves the other tower as it is; leave student.text out"),

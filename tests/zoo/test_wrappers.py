@@ -259,7 +259,7 @@ def test_of_two_copies_the_wider(narrow: torch.dtype, model: CLIP, state: State,
         ),
         (
             {"activation": "quick_gelu"},
-            r"weights\.pt does not say, so assuming that pictures are normalised by",
+            r"weights\.pt does not state it, so assuming that pictures are normalised by",
         ),
         (LOOKS, r"so assuming that the activation is gelu \(activation\); override with these options"),
     ],
@@ -321,7 +321,7 @@ def test_the_command_line_says_it_on_a_line(
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert said == [
         f"warning: {path}: ignored, since it is not part of the CLIP: logit_bias",
-        f"warning: {path} does not say, so assuming that the activation is gelu (activation); "
+        f"warning: {path} does not state it, so assuming that the activation is gelu (activation); "
         "override with these options of load, convert and export",
     ]
     assert tinyclip.load(wanted).preprocessing.std == (0.25,) * 3

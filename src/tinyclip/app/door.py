@@ -1,6 +1,6 @@
 """The only access to the page's Gradio: an allowlist of routes, and calls rebuilt from their permitted fields.
 
-Gradio copies, fetches and serves any file that its clients name. Here no file reaches it: we keep the uploads, and
+Gradio copies, fetches and serves any file that its clients name. Clients' files never reach it: we keep the uploads, and
 calls contain only an upload's name, a plain word.
 """
 
@@ -122,7 +122,7 @@ class Door:
         number = given.get("fn_index") if isinstance(given, dict) else None
         function = self.blocks.fns.get(number) if type(number) is int else None
         if function is None:
-            raise Refused(400, "the page has no such function")
+            raise Refused(400, "unknown function")
         values, inputs = given.get("data"), function.inputs
         if not isinstance(values, list) or len(values) != len(inputs):
             raise Refused(400, f"a call has {len(inputs)} values in a list")
@@ -148,7 +148,7 @@ def _text(value: Any) -> str | None:
     if not isinstance(value, str | None):
         raise Refused(400, "expected text")
     if value and re.search("[\ud800-\udfff]", value):
-        raise Refused(400, "not valid text: half of a surrogate pair")
+        raise Refused(400, "not valid text: an unpaired surrogate")
     return value
 
 

@@ -39,7 +39,7 @@ class Refused(Exception):
 
 
 async def answer(send: Any, status: int, body: bytes = b"", kind: str = TEXT, **more: str) -> None:
-    """Send a complete response; `more` are headers, with _ for -."""
+    """Send a complete response; `more` are extra headers, with `_` for `-`."""
     headers = {"content-type": kind, "content-length": str(len(body)), "cache-control": "no-store"}
     headers |= {name.replace("_", "-"): value for name, value in more.items()}
     raw = [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers.items()]
@@ -63,7 +63,7 @@ def check_token(token: str) -> None:
     """Refuse a token that could be guessed, or that does not fit in a URL.
 
     Raises:
-        ValueError: when it is too short or has other characters than ASCII letters, digits and `._~-`.
+        ValueError: when it is too short or contains characters other than ASCII letters, digits and `._~-`.
     """
     if len(token) < SHORTEST_TOKEN or not re.fullmatch(r"[\w.~-]+", token, re.ASCII):
         raise ValueError(f"--token: at least {SHORTEST_TOKEN} characters, only letters, digits and . _ ~ -")
@@ -250,7 +250,7 @@ class Kept:
 
     @property
     def weight(self) -> int:
-        """The bytes that the upload counts for; even a tiny file has overhead."""
+        """The bytes charged for the upload; even a tiny file has overhead."""
         return max(len(self.data), FLOOR)
 
 
@@ -284,7 +284,7 @@ class Uploads:
         """
         kept = self._kept.get(name)
         if kept is None:
-            raise ValueError("The picture is gone: choose it again.")
+            raise ValueError("The picture has expired: choose it again.")
         return kept.data
 
     async def take(self, scope: Any, receive: Any) -> list[str]:

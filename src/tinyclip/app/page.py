@@ -201,7 +201,7 @@ def find(index: Index, features: np.ndarray, query: str, count: float) -> str:
         ValueError: when `count` is out of bounds.
     """
     if not 1 <= count <= MOST_FOUND:
-        raise ValueError(f"{count:g} pictures: 1 to {MOST_FOUND} are possible.")
+        raise ValueError(f"{count:g} pictures: 1 to {MOST_FOUND} can be shown.")
     return gallery(index, index.search(features, int(count))[0], query)
 
 
@@ -227,7 +227,7 @@ button:focus-visible, [tabindex]:focus-visible { outline: 3px solid var(--color-
 
 
 def check_gradio() -> None:
-    """Check that Gradio, which only this page needs, is installed, without the import, which takes seconds.
+    """Check that Gradio, which only this page needs, is installed, without importing it, which takes seconds.
 
     Raises:
         ValueError: when it is not installed.

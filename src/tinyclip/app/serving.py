@@ -94,7 +94,7 @@ def run(app: Any, place: socket.socket, ready: Callable[[], None]) -> None:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Exit the process on an interrupt in this block, even if threads are stuck, for which Python would wait."""
+    """Exit the process on an interrupt in this block, without waiting for stuck threads, as Python would."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:

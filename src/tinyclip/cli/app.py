@@ -31,7 +31,7 @@ def app(
 ) -> None:
     """Serve a web page to try MODEL.
 
-    Classify images among your labels, search an index, compare a student with its teacher.
+    Classify images with your own labels, search an index, compare a student with its teacher.
     """
     from tinyclip.app import guard, serving
     from tinyclip.app import page as pages

@@ -47,7 +47,7 @@ def distill(
     smoke: Smoke = False,
     small: Small = False,
 ) -> None:
-    """Compress a teacher, stage by stage, as a RECIPE says.
+    """Compress a teacher, stage by stage, following RECIPE.
 
     Ends with a table of results and report.html in the run's folder.
     """
@@ -152,7 +152,7 @@ def plan(
     sets: Sets = None,
     devices: Annotated[int, typer.Option(min=1, max=10**6, help="Devices sharing each batch.")] = 1,
     samples: Annotated[
-        int | None, typer.Option(min=1, max=10**12, help="Number of pairs, if the data is not here.")
+        int | None, typer.Option(min=1, max=10**12, help="Number of pairs, if the data is not on this machine.")
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(min=1e-6, max=1e6, help="Estimate hours from sustained TFLOP/s per device.")
@@ -163,7 +163,7 @@ def plan(
     measure: Annotated[bool, typer.Option("--measure", help="Estimate hours from a few steps timed here.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Estimate what a RECIPE takes: shapes, MACs, memory, hours.
+    """Estimate the cost of RECIPE: shapes, MACs, memory, hours.
 
     Trains and writes nothing.
     """

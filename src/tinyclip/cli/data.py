@@ -81,7 +81,7 @@ def prepare(
 ) -> None:
     """Index existing shards and list unusable samples.
 
-    Training does this by itself; run it to check shards beforehand, such as those of img2dataset.
+    Training does this by itself; run it to check shards beforehand, such as those made by img2dataset.
     """
     from tinyclip.data import shards
     from tinyclip.data.shard_index import known_faults, known_lacks, prepare
@@ -99,7 +99,7 @@ def prepare(
     if left_out := [*faults, *lacking, *beside]:
         print_faults(left_out)
     if not good or 2 * good < found:
-        raise Unusable(f"{what}: training needs at least half of them; not ready, the first: {left_out[0]}")
+        raise Unusable(f"{what}: training needs at least half of them; not ready; the first fault: {left_out[0]}")
     say(f"{what}, ready to train on")
 
 
@@ -124,7 +124,7 @@ def cache(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, max=4096, help="Side of the views in pixels; default: the largest of teacher and students."
+            min=1, max=4096, help="Side of the views in pixels; default: the largest among teacher and students."
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the views.")] = 0,

@@ -287,7 +287,7 @@ def measure(
 
     if model in NAMED and not Path(model).exists():
         if runtime not in ("auto", "torch"):
-            raise ValueError(f"{model} is a shape without weights, which only torch runs, not {runtime}")
+            raise ValueError(f"{model} is only a shape, without weights; it runs with torch, not {runtime}")
         place = resolve_device(device)
         network = CLIP(CLIPConfig.named(model)).eval().to(place)
         found = measured(cast(network, resolve_dtype(dtype, place)))
@@ -306,8 +306,10 @@ def measure(
 
 def structure(
     model: Model,
-    of: Annotated[Path | None, typer.Option(help="Original model, drawn behind it.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it, as .png, .svg or .pdf.")] = None,
+    of: Annotated[Path | None, typer.Option(help="Original model, drawn in grey behind MODEL.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also save a drawing as .png, .svg or .pdf.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show MODEL's width, and the heads and neurons of each block."""
@@ -319,7 +321,7 @@ def structure(
     if output and output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{output}: the picture must be a .png, .svg or .pdf file")
     if of and not output:
-        raise ValueError("--of needs --output, the picture that it is drawn in")
+        raise ValueError("--of needs --output, the file to draw to")
     config = load(model).model.config
     if output:
         picture = drawing.figure(config, load(of).model.config if of else None)

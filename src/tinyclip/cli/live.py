@@ -154,7 +154,7 @@ class Display:
 
     def _latency(self, event: dict[str, Any]) -> None:
         share = 100 * event["macs_removed"]
-        self.print(f"  {event['latency_ms']:g} ms a pair needs about {share:.0f} % of the MACs removed")
+        self.print(f"  {event['latency_ms']:g} ms a pair requires removing about {share:.0f} % of the MACs")
 
     def _evaluation(self, event: dict[str, Any]) -> None:
         names = ("acc1", "acc5", "image_retrieval_recall@1", "text_retrieval_recall@1")

@@ -84,7 +84,7 @@ USAGE: Any = typer.BadParameter.__base__  # click's UsageError, which typer expo
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 1 when nothing of the data can be used, 2 for a request that can be mended, 130 and
+    """Entry point. Exit codes: 0, 1 if none of the data is usable, 2 if the request is invalid, 130 and
     143 when stopped by Ctrl-C or SIGTERM."""
     try:
         with stoppable(), listening(meter):

@@ -43,7 +43,7 @@ def index(
     ],
     folder: Annotated[Path, typer.Argument(help="Folder of images, searched recursively.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Index folder.")],
-    moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed folder, moved.")] = False,
+    moved: Annotated[bool, typer.Option("--moved", help="FOLDER is the indexed folder's new location.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Recompute everything.")] = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, max=10**6, help="Batch size; default: chosen by device.")
@@ -98,9 +98,7 @@ def _tell(what: str, done: int, total: int) -> None:
 
 def search(
     index: Annotated[Path, typer.Argument(help="An index made by `tinyclip index`.")],
-    query: Annotated[
-        list[str] | None, typer.Argument(help="Text to search for; several are searched one by one.")
-    ] = None,
+    query: Annotated[list[str] | None, typer.Argument(help="Text to search for; each is a separate query.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Find images like this one; may be repeated.")] = None,
     queries: Annotated[Path | None, typer.Option(help="Text file with one query per line.")] = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Results per query.")] = 10,
@@ -164,7 +162,7 @@ def _model_of(opened: Index, index: Path, name: str, device: str, dtype: str) ->
     except ValueError as error:
         if Path(name).exists() or name in SHIPPED:
             raise
-        raise ValueError(f"{error} (the model of {index}; give its new place with --model)") from None
+        raise ValueError(f"{error} (the model of {index}; give its new location with --model)") from None
     check_model(opened.facts, index, name, fingerprint)
     return clip
 
@@ -271,7 +269,7 @@ def _say_features(result: dict[str, Any], output: Path) -> None:
         rates = ", ".join(f"{result[f'{name}_per_s']:,.1f} {name}/s" for name in names)
         say(f"{done} ({result['computed']:,} computed now, {rates})")
     else:
-        say(f"{done}, complete before")
+        say(f"{done}, already complete")
     if result["skipped"]:
         say(f"skipped {result['skipped']}, see {output / 'skipped.jsonl'}:")
         print_faults(read(output / "skipped.jsonl"))

@@ -103,7 +103,7 @@ def convert(
     check_free(output, overwrite)
     model = converted(source, output, to, activation, three(mean, "--mean"), three(std, "--std"))
     count = sum(p.numel() for p in model.parameters())
-    say(f"{count:,} parameters, all counted, activation {model.config.activation}: {output}")
+    say(f"{count:,} parameters in total, activation {model.config.activation}: {output}")
 
 
 def push(

@@ -18,7 +18,7 @@ def best_device() -> torch.device:
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """Return the device of that name, the best one for `auto`; `ValueError` when this machine does not have it."""
+    """Return the named device, or the best one for `auto`; `ValueError` when this machine does not have it."""
     if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
         return best_device()
     try:

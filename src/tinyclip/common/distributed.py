@@ -51,7 +51,9 @@ def processes(device: torch.device | str = "cpu") -> Iterator[None]:
         if not claim("an error"):  # before the connections close, which the others would notice
             _leave()
         if isinstance(error, RuntimeError) and _is_lost(error):
-            raise ValueError("another process has died; run the same command again (with --resume for a run)") from None
+            raise ValueError(
+                "another process has died; run the same command again (add --resume for a training run)"
+            ) from None
         raise
     finally:
         _left.append(dist.group.WORLD)

@@ -33,7 +33,7 @@ class _Retry(Exception):
 
 
 def fetch(url: str, path: Path) -> Path:
-    """Download a file once; other processes that want it wait, and an interrupted download resumes.
+    """Download a file once; other processes that need it wait, and an interrupted download resumes.
 
     Proxies come from the usual environment variables. Bytes received before a failure are kept.
 
@@ -71,7 +71,7 @@ def check(path: Path, url: str = "", *, full: bool = False) -> dict[str, Any]:
     digest = sha256(path)
     if record and record["sha256"] != digest:
         raise ValueError(
-            f"{path} is not the file that was downloaded: its SHA-256 is {digest}, recorded was {record['sha256']}; "
+            f"{path} is not the file that was downloaded: its SHA-256 is {digest}, but {record['sha256']} was recorded; "
             f"delete it to download it again, or delete {_beside(path, '.json')} to accept it"
         )
     now = {"sha256": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -151,7 +151,7 @@ def _attempt(session: requests.Session, url: str, part: Path) -> None:
         if total is not None and total - begin > free:
             raise ValueError(
                 f"no space for {part}: it needs {(total - begin) / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-                "make room there or choose another cache"
+                "free some space or choose another cache folder"
             )
         with part.open("ab" if begin else "wb") as file:
             # The state may describe the new version only now that the old bytes are gone.

@@ -37,7 +37,7 @@ SHORTEST_PLACE = 20
 
 
 class Unusable(ValueError):
-    """None of the data turned out to be usable when read; exit code 1, whereas a bad request has 2."""
+    """None of the data turned out to be usable when read; exit code 1; an invalid request exits with 2."""
 
 
 class Fault(ValueError):
@@ -54,7 +54,7 @@ class Fault(ValueError):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A skipped sample, or with an empty key a skipped shard or part of one."""
+    """A skipped sample; with an empty key, a skipped shard or part of one."""
 
     shard: str
     key: str

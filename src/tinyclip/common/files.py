@@ -72,7 +72,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` once filled, so that a reader sees the old or the new file, never a
-    part; it is removed on an error. A path that is not a regular file, such as `/dev/stdout`, is yielded itself.
+    part; it is removed on an error. A path that is not a regular file, such as `/dev/stdout`, is yielded as is.
 
     Raises:
         ValueError: for an `OSError` raised while it is filled, e.g. a full disk, or when the path cannot be written.

@@ -75,7 +75,7 @@ def _check(path: Path, kind: str) -> None:
     except OSError:  # it has been removed
         return
     if path.exists() and here.is_relative_to(path):
-        raise ValueError(f"{path} is the current folder, so it is not replaced; leave it first")
+        raise ValueError(f"{path} is the current folder, so it is not replaced; change to another folder first")
 
 
 def _replace(path: Path, new: Path, kind: str, aside: Path | None, known: Collection[str]) -> None:

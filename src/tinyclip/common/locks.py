@@ -67,7 +67,7 @@ class Lock:
         if folder not in _said:
             _said.add(folder)
             how = f"{self.file.name}.lease shows who is using it"
-            print(f"{folder}: no locks on this file system ({error.strerror}); {how}", file=sys.stderr)
+            print(f"{folder}: this file system has no locks ({error.strerror}); {how}", file=sys.stderr)
 
     def release(self) -> None:
         if self._lease is not None:

@@ -69,7 +69,7 @@ def read_marker(folder: Path) -> Marker | None:
     path = folder / MARKER
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise ValueError(f"{path} is not a file, so it is unknown which files in {folder} are ours")
+            raise ValueError(f"{path} is not a file, so tinyclip cannot tell which files in {folder} it wrote")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -77,10 +77,10 @@ def read_marker(folder: Path) -> Marker | None:
     said = read_json_object(path)
     version, kind, files = said.get("version"), said.get("kind"), said.get("files")
     if isinstance(version, int) and version > VERSION and "tinyclip" in said:
-        raise ValueError(f"{path} was written by a newer tinyclip ({said['tinyclip']}); this one leaves {folder} alone")
+        raise ValueError(f"{path} was written by a newer tinyclip ({said['tinyclip']}); {folder} is left unchanged")
     names = isinstance(files, list) and all(isinstance(name, str) for name in files)
     if version != VERSION or kind not in KINDS or not names or not isinstance(said.get("tinyclip"), str):
-        raise ValueError(f"{path} is damaged or not ours, so it is unknown which files in {folder} are ours")
+        raise ValueError(f"{path} is damaged or not ours, so tinyclip cannot tell which files in {folder} it wrote")
     return Marker(kind, set(files or ()), said.get("unfinished") is True)
 
 
@@ -105,7 +105,7 @@ def claim(folder: Path, kind: str, names: Iterable[str]) -> None:
         write_marker(folder, Marker(kind, set(names)))
     elif (marker := read_marker(folder)) is not None:
         if marker.kind != kind:
-            raise ValueError(f"{folder} is {KINDS[marker.kind]} of tinyclip, not {KINDS[kind]}; choose another place")
+            raise ValueError(f"{folder} is {KINDS[marker.kind]} from tinyclip, not {KINDS[kind]}; choose another place")
         if new := set(names) - marker.files:
             marker.files |= new
             write_marker(folder, marker)
@@ -165,7 +165,7 @@ def check_replaceable(folder: Path, kind: str) -> None:
             f"{what.split()[-1]} from tinyclip; choose another place, or remove it by hand"
         )
     if marker.kind != kind:
-        raise ValueError(f"{folder} is {KINDS[marker.kind]} of tinyclip, not {what}, {kept}; choose another place")
+        raise ValueError(f"{folder} is {KINDS[marker.kind]} from tinyclip, not {what}, {kept}; choose another place")
     _, others = _sorted(folder, marker)
     if others:
         shown = ", ".join(as_text(path.relative_to(folder).as_posix()) for path in others[:NAMED])

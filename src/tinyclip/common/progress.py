@@ -13,7 +13,7 @@ _listeners: list[Listener] = []
 
 
 def heard() -> bool:
-    """Whether anybody listens; ask before computing something only to report it."""
+    """Whether anyone is listening; check before computing something just for the report."""
     return bool(_listeners)
 
 

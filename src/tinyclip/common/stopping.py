@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 TWICE = 2.0  # seconds: `timeout` and process groups send a signal twice, which must not interrupt the cleanup
 
 
@@ -22,8 +23,13 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on SIGINT and `Terminated` on SIGTERM; only the main thread can handle signals."""
+def stoppable(exiting: bool = False) -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on SIGINT and `Terminated` on SIGTERM; only the main thread can handle signals.
+
+    Args:
+        exiting: the process exits afterwards. After a stop it ignores further signals, so that it exits with its own
+            code and finishes what `atexit` does.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,9 +54,13 @@ def stoppable() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, handle) for number in numbers}
+    stopped = False
     try:
         yield
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) in STOPPED
+        raise
     finally:
         sys.unraisablehook = hook
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if exiting and stopped else handler)

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 class Stalled(ValueError):
-    """Raised when no progress for too long; the message says where."""
+    """Raised when there has been no progress for too long; the message says where."""
 
 
 @dataclass(eq=False)

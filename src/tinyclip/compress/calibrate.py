@@ -51,7 +51,7 @@ def fill_budget(
 
     Args:
         importance: by axis name; axes that are absent are not cut.
-        target_sparsity: fraction of the original to remove (see `masks.sparsity`), of `visual`, `text` or `both`.
+        target_sparsity: fraction of the original to remove (see `size.sparsity`), of `visual`, `text` or `both`.
         original: the teacher's config, which sparsity counts from; by default the model itself.
         masks: 0 for elements that are already removed.
         unit: what sparsity counts.
@@ -72,7 +72,7 @@ def fill_budget(
         reached = 1 - size(kept).item() / full
         what = f"target_sparsity {target} of {NAMES[budget]}"
         if reached >= target:
-            raise ValueError(f"{what} needs no cut: {reached:.3f} of the original teacher is already gone")
+            raise ValueError(f"{what} needs no cut: {reached:.3f} of the original teacher has already been removed")
         mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
         if not _remove(kept, mine, size, (1 - target) * full, align):
             reached = 1 - size(kept).item() / full

@@ -214,8 +214,10 @@ def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
         what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
         start, largest = budget_bounds(hard, name)
         if target > largest:
-            raise ValueError(f"target_sparsity {target} of {what} cannot be reached: masks go up to {largest:.3f}")
+            raise ValueError(
+                f"target_sparsity {target} of {what} cannot be reached: masks can remove at most {largest:.3f}"
+            )
         if target <= start:
             raise ValueError(
-                f"target_sparsity {target} of {what} needs no cut: {start:.3f} of the teacher is gone already"
+                f"target_sparsity {target} of {what} needs no cut: {start:.3f} of the teacher has already been removed"
             )

@@ -1,4 +1,4 @@
-"""Evaluation data: `open_dataset` detects the layout on disk by itself (`docs/evaluation.md`)."""
+"""Evaluation data: `open_dataset` detects the layout automatically (`docs/evaluation.md`)."""
 
 from __future__ import annotations
 
@@ -197,7 +197,9 @@ def named_folders(
     found = readers.class_folders(part)
     for name in found:
         if name.lower() in SPLITS and readers.class_folders(part / name) and not readers.loose_pictures(part / name):
-            raise ValueError(f"{part}: {name} looks like a split beside other folders; give the folder of one split")
+            raise ValueError(
+                f"{part}: {name} looks like a split, but has other folders beside it; give the folder of one split"
+            )
     if not found:
         raise ValueError(f"{part}: contains no class folders with pictures")
     named = of_folders(part, found, classes or _names_beside(homes))
@@ -250,7 +252,7 @@ def _dataset(
 
 def _captioned(place: Path, options: Options, pictures: Sequence[Captioned], root: Path) -> Dataset:
     if options.classes:
-        raise ValueError(f"{place}: its pictures have captions, not classes, so there is nothing to name")
+        raise ValueError(f"{place}: its pictures have captions, not classes, so class names do not apply")
     return Dataset(place, [], [], readers.captioned(root, pictures), about=lambda: len(pictures))
 
 

@@ -138,5 +138,5 @@ def skipped_of(left_out: Sequence[LeftOut], root: Path) -> list[Skipped]:
 
 
 def because(left_out: Sequence[LeftOut]) -> str:
-    """Return a message's ending that says why there may be no pictures."""
+    """Return the end of a message that says why there may be no pictures."""
     return f"; left out: {left_out[0][0]}: {left_out[0][1]}" if left_out else ""

@@ -19,7 +19,7 @@ from tinyclip.inputs.transforms import open_image
 USUAL = ("jpg", "jpeg", "png", "webp")
 IMAGE_TYPES = (*USUAL, *sorted({ending[1:] for ending in ENDINGS}.difference(USUAL)))
 TEXT_TYPES = ("txt", "json")
-RENAME = "a key ends at the first dot of a name, so rename them with dashes for dots (photo-1.jpg for photo.1.jpg)"
+RENAME = "a key ends at the first dot of a name, so rename the files with dashes instead of dots (photo-1.jpg for photo.1.jpg)"
 
 
 def captions_of(sample: dict[str, Any]) -> list[str]:
@@ -63,7 +63,7 @@ def _text_captions(sample: dict[str, Any]) -> list[str]:
 def _usable(found: list[Any]) -> list[str]:
     captions = [c.strip() for c in found if isinstance(c, str) and c.strip()]
     if not all(map(is_unicode, captions)):
-        raise Fault("bad_encoding", "caption has half a surrogate pair")
+        raise Fault("bad_encoding", "caption has an unpaired surrogate")
     return captions
 
 

@@ -80,7 +80,7 @@ def prepare(folder: str | Path, keep: bool = False) -> int:
 
 
 def _unpack(packed: Path) -> Skipped | None:
-    """Unpack a `.tar.gz` to a `.tar` next to it, as far as it is intact; return a fault if nothing is."""
+    """Unpack a `.tar.gz` to a `.tar` next to it, as far as it is readable; return a fault if none of it is."""
     plain = packed.with_suffix("")
     remove_halves(plain)
     if unpacked(packed):
@@ -119,7 +119,7 @@ def _gunzip(packed: Path, target: Path) -> tuple[int, str]:
                 text = f"its {whole:,} bytes unpack to over {most:,}, too many for a shard of pictures"
                 raise ValueError(f"{packed}: {text}; if it is right, unpack it with `gunzip --keep`")
             if size > room:
-                raise OSError(errno.ENOSPC, f"{room:,} bytes are free, and it unpacks to more")
+                raise OSError(errno.ENOSPC, f"{room:,} bytes are free, but it unpacks to more")
             file.write(block)
             tell_bytes(f"unpacking {packed.name}", raw.tell(), whole)
     ended(f"unpacking {packed.name}")
@@ -148,7 +148,7 @@ def _index(folder: Path, damaged: list[Skipped]) -> None:
             with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 found = list(track(pool.map(_index_shard, shards), f"indexing {folder}", len(shards), "shards"))
         except BrokenProcessPool:
-            raise ValueError(f"{folder}: a process that indexed shards died, perhaps out of memory") from None
+            raise ValueError(f"{folder}: a process that indexed shards died, possibly from lack of memory") from None
     else:
         found = [_index_shard(shard) for shard in track(shards, f"indexing {folder}", len(shards), "shards")]
     for shard, one in zip(shards, found, strict=True):

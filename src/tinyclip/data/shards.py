@@ -171,7 +171,7 @@ class _Links:
 
 def _fault(entry: Entry, number: int, seen: dict[str, int]) -> Fault | None:
     if entry.key in seen:
-        return Fault("duplicate_key", f"sample {number} has the key of sample {seen[entry.key]}")
+        return Fault("duplicate_key", f"sample {number} has the same key as sample {seen[entry.key]}")
     if entry.size > LARGEST_SAMPLE:
         return Fault("huge_image", f"{entry.size:,} bytes ({LARGEST_SAMPLE:,} at most)")
     return None

@@ -111,7 +111,7 @@ def check_bad_rows(table: Table, bad: Sequence[Skipped], total: int) -> None:
 
 def open_text(path: Path) -> TextIO:
     """Open a UTF-8 file whose lines end at `\\n`, `\\r\\n` and `\\r` only. Invalid bytes become lone surrogates (see
-    `inputs.is_unicode`), so a bad line does not affect the others.
+    `inputs.batching.is_unicode`), so a bad line does not affect the others.
 
     Raises:
         ValueError: for UTF-16.

@@ -1,7 +1,7 @@
 """Evaluation: zero-shot, retrieval, linear probe, comparison of models.
 
 `metrics` computes accuracy and recall, `probe` fits the linear probe, `compare` and `contenders` run several models
-side by side, `stats` has intervals and tests. The names below are `tinyclip.evaluate`.
+side by side, `stats` has intervals and tests. These re-exports are the public API of `tinyclip.evaluate`.
 
 May import: data, zoo, loss and below. Start with `metrics`."""
 

@@ -88,7 +88,7 @@ def check(dataset: Dataset) -> None:
     if len(dataset.classnames) == 1:
         raise ValueError(f"{dataset.path}: only one class ({dataset.classnames[0]}), so every answer would be right")
     if some:
-        raise ValueError(f"{dataset.path}: neither classes nor captions, so there is nothing to compare by")
+        raise ValueError(f"{dataset.path}: neither classes nor captions to compare the models on")
     raise Unusable(f"{dataset.path}: no readable pictures{why(dataset.skipped)}")
 
 

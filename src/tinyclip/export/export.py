@@ -64,7 +64,7 @@ def export(
 
     Raises:
         ValueError: if something is missing, the format cannot express the model's shape, or the export disagrees with
-            the model. Nothing is written then.
+            the model. In that case nothing is written.
     """
     check_request(to, int8, calibration)
     dataset = open_dataset(data, templates) if data else None

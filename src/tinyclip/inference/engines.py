@@ -41,7 +41,7 @@ def needed(package: str, extra: str | None = None) -> Any:
     """Import a package and return it.
 
     Raises:
-        ValueError: if it is not installed; says what to type.
+        ValueError: if it is not installed; the message gives the install command.
     """
     root = package.partition(".")[0]
     try:

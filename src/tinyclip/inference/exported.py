@@ -193,7 +193,7 @@ class RuntimePipeline:
 
     def __reduce__(self) -> Any:
         if not self.folder.is_dir():  # converted in memory
-            raise ValueError("only exports can be pickled: `tinyclip export` the model and load what that writes")
+            raise ValueError("only exports can be pickled: `tinyclip export` the model and load its output")
         return load_export, (self.folder, self.runtime, self.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Images with 16- or 32-bit pixels, as scanners, microscopes and programs write them. No torch here."""
+"""Images with 16- or 32-bit pixels, as written by scanners, microscopes and other software. No torch here."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _as_numbers(image: Image.Image) -> Image.Image:
 
 
 def _mended(source: Any, at_least: int | None) -> Image.Image | None:
-    """Decode a file without its metadata, in case that was what was broken."""
+    """Decode a file without its metadata, in case the metadata was the broken part."""
     with suppress(Exception):
         data = _start(source, LARGEST_MENDED + 1) if may_be_bare(_start(source)) else b""
         found = bare(data) if len(data) <= LARGEST_MENDED else None

@@ -1,4 +1,4 @@
-"""Metadata of image files. It is often broken, and never a reason to lose the image. No torch here."""
+"""Metadata of image files. It is often malformed, but must never cost us the image. No torch here."""
 
 from __future__ import annotations
 

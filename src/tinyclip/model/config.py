@@ -103,11 +103,13 @@ class ResNetConfig(Strict):
         stated = {key: value for key, value in data.items() if key not in ("layers", "width")}
         layers, width, head_dim = data.get("layers"), data.get("width"), data.get("head_dim", 64)
         if not isinstance(layers, list | tuple) or len(layers) != 4 or not all(_is_positive(n) for n in layers):
-            raise ValueError(f"layers are the blocks of four stages, e.g. [3, 4, 6, 3], not {layers}")
+            raise ValueError(f"layers must give the blocks of each of four stages, e.g. [3, 4, 6, 3], not {layers}")
         if max(layers) > MOST_BLOCKS:
-            raise ValueError(f"layers are {MOST_BLOCKS:,} blocks a stage at most")
+            raise ValueError(f"layers: at most {MOST_BLOCKS:,} blocks per stage")
         if not isinstance(width, int) or not _is_positive(width) or width > LARGEST:
-            raise ValueError(f"width is the channels of the first bottleneck, 1 to {LARGEST:,}, not {str(width)[:20]}")
+            raise ValueError(
+                f"width must be the channels of the first bottleneck, 1 to {LARGEST:,}, not {str(width)[:20]}"
+            )
         inner = [[width * 2**i] * n for i, n in enumerate(layers)]
         derived: dict[str, Any] = {"stem": [max(1, width // 2)] * 2 + [width], "conv1": inner, "conv2": inner}
         derived["channels"] = [width * 2**i * 4 for i in range(4)]

@@ -51,7 +51,7 @@ class Recipe(Strict):
     )
     model: Shape = Field(None, description="without a teacher: a full config or a model name")
     vocabulary: Literal["clip", "data"] = Field(
-        "clip", description="without a teacher: CLIP's, or the tokens of the data"
+        "clip", description="without a teacher: CLIP's vocabulary, or only the tokens in the data"
     )
     data: Place = Field(description="folder of training shards")
     output: Place = Field(description="folder of the run, created by it")
@@ -144,8 +144,8 @@ def _check_rise(i: int, stage: Stage, before: Stage | None) -> None:
         return
     if stage.inherit == "manual" and stage.student != StudentShape():
         raise ValueError(
-            f"stages.{i}.student: the previous stage finds its own shape, so this one cannot give one; "
-            "use `inherit: auto` or `calibrated`, or `start` from the result in a recipe of its own"
+            f"stages.{i}.student: the previous stage determines its own shape, so this one cannot set one; "
+            "use `inherit: auto` or `calibrated`, or `start` from its result in a separate recipe"
         )
     if stage.target is None:
         return
@@ -169,7 +169,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such recipe") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys, see docs/recipes.md")
+        raise ValueError(f"{path}: a recipe must be a mapping of keys, see docs/recipes.md")
     data = json.loads(json.dumps(data, default=str))  # so that values shared by YAML aliases can be set separately
     for text in overrides:
         override(data, text)

@@ -83,7 +83,7 @@ class Calibrated(Target):
         "taylor",
         description="change of the affinity loss to second order, mean square of activations, or weights alone",
     )
-    batches: Positive = Field(200, description="most batches to measure; stops once more would change nothing")
+    batches: Positive = Field(200, description="most batches to measure; stops early once more would change nothing")
 
 
 TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")
@@ -151,7 +151,7 @@ class Stage(Strict):
     steps: Positive = Field(description="optimizer steps")
     batch_size: int = Field(256, ge=2, description="pairs per step")
     micro_batch: Positive | None = Field(
-        None, description="pairs per device in memory at once, gradients exact by replay; default: all"
+        None, description="pairs per device in memory at once, recomputation keeps gradients exact; default: all"
     )
     grad_checkpointing: bool = Field(False, description="keep only each block's input and recompute the rest")
     compile: bool = Field(False, description="torch.compile of the towers")
@@ -202,7 +202,7 @@ class Stage(Strict):
             raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
         for name in ("auto", "calibrated"):
             if (self.inherit == name) != (getattr(self, name) is not None):
-                raise ValueError(f"`inherit: {name}` and a section `{name}` need each other")
+                raise ValueError(f"`inherit: {name}` and a section `{name}` must be given together")
         if self.target is not None:
             self._shape_is_found(self.target)
         if self.towers != "both":

@@ -30,11 +30,11 @@ class TowerShape(Strict):
 
 class VisionShape(TowerShape):
     layers: Positive | StageLayers | None = Field(  # type: ignore[assignment]
-        None, description="number of blocks; for a ResNet four, one per stage"
+        None, description="number of blocks; for a ResNet four numbers, one per stage"
     )
     width: Positive | None = Field(
         None,
-        description="channels of the residual stream; for a ResNet of its first bottleneck, the rest in proportion",
+        description="channels of the residual stream; for a ResNet, of its first bottleneck; the rest scale with it",
     )
     image_size: ImageSize | None = Field(None, description="image side in pixels; position embeddings are interpolated")
 

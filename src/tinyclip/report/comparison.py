@@ -268,7 +268,7 @@ def write(folder: Path, outcomes: Sequence[Outcome], costs: Costs) -> None:
 
 def _notes() -> list[str]:
     return [
-        f"In brackets: intervals of {100 * LEVEL:.0f} %, percentiles of {RESAMPLES:,} bootstrap samples of the "
+        f"In brackets: {100 * LEVEL:.0f} % intervals, percentiles of {RESAMPLES:,} bootstrap samples of the "
         "pictures, with classes and captions fixed. McNemar's exact test: the probability that equally good models "
         "would split the lost and won pictures this unevenly; not corrected for the number of students.",
         "Affinity divergence: mean KL divergence of the student's distributions of texts for an image and of images "

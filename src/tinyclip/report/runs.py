@@ -221,7 +221,7 @@ def write_report(
         f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
         f"{measured['batch_size']}, texts of full context, the models taking turns in one process."
     )
-    training = "Stages one after the other. Losses of different terms cannot be compared."
+    training = "Stages are plotted one after another. Losses of different terms cannot be compared."
     seen = (
         "Pictures evenly spread over the evaluation data, with each model's three best classes by the first prompt, "
         "and their cosine similarity. Green: the right one."

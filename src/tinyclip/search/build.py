@@ -135,7 +135,7 @@ def build(
 
     Args:
         clip: the result of `tinyclip.load`.
-        model: name with which `tinyclip search` reloads it; `fingerprint` as returned by `search.open_model`.
+        model: name with which `tinyclip search` reloads it; `fingerprint` as returned by `index.open_model`.
         overwrite: recompute everything; the existing index is replaced once that is done.
         moved: accept that the indexed folder is now at another path.
         workers: number of decoding threads.

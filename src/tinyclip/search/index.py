@@ -105,9 +105,7 @@ class Index:
             with told(self.path):
                 row = self._pictures.execute(query, (int(key),)).fetchone()
             if row is None:
-                raise ValueError(
-                    f"{self.path} is damaged: its files do not belong together; rebuild it with --overwrite"
-                )
+                raise ValueError(f"{self.path} is damaged: its files do not match; rebuild it with --overwrite")
             matches.append(Match(os.fsdecode(row[0]), float(cosine)))
         return matches
 
@@ -223,7 +221,7 @@ def check_size(path: Path, facts: dict[str, Any]) -> None:
     """
     file = path / facts["vectors"]
     if file.stat().st_size != facts["vectors_state"][0]:
-        raise ValueError(f"{file} is damaged: shorter or longer than it was written; rebuild it with --overwrite")
+        raise ValueError(f"{file} is damaged: its size has changed; rebuild it with --overwrite")
 
 
 def open_list(file: Path) -> sqlite3.Connection:

@@ -175,7 +175,7 @@ def _read_texts(
     for key, found in rows:
         captions = [c.strip() for c in (found if isinstance(found, list) else [found]) if isinstance(c, str)]
         if not all(map(is_unicode, captions)):
-            skipped.append(Skipped("", key, "bad_encoding", "not UTF-8, or half a surrogate pair"))
+            skipped.append(Skipped("", key, "bad_encoding", "not UTF-8, or an unpaired surrogate"))
             continue
         texts += [Text(key, number, caption) for number, caption in enumerate(filter(None, captions))]
         if not any(captions):

@@ -179,7 +179,9 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
     for name, target in targets.items():
         reached = figures["sparsity"][name]
         if abs(reached - target) > NEAR and target > pruner.constraint.start[name]:
-            text = f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: see auto.steps and auto.lr"
+            text = (
+                f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: try a larger auto.steps or auto.lr"
+            )
             run.warn(stage, text)
     loader = loader_of(run, i, cut=True, order=progress.order)
     save(last, after, loader, progress, run.recipe.keep)
@@ -274,7 +276,7 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
         text = "resuming with a different number of processes or workers, so the order of the data changes"
         run.warn(trainee.stage, text)
     if progress.precision not in ("", trainee.precision):
-        text = f"resuming in {trainee.precision}, which suits this device, after {progress.precision} so far"
+        text = f"resuming in {trainee.precision}, chosen for this device; earlier steps used {progress.precision}"
         run.warn(trainee.stage, text)
     progress.precision = trainee.precision
     return loader

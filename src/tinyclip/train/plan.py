@@ -1,6 +1,6 @@
 """Estimate the cost of a recipe without running it: shapes, sizes, operations, memory and hours.
 
-Sizes come from the axis table and operations from `measurement.macs`. If a stage learns or measures its masks, its
+Sizes come from the axis table and operations from `model.costs.macs`. If a stage learns or measures its masks, its
 final shape is not known in advance, so the plan shrinks all widths of its start by one factor until
 it meets the target.
 """
@@ -102,7 +102,7 @@ def first_start(recipe: Recipe) -> CLIPConfig:
 
 
 def known_shape(name_or_path: str) -> CLIPConfig | None:
-    """Return the shape of a checkpoint or zoo model without downloading it; None if that takes the missing file.
+    """Return the shape of a checkpoint or zoo model without downloading it; None if only the missing file could tell.
 
     Raises:
         ValueError: if the checkpoint cannot be read or the name is ambiguous.

@@ -320,7 +320,7 @@ class Stops:
 @contextmanager
 def stop_signals(noted: Callable[[], None] = lambda: None) -> Iterator[Stops]:
     """Record SIGINT and SIGTERM and call `noted`, so the loop can finish its step and save. A second SIGINT raises
-    `KeyboardInterrupt`. Decoding workers ignore both signals (see `data`)."""
+    `KeyboardInterrupt`. Decoding workers ignore both signals (see `data.loader.bind_worker`)."""
     stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops

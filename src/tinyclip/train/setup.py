@@ -124,7 +124,7 @@ def _first_start(recipe: Recipe, kind: str) -> tuple[CLIPConfig, CLIPTokenizer, 
     """
     for i, stage in enumerate(recipe.stages):
         if stage.towers != "both":
-            raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, and that is {kind}")
+            raise ValueError(f"stages.{i}.towers: the other tower would be copied from the teacher, which is {kind}")
         if stage.start != "teacher" and (stage.start != "previous" or i > 0):
             continue
         if stage.inherit != "none":
@@ -163,7 +163,7 @@ def plan(recipe: Recipe, first: CLIPConfig, device: torch.device) -> list[CLIPCo
                 manual_masks(base, config)
             _check_towers(stage, base, config, first)
             if isinstance(config.vision, VisionConfig) and (stage.batch_norm or stage.batch_norm_batches):
-                raise ValueError("batch_norm: a ViT has none; leave the key out")
+                raise ValueError("batch_norm: a ViT has no batch norm; leave the key out")
             if isinstance(config.vision, ResNetConfig) and not stage.freezes_batch_norm:
                 _check_batch_norm(stage, device)
             if config.text.vocab_size != first.text.vocab_size:

@@ -112,7 +112,7 @@ SHIPPED = ("emoji-student",)  # inside the package: a CLIP for emoji drawings, t
 
 
 def find(name: str) -> Entry | None:
-    """Return the model for a name as people write it: with or without `TinyCLIP-`, `auto-`, `.pt` and the end of the
+    """Return the model for a loosely written name: with or without `TinyCLIP-`, `auto-`, `.pt` and the end of the
     name (if still unambiguous), and with `/` or spaces for `-`. None if there is none.
 
     Raises:
@@ -121,7 +121,7 @@ def find(name: str) -> Entry | None:
     wanted = _key(name)
     found = [e for e in ENTRIES if f"{_key(e.name)}-".startswith(f"{wanted}-")]
     if len(found) > 1:
-        raise ValueError(f"{name} may be {' or '.join(e.name for e in found)}; give more of the name")
+        raise ValueError(f"{name} is ambiguous: {' or '.join(e.name for e in found)}; give a longer name")
     return found[0] if found else None
 
 

@@ -102,7 +102,7 @@ def load_checkpoint(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
-    """Read and validate a checkpoint of ours or of others; weights are returned in float32. Warn about settings that
+    """Read and validate a checkpoint in our format or another; weights are returned in float32. Warn about settings that
     neither a foreign file nor the user gives.
 
     Args:
@@ -177,7 +177,7 @@ def _say_assumed(path: Path, foreign: Foreign, activation: str | None, mean: Seq
     assumed += [] if mean is not None else ["pictures are normalised by OpenAI's mean and std (mean, std)"]
     if assumed:
         warnings.warn(
-            f"{path} does not say, so assuming that {' and that '.join(assumed)}; "
+            f"{path} does not state it, so assuming that {' and that '.join(assumed)}; "
             "override with these options of load, convert and export",
             stacklevel=2,
         )

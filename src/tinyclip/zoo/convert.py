@@ -36,7 +36,7 @@ def convert(
 
     Raises:
         ValueError: if the source cannot be read, the other format cannot express its shape (names the block and the
-            figure), or `target` holds anything besides our checkpoint. Nothing is written then.
+            figure), or `target` holds anything besides our checkpoint. In that case nothing is written.
     """
     if to not in WRITERS:
         raise ValueError(f"unknown format {to!r}; choose {', '.join(WRITERS)}")

@@ -245,7 +245,7 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hugging_face_config(config: CLIPConfig, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """Return the `config.json` for a model whose blocks are all equal (see `interchange.check_even`)."""
+    """Return the `config.json` for a model whose blocks are all equal (see `convert.check_even`)."""
     vision = config.vision
     assert isinstance(vision, VisionConfig)
     ids = {"bos_token_id": tokenizer.start_id, "eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.end_id}

@@ -87,7 +87,7 @@ def _one_line(repository: str, place: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", 0)
         reasons = {
             401: "the token is not valid; log in with `hf auth login`, or set HF_TOKEN to a new one",
-            403: "the token may not write there; create one that may, or choose another name",
+            403: "the token lacks write access; create one that has it, or choose another name",
             404: "no such organisation, or the token has no access to it",
         }
         said = " ".join((error.server_message or str(error)).split())

@@ -36,7 +36,7 @@ def resolve(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
         if _is_published(name):
             warnings.warn(
                 f"{name}: reading {Path(name).resolve()}, not the published model of this name; "
-                "give its full path if you mean it, or move it away",
+                "give its full path if you want this file, or rename it",
                 stacklevel=2,
             )
         return Path(name)
@@ -86,7 +86,7 @@ def _from_hub(identifier: str) -> Path:
         raise ValueError(f"{identifier}: not a Hugging Face id; write org/name or hf:org/name@revision") from None
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"{identifier}: no such checkpoint here, and the Hugging Face hub cannot be reached or is switched off; "
+            f"{identifier}: no such checkpoint here, and the Hugging Face hub cannot be reached or is disabled; "
             f"download {place} elsewhere and give its folder"
         ) from None
     except HfHubHTTPError as error:

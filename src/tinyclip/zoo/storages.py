@@ -176,12 +176,12 @@ class StreamStorages(StorageSource):
         for key in keys if isinstance(keys, list) else ():
             header = self._data[start : start + 8]
             if len(header) < 8:
-                raise Damaged("it ends before its storages do")
+                raise Damaged("it ends within its storages")
             if key not in self._sizes:
                 raise Damaged("it has a storage of an unknown type")
             length = int.from_bytes(header, "little", signed=True) * self._sizes[key]
             if length < 0 or start + 8 + length > len(self._data):
-                raise Damaged("it ends before its storages do")
+                raise Damaged("it ends within its storages")
             self._spans[key] = (start + 8, length)
             start += 8 + length
 

@@ -81,7 +81,9 @@ def read_entries(path: Path) -> tuple[list[Entry], Kind]:
 
 def _beyond_tensors(name: str) -> str:
     if name.endswith(("multiarray._reconstruct", "numeric._frombuffer")):
-        return "refused, its weights are NumPy arrays and only tensors are read; save those of torch.from_numpy"
+        return (
+            "refused, its weights are NumPy arrays and only tensors are read; convert them with torch.from_numpy first"
+        )
     return f"refused, it asks for {name}; only tensors are read, and no code from a file is run"
 
 

@@ -98,7 +98,7 @@ class _Machine:
         elif name not in IGNORED:
             step = getattr(self, f"_{name.lower()}", None)
             if step is None:
-                raise Damaged(f"it asks for {name}, which files of weights do not have")
+                raise Damaged(f"it asks for {name}, which weights files do not contain")
             step() if argument is None else step(argument)
 
     def _pop_mark(self) -> list[Any]:
