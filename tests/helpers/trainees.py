@@ -18,12 +18,11 @@ from tests.helpers.models import (
 )
 from tinyclip.data.loader import Batch
 from tinyclip.inputs.transforms import Preprocess
-from tinyclip.recipe.stage import Stage
+from tinyclip.recipe.stage import TERMS, Stage
 from tinyclip.teachers.teacher import Teacher
 from tinyclip.train.pruner import Pruner
 from tinyclip.train.step import Trainee
 
-TERMS = ("affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
 ALL = {"affinity": 1, "contrastive": 0.5, "feature": 2, "interactive": 1, "image_affinity": 1, "text_affinity": 0.7}
 MASKS = {"target_sparsity": 0.6, "steps": 4, "ramp_steps": 2}
 

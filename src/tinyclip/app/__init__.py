@@ -2,4 +2,4 @@
 
 `page` is the page, `guard` and `door` decide which requests reach it, `serving` runs the server.
 
-May import: search and below. Start with `page`."""
+May import: search, report, train and below. Start with `page`."""

@@ -1,7 +1,7 @@
 """The only access to the page's Gradio: an allowlist of routes, and calls rebuilt from their permitted fields.
 
-Gradio copies, fetches and serves any file that its clients name. Clients' files never reach it: we keep the uploads, and
-calls contain only an upload's name, a plain word.
+Gradio copies, fetches and serves any file that its clients name. Clients' files never reach it: we keep the uploads,
+and calls contain only an upload's name, a plain word.
 """
 
 from __future__ import annotations

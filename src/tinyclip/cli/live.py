@@ -17,12 +17,11 @@ from tinyclip.cli.terminal import plural
 from tinyclip.common.faults import summary
 from tinyclip.common.progress import listening
 from tinyclip.model.axes import axis_sizes
+from tinyclip.recipe.stage import TERMS
 
 if TYPE_CHECKING:
     from tinyclip.recipe.stage import Stage
     from tinyclip.train.run import Run
-
-TERMS = ("loss", "affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
 
 
 def kept_lines(kept: dict[str, int]) -> list[str]:
@@ -117,7 +116,7 @@ class Display:
             self.progress.update(self.task, completed=event["step"])
 
     def _step(self, event: dict[str, Any]) -> None:
-        terms = ", ".join(f"{name} {event[name]:.3f}" for name in TERMS if name in event)
+        terms = ", ".join(f"{name} {event[name]:.3f}" for name in ("loss", *TERMS) if name in event)
         figures = f"{terms}, lr {event['lr']:.1e}, {event['pairs_per_s']:.0f} pairs/s"
         for name, now in event.get("sparsity", {}).items():
             what = "" if name == "both" else f"{name} "

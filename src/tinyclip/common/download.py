@@ -71,8 +71,8 @@ def check(path: Path, url: str = "", *, full: bool = False) -> dict[str, Any]:
     digest = sha256(path)
     if record and record["sha256"] != digest:
         raise ValueError(
-            f"{path} is not the file that was downloaded: its SHA-256 is {digest}, but {record['sha256']} was recorded; "
-            f"delete it to download it again, or delete {_beside(path, '.json')} to accept it"
+            f"{path} is not the file that was downloaded: its SHA-256 is {digest}, but {record['sha256']} was recorded;"
+            f" delete it to download it again, or delete {_beside(path, '.json')} to accept it"
         )
     now = {"sha256": digest, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return add_to_record(path, **({"url": url} | (record or {}) | now))

@@ -4,7 +4,7 @@
 hard-concrete masks and their constraint. `importance` and `calibrate` measure what matters; `latency` turns
 milliseconds into a sparsity target.
 
-May import: common, model, loss. Knows no recipe and no run, so it works in any training loop. Start with
+May import: inputs, model, loss and common. Knows no recipe and no run, so it works in any training loop. Start with
 `inheritance`."""
 
 from tinyclip.compress.calibrate import Calibration as Calibration

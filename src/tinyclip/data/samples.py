@@ -19,7 +19,7 @@ from tinyclip.inputs.transforms import open_image
 USUAL = ("jpg", "jpeg", "png", "webp")
 IMAGE_TYPES = (*USUAL, *sorted({ending[1:] for ending in ENDINGS}.difference(USUAL)))
 TEXT_TYPES = ("txt", "json")
-RENAME = "a key ends at the first dot of a name, so rename the files with dashes instead of dots (photo-1.jpg for photo.1.jpg)"
+RENAME = "a key ends at the first dot of a name, so rename the files with dashes (photo-1.jpg for photo.1.jpg)"
 
 
 def captions_of(sample: dict[str, Any]) -> list[str]:

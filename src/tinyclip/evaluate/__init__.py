@@ -3,7 +3,7 @@
 `metrics` computes accuracy and recall, `probe` fits the linear probe, `compare` and `contenders` run several models
 side by side, `stats` has intervals and tests. These re-exports are the public API of `tinyclip.evaluate`.
 
-May import: data, zoo, loss and below. Start with `metrics`."""
+May import: inference, data and below. Start with `metrics`."""
 
 from tinyclip.data.datasets import Dataset as Dataset
 from tinyclip.data.datasets import Example as Example

@@ -2,4 +2,4 @@
 
 `export` writes them, `quantise` converts them to 8 bits, `agreement` compares features.
 
-May import: inference, evaluate and below. Start with `export`."""
+May import: evaluate and below. Start with `export`."""

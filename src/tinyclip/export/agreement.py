@@ -114,8 +114,8 @@ class Answers:
 
 
 def answers(clip: Pipeline | RuntimePipeline, samples: Samples, dataset: metrics.Dataset | None) -> Answers:
-    """Compute a model's answers in batches of several sizes, and therefore several text lengths; `ValueError` if the data has no
-    classes."""
+    """Compute a model's answers in batches of several sizes, and therefore several text lengths; `ValueError` if the data has
+    no classes."""
     encoder = Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
     image = torch.cat([encoder.encode_image(some) for some in _pieces(torch.from_numpy(samples.pixels))])
     text = torch.cat([encoder.encode_text(some) for some in _pieces(samples.texts)])
@@ -161,8 +161,8 @@ def refuse(figures: dict[str, Any], precision: str, what: str) -> None:
         cosine = figures[f"{tower}_min_cosine"]
         if not cosine >= LEAST[precision]:  # also catches NaN
             raise ValueError(
-                f"the {what} disagrees with the model: {tower} features have cosines down to {cosine:.4f}, at least "
-                f"{LEAST[precision]} is required in {precision}; nothing was written"
+                f"the {what} disagrees with the model: {tower} features have cosines down to {cosine:.4f}, but "
+                f"{precision} requires at least {LEAST[precision]}; nothing was written"
             )
     lost = figures.get("acc1_model", 0) - figures.get("acc1", 0)
     if lost > MOST_LOST[precision]:

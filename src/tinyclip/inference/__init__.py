@@ -2,4 +2,4 @@
 
 `pipeline` is the torch path, `exported` runs exports without torch, on the runtimes in `engines`.
 
-May import: zoo and below. Start with `pipeline`."""
+May import: zoo, compress, recipe and below. Start with `pipeline`."""

@@ -36,8 +36,8 @@ def clean(text: str) -> str:
 
 
 def is_plain(text: str) -> bool:
-    """Whether ftfy and HTML unescaping leave the text alone and it has no special token: true of most captions, and
-    ten times faster."""
+    """Whether ftfy and HTML unescaping leave the text alone and it has no special token: true of most captions;
+    skipping both steps is ten times faster."""
     return text.isascii() and text.isprintable() and "&" not in text and "<" not in text
 
 

@@ -125,8 +125,8 @@ def _check_stored(i: int, stage: Stage, teachers: int) -> None:
     feature space."""
     if stage.inherit != "none" and (stage.start == "teacher" or (stage.start == "previous" and i == 0)):
         raise ValueError(
-            f"stages.{i}.start: name the checkpoint to inherit from, since a cache has the teacher's features and not "
-            "its weights"
+            f"stages.{i}.start: name the checkpoint to inherit from, since a cache has the teacher's features, "
+            "not its weights"
         )
     if stage.towers != "both":
         raise ValueError(f"stages.{i}.towers: the other tower would be the teacher's, and a cache has no weights")

@@ -86,7 +86,8 @@ class Calibrated(Target):
     batches: Positive = Field(200, description="most batches to measure; stops early once more would change nothing")
 
 
-TEACHER_TERMS = ("affinity", "feature", "interactive", "image_affinity", "text_affinity")
+TERMS = ("affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")
+TEACHER_TERMS = tuple(term for term in TERMS if term != "contrastive")
 
 
 class Loss(Strict):

@@ -3,4 +3,4 @@
 `runs` reads run folders, `comparison` shows what `evaluate.compare` found, `structure` draws what a cut kept; `html`
 has the shared pieces.
 
-May import: evaluate, teachers and below. Start with `runs`."""
+May import: teachers, loading and below. Start with `runs`."""

@@ -3,4 +3,4 @@
 `teacher` has the interface the training step uses, `foreign` wraps OpenCLIP and transformers, `cache` reads cached
 features and `make_cache` computes them.
 
-May import: inference, data and below. Start with `teacher`."""
+May import: export and below. Start with `teacher`."""

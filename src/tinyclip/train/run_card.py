@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from tinyclip.recipe.recipe import Recipe
-from tinyclip.recipe.stage import Stage
+from tinyclip.recipe.stage import TERMS, Stage
 from tinyclip.zoo.card import COUNTS, FIGURES, HOW, Card, known, shown
 
 
@@ -63,6 +63,3 @@ def _stage(stage: Stage) -> dict[str, Any]:
     loss = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in terms.items())
     facts = {"stage": stage.name, "start": HOW[stage.inherit], "steps": stage.steps, "pairs a step": stage.batch_size}
     return facts | {"learning rate": f"{stage.optimizer.lr:g}", "loss": loss}
-
-
-TERMS = ("affinity", "contrastive", "feature", "interactive", "image_affinity", "text_affinity")

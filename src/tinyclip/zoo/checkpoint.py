@@ -102,8 +102,8 @@ def load_checkpoint(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> tuple[CLIP, CLIPTokenizer, Preprocess]:
-    """Read and validate a checkpoint in our format or another; weights are returned in float32. Warn about settings that
-    neither a foreign file nor the user gives.
+    """Read and validate a checkpoint in our format or another; weights are returned in float32. Warn about settings
+    that neither a foreign file nor the user gives.
 
     Args:
         activation: for a file that does not state its own (see `openai.read_file`).
