@@ -131,7 +131,7 @@ def _form(value: str) -> str:
 
 def is_quoted(records: Iterable[tuple[int, str, list[str] | None]], separator: str) -> bool:
     """Whether the quotes in a .tsv are CSV quoting, which most .tsv files (CC3M, LAION) do not use. They are if every
-    field with a quote is fully quoted, and quotes or tabs inside, or quotes in every row, show that this is intended."""
+    field with a quote is fully quoted, and quotes or tabs inside, or quotes in every row, show that it is intended."""
     shown, quotes, rows = False, 0, 0
     for _, record, fields in records:
         rows += 1

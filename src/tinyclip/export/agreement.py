@@ -114,8 +114,8 @@ class Answers:
 
 
 def answers(clip: Pipeline | RuntimePipeline, samples: Samples, dataset: metrics.Dataset | None) -> Answers:
-    """Compute a model's answers in batches of several sizes, and therefore several text lengths; `ValueError` if the data has
-    no classes."""
+    """Compute a model's answers in batches of several sizes, and therefore several text lengths; `ValueError` if the
+    data has no classes."""
     encoder = Tensors(clip) if isinstance(clip, RuntimePipeline) else clip
     image = torch.cat([encoder.encode_image(some) for some in _pieces(torch.from_numpy(samples.pixels))])
     text = torch.cat([encoder.encode_text(some) for some in _pieces(samples.texts)])
