@@ -16,21 +16,20 @@ HEAD = """# Commands
 
 <!-- written by scripts/document_commands.py -->
 
-Every command explains itself with `--help`. Where a command takes a MODEL, a checkpoint's path, a
-[published model's](zoo.md) name, or `org/name` of the Hugging Face hub will do, and `emoji-student`, which ships with
-the package.
+Every command explains itself with `--help`. Where a command takes a MODEL, give a checkpoint's path, a
+[published model's](zoo.md) name, `org/name` on the Hugging Face hub, or `emoji-student`, which ships with the package.
 
 | exit code | |
 |---|---|
-| 0 | done; what was left out of the data is counted and named |
-| 1 | the data was read, and nothing of it can be used: every picture is broken, say |
-| 2 | a bad request, which you can mend: one line on the standard error says what is wrong |
-| 130, 143 | stopped by Ctrl-C or SIGTERM, at any moment; temporary files are gone, a run says how to go on |
+| 0 | done; data that was left out is counted and named |
+| 1 | the data was read, but none of it is usable: every picture is broken, for example |
+| 2 | an invalid request: one line on standard error says what is wrong |
+| 130, 143 | stopped by Ctrl-C or SIGTERM, at any moment; temporary files are removed, and a run prints how to resume |
 
-Long work shows on the standard error how far it is and how long it will take: a bar on a terminal, and in a log a plain
-line every ten seconds, later every minute. Results go to the standard output. Names in data, files and checkpoints are
-anyone's, so control characters in them stand as `\\x1b`, and in a CSV what a spreadsheet would run as a formula stands
-behind an apostrophe.
+Long work shows its progress and the time left on standard error: a bar on a terminal, and in a log a plain line every
+ten seconds, later every minute. Results go to standard output. Names in data, files and checkpoints are untrusted, so
+control characters in them are shown as `\\x1b`, and CSV cells that a spreadsheet would run as a formula start with an
+apostrophe.
 """
 
 

@@ -183,7 +183,7 @@ def test_uploads_are_kept_within_bounds() -> None:
         assert uploads.owned(first, "a") == uploads.read(first) == b"a" and uploads.owned(first, "b") is None
         [keep("c") for _ in range(3)]
         assert uploads.owned(first, "a") is None and uploads.owned(many[2], "b") is None
-        with pytest.raises(ValueError, match="is gone"):
+        with pytest.raises(ValueError, match="has expired"):
             uploads.read(first)
         uploads._arriving = 5 * guard.FLOOR + 1
         with pytest.raises(guard.Refused, match="the server is busy"):

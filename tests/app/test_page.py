@@ -61,7 +61,7 @@ def test_bars_are_in_order_and_safe() -> None:
 
 def test_pictures_that_cannot_be_used(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = guard.Uploads(100, 1, 100, 100, 60)
-    for name, message in ((None, "No picture"), ("", "No picture"), (str(picture), "is gone")):
+    for name, message in ((None, "No picture"), ("", "No picture"), (str(picture), "has expired")):
         with pytest.raises(ValueError, match=message):
             page.uploaded(uploads, name)
     with pytest.raises(ValueError, match="not a picture"):

@@ -153,7 +153,7 @@ def test_no_path_and_no_address_is_ever_opened(
                 continue
             assert answer.status_code in (200, 429), answer.text
             output = call(client, [shape, LABELS], session=f"s{number}") if answer.status_code == 200 else {}
-            assert output.get("error", "").startswith(("The picture is gone", "No picture")), output
+            assert output.get("error", "").startswith(("The picture has expired", "No picture")), output
             told += 1
             client.get("/gradio_api/queue/data", params={"session_hash": "here"})  # collect the first result
         for shape in shapes(path):  # where a text belongs
@@ -267,7 +267,7 @@ def test_an_upload_is_its_senders_alone(client: httpx.Client, address: str) -> N
     for other in (stranger, *(visitors := [visitor(address)])):
         with other as someone:
             assert someone.get(f"/gradio_api/file={name}").status_code == 404
-            assert call(someone, [{"path": name}, LABELS])["error"].startswith("The picture is gone")
+            assert call(someone, [{"path": name}, LABELS])["error"].startswith("The picture has expired")
             assert join(someone, [name, LABELS]).status_code == 400
     assert visitors and "green apple" in str(call(client, [{"path": name, "meta": FILE_DATA}, LABELS])["data"])
 

@@ -119,7 +119,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("vocab", "prune", "teacher", "data", "--texts", "data", "--overwrite"), "data holds more than a checkpoint"),
         (("evaluate", "teacher", "nowhere"), "nowhere: no such data folder"),
         (("measure", "ViT-Z"), "ViT-Z: no such checkpoint"),
-        (("measure", "TinyCLIP-ViT-45M-32-Text-18M"), "may be TinyCLIP-auto-ViT-45M"),
+        (("measure", "TinyCLIP-ViT-45M-32-Text-18M"), "is ambiguous: TinyCLIP-auto-ViT-45M"),
         (("measure", "teacher", "--dtype", "int8"), "int8"),
         (("distill", "nowhere.yaml"), "no such recipe"),
         (("distill", "recipe.yaml", "--set", "stages.0.stepz=1"), "stages.0.stepz: unknown key"),

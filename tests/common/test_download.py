@@ -247,7 +247,9 @@ def test_it_tells_how_far_it_is(server: FileServer, tmp_path: Path, capsys: pyte
 def test_a_changed_file_is_noticed(server: FileServer, tmp_path: Path) -> None:
     path = get(server, tmp_path)
     path.write_bytes(OLD[:-1])
-    with pytest.raises(ValueError, match=rf"model\.pt is not the file .*{sha256(OLD).hexdigest()}; delete it"):
+    with pytest.raises(
+        ValueError, match=rf"model\.pt is not the file .*{sha256(OLD).hexdigest()} was recorded; delete it"
+    ):
         check(path)
     path.write_bytes(OLD)  # same content, different time
     assert check(path)["mtime_ns"] == path.stat().st_mtime_ns

@@ -149,7 +149,7 @@ def test_without_a_marker_of_ours_nothing_is_replaced(
     marker.write_text("{")
     refused(MARKER)
     marker.write_text(json.dumps(said | {"kind": "run" if command != "distill" else "model"}))
-    refused("of tinyclip, not")
+    refused("from tinyclip, not")
     marker.rename(tmp_path / "marker")
     refused(MARKER, "remove it by hand")
     marker.symlink_to(tmp_path / "marker")

@@ -251,7 +251,7 @@ def test_the_multipliers_ascend_only_while_something_is_missing() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ({"both": 0.9999}, "target_sparsity 0.9999 of both towers cannot be reached: masks go up to 0.9"),
+        ({"both": 0.9999}, "target_sparsity 0.9999 of both towers cannot be reached: masks can remove at most 0.9"),
         ({"visual": 0.999}, "of the image tower cannot be reached"),
         ({"text": 0.0}, "of the text tower needs no cut"),
     ],

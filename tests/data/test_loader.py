@@ -155,7 +155,7 @@ def test_folders_that_are_no_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.tar: an empty shard"):
         prepare(tmp_path)
     write_shard(tmp_path / "0.tar", [good(1), good(1), good(1)])
-    with pytest.raises(ValueError, match=r"2 of its 3 samples cannot be used; .*0\.tar: sample 2 has the key of"):
+    with pytest.raises(ValueError, match=r"2 of its 3 samples cannot be used; .*0\.tar: sample 2 has the same key as"):
         prepare(tmp_path)
 
 

@@ -331,9 +331,9 @@ def test_a_shape_that_does_not_fit_the_family_is_named(config: CLIPConfig, overr
 @pytest.mark.parametrize(
     ("vision", "message"),
     [
-        ({"width": 3}, r"vision: layers are the blocks of four stages.*None"),
-        ({"layers": [1, 1, 1], "width": 3}, r"layers are the blocks of four stages.*\[1, 1, 1\]"),
-        ({"layers": [1, 1, 1, 1], "width": True}, "width is the channels .*True"),
+        ({"width": 3}, r"vision: layers must give the blocks of each of four stages.*None"),
+        ({"layers": [1, 1, 1], "width": 3}, r"layers must give the blocks of each of four stages.*\[1, 1, 1\]"),
+        ({"layers": [1, 1, 1, 1], "width": True}, "width must be the channels .*True"),
         ({"layers": [1, 1, 1, 1], "width": 8, "image_size": 30}, "vision.image_size: .*31"),
         ({"layers": [1, 1, 1, 1], "width": 8, "head_dim": 0}, "vision.head_dim"),
         ({"layers": [2, 1, 1, 1], "width": 8, "conv1": [[8]] * 4}, "conv1 has 1 blocks in stage 1 and conv2 2"),

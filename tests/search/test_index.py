@@ -650,7 +650,7 @@ def test_the_commands_find_show_and_draw(
         (["INDEX", "cat", "--sheet", "x.gif"], "written as .png"),
         (["INDEX", "cat", "--sheet", "INSIDE"], "empty.txt is a file, so a.png cannot be in it"),
         (["INDEX", "cat", "--dtype", "x"], "choose auto, float32, bfloat16 or float16\n"),
-        (["INDEX", "cat", "--model", "none"], "give its new place with --model"),
+        (["INDEX", "cat", "--model", "none"], "give its new location with --model"),
         (["INDEX", "cat", "--model", "OTHER"], "made with another model"),
         (["none", "cat"], "not an index; make one with"),
     ],

@@ -510,7 +510,7 @@ def test_a_cache_notices_another_teacher(
         ({}, r"stages.0.inherit: manual needs a CLIP to inherit from, and the teacher is a SigLIP; name a checkpoint"),
         ({"start": "teacher"}, r"stages.0.inherit: manual needs a CLIP"),
         ({"inherit": "none"}, r"stages.0.student: give the whole shape with `like: NAME`"),
-        ({"towers": "image", "student": {}}, r"stages.0.towers: the other tower would be the teacher's, .* a SigLIP"),
+        ({"towers": "image", "student": {}}, r"stages.0.towers: the other tower would be copied .* a SigLIP"),
         ({"inherit": "none", "student": {"like": LIKE | {"text": LIKE["text"] | {"vocab_size": 60}}}}, "60 tokens"),
     ],
 )

@@ -221,7 +221,7 @@ def test_what_is_no_name(name: str) -> None:
 
 
 def test_a_name_of_several_models_names_them() -> None:
-    with pytest.raises(ValueError, match=r"ViT-45M-32 may be \S+-LAION400M or \S+-LAIONYFCC400M; give more"):
+    with pytest.raises(ValueError, match=r"ViT-45M-32 is ambiguous: \S+-LAION400M or \S+-LAIONYFCC400M; give a longer"):
         find("ViT-45M-32")
 
 

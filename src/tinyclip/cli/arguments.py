@@ -12,8 +12,8 @@ LARGEST = 2**53  # largest integer that a float holds exactly
 
 
 class Command(TyperCommand):
-    """A command that rejects empty arguments, which come from unset variables and as a path would mean the current
-    folder, and numbers that are not finite or are absurdly large."""
+    """A command that rejects empty arguments (usually an unset shell variable; an empty path would mean the current
+    folder), and numbers that are not finite or are absurdly large."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

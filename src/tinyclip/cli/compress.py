@@ -89,7 +89,7 @@ def _run(recipe: Any, overwrite: bool, resume: bool, smoke: bool, small: bool) -
 
 
 def _hint() -> str:
-    """Return the command that resumes this run, including torchrun's part; a description where that is unknown."""
+    """Return the command that resumes this run, including torchrun's part; or describes it if that is unknown."""
     words = ["tinyclip", *sys.argv[1:]]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         try:

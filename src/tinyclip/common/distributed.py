@@ -66,7 +66,7 @@ _left: list[Any] = []
 
 
 def _leave() -> NoReturn:
-    """Exit after another process failed, once it had time to report why: torchrun kills all when the first exits."""
+    """Exit after another process failed, but give it time to report why: torchrun kills all once one exits."""
     time.sleep(1)
     raise SystemExit(2)
 

@@ -147,8 +147,8 @@ def in_words(error: OSError) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text as editors count them: at `\\n`, `\\r\\n` and `\\r` alone, not at the other characters that
-    `str.splitlines` takes (U+2028, U+0085, form feeds), which stand inside captions."""
+    """Split a text into lines as editors do: at `\\n`, `\\r\\n` and `\\r` only, not at the other separators of
+    `str.splitlines` (U+2028, U+0085, form feeds), which occur inside captions."""
     lines = re.split(r"\r\n|\r|\n", text)
     return lines[:-1] if not lines[-1] else lines
 

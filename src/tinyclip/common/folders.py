@@ -79,7 +79,7 @@ def _check(path: Path, kind: str) -> None:
 
 
 def _replace(path: Path, new: Path, kind: str, aside: Path | None, known: Collection[str]) -> None:
-    """Put a new folder in place of an old one, which ends up in the new one's place or aside."""
+    """Put a new folder in place of an old one, which moves to `aside`, or to where the new one was."""
     if known:
         ownership.adopt(path, known)
     else:

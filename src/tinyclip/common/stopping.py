@@ -1,4 +1,4 @@
-"""Stopping a command: Ctrl-C and SIGTERM raise wherever it is, so that every `finally` cleans up."""
+"""Stopping a command: Ctrl-C and SIGTERM raise an exception wherever it is, so that every `finally` cleans up."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tinyclip.model.speed import measure
 
 
 def pair_latency_ms(model: CLIP, batch_size: int = 32) -> float:
-    """Measure milliseconds per image-text pair, in a batch with texts of full context; median of a few runs."""
+    """Measure milliseconds per image-text pair, in a batch with texts of full length; median of a few runs."""
     every_kernel = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(every_kernel):  # training may have restricted the kernels
         return 1000 / float(measure(model, batch_size=batch_size, seconds=0.5)["pairs_per_s"])

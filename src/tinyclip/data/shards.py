@@ -34,7 +34,7 @@ TAR_ERRORS = (
 
 
 def find_shards(folder: str | Path) -> list[Path]:
-    """Return the `.tar` and `.tar.gz` shards of a folder, sorted; of `x.tar` and `x.tar.gz` the newer one.
+    """Return the `.tar` and `.tar.gz` shards of a folder, sorted; if both `x.tar` and `x.tar.gz` exist, the newer one.
 
     Raises:
         ValueError: when the folder is missing or holds no shards.

@@ -69,7 +69,9 @@ class Table:
         if found is None:
             asked = repr(given) if given else "one of " + ", ".join(known)
             has = ", ".join(as_text(name)[:60] for name in self.columns[:20])
-            raise ValueError(f"{self.path}: no column {asked}; it has {has}; name it with {option}, or rename it")
+            raise ValueError(
+                f"{self.path}: no column {asked} (it has {has}); name the right one with {option}, or rename it"
+            )
         if self.columns.count(found) > 1:
             raise ValueError(f"{self.path}: {self.columns.count(found)} columns are named {found!r}; rename the others")
         return found

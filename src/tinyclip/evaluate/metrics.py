@@ -178,8 +178,8 @@ def check_classes(dataset: Dataset, known: int) -> None:
     """Raise `ValueError` when no picture has a class, or more have an unknown class than a known one."""
     lacking = [s for s in dataset.skipped if s.cause == "unknown_class"]
     if len(lacking) > known:
-        counted = f"{len(lacking):,} of {len(lacking) + known:,} pictures have no class that its list names"
-        raise ValueError(f"{dataset.path}: {counted}, so they do not match; the first: {lacking[0]}")
+        counted = f"{len(lacking):,} of {len(lacking) + known:,} pictures have a class that is not in its list"
+        raise ValueError(f"{dataset.path}: {counted}; the first: {lacking[0]}")
     if not known:
         raise ValueError(f"{dataset.path}: no picture has a class")
 

@@ -85,7 +85,7 @@ def export(
 
 
 def check_request(to: str, int8: bool, calibration: str | Path | None) -> None:
-    """Refuse what can be refused before loading a model; `ValueError` as `export`."""
+    """Reject invalid requests before loading a model, with the errors of `export`."""
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; choose {', '.join(FORMATS)}")
     if int8 and to not in ("onnx", "openvino"):

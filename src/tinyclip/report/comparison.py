@@ -274,7 +274,7 @@ def _notes() -> list[str]:
         "Affinity divergence: mean KL divergence of the student's distributions of texts for an image and of images "
         f"for a text from the teacher's. Calibration error: expected, over {BINS} bins of confidence. Both at each "
         "model's own logit scale.",
-        "Parameters without the token embedding. Speed with texts of full context: pairs/s in batches of 32, latency "
+        "Parameters without the token embedding. Speed with texts of full length: pairs/s in batches of 32, latency "
         "of a single pair, the models taking turns in one process.",
     ]
 

@@ -219,7 +219,7 @@ def write_report(
     measured = entries[0].measured
     costs = (
         f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
-        f"{measured['batch_size']}, texts of full context, the models taking turns in one process."
+        f"{measured['batch_size']}, texts of full length, the models taking turns in one process."
     )
     training = "Stages are plotted one after another. Losses of different terms cannot be compared."
     seen = (

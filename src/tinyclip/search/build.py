@@ -91,7 +91,7 @@ def scan(folder: str | Path) -> Folder:
 
 
 def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bool = False) -> None:
-    """Check what `build` can refuse without loading a model.
+    """Reject, without loading a model, what `build` would refuse.
 
     Raises:
         ValueError: as `build`.
@@ -109,8 +109,8 @@ def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bo
         before = Path(read_facts(out)["root"])
         if before != folder.root and not (moved or before.resolve() == folder.root.resolve()):
             raise ValueError(
-                f"{out} is the index of {before}, not of {folder.root}; --moved if the folder has moved, "
-                "--overwrite to rebuild the index"
+                f"{out} is the index of {before}, not of {folder.root}; use --moved if the folder has moved, "
+                "or --overwrite to rebuild the index"
             )
 
 

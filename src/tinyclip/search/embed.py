@@ -109,7 +109,7 @@ def _fill(
 
 
 def check(source: Source, out: str | Path, plan: Plan, overwrite: bool = False) -> dict[str, Any]:
-    """Check what `embed` can refuse without a model, and return those facts for `embed.json` that need none.
+    """Reject, without a model, what `embed` would refuse, and return the facts for `embed.json` that need none.
 
     Raises:
         ValueError: as `embed`.
@@ -191,7 +191,7 @@ def _check_same(out: Path, facts: dict[str, Any]) -> None:
             old, new = before.get(_NAMED.get(key, key)), facts[_NAMED.get(key, key)]
             change = f"{old or 'none'}, now {new or 'none'}" if old != new else f"{new}, which has changed since"
             raise ValueError(
-                f"{out} was made with another {name.replace('_', ' ')} ({change}); --overwrite starts over"
+                f"{out} was made with another {name.replace('_', ' ')} ({change}); use --overwrite to start over"
             )
 
 

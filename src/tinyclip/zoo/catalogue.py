@@ -1,4 +1,7 @@
-"""The published models, the shipped ones, and facts about each. Does not import torch."""
+"""The published models, the shipped ones, and facts about each. Does not import torch.
+
+The figures come from the paper's model table (ICCV 2023) and its release page, which publishes no checksums:
+`common.download` records the checksum of the first download."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Resolve names of published TinyCLIP models and hub ids to local files.
-
-The models' figures in `catalogue` come from the paper's model table (ICCV 2023) and its release page.
-"""
+"""Resolve names of published TinyCLIP models and hub ids to local files."""
 
 from __future__ import annotations
 
