@@ -379,7 +379,7 @@ def test_what_is_compared() -> None:
     assert (figures["acc1_model"], figures["acc1"]) == (0.5, 0.25)
     assert agreement.compare(ours, ours, real=True)["top1_agreement"] == 1
     for precision in agreement.LEAST:
-        with pytest.raises(ValueError, match=rf"it disagrees .* is required in {precision}"):
+        with pytest.raises(ValueError, match=rf"it disagrees .* {precision} requires"):
             agreement.refuse(figures, precision, "it")
     with pytest.raises(ValueError, match=r"image features have cosines down to nan"):
         agreement.refuse(figures | {"image_min_cosine": float("nan")}, "int8", "it")
