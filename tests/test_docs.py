@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.helpers.models import ROOT
 from tests.helpers.shards import picture
 from tinyclip.model.config import vit_clip
 from tinyclip.model.model import CLIP
+from tinyclip.recipe.recipe import load_recipe
 from tinyclip.zoo.convert import convert
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,11 +128,19 @@ def test_snippets_run(page: Path, workplace: Path) -> None:
         elif language == "bash":
             for line in code.splitlines():
                 assert line.startswith("tinyclip "), f"{page.name}: a command that no test runs: {line}"
+                _check_recipe(shlex.split(line)[1:])
                 if "distill recipes/emoji-25" in line:  # continues from the other recipe
                     tinyclip("distill", "recipes/emoji-50.yaml")
                 tinyclip(*shlex.split(line)[1:])
         else:
             raise AssertionError(f"{page.name}: a block of {language!r} that no test runs")
+
+
+def _check_recipe(words: list[str]) -> None:
+    """A printed command must also be valid for the recipe as it is, not only for the shortened one."""
+    recipe = next((ROOT / word for word in words if word.startswith("recipes/")), None)
+    if recipe is not None:
+        load_recipe(recipe, [value for option, value in pairwise(words) if option == "--set"])
 
 
 @pytest.mark.parametrize("script", ["document_recipes.py", "document_commands.py", "figures.py"])

@@ -141,7 +141,10 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("vocab", "prune", "teacher", "x", "--texts", "nowhere"), "nowhere"),
         (("vocab", "prune", "teacher", "x", "--texts", "empty.txt"), "empty.txt: contains no texts"),
         (("probe", "teacher", "table.csv"), "table.csv: a table of captions has no classes"),
-        (("compare", "teacher", "teacher", "--data", "table.csv"), "name the right one with --image-column, or rename it"),
+        (
+            ("compare", "teacher", "teacher", "--data", "table.csv"),
+            "name the right one with --image-column, or rename it",
+        ),
         (("report", "eval"), "no finished run"),
         (("clasify",), "No such command 'clasify'. Did you mean 'classify'? (see `tinyclip --help`)"),
         (("classify",), "Missing argument 'MODEL' (see `tinyclip classify --help`)"),

@@ -33,6 +33,12 @@ def as_text(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode()
 
 
+def check_utf8(path: str | Path) -> None:
+    """Raise `ValueError` for a path that is not valid UTF-8, which safetensors and USearch cannot open."""
+    if as_text(str(path)) != str(path):
+        raise ValueError(f"{as_text(str(path))}: this path is not valid UTF-8; rename it, or choose another")
+
+
 LARGEST_TEXT = 2**31  # bytes of a text file
 
 # Characters that move the cursor, end a line or change the text direction.

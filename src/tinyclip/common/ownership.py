@@ -156,13 +156,13 @@ def check_replaceable(folder: Path, kind: str) -> None:
         raise ValueError(f"{folder} is a file, so it is not replaced by a folder; choose another place")
     if is_free(folder):
         return
-    what, kept = KINDS[kind], "so it is not replaced"
+    what, kept = KINDS[kind], "so it is left alone"
     marker = read_marker(folder)
     if marker is None:
         first = min(entry.name for entry in folder.iterdir() if entry.name not in LOCKS)
         raise ValueError(
-            f"{folder} holds more than {what} ({as_text(first)}), {kept}: without a {MARKER} it is not a "
-            f"{what.split()[-1]} from tinyclip; choose another place, or remove it by hand"
+            f"{folder} has no {MARKER}, so tinyclip cannot tell whether it wrote what is there ({as_text(first)}), "
+            f"{kept}; choose another place, or remove it by hand"
         )
     if marker.kind != kind:
         raise ValueError(f"{folder} is {KINDS[marker.kind]} from tinyclip, not {what}, {kept}; choose another place")
@@ -171,7 +171,8 @@ def check_replaceable(folder: Path, kind: str) -> None:
         shown = ", ".join(as_text(path.relative_to(folder).as_posix()) for path in others[:NAMED])
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         raise ValueError(
-            f"{folder} holds more than {what} ({shown}{more}), {kept}; move that away, or choose another place"
+            f"{folder} also holds files that tinyclip did not write ({shown}{more}), {kept}; move them away, or choose "
+            "another place"
         )
 
 

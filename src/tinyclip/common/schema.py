@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 # Far beyond any existing CLIP: a size from a damaged or hostile file is refused before anything is allocated.
 LARGEST = 2**20
@@ -21,14 +22,40 @@ def explain(error: ValidationError) -> str:
     for item in error.errors(include_url=False):
         # Pydantic also names the union member that it tried; users know only the key.
         path = ".".join(str(p) for p in item["loc"] if not re.match(UNION_MEMBERS, str(p)))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
+        message = _in_words(item)
         # For a union, keep the first member's error, unless another member's error is nested deeper.
         if not any(known.startswith(f"{path}.") or known == path for known in parts if path):
             parts = {known: text for known, text in parts.items() if not (known and path.startswith(f"{known}."))}
             parts[path or message] = message
     return "; ".join(f"{path}: {message}" if path != message else message for path, message in parts.items())
+
+
+# What pydantic's error types mean to someone who writes a recipe; others keep pydantic's own words.
+IN_WORDS = {
+    "extra_forbidden": "unknown key",
+    "missing": "missing",
+    "int_parsing": "must be a whole number, not {input!r}",
+    "int_type": "must be a whole number, not {input!r}",
+    "int_from_float": "must be a whole number, not {input!r}",
+    "float_parsing": "must be a number, not {input!r}",
+    "float_type": "must be a number, not {input!r}",
+    "bool_parsing": "must be true or false, not {input!r}",
+    "bool_type": "must be true or false, not {input!r}",
+    "string_type": "must be text, not {input!r}; put it in quotes",
+    "string_pattern_mismatch": "must be letters, digits and . _ - only, not {input!r}",
+    "literal_error": "must be {expected}, not {input!r}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+def _in_words(item: ErrorDetails) -> str:
+    form = IN_WORDS.get(item["type"])
+    if form is None or len(repr(item["input"])) > 60:
+        return item["msg"].removeprefix("Value error, ")
+    return form.format(input=item["input"], **item.get("ctx", {}))
 
 
 class Strict(BaseModel):

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from tinyclip.common.faults import Fault, Skipped
-from tinyclip.data.picture_files import CONVERTED, COPIED, LeftOut, because, find_pictures
+from tinyclip.data.picture_files import LeftOut, because, find_pictures
 from tinyclip.data.samples import captions_of
 from tinyclip.data.tables import (
     CAPTION_COLUMNS,
@@ -88,8 +88,7 @@ def captioned(
 def complete(source: Path, items: list[Item], left_out: Sequence[LeftOut]) -> list[Item]:
     """Append the paths that were left out, as items with their fault; `ValueError` when there are no items."""
     if not items:
-        kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
-        raise ValueError(f"{source}: no pictures ({kinds}) in it{because(left_out)}")
+        raise ValueError(f"{source}: contains no pictures{because(left_out)}")
     return items + [Item(path, (), problem=fault) for path, fault in left_out]
 
 

@@ -223,7 +223,7 @@ def _finished(features: np.ndarray, normalize: bool) -> np.ndarray:
 def check_device(where: str, device: Any) -> None:
     """Raise `ValueError` for any device other than the CPU."""
     if str(device) not in ("cpu", "auto"):
-        raise ValueError(f"{where} is an export, which runs on the CPU, not on {device}")
+        raise ValueError(f"{where}: exports and other runtimes run on the CPU only, not on {device}")
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tinyclip.common.schema import Count, Positive, Precision, Strict, explain
+from tinyclip.common.schema import Count, Positive, Strict, explain
 from tinyclip.common.yaml_text import read_yaml
 from tinyclip.inputs.augment import Augment
 from tinyclip.recipe.overrides import model_from, override
@@ -60,7 +60,7 @@ class Recipe(Strict):
     seed: Count = Field(0, description="random seed of weights, data order and views")
     workers: Count = Field(1, description="processes that decode images")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: CUDA, else MPS, else the CPU")
-    precision: Literal["auto"] | Precision = Field(
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="bfloat16, float16 or float32; auto: the fastest the device supports"
     )
     tracking: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field(

@@ -200,7 +200,9 @@ class Stage(Strict):
     @model_validator(mode="after")
     def _warmup_fits(self) -> Stage:
         if self.optimizer.warmup_steps >= self.steps:
-            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}")
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below steps {self.steps}; lower it"
+            )
         for name in ("auto", "calibrated"):
             if (self.inherit == name) != (getattr(self, name) is not None):
                 raise ValueError(f"`inherit: {name}` and a section `{name}` must be given together")

@@ -23,11 +23,11 @@ import numpy as np
 
 from tinyclip.common import faults
 from tinyclip.common.faults import Fault, Skipped, Unusable
-from tinyclip.common.files import checksum, flush, json_text, write_atomically
+from tinyclip.common.files import check_utf8, checksum, flush, json_text, write_atomically
 from tinyclip.common.folders import remove_leftovers
 from tinyclip.common.locks import lock_of, take
 from tinyclip.common.ownership import check_replaceable, claim, drop, is_free, read_marker
-from tinyclip.data.picture_files import CONVERTED, COPIED, LeftOut, because, find_pictures, skipped_of
+from tinyclip.data.picture_files import LeftOut, because, find_pictures, skipped_of
 from tinyclip.inputs.batching import ahead, batches, check_finite
 from tinyclip.search.index import (
     COLUMNS,
@@ -85,8 +85,7 @@ def scan(folder: str | Path) -> Folder:
         else:
             left_out.append((path, Fault("no_image", "a pipe or a device, not a file")))
     if not files:
-        kinds = ", ".join(sorted([*COPIED, *CONVERTED]))
-        raise ValueError(f"{folder}: no pictures ({kinds}) in it{because(left_out)}")
+        raise ValueError(f"{folder}: contains no pictures{because(left_out)}")
     return Folder(root, files, skipped_of(left_out, root))
 
 
@@ -98,6 +97,7 @@ def check(folder: Folder, out: str | Path, *, overwrite: bool = False, moved: bo
     """
     out = Path(out)
     Vectors(1)  # fails if USearch is not installed
+    check_utf8(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose a folder for the index")
     there = (out / INFO).exists()

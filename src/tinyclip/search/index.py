@@ -166,7 +166,10 @@ def check_model(facts: dict[str, Any], index: Path, model: str, fingerprint: str
     if facts["model_fingerprint"] != fingerprint:
         before = facts["model"]
         change = f"{before}, now {model}" if before != model else f"{model}, which has changed since"
-        raise ValueError(f"{index} was made with another model ({change}); rebuild it with --overwrite")
+        raise ValueError(
+            f"{index} was made with another model ({change}); use that one, or rebuild the index "
+            "with `tinyclip index --overwrite`"
+        )
 
 
 def pixels(clip: Any, file: Path | BinaryIO) -> np.ndarray:

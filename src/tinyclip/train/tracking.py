@@ -30,7 +30,7 @@ def check_trackers(recipe: Recipe) -> None:
     missing = [name for name in recipe.tracking if find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"tracking: {' and '.join(missing)} not installed; `pip install {' '.join(missing)}`, all three come with "
+            f"tracking: {' and '.join(missing)} not installed: `pip install {' '.join(missing)}`, or all three with "
             "`pip install 'tinyclip[tracking]'`"
         )
 

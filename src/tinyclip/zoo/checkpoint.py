@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinyclip.common.files import read_json_object
+from tinyclip.common.files import check_utf8, read_json_object
 from tinyclip.common.folders import atomic_directory
 from tinyclip.common.schema import explain
 from tinyclip.inputs.tokenizer import CLIPTokenizer
@@ -60,8 +60,10 @@ def save_checkpoint(
         known: see `atomic_directory`.
 
     Raises:
-        ValueError: if the folder cannot be written, or holds anything besides our checkpoint.
+        ValueError: if the folder cannot be written, its path is not valid UTF-8, or it holds anything besides our
+            checkpoint.
     """
+    check_utf8(path)
     card = card or Card()
     with atomic_directory(path, "model", known=known) as folder:
         save_into(folder, model, tokenizer, preprocess, dtype)
@@ -112,6 +114,7 @@ def load_checkpoint(
     Raises:
         ValueError: if a part is missing or damaged, or parts do not fit each other; names them.
     """
+    check_utf8(path)
     path = _whole(Path(path))
     check_activation(activation, str(path))
     if find_export(path) is not None:

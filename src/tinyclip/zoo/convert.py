@@ -57,8 +57,8 @@ def save_open_clip(folder: Path, model: CLIP, tokenizer: CLIPTokenizer, preproce
     config = model.config
     if tokenizer.merges != clip_tokenizer().merges:
         raise ValueError(
-            f"the vocabulary was reduced to {tokenizer.vocab_size:,} tokens, which OpenCLIP's tokenizer does not "
-            "support; convert to hf, or convert the model from before `tinyclip vocab prune`"
+            f"the vocabulary has {tokenizer.vocab_size:,} tokens, not CLIP's own, which OpenCLIP's tokenizer does not "
+            "support; convert to hf, or, if it was pruned, convert the model from before `tinyclip vocab prune`"
         )
     data = {"model_cfg": open_clip_config(config), "preprocess_cfg": _open_clip_looks(preprocess)}
     _write_json(folder / OPEN_CLIP_CONFIG, data)
