@@ -22,9 +22,9 @@ Every command explains itself with `--help`. Where a command takes a MODEL, give
 | exit code | |
 |---|---|
 | 0 | done; data that was left out is counted and named |
-| 1 | the data was read, but none of it is usable: every picture is broken, for example; or the reader of a pipe has gone |
+| 1 | the data was read, but none of it is usable; or the reader of a pipe is gone |
 | 2 | an invalid request: one line on standard error says what is wrong |
-| 130, 143 | stopped by Ctrl-C or SIGTERM, at any moment; temporary files are removed, and a run that has begun its steps prints how to resume |
+| 130, 143 | stopped by Ctrl-C or SIGTERM; temporary files are removed, and a run that has begun says how to resume |
 
 Long work shows its progress and the time left on standard error: a bar on a terminal, and in a log a plain line every
 ten seconds, later every minute. Results go to standard output. Names in data, files and checkpoints are untrusted, so

@@ -116,7 +116,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("inherit", "teacher", "x", "--shape", "vision"), "--shape vision: write"),
         (("distill", "recipe.yaml", "--set", "stages.0.batch_size=999"), "999 exceeds the 20 samples"),
         (("evaluate", "teacher", "eval", "--templates", "eval"), "a folder, not a file of templates"),
-        (("vocab", "prune", "teacher", "data", "--texts", "data", "--overwrite"), "data holds more than a checkpoint"),
+        (("vocab", "prune", "teacher", "data", "--texts", "data", "--overwrite"), "data has no .tinyclip.json"),
         (("evaluate", "teacher", "nowhere"), "nowhere: no such data folder"),
         (("measure", "ViT-Z"), "ViT-Z: no such checkpoint"),
         (("measure", "TinyCLIP-ViT-45M-32-Text-18M"), "is ambiguous: TinyCLIP-auto-ViT-45M"),
@@ -134,7 +134,7 @@ def test_pack_and_prune(place: Path, tmp_path: Path) -> None:
         (("inherit", "teacher", "data", "--like", "ViT-B-32"), "data exists"),
         (
             ("inherit", "teacher", "mixed", "--shape", "text.layers=1", "--overwrite"),
-            "mixed holds more than a checkpoint",
+            "mixed has no .tinyclip.json",
         ),
         (("data", "pack", "nowhere", "x"), "nowhere: no such file or folder"),
         (("data", "prepare", "eval"), "no .tar shards"),

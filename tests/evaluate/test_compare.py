@@ -416,7 +416,7 @@ def test_the_command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "teacher", "a/student", "--data", "classes", "-o", "out", "--overwrite"
     )
     assert list(json.loads((place / "out" / "compare.json").read_text())["models"]) == ["teacher", "student"]
-    assert "classes holds more than a comparison (cat)" in tinyclip(*models, "-o", "classes", "--overwrite", code=2)
+    assert "classes has no .tinyclip.json" in tinyclip(*models, "-o", "classes", "--overwrite", code=2)
     assert len(list(place.iterdir())) == 5  # nothing else is left
 
 

@@ -265,7 +265,7 @@ def test_a_tracker_that_cannot_be_opened(place: Path, tmp_path: Path, monkeypatc
 def test_a_tracker_that_is_not_installed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None if name == "trackio" else sys)
     chosen = recipe(place, tmp_path / "run", tracking=["tensorboard", "trackio"])
-    with pytest.raises(ValueError, match=r"^tracking: trackio not installed; `pip install trackio`[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^tracking: trackio not installed: `pip install trackio`[^\n]*$"):
         loop.start(chosen)
     assert not (tmp_path / "run").exists()
 
@@ -286,7 +286,9 @@ def test_trackers_by_name_in_a_recipe_and_on_the_command_line(place: Path, tmp_p
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(chosen))
     for text, expected in (("tensorboard", ["tensorboard"]), ("[trackio, wandb]", ["trackio", "wandb"]), ("null", [])):
         assert list(load_recipe(tmp_path / "recipe.yaml", [f"tracking={text}"]).tracking) == expected
-    with pytest.raises(ValueError, match=r"^[^\n]*tracking.0: Input should be 'tensorboard', 'trackio' or 'wandb'$"):
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*tracking.0: must be 'tensorboard', 'trackio' or 'wandb', not 'tensorbord'$"
+    ):
         load_recipe(tmp_path / "recipe.yaml", ["tracking=mlflow"])
     with pytest.raises(ValueError, match=r"^[^\n]*tracking: [^\n]*a tracker is named twice$"):
         load_recipe(tmp_path / "recipe.yaml", ["tracking=[wandb, wandb]"])

@@ -176,7 +176,7 @@ def test_unequal_blocks_are_named(to: str, text: dict[str, Any], message: str, t
 def test_a_reduced_vocabulary_cannot_be_had_by_open_clip(tmp_path: Path) -> None:
     save(tmp_path / "ours", config(vocab_size=602, context_length=12), small_tokenizer())
     with pytest.raises(
-        ValueError, match=r"reduced to 602 tokens, which OpenCLIP's tokenizer does not support; convert to hf"
+        ValueError, match=r"has 602 tokens, not CLIP's own, which OpenCLIP's tokenizer does not support; convert to hf"
     ):
         convert(tmp_path / "ours", tmp_path / "theirs", "open_clip")
 
@@ -232,5 +232,5 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "tsconfig.json").write_text("{}")
     message = command("convert", tmp_path / "ours", tmp_path / "project", "--overwrite", code=2)
-    assert "holds more than a checkpoint" in message
+    assert "has no .tinyclip.json" in message
     assert (tmp_path / "project" / "tsconfig.json").exists()
