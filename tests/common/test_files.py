@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,10 @@ def test_a_full_disk_leaves_nothing_of_the_unpacking(tmp_path: Path, monkeypatch
 def test_a_full_disk_ends_a_command_in_one_line(
     command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (
-        "common.files",
-        "common.folders",
-        "search.vectors",
-        "search.build",
-        "teachers.make_cache",
-        "search.feature_files",
-    ):
-        __import__(f"tinyclip.{module}")
-        monkeypatch.setattr(sys.modules[f"tinyclip.{module}"], "flush", full)
+    names = ("common.files", "common.folders", "search.vectors", "search.build", "teachers.make_cache")
+    modules = [import_module(f"tinyclip.{name}") for name in (*names, "search.feature_files")]
+    for module in modules:  # only now: a module imported after the first patch would keep the patched function
+        monkeypatch.setattr(module, "flush", full)
     error = call(place, command, tmp_path / "out", code=2).splitlines()[-1]
     assert re.search(f"cannot write {place / 'data' if command == 'cache' else tmp_path / 'out'}.*: {FULL}$", error)
     assert ".tmp" not in error

@@ -182,7 +182,7 @@ def test_other_places_that_are_refused(
     out = copied("inherit")
     monkeypatch.setenv("HOME", str(place))
     for where in ("/", str(place), str(Path.cwd()), str(place.parent)):
-        assert "replaced" in call(place, "inherit", Path(where), "--overwrite", code=2)
+        assert "left alone" in call(place, "inherit", Path(where), "--overwrite", code=2)
     monkeypatch.chdir(out)
     for where in (".", str(out)):
         assert "is the current folder" in call(place, "inherit", Path(where), "--overwrite", code=2)

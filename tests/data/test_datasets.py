@@ -305,7 +305,7 @@ def test_tables(tmp_path: Path) -> None:
     lines.write_text('{"where": "pictures/0.jpg", "words": ["a fox", "red"]}\n')
     options: dict[str, Any] = {"image_column": "where", "caption_column": "words"}
     assert [e.captions for e in open_dataset(lines, **options)] == [("a fox", "red")]
-    with pytest.raises(ValueError, match=r"no column one of .* name it with --image-column"):
+    with pytest.raises(ValueError, match=r"no column one of .* name the right one with --image-column"):
         open_dataset(lines)
     with pytest.raises(ValueError, match="it has no splits"):
         open_dataset(table, split="test")

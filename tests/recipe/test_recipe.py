@@ -56,10 +56,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.0.augment.scale=[0, 2]", "stages.0.augment.scale"),
         ("stages.0.student.vision.depth=3", "stages.0.student.vision.depth: unknown key"),
         ("stages=[]", "stages"),
-        ("stages.0={name: a, steps: 9, inherit: auto, auto: {steps: 2, target_sparsity: 1.5}}", "less than 1$"),
+        ("stages.0={name: a, steps: 9, inherit: auto, auto: {steps: 2, target_sparsity: 1.5}}", "must be below 1"),
         (
             "stages.0={name: a, steps: 9, inherit: auto, auto: {steps: 2, target_sparsity: {image: 0.3}}}",
-            "y.text: Field",
+            "y.text: missing",
         ),
         ("teacher=null", "either `teacher` .* or `model`"),
         ("device=tpu", "device"),

@@ -429,7 +429,7 @@ def test_another_folder_is_refused_and_a_moved_one_is_known(
     make()
     before = sorted(p.name for p in (tmp_path / "index").iterdir())
     moved = pictures.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"is the index of .*pictures, not of .*moved; --moved if"):
+    with pytest.raises(ValueError, match=r"is the index of .*pictures, not of .*moved; use --moved if"):
         make(moved)
     assert sorted(p.name for p in (tmp_path / "index").iterdir()) == before
     assert make(moved, moved=True)["computed"] == 0

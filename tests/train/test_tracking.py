@@ -287,7 +287,7 @@ def test_trackers_by_name_in_a_recipe_and_on_the_command_line(place: Path, tmp_p
     for text, expected in (("tensorboard", ["tensorboard"]), ("[trackio, wandb]", ["trackio", "wandb"]), ("null", [])):
         assert list(load_recipe(tmp_path / "recipe.yaml", [f"tracking={text}"]).tracking) == expected
     with pytest.raises(
-        ValueError, match=r"^[^\n]*tracking.0: must be 'tensorboard', 'trackio' or 'wandb', not 'tensorbord'$"
+        ValueError, match=r"^[^\n]*tracking.0: must be 'tensorboard', 'trackio' or 'wandb', not 'mlflow'$"
     ):
         load_recipe(tmp_path / "recipe.yaml", ["tracking=mlflow"])
     with pytest.raises(ValueError, match=r"^[^\n]*tracking: [^\n]*a tracker is named twice$"):

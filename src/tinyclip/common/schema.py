@@ -52,10 +52,11 @@ IN_WORDS = {
 
 
 def _in_words(item: ErrorDetails) -> str:
-    form = IN_WORDS.get(item["type"])
-    if form is None or len(repr(item["input"])) > 60:
+    form, given = IN_WORDS.get(item["type"]), item["input"]
+    shown = isinstance(given, str | int | float | None) and len(str(given)) <= 60
+    if form is None or ("{input" in form and not shown):
         return item["msg"].removeprefix("Value error, ")
-    return form.format(input=item["input"], **item.get("ctx", {}))
+    return form.format(input=given if shown else "", **item.get("ctx", {}))
 
 
 class Strict(BaseModel):
