@@ -126,7 +126,7 @@ def test_sources_that_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs \{c\}"):
         find_items(tmp_path / "in", templates=["a photo"])
     (tmp_path / "t.csv").write_text("url,alt\na.jpg,hello\n")
-    with pytest.raises(ValueError, match="it has url, alt\); name the right one with --image-column"):
+    with pytest.raises(ValueError, match=r"it has url, alt\); name the right one with --image-column"):
         find_items(tmp_path / "t.csv")
     with pytest.raises(ValueError, match="no column 'nope'"):
         find_items(tmp_path / "t.csv", image_column="url", caption_column="nope")

@@ -586,7 +586,7 @@ def test_formats_of_others_are_checked_too(to: str, tmp_path: Path, place: Path)
         ),
         (("classify", "uneven-onnx", "0.png", "a", "--device", "cuda"), "runs on the CPU"),
         (("classify", "uneven-onnx", "0.png", "a", "--runtime", "torch"), "torch cannot run"),
-        (("measure", "ViT-B-32", "--runtime", "openvino"), "which only torch runs"),
+        (("measure", "ViT-B-32", "--runtime", "openvino"), "it runs with torch, not"),
         (("evaluate", "uneven-onnx", "shards", "--compile"), "other runtimes always compile"),
         (("structure", "uneven-onnx"), "is an export, which cannot be used for this"),
         (("distill", "uneven-onnx"), "uneven-onnx"),
