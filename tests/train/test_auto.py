@@ -114,7 +114,7 @@ def test_a_target_that_is_missed_is_said(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_shape_relative_to_one_that_is_yet_to_be_found_is_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"stages.1.student: the previous stage finds its own shape"):
+    with pytest.raises(ValueError, match=r"stages.1.student: the previous stage determines its own shape"):
         recipe(place, tmp_path / "run", stages=[auto("a"), stage("b", student={"text": {"layers": 1}})])
     run(recipe(place, tmp_path / "run", stages=[auto("a"), stage("b", student={})]))
 

@@ -225,9 +225,9 @@ def test_a_dry_run_only_lists(
     ("answers", "message"),
     [
         ({"": 401}, "HTTP 401, the token is not valid; log in with `hf auth login`"),
-        ({"/repos/create": 403, "/org/small": 404}, "HTTP 403, the token may not write there"),
+        ({"/repos/create": 403, "/org/small": 404}, "HTTP 403, the token lacks write access"),
         ({"/repos/create": 404}, "HTTP 404, no such organisation"),
-        ({"/commit/main": 403}, "HTTP 403, the token may not write there"),
+        ({"/commit/main": 403}, "HTTP 403, the token lacks write access"),
         ({"/commit/main": 400}, "HTTP 400, what the hub says"),
         ({"put": 403}, "Error while uploading 'model.safetensors' to the Hub"),
     ],

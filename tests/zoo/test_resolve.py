@@ -409,7 +409,7 @@ def test_a_model_of_the_hub(hub: FileServer, tmp_path: Path) -> None:
         ("org/other", {}, "org/other: no such checkpoint here, and .*/org/other cannot be read .HTTP 404"),
         ("hf:org/small@v9", {}, "org/small@v9: no such checkpoint here, and .*/org/small cannot be read .HTTP 404"),
         ("hf:a//b", {}, "a//b: not a Hugging Face id; write org/name"),
-        ("org/small", {"HF_HUB_OFFLINE": "1"}, "the Hugging Face hub cannot be reached or is switched off"),
+        ("org/small", {"HF_HUB_OFFLINE": "1"}, "the Hugging Face hub cannot be reached or is disabled"),
         ("org/small", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hugging Face hub cannot be reached"),
     ],
 )
@@ -523,7 +523,7 @@ def test_a_teacher_by_name(server: FileServer, tmp_path: Path) -> None:
         (("zoo", AUTO, "--verify"), "not downloaded yet"),
         (("zoo", AUTO, "--download"), "HTTP 404 Not Found; if you have the file from elsewhere, put it at"),
         (("measure", AUTO), "HTTP 404"),
-        (("evaluate", "ViT-63M", "."), "ViT-63M may be"),
+        (("evaluate", "ViT-63M", "."), "ViT-63M is ambiguous"),
     ],
 )
 def test_bad_input_is_one_line(
