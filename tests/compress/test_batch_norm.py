@@ -149,7 +149,7 @@ def test_an_untouched_image_tower_keeps_its_statistics() -> None:
         ({"inherit": "none", "batch_norm": "frozen"}, "random weights have no statistics to freeze"),
         ({"batch_norm": "train"}, "batch_norm_batches: only with `batch_norm: frozen`"),
         ({"inherit": "none"}, "batch_norm_batches: only with `batch_norm: frozen`"),
-        ({"batch_norm_batches": 0}, "must be at least 1"),
+        ({"batch_norm_batches": 0}, "greater than or equal to 1"),
         ({"batch_norm": "thaw"}, "'frozen' or 'train'"),
     ],
 )

@@ -98,7 +98,7 @@ def labels_from(text: str | None) -> list[str]:
     if not labels:
         raise ValueError("No labels: type some, one per line or separated by commas.")
     if len(labels) > MOST_LABELS:
-        raise ValueError(f"{len(labels):,} labels are too many,  {MOST_LABELS} at most.")
+        raise ValueError(f"{len(labels):,} labels are too many, {MOST_LABELS} at most.")
     if max(map(len, labels)) > LONGEST_LABEL:
         raise ValueError(f"A label is too long: {LONGEST_LABEL} characters at most.")
     return labels
