@@ -23,7 +23,6 @@ from tests.helpers.judged import grey, shards
 from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.cli import main
 from tinyclip.evaluate import compare, stats
-from tinyclip.evaluate import contenders as contenders_module
 from tinyclip.evaluate.compare import affinity_divergence, check, differences, judge, thumbnails
 from tinyclip.evaluate.contenders import Contender, costs, disk_size, labels
 from tinyclip.evaluate.metrics import evaluate, open_dataset
@@ -71,12 +70,6 @@ class Noisy:
 
 def contender(name: str, noise: float, dim: int = 12, scale: float = 12.0) -> Contender:
     return Contender(name, f"models/{name}", Noisy(noise, dim, math.log(scale)), 1000)
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders_module, "ROUNDS", 2)
-    monkeypatch.setattr(contenders_module, "SECONDS", 0)
 
 
 @pytest.fixture(scope="module")

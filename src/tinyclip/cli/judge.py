@@ -337,7 +337,6 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
     from tinyclip.common import faults
     from tinyclip.report.runs import COLUMNS, report, table
 
-    check_file(path)  # before timing the models
     entries = report(runs, path, title)
     print_table(COLUMNS, table(entries))
     for run in runs:
