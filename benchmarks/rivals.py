@@ -95,7 +95,7 @@ def hugging_face(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Way:
     import_open_clip()  # it works around a mismatched torchvision, which breaks transformers
     from transformers import AutoTokenizer, CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(folder / "hf").to(device, dtype).eval()  # type: ignore[arg-type]
+    model: Any = CLIPModel.from_pretrained(folder / "hf").to(device, dtype).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "hf")
     ready: dict[tuple[str, ...], Any] = {}
 
@@ -137,7 +137,7 @@ def hugging_face_trainable(folder: Path, device: str = "cpu") -> Trainable:
     import_open_clip()
     from transformers import CLIPModel
 
-    model: Any = CLIPModel.from_pretrained(folder / "hf").to(device).train()  # type: ignore[arg-type]
+    model: Any = CLIPModel.from_pretrained(folder / "hf").to(device).train()
 
     def features(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         outputs = model.get_image_features(pixel_values=images), model.get_text_features(input_ids=tokens)

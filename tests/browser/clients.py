@@ -36,7 +36,7 @@ def start(*arguments: object, command: list[str] = COMMAND, **options: Any) -> t
 def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
     """Stop the page and return its standard error, which must hold no traceback."""
     process.send_signal(number)
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors, errors
     return errors
@@ -45,7 +45,7 @@ def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
 @contextmanager
 def visitor(address: str, **options: Any) -> Iterator[httpx.Client]:
     """A client with a cookie jar that has opened the page."""
-    with httpx.Client(base_url=address, timeout=30, trust_env=False, **options) as client:
+    with httpx.Client(base_url=address, timeout=60, trust_env=False, **options) as client:
         client.get("/").raise_for_status()
         yield client
 
@@ -76,7 +76,7 @@ def call(client: httpx.Client, data: list[Any], function: int = 0, session: str 
 def raw(address: str, request: bytes, more: Iterable[bytes] = ()) -> bytes:
     """Return the answer to bytes that no client library would send."""
     host, port = re.findall(r"//([\w.]+):(\d+)", address)[0]
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(request)
         for piece in more:
             connection.sendall(piece)

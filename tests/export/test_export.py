@@ -50,11 +50,19 @@ def with_tokenizer(config: CLIPConfig) -> tuple[CLIPConfig, CLIPTokenizer]:
     return config.model_copy(update={"text": text}), tokenizer
 
 
+def uneven() -> CLIPConfig:
+    """Two blocks a tower: attention or MLP missing, or there but empty."""
+    config = uneven_config()
+    vision = config.vision.model_copy(update={"heads": (3, 0), "mlp_width": (7, None)})
+    text = config.text.model_copy(update={"heads": (None, 2), "mlp_width": (0, None)})
+    return config.model_copy(update={"vision": vision, "text": text})
+
+
 def models() -> dict[str, tuple[CLIP, CLIPTokenizer]]:
     """Float64 models: a ViT as automatic pruning leaves it, a ResNet, a ViT with QuickGELU and the shortest context."""
     found = {}
     for name, config in {
-        "uneven": uneven_config(),
+        "uneven": uneven(),
         "resnet": resnet_config((1, 1, 1, 1)),
         "shortest": vit_clip(
             8, (1, 8), (1, 8), 8, image_size=16, head_dim=8, context_length=2, activation="quick_gelu"

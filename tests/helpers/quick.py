@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ def quick() -> None:
     libraries imported that takes half a second, and many tests start loaders.
 
     Runs and comparisons end by timing their models for seconds; no test checks a speed, so a call or two is enough."""
+    gc.set_threshold(10_000, 20, 100)  # a full collection scans all the libraries for half a second
     gc_dataset.gc = SimpleNamespace(collect=int, freeze=int, unfreeze=int, get_objects=list)
     median_seconds = speed.median_seconds
 

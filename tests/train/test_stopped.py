@@ -78,7 +78,7 @@ def alive(group: int) -> list[int]:
 
 
 def test_the_torchrun_script_stops_and_goes_on(place: Path, tmp_path: Path) -> None:
-    changes = {"stages": [stage(steps=60)], "workers": 0, "save_every": 1000}
+    changes = {"stages": [stage(steps=30)], "workers": 0, "save_every": 1000}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
     path = written(parts, tmp_path / "recipe.yaml")
     script = ["sh", str(ROOT / "docs" / "torchrun.sh"), "distill", path]

@@ -84,7 +84,8 @@ def run(app: Any, place: socket.socket, ready: Callable[[], None]) -> None:
     thread = threading.Thread(target=serve, name="server", daemon=True)
     thread.start()
     try:
-        ended.wait()
+        while not ended.wait(1):  # a signal that comes just before a wait does not end it
+            pass
     finally:
         server.should_exit = True
         thread.join(GRACE)
