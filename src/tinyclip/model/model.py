@@ -367,3 +367,11 @@ def cast(model: CLIP, dtype: torch.dtype) -> CLIP:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
     return model
+
+
+def uninitialised(config: CLIPConfig, device: torch.device | str = "cpu") -> CLIP:
+    """Return a model whose weights are arbitrary memory, for callers that load them all. Random ones would take seconds
+    in a large model."""
+    with torch.device("meta"):
+        model = CLIP(config)
+    return model.to_empty(device=device)

@@ -196,7 +196,7 @@ def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLI
     with torch.device("meta"):
         shapes = CLIP(config)
     check_state(shapes, state, trouble)
-    model = CLIP(config)
+    model = shapes.to_empty(device="cpu")
     model.load_state_dict(dict(state))
     return model.eval()
 
