@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.helpers.models import small_config, small_tokenizer
+from tests.helpers.processes import together
 from tests.helpers.shards import picture, write_shard
 from tinyclip.common.distributed import gather_uneven, processes, rank
 from tinyclip.evaluate import metrics as evaluation
@@ -81,4 +81,4 @@ def test_processes_share_an_evaluation(tmp_path: Path, monkeypatch: pytest.Monke
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port, tmp_path, alone), PROCESSES)
+    together(work, (port, tmp_path, alone), PROCESSES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing
 
 from tests.helpers.runs import weights
 from tests.train.test_loop import _events as events_of
@@ -53,6 +54,11 @@ def begin(chosen: Recipe, count: int = 1, prepare: Callable[[int], None] | None 
     for process in begun:
         process.start()
     return begun
+
+
+def together(task: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:
+    """Call `task(index, *arguments)` in processes of the server; a failure is raised here."""
+    torch.multiprocessing.start_processes(task, arguments, count, start_method="forkserver")
 
 
 def end(begun: list[Any]) -> list[int]:

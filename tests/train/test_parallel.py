@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from tests.helpers.processes import together
 from tests.helpers.trainees import CASES, assert_near, batch_of, gradients, part_of, trainee_of
 from tinyclip.common.distributed import processes, rank
 from tinyclip.data.loader import Batch
@@ -68,4 +68,4 @@ def test_two_processes_take_the_step_of_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (port,), PROCESSES)
+    together(work, (port,), PROCESSES)

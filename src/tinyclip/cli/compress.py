@@ -32,6 +32,7 @@ from tinyclip.cli.terminal import (
 from tinyclip.common.progress import Counted, track
 from tinyclip.common.stopping import Terminated
 
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML), see docs/recipes.md.")]
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="Dry run: two steps per stage on random weights and made-up data.")
 ]
@@ -40,7 +41,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume a stopped run.")]
 
 
 def distill(
-    recipe: Path,
+    recipe: RecipePath,
     sets: Sets = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -55,7 +56,7 @@ def distill(
 
 
 def train(
-    recipe: Path,
+    recipe: RecipePath,
     sets: Sets = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -144,11 +145,11 @@ def run_recipe(recipe: Any, *, overwrite: bool, resume: bool, hint: str) -> Path
         if display:
             display.stop()
         fail(f"{text}; resume with: {hint}", code)
-    raise AssertionError("it has failed")
+    raise AssertionError("unreachable: `fail` exits")
 
 
 def plan(
-    recipe: Path,
+    recipe: RecipePath,
     sets: Sets = None,
     devices: Annotated[int, typer.Option(min=1, max=10**6, help="Devices sharing each batch.")] = 1,
     samples: Annotated[
@@ -190,7 +191,7 @@ def plan(
 
 def prune(
     model: Model,
-    output: Path,
+    output: Annotated[Path, typer.Argument(help="Folder for the smaller model.")],
     texts: Annotated[Path, typer.Option(help="Text file (one per line) or folder of shards whose tokens to keep.")],
     overwrite: Overwrite = False,
 ) -> None:
@@ -219,7 +220,7 @@ def prune(
 
 def inherit(
     teacher: Model,
-    output: Path,
+    output: Annotated[Path, typer.Argument(help="Folder for the student.")],
     like: Annotated[
         str | None,
         typer.Option(help="Shape of a known model, e.g. TinyCLIP-ViT-40M-32-Text-19M.", autocompletion=complete_shape),

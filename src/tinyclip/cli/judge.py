@@ -347,7 +347,7 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
 
 
 def report(
-    runs: list[Path],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Report heading.")] = "tinyclip",
 ) -> None:

@@ -283,8 +283,8 @@ def _tell_tally(tally: Any) -> None:
 
 def classify(
     model: Model,
-    image: Path,
-    labels: list[str],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    labels: Annotated[list[str], typer.Argument(help="What it may show, each in quotes if it has spaces.")],
     max_pixels: MaxPixels = None,
     device: Device = "cpu",
     dtype: DType = "auto",
