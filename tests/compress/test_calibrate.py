@@ -193,7 +193,8 @@ def test_a_closed_gate_frees_its_whole_branch() -> None:
     found = {name: torch.ones(len(mask)) for name, mask in ones(config, True).items()}
     found |= {name: torch.full_like(v, 100.0) for name, v in found.items() if axis_kind(name) in GATES}
     found["visual.ffn.2"][0] = 0
-    masks = fill_budget(found, config, {"both": 0.05})
+    target = removed(config, {"visual.ffn.2": torch.zeros(1)})
+    masks = fill_budget(found, config, {"both": target - 0.001})
     assert masks["visual.ffn.2"].item() == 0
     assert all(mask.all() for name, mask in masks.items() if name != "visual.ffn.2")
 

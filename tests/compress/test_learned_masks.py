@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.golden import fill
 from tests.helpers.models import TEXTS, filled, golden, images, random_inputs, random_model, small_config, uneven_config
+from tinyclip.compress.budget import BUDGETS
 from tinyclip.compress.inheritance import compact
 from tinyclip.compress.learned_masks import (
     LARGEST,
@@ -24,7 +25,8 @@ from tinyclip.compress.learned_masks import (
 from tinyclip.compress.size import prunable_size, sparsity, tower_size
 from tinyclip.inference.pipeline import tokenize
 from tinyclip.model.axes import axis_sizes, axis_table
-from tinyclip.model.config import NAMED, CLIPConfig
+from tinyclip.model.config import NAMED, CLIPConfig, vit_clip
+from tinyclip.model.model import CLIP
 
 AUTO = golden("auto-ViT-B-32.json")
 TEACHER = NAMED["ViT-B-32"]
@@ -272,3 +274,61 @@ def test_a_resnet_takes_no_learned_masks() -> None:
     with pytest.raises(ValueError, match="resnet image tower cannot learn masks"):
         HardConcrete(NAMED["RN50"])
     assert not math.isnan(HardConcrete(NAMED["RN50"], towers=("text",)).expected_sparsity("text").item())
+
+
+# --- the cut to an exact size
+
+
+def half_trained(config: CLIPConfig, **options: Any) -> HardConcrete:
+    """Return masks that have moved a little from the clamp, where most still are."""
+    hard, generator = HardConcrete(config, **options), torch.Generator().manual_seed(3)
+    hard.clamp_()
+    with torch.no_grad():
+        for _, value in hard.named_log_alpha():
+            value.sub_(torch.randn(value.shape, generator=generator).clamp(min=0))
+    return hard
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize(
+    ("towers", "targets"),
+    [
+        (("visual", "text"), {"both": 0.5}),
+        (("visual", "text"), {"both": 0.9}),
+        (("visual", "text"), {"visual": 0.3, "text": 0.7}),
+        (("visual",), {"visual": 0.75}),
+        (("text",), {"text": 0.25}),
+    ],
+)
+def test_a_budget_is_met(towers: Any, targets: dict[str, float], unit: Any, gates: bool, align: int) -> None:
+    teacher = vit_clip(64, (6, 96), (4, 64), 8, image_size=32, head_dim=8, vocab_size=100, context_length=16)
+    hard = half_trained(teacher, towers=towers, unit=unit, gates=gates)
+    masks = hard.budgeted(targets, align)
+    student = compact(CLIP(teacher), masks).config
+    for name, target in targets.items():
+        left = sparsity(student, teacher, {}, BUDGETS[name], unit).item()
+        assert left == pytest.approx(target, abs=0.01)
+
+
+def test_a_budget_keeps_the_most_probable_at_their_values() -> None:
+    config = small_config()
+    hard = half_trained(config)
+    masks, values = hard.budgeted({"both": 0.4}), dict(hard.named_log_alpha())
+    for name in ("visual.mlp.0", "visual.hidden", "text.hidden"):
+        kept = masks[name] > 0
+        assert 0 < kept.sum() < len(kept) and values[name][kept].min() >= values[name][~kept].max() - 1e-5
+        untouched = hard.deterministic()[name]
+        both = kept & (untouched > 0)
+        assert torch.equal(masks[name][both], untouched[both])
+
+
+def test_equal_masks_thin_all_axes_alike() -> None:
+    config = vit_clip(64, (4, 96), (4, 64), 8, image_size=32, head_dim=8, vocab_size=100, context_length=16)
+    hard = HardConcrete(config)
+    hard.clamp_()
+    masks = hard.budgeted({"both": 0.5})
+    shares = [(mask > 0).float().mean().item() for name, mask in masks.items() if "heads" not in name]
+    assert max(shares) - min(shares) < 0.05
+    assert all((mask > 0).int().diff().max() <= 0 for mask in masks.values())  # the last of each axis went

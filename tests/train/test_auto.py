@@ -37,7 +37,7 @@ def test_two_auto_stages_count_from_the_original(place: Path, tmp_path: Path) ->
     for name, target in (("75", 0.3), ("50", 0.6)):
         config = load_checkpoint(out / "stages" / name / "last")[0].config
         found.append(sparsity(config, original, {}, ("visual", "text"), "params").item())
-        assert abs(found[-1] - target) < 0.15
+        assert found[-1] == pytest.approx(target, abs=0.01)
         assert not (out / "stages" / name / "last" / MASKS).exists()
     assert found[0] < found[1]
     events = logged(out)
@@ -109,8 +109,13 @@ def test_the_other_tower_stays_the_teachers(place: Path, tmp_path: Path, towers:
 
 def test_a_target_that_is_missed_is_said(place: Path, tmp_path: Path) -> None:
     _, events = run(recipe(place, tmp_path / "run", stages=[auto(auto={"lr": 0.01})]))
-    warned = [e["text"] for e in events if e["event"] == "warning"]
-    assert len(warned) == 1 and "masks ended at sparsity 0.0" in warned[0] and "the target is 0.500" in warned[0]
+    (warned,) = [e["text"] for e in events if e["event"] == "warning"]
+    assert "masks ended at sparsity 0.0" in warned and "the target is 0.500: the cut removed the rest" in warned
+    (cut,) = [e for e in events if e["event"] == "cut"]
+    assert cut["removed"]["both"] == pytest.approx(0.5, abs=0.01) and cut["sparsity"]["both"] < 0.1
+    teacher, student = (load_checkpoint(place)[0].config for place in (place / "teacher", tmp_path / "run" / "student"))
+    left = sparsity(student, teacher, {}, ("visual", "text"), "params").item()
+    assert left == pytest.approx(cut["removed"]["both"], abs=1e-6)
 
 
 def test_a_shape_relative_to_one_that_is_yet_to_be_found_is_refused(place: Path, tmp_path: Path) -> None:
@@ -233,12 +238,26 @@ def test_a_target_out_of_reach_names_the_stage(place: Path, tmp_path: Path) -> N
         loop.start(recipe(place, tmp_path / "run", stages=[auto(target=0.9999)]))
 
 
-def test_a_stage_that_overshot_does_not_end_the_run(place: Path, tmp_path: Path) -> None:
+def test_masks_that_overshot_are_cut_to_the_target(place: Path, tmp_path: Path) -> None:
     fast = {"lr": 1.0, "steps": 15}
     _, events = run(recipe(place, tmp_path / "run", stages=[auto("a", 0.3, auto=fast), auto("b", 0.35)]))
     warned = [e["text"] for e in events if e["event"] == "warning"]
-    assert any("masks ended at sparsity" in text and "the target is 0.300" in text for text in warned)
-    assert any("is already removed; target_sparsity 0.350 removes no more" in text for text in warned)
+    assert any("masks ended at" in text and "the target is 0.300: the cut kept more" in text for text in warned)
+    removed = [e["removed"]["both"] for e in events if e["event"] == "cut"]
+    assert removed == pytest.approx([0.3, 0.35], abs=0.01)
+
+
+def test_a_target_that_the_last_stage_already_met_is_said(place: Path, tmp_path: Path) -> None:
+    """A cut removes whole elements, so it may remove a little more than was asked for."""
+    _, events = run(recipe(place, tmp_path / "first", stages=[auto("a", 0.3)]))
+    (removed,) = [e["removed"]["both"] for e in events if e["event"] == "cut"]
+    target = (0.3 + removed) / 2
+    assert 0.3 < target < removed
+    _, events = run(recipe(place, tmp_path / "run", stages=[auto("a", 0.3), auto("b", target)]))
+    warned = [e["text"] for e in events if e["event"] == "warning"]
+    assert any(f"is already removed; target_sparsity {target:.3f} removes no more" in text for text in warned)
+    first, second = (load_checkpoint(tmp_path / name / "student")[0].config for name in ("first", "run"))
+    assert first == second
 
 
 def test_a_latency_out_of_reach_leaves_no_run(place: Path, tmp_path: Path) -> None:

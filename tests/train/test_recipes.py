@@ -264,6 +264,19 @@ def test_what_is_absent_is_said() -> None:
     assert "only a run can measure" in plan(recipe([late]))["notes"][1]
 
 
+def test_masks_that_cannot_get_there_are_noted() -> None:
+    masks = {"target_sparsity": 0.5, "steps": 75}
+    slow, by_default = (
+        plan(recipe([{"name": "a", "steps": 100, "inherit": "auto", "auto": masks | changes}]))["notes"][1:]
+        for changes in ({"lr": 0.02}, {})
+    )
+    assert slow == [
+        "stage a: 75 steps at auto.lr 0.02 move the masks only 25 % of the way, so the cut decides for them; use more "
+        "auto.steps, or leave auto.lr out"
+    ]
+    assert not by_default
+
+
 def test_a_teacher_that_is_here_gives_its_shape(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(small_config().model_dump_json())
     (tmp_path / "preprocess.json").write_text("{}")  # weights are not needed

@@ -147,6 +147,9 @@ class Display:
             settings = self.stage.calibrated if self.stage else None
             most = settings.batches if settings else 0
             when = f"by importance, measured on {measured_on(event['batches'], most)}"
+        for name, removed in event.get("removed", {}).items():
+            what = "" if name == "both" else f"{name} "
+            when += f", {what}sparsity {100 * removed:.1f} % (the masks': {100 * event['sparsity'][name]:.1f} %)"
         self.print(f"  cut {when}; kept:")
         for line in kept_lines(event["kept"]):
             self.print(f"    {line}")

@@ -1,8 +1,8 @@
 """Cutting a student out of a teacher: by rule, by learned masks, by measured importance.
 
 `inheritance` has the manual rule and `compact`, the one cut that all methods end in. `learned_masks` has the
-hard-concrete masks and their constraint. `importance` and `calibrate` measure what matters; `latency` turns
-milliseconds into a sparsity target.
+hard-concrete masks and their constraint. `importance` and `calibrate` measure what matters. `budget` fills a target
+size by the order of either; `latency` turns milliseconds into a sparsity target.
 
 May import: inputs, model, loss and common. Knows no recipe and no run, so it works in any training loop. Start with
 `inheritance`."""

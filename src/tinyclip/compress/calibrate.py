@@ -18,131 +18,17 @@ import torch
 from torch import Tensor
 
 from tinyclip.common.progress import ended, tell
-from tinyclip.compress.importance import BOTH, Enough, Score, importance, never, prunable
+from tinyclip.compress.budget import BUDGETS, fill_budget
+from tinyclip.compress.importance import Enough, Score, importance, never, prunable
 from tinyclip.compress.importance import Sample as Sample
-from tinyclip.compress.size import prunable_size, sparsity, tower_size
-from tinyclip.model.axes import GATES, NEEDED, axis_kind
+from tinyclip.compress.size import BOTH, sparsity
 from tinyclip.model.config import CLIPConfig
-from tinyclip.model.masks import Masks, Tower, Unit
+from tinyclip.model.masks import Masks, Unit
 from tinyclip.model.model import CLIP
 
-BUDGETS: dict[str, tuple[Tower, ...]] = {"visual": ("visual",), "text": ("text",), "both": BOTH}
-NAMES = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}
-# Fraction of the excess size to remove before costs are recomputed.
-CHUNK = 1 / 16
 FIRST_TRIAL = 8  # batches of a round before the first trial cut
 SETTLED = 0.05  # tolerated relative difference in the importance that a cut loses
 WORK = "calibrating"
-GATE_OF = {"heads": "attn", "mlp": "ffn"}
-UNALIGNED = (*GATES, "heads", "pool_heads")  # not aligned: a head is already head_dim wide
-
-
-def fill_budget(
-    importance: Mapping[str, Tensor],
-    config: CLIPConfig,
-    target_sparsity: Mapping[str, float],
-    *,
-    original: CLIPConfig | None = None,
-    masks: Masks | None = None,
-    unit: Unit = "params",
-    align: int = 1,
-) -> dict[str, Tensor]:
-    """Remove the elements with the least importance per size saved until the target is met; return masks of 0 and 1.
-
-    Args:
-        importance: by axis name; axes that are absent are not cut.
-        target_sparsity: fraction of the original to remove (see `size.sparsity`), of `visual`, `text` or `both`.
-        original: the teacher's config, which sparsity counts from; by default the model itself.
-        masks: 0 for elements that are already removed.
-        unit: what sparsity counts.
-        align: keep a multiple of this many neurons and channels.
-
-    Raises:
-        ValueError: for a target that is out of reach, or already met.
-    """
-    original, kept = original or config, {name: torch.ones(len(value)) for name, value in importance.items()}
-    kept |= {name: mask.detach().cpu().float() for name, mask in (masks or {}).items()}
-    for budget, target in target_sparsity.items():
-        towers = BUDGETS[budget]
-        full = sum(prunable_size(original, tower, unit) for tower in towers)
-
-        def size(keep: Masks, towers: tuple[Tower, ...] = towers) -> Tensor:
-            return torch.stack([tower_size(config, original, keep, tower, unit) for tower in towers]).sum()
-
-        reached = 1 - size(kept).item() / full
-        what = f"target_sparsity {target} of {NAMES[budget]}"
-        if reached >= target:
-            raise ValueError(f"{what} needs no cut: {reached:.3f} of the original teacher has already been removed")
-        mine = {name: value for name, value in importance.items() if name.split(".")[0] in towers}
-        if not _remove(kept, mine, size, (1 - target) * full, align):
-            reached = 1 - size(kept).item() / full
-            raise ValueError(f"{what} cannot be reached: at most {reached:.3f} can be removed")
-    return kept
-
-
-def _remove(
-    kept: dict[str, Tensor],
-    importance: Mapping[str, Tensor],
-    size: Callable[[Masks], Tensor],
-    allowed: float,
-    align: int,
-) -> bool:
-    """Close masks of `kept`, least importance per size first, until `size` is `allowed`; return whether that succeeded.
-
-    Sizes are linear in the length of each axis, so the cost of an element is the gradient with respect to that length.
-    Elements are removed in units of `align`, and costs are recomputed for the new shape after each chunk of units.
-    """
-    names, orders, axis, score, count = list(importance), [], [], [], []
-    lasting = _lasting(importance, kept)
-    for i, name in enumerate(names):
-        value = importance[name].detach().double().cpu().masked_fill(kept[name] == 0, -torch.inf)
-        orders.append(value.argsort(stable=True))
-        lengths = _units(int(kept[name].sum()), 1 if axis_kind(name) in UNALIGNED else align)
-        units = value[orders[i]][len(value) - sum(lengths) :].split(lengths)
-        units = units[: len(units) - (axis_kind(name) in NEEDED or name in lasting)]  # the last unit stays
-        axis += [i] * len(units)
-        score += [unit.mean().item() for unit in units]
-        count += [len(unit) for unit in units]
-    axes, scores, counts = torch.tensor(axis), torch.tensor(score, dtype=torch.double), torch.tensor(count)
-    left = torch.stack([kept[name].double().sum() for name in names])
-    alive = torch.ones(len(axes), dtype=torch.bool)
-    while True:
-        lengths_now = left.clone().requires_grad_()
-        now = size(kept | dict(zip(names, lengths_now.unsqueeze(1), strict=True)))
-        excess = now.item() - allowed
-        if excess <= 0:
-            break
-        cost = torch.autograd.grad(now, lengths_now)[0][axes]
-        saves = alive & (cost > 0)  # nothing is saved in a branch whose gate is closed
-        if not saves.any():
-            break
-        ranked = torch.where(saves, scores / cost, torch.inf).argsort(stable=True)[: int(saves.sum())]
-        fits = (cost * counts)[ranked].cumsum(0) <= excess * CHUNK
-        chosen = ranked[: max(1, int(fits.sum()))]
-        alive[chosen] = False
-        left.index_add_(0, axes[chosen], -counts[chosen].double())
-    for name, order, length in zip(names, orders, left.int().tolist(), strict=True):
-        kept[name] = torch.zeros(len(order)).index_fill(0, order[len(order) - length :], 1.0)
-    return excess <= 0
-
-
-def _lasting(importance: Mapping[str, Tensor], kept: Masks) -> set[str]:
-    """Return, for each transformer, the heads or neurons axis with the most important element, and its gate. They are
-    never removed completely, so that a tower always computes something."""
-    names: set[str] = set()
-    for tower in BOTH:
-        inner = [n for n in importance if n.startswith(f"{tower}.") and axis_kind(n) in GATE_OF and kept[n].any()]
-        if inner:
-            best = max(inner, key=lambda name: importance[name].cpu()[kept[name] != 0].max().item())
-            kind, block = best.split(".")[1:]
-            names |= {best, f"{tower}.{GATE_OF[kind]}.{block}"}
-    return names
-
-
-def _units(length: int, align: int) -> list[int]:
-    """Return the lengths of an axis's units, least important first; removing any leaves a multiple of `align`."""
-    rest = [length % align] if length % align else []
-    return rest + [align] * (length // align)
 
 
 @dataclass(frozen=True)

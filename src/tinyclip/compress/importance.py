@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyclip.compress.size import BOTH
 from tinyclip.loss import affinity_loss
 from tinyclip.model.axes import GATES, TOWERS, axis_kind, axis_sizes, axis_table
 from tinyclip.model.config import CLIPConfig, TransformerConfig
@@ -18,7 +19,6 @@ from tinyclip.model.masks import Masks, Tower
 from tinyclip.model.model import CLIP
 
 Score = Literal["taylor", "activation", "magnitude"]
-BOTH: tuple[Tower, ...] = ("visual", "text")
 GATE_BATCHES = 2  # removing a branch changes the loss a lot, so a few batches suffice
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tinyclip.compress.budget import fill_budget
 from tinyclip.compress.size import sparsity, tower_of
 from tinyclip.model.axes import axis_sizes
 from tinyclip.model.config import CLIPConfig
@@ -24,6 +25,7 @@ from tinyclip.model.masks import Masks, Tower, Unit
 
 START, LARGEST = 10.0, math.log(100)  # log_alpha: initial value, and clamp bound on either side
 TEMPERATURE, LOWER, UPPER = 2 / 3, -0.1, 1.1  # of the hard concrete distribution, stretched to (LOWER, UPPER)
+TIE = 1e-6  # log_alphas that differ by less count as equal at the cut
 NOISE_MARGIN = 1e-6  # the uniform noise stays this far from 0 and 1
 SHARPNESS = 0.8  # of the deterministic value; `magical_number` in the reference code
 
@@ -39,13 +41,18 @@ def stretched_sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
     return (soft * (UPPER - LOWER) + LOWER).clamp(0, 1)
 
 
+def graded_value(log_alpha: Tensor) -> Tensor:
+    """The evaluation mask of an element that is kept."""
+    return torch.sigmoid(log_alpha / TEMPERATURE * SHARPNESS)
+
+
 def deterministic_value(log_alpha: Tensor, align: int = 1) -> Tensor:
     """Return the evaluation mask: graded, with the smallest `round(expected number of zeros)` values set to 0.
 
     Args:
         align: round the number of kept elements up to a multiple of this.
     """
-    value = torch.sigmoid(log_alpha / TEMPERATURE * SHARPNESS)
+    value = graded_value(log_alpha)
     kept = len(value) - int((len(value) - probability_kept(log_alpha).sum()).round())
     kept = min(len(value), -(-kept // align) * align)
     return value.index_fill(0, value.argsort()[: len(value) - kept], 0.0)
@@ -129,6 +136,27 @@ class HardConcrete(nn.Module):
             name: deterministic_value(value, align if name.split(".")[1] in ("hidden", "mlp") else 1)
             for name, value in self.named_log_alpha()
         }
+
+    @torch.no_grad()
+    def budgeted(self, targets: Mapping[str, float], align: int = 1) -> dict[str, Tensor]:
+        """Return the masks for a cut to exactly these sizes, however far the masks have been trained.
+
+        They keep the elements with the highest probability of being kept, at the value they have in `deterministic`.
+        Equal ones, e.g. those at the clamp, are removed evenly from all axes, the last of each axis first.
+
+        Args:
+            targets: sparsity of each budget: `visual`, `text` or `both`; towers without a budget are not cut.
+            align: as in `deterministic`.
+
+        Raises:
+            ValueError: for a target that is out of reach, or already met.
+        """
+        values = {name: value.detach().double().cpu() for name, value in self.named_log_alpha()}
+        order = {name: value - TIE * torch.arange(len(value)) / len(value) for name, value in values.items()}
+        settings = {"original": self.original, "unit": self.unit, "align": align, "per_size": False}
+        with torch.enable_grad():  # costs are gradients of the size
+            kept = fill_budget(order, self.config, targets, **settings)  # type: ignore[arg-type]
+        return {name: (graded_value(value) * kept[name]).to(value) for name, value in self.named_log_alpha()}
 
     def expected_sparsity(self, tower: Literal["visual", "text", "both"] = "both") -> Tensor:
         """Expected fraction of the original's size that the masks remove (see `sparsity`); a scalar.

@@ -13,6 +13,8 @@ from tinyclip.model.axes import axis_sizes, axis_table, resnet_sizes
 from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.model.masks import Masks, Tower, Unit
 
+BOTH: tuple[Tower, ...] = ("visual", "text")
+
 
 def resnet_size(config: CLIPConfig, keep: Mapping[str, Tensor], unit: str) -> Tensor:
     """Weights of the convolutions and the attention pool (`params`), or their multiply-accumulates for one image
@@ -120,7 +122,7 @@ def sparsity(config: CLIPConfig, original: CLIPConfig, keep: Masks, towers: tupl
     return 1 - remaining / sum(prunable_size(original, t, unit) for t in towers)
 
 
-TOWERS: dict[str, tuple[Tower, ...]] = {"both": ("visual", "text"), "image": ("visual",), "text": ("text",)}
+TOWERS: dict[str, tuple[Tower, ...]] = {"both": BOTH, "image": ("visual",), "text": ("text",)}
 
 
 def thinner(config: CLIPConfig, removed: float, towers: tuple[Tower, ...]) -> CLIPConfig:

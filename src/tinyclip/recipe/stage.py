@@ -58,6 +58,11 @@ class Target(Strict):
         return self.unit if self.latency_ms is None else "macs"
 
 
+# A step of Adam changes a log_alpha by about the learning rate. From the clamp at 4.6 to the value where elements are
+# removed on average, -1.6, it has to go this far.
+MASK_TRAVEL = 6.0
+
+
 class Auto(Target):
     """Masks learned while distilling (TinyCLIP's automatic inheritance), then cut."""
 
@@ -65,7 +70,9 @@ class Auto(Target):
     ramp_steps: Positive | None = Field(
         None, description="steps over which the target rises from the stage's start; default: 1000, at most `steps`"
     )
-    lr: float = Field(0.02, gt=0, le=1, description="learning rate of masks and multipliers")
+    lr: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="learning rate of masks and multipliers; default: 0.02, or 6 / `steps` if that is more"
+    )
 
     @model_validator(mode="after")
     def _ramp_fits(self) -> Auto:
@@ -74,6 +81,21 @@ class Auto(Target):
                 f"ramp_steps {self.ramp_steps} exceeds steps {self.steps}: the target would not be reached"
             )
         return self
+
+    @property
+    def mask_lr(self) -> float:
+        """The learning rate: the released recipes' 0.02, or in a shorter mask phase one that gets as far."""
+        return self.lr or min(1.0, max(0.02, MASK_TRAVEL / self.steps))
+
+    @property
+    def too_slow(self) -> str | None:
+        """A note for the user if the masks cannot get to their target in time."""
+        if (share := self.mask_lr * self.steps / MASK_TRAVEL) >= 0.99:
+            return None
+        return (
+            f"{self.steps} steps at auto.lr {self.mask_lr:g} move the masks only {100 * share:.0f} % of the way, so "
+            "the cut decides for them; use more auto.steps, or leave auto.lr out"
+        )
 
 
 class Calibrated(Target):

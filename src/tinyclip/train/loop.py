@@ -32,7 +32,7 @@ from tinyclip.data.loader import close_loader, image_input, next_batch
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage
 from tinyclip.train import run_card
-from tinyclip.train.pruner import MASKS, Pruner, already_gone, saved_targets
+from tinyclip.train.pruner import MASKS, Pruner, already_gone, off_target, saved_targets
 from tinyclip.train.resume import Clock, Interrupted, finish, forget_metrics, restore, save, settle, stop_signals
 from tinyclip.train.run import Progress, Run, attention, closing, loader_of, preprocess_for
 from tinyclip.train.setup import start as start
@@ -45,7 +45,7 @@ from tinyclip.zoo.checkpoint import FILES, load_checkpoint, read_config, save_ch
 from tinyclip.zoo.resolve import STATE
 
 UNTRAINED = {"recipe.yaml", "metrics.jsonl", "skipped.jsonl", MARKER, *LOCKS, *TRACKED}  # in a run before its start
-NEAR = 0.02  # how far a cut may miss its target sparsity without a warning
+NEAR = 0.02  # how far masks may end from their target sparsity without a warning
 
 
 def run(run: Run) -> list[dict[str, Any]]:
@@ -170,19 +170,16 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
             run.warn(stage, already_gone(gone, targets[name]))
     trainee = Trainee(student, stage, run.teacher, run.tokenizer, preprocess_for(run, student), run.precision, pruner)
     progress = _loop(run, i, trainee, folder, stage.auto.steps)
-    cut = pruner.cut(student)
+    cut, facts = pruner.cut(student)
     # From here on the cut student is an ordinary student with a new optimizer.
     after = Trainee(cut, stage, run.teacher, run.tokenizer, trainee.preprocess, run.precision)
     after.projections.load_state_dict(trainee.projections.state_dict())
     figures = pruner.figures(progress.step)
-    run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures)
+    run.emit({"event": "cut", "stage": stage.name, "step": progress.step} | figures | facts)
     for name, target in targets.items():
         reached = figures["sparsity"][name]
         if abs(reached - target) > NEAR and target > pruner.constraint.start[name]:
-            text = (
-                f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: try a larger auto.steps or auto.lr"
-            )
-            run.warn(stage, text)
+            run.warn(stage, off_target(reached, target))
     loader = loader_of(run, i, cut=True, order=progress.order)
     save(last, after, loader, progress, run.recipe.keep)
     close_loader(loader)
@@ -317,7 +314,7 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
 def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
     if run.evaluator is None:
         return
-    student = trainee.pruner.cut(trainee.model) if trainee.pruner else trainee.model
+    student = trainee.pruner.cut_now(trainee.model) if trainee.pruner else trainee.model
     progress.evaluation = run.evaluator(student.eval(), run.tokenizer, trainee.preprocess)
     progress.evaluated_step = progress.step
     trainee.train()

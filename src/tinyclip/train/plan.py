@@ -312,6 +312,7 @@ def plan(
     """
     first, notes = teacher_config(recipe)
     shapes, more = stage_shapes(recipe, first)
+    more += [f"stage {stage.name}: {note}" for stage in recipe.stages if stage.auto and (note := stage.auto.too_slow)]
     teacher = first if recipe.teacher is not None else None
     if _is_foreign(recipe):
         teacher = recipe.teacher_shape

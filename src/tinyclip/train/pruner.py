@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tinyclip.compress.budget import BUDGETS
 from tinyclip.compress.inheritance import compact
 from tinyclip.compress.learned_masks import Constraint, HardConcrete
-from tinyclip.compress.size import TOWERS
+from tinyclip.compress.size import TOWERS, sparsity
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage, Target, TowerSparsity
@@ -55,7 +56,7 @@ class Pruner:
         self.constraint = Constraint(self.hard, targets, auto.ramp_steps or min(DEFAULT_RAMP, auto.steps))
         self.hard.to(device)
         self.constraint.to(device)
-        settings: dict[str, Any] = {"lr": auto.lr, "weight_decay": 0.0}
+        settings: dict[str, Any] = {"lr": auto.mask_lr, "weight_decay": 0.0}
         groups = [
             {"params": list(self.hard.parameters())} | settings,
             {"params": list(self.constraint.parameters())} | settings | {"maximize": True},
@@ -69,9 +70,24 @@ class Pruner:
         """Sample the masks of one step, the same on every rank."""
         return self.hard.sample(torch.Generator().manual_seed(self.seed * 1_000_003 + step))
 
-    def cut(self, model: CLIP) -> CLIP:
-        """Return the student, cut down to what the masks keep."""
+    def cut_now(self, model: CLIP) -> CLIP:
+        """Return the student cut down to what the masks keep at this step, whatever its size, to evaluate it."""
         return compact(model, self.hard.deterministic(self.auto.align))
+
+    def cut(self, model: CLIP) -> tuple[CLIP, dict[str, Any]]:
+        """Return the student, cut to the target sizes in the masks' order (see `HardConcrete.budgeted`), with the
+        sparsity of each budget as `removed`, and how many units each mask keeps as `kept`."""
+        hard, targets = self.hard, self.constraint.targets
+        left = {name: target for name, target in targets.items() if target > self.constraint.start[name]}
+        masks = hard.budgeted(left, self.auto.align) if left else {}
+        kept = {name: (mask > 0).cpu().double() for name, mask in masks.items()}
+        removed = {
+            name: sparsity(hard.config, hard.original, kept, BUDGETS[name], hard.unit).item() for name in targets
+        }
+        return compact(model, masks), {
+            "removed": removed,
+            "kept": {name: int(mask.sum()) for name, mask in kept.items()},
+        }
 
     def values(self) -> Tensor:
         """Return the mask parameters as one tensor on their device."""
@@ -120,6 +136,14 @@ def budgets(target: Target, towers: str) -> dict[str, float] | None:
     if isinstance(goal, TowerSparsity):
         return {"visual": goal.image, "text": goal.text}
     return {"both": goal} if towers == "both" else {TOWERS[towers][0]: goal}
+
+
+def off_target(reached: float, target: float) -> str:
+    """Return the message for masks that ended away from their target."""
+    short = reached < target
+    then = "removed the rest in their order" if short else "kept more, in their order"
+    more = "; more auto.steps or a larger auto.lr would let the masks decide" if short else ""
+    return f"masks ended at sparsity {reached:.3f}, the target is {target:.3f}: the cut {then}{more}"
 
 
 def already_gone(gone: float, target: float) -> str:
