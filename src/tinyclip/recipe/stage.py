@@ -180,6 +180,11 @@ class Stage(Strict):
     compile: bool = Field(False, description="torch.compile of the towers")
     loss: Loss = Field(Loss(), description="terms and scales of the loss")
     optimizer: Optimizer = Field(Optimizer(), description="AdamW and its schedule")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of an exponential moving average of the weights, e.g. 0.999; the average is evaluated and "
+        "becomes the stage's student; default: the last weights",
+    )
     augment: Augment = Field(Augment(), description="random views of the images")
     batch_norm: Literal["frozen", "train"] | None = Field(
         None,

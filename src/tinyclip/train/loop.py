@@ -314,7 +314,7 @@ def _evaluate(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> N
 def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None:
     if run.evaluator is None:
         return
-    student = trainee.pruner.cut_now(trainee.model) if trainee.pruner else trainee.model
+    student = trainee.pruner.cut_now(trainee.model) if trainee.pruner else trainee.result
     progress.evaluation = run.evaluator(student.eval(), run.tokenizer, trainee.preprocess)
     progress.evaluated_step = progress.step
     trainee.train()
@@ -325,4 +325,4 @@ def _judge(run: Run, trainee: Trainee, progress: Progress, folder: Path) -> None
         progress.best_score, progress.best_step = score, progress.step
         stage = run.recipe.stages.index(trainee.stage)
         facts = run_card.of_run(run.recipe, stage, progress.evaluation, progress.step)
-        save_checkpoint(folder / "best", trainee.model, trainee.tokenizer, trainee.preprocess, card=facts, known=FILES)
+        save_checkpoint(folder / "best", trainee.result, trainee.tokenizer, trainee.preprocess, card=facts, known=FILES)

@@ -209,11 +209,11 @@ def memory(
 ) -> dict[str, float]:
     """Return the bytes a device needs with `pairs` pairs of the batch on it.
 
-    Student: float32 weights, gradients and AdamW's two moments for trained parameters (4 + 4 + 8 bytes), and a copy of
-    the weights in the autocast dtype. Teacher: float32 weights. Activations: those the backward pass needs (see
-    `activation_bytes`); with `micro_batch`, those of one micro-batch, plus the features of all pairs. Loss:
-    `LOSS_TILES` tiles, and the features of the whole batch with their gradients. Not counted: fragmentation,
-    workspaces and the decoding workers.
+    Student: float32 weights, gradients and AdamW's two moments for trained parameters (4 + 4 + 8 bytes), and a copy
+    of the weights in the autocast dtype; with `ema`, their average in float32. Teacher: float32 weights.
+    Activations: those the backward pass needs (see `activation_bytes`); with `micro_batch`, those of one micro-
+    batch, plus the features of all pairs. Loss: `LOSS_TILES` tiles, and the features of the whole batch with their
+    gradients. Not counted: fragmentation, workspaces and the decoding workers.
     """
     counts = count_parameters(axis_table(student))
     trained = sum(n for part, n in counts.items() if stage.towers in ("both", "image" if part == "image" else "text"))
@@ -225,6 +225,7 @@ def memory(
         "weights": (4 + copy) * weights,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
+        "average": 4 * weights if stage.ema else 0,
         "teacher": 4 * sum(count_parameters(axis_table(teacher)).values()) if teacher and needs_teacher(stage) else 0,
         "activations": min(pairs, stage.micro_batch or pairs)
         * activation_bytes(student, stage.towers, dtype_bytes, stage.grad_checkpointing),

@@ -86,6 +86,7 @@ def _write(place: Path, trainee: Trainee, progress: Progress, keep: int, state: 
         "projections": trainee.projections.state_dict(),
         "masks": trainee.pruner.optimizer.state_dict() if trainee.pruner else None,
         "optimizer": trainee.optimizer.state_dict(),
+        "average": None if trainee.average is None else trainee.average.state_dict(),
         "scaler": trainee.scaler.state_dict(),
         "progress": asdict(progress),
     }
@@ -212,6 +213,8 @@ def restore(place: Path, trainee: Trainee, progress: Progress, workers: int) -> 
     if trainee.pruner is not None:
         trainee.pruner.load(place)
         trainee.pruner.optimizer.load_state_dict(data["masks"])
+    if trainee.average is not None:
+        trainee.average.load_state_dict(data["average"])
     if data["scaler"]:  # empty unless training in float16
         trainee.scaler.load_state_dict(data["scaler"])
     for name, value in data["progress"].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,10 +77,18 @@ class Trainee:
         self.overflowed = False  # whether the last step overflowed in float16 and was skipped
         self._unread: list[Unread] = []
         self._fix_logit_scale()
+        # While masks are learned, the weights change their meaning with them; the average starts at the cut.
+        averages = stage.ema is not None and self.pruner is None
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if averages else None
 
     @property
     def trained(self) -> list[nn.Parameter]:
         return [*self.model.parameters(), *self.projections.parameters()]
+
+    @property
+    def result(self) -> CLIP:
+        """The model to evaluate and to keep: the average, if there is one."""
+        return self.model if self.average is None else self.average
 
     def train(self) -> None:
         """Switch to training mode, except batch norm if the stage keeps its statistics."""
@@ -148,7 +157,25 @@ class Trainee:
                 self.model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
             if pruner is not None:
                 pruner.hard.clamp_()
+        self._update_average(step)
         return metrics
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        """Move the average towards the weights; early on by more, so that it does not stay at the first weights (as in
+        TensorFlow's `ExponentialMovingAverage`). At the stage's last step the average becomes the model."""
+        if self.average is None:
+            return
+        assert self.stage.ema is not None
+        decay = min(self.stage.ema, (1 + step) / (10 + step))
+        for mine, theirs in zip(state_tensors(self.average), state_tensors(self.model), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, 1 - decay)
+            else:
+                mine.copy_(theirs)
+        if step + 1 == self.stage.steps:
+            for mine, theirs in zip(state_tensors(self.average), state_tensors(self.model), strict=True):
+                theirs.copy_(mine)
 
     def figures(self, step: int) -> dict[str, Any]:
         """Return the last step's results as numbers, its learning rate, and the figures of the learned masks.
@@ -333,6 +360,12 @@ def random_state_of(device: torch.device, states: list[Tensor]) -> Iterator[None
         for state in states[1:]:
             torch.cuda.set_rng_state(state, device)
         yield
+
+
+def state_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all parameters and buffers."""
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], stage: Stage) -> torch.optim.AdamW:
