@@ -156,7 +156,7 @@ class HardConcrete(nn.Module):
         settings = {"original": self.original, "unit": self.unit, "align": align, "per_size": False}
         with torch.enable_grad():  # costs are gradients of the size
             kept = fill_budget(order, self.config, targets, **settings)  # type: ignore[arg-type]
-        return {name: (graded_value(value) * kept[name]).to(value) for name, value in self.named_log_alpha()}
+        return {name: graded_value(value) * kept[name].to(value) for name, value in self.named_log_alpha()}
 
     def expected_sparsity(self, tower: Literal["visual", "text", "both"] = "both") -> Tensor:
         """Expected fraction of the original's size that the masks remove (see `sparsity`); a scalar.
