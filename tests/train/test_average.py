@@ -27,13 +27,12 @@ def test_it_is_the_average_of_all_steps(case: str) -> None:
     trainee = trainee_of("resnet" if case == "resnet" else "affinity", **changes)
     assert trainee.average is not None
     batch = batch_of(64 if case == "resnet" else 32)
-    expected = {k: v.clone() for k, v in trainee.model.state_dict().items()}
-    start = {k: v.clone() for k, v in expected.items()}
+    expected = _copy(trainee.model.state_dict())
+    start = _copy(expected)
     copied: dict[str, Tensor] = {}
     trainee.optimizer.register_step_post_hook(lambda *_: copied.update(_copy(trainee.model.state_dict())))
     for step in range(10):
-        before = {k: v.clone() for k, v in trainee.average.state_dict().items()}
-        torch.testing.assert_close(before, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dict(trainee.average.state_dict()), expected, rtol=1e-12, atol=1e-12)
         trainee.step(batch, step)
         decay = min(0.7, (1 + step) / (10 + step))
         for key, value in copied.items():

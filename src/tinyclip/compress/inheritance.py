@@ -11,7 +11,7 @@ from torch import Tensor
 from tinyclip.model.axes import GATES, NEEDED, Axis, Entry, axis_kind, axis_sizes, axis_table, resnet_sizes
 from tinyclip.model.config import CLIPConfig, ResNetConfig, TransformerConfig, VisionConfig
 from tinyclip.model.masks import Masks, validate
-from tinyclip.model.model import CLIP, uninitialised
+from tinyclip.model.model import CLIP, unfilled
 
 
 def inherit(teacher: CLIP, student_config: CLIPConfig) -> CLIP:
@@ -269,7 +269,7 @@ def _renumbered(key: str, branch: str | None, block_of: dict[str, int]) -> str:
 
 def _load(config: CLIPConfig, state: dict[str, Tensor], like: CLIP) -> CLIP:
     """Build a model of `config` from copies of these weights, dtypes kept, on the device and in the mode of `like`."""
-    model = uninitialised(config, like.logit_scale.device)
+    model = unfilled(config).to_empty(device=like.logit_scale.device)
     for key, parameter in model.named_parameters():
         parameter.data = parameter.data.to(state[key].dtype)
     for key, buffer in model.named_buffers():

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tinyclip.compress.budget import fill_budget
+from tinyclip.compress.budget import BUDGETS, NAMES, fill_budget
 from tinyclip.compress.size import sparsity, tower_of
 from tinyclip.model.axes import axis_sizes
 from tinyclip.model.config import CLIPConfig
@@ -164,8 +164,7 @@ class HardConcrete(nn.Module):
         `both` adds up the sizes of the towers; a tower without masks counts in full.
         """
         keep = {name: probability_kept(log_alpha) for name, log_alpha in self.named_log_alpha()}
-        towers: tuple[Tower, ...] = ("visual", "text") if tower == "both" else (tower,)
-        return sparsity(self.config, self.original, keep, towers, self.unit)
+        return sparsity(self.config, self.original, keep, BUDGETS[tower], self.unit)
 
     @torch.no_grad()
     def filled(self, values: Tensor) -> HardConcrete:
@@ -223,10 +222,9 @@ class Constraint(nn.Module):
 @torch.no_grad()
 def budget_bounds(hard: HardConcrete, name: str) -> tuple[float, float]:
     """Return the sparsity of a budget before masking, and the largest one that the clamp allows."""
-    towers: tuple[Tower, ...] = ("visual", "text") if name == "both" else (name,)  # type: ignore[assignment]
 
     def at(keep: Masks) -> float:
-        return sparsity(hard.config, hard.original, keep, towers, hard.unit).item()
+        return sparsity(hard.config, hard.original, keep, BUDGETS[name], hard.unit).item()
 
     least = probability_kept(torch.tensor(-LARGEST))
     return at({}), at({key: least.expand(len(value)) for key, value in hard.named_log_alpha()})
@@ -239,7 +237,7 @@ def check_targets(hard: HardConcrete, targets: Mapping[str, float]) -> None:
         ValueError: for a target that is out of reach, or that the model already meets.
     """
     for name, target in targets.items():
-        what = {"visual": "the image tower", "text": "the text tower", "both": "both towers"}[name]
+        what = NAMES[name]
         start, largest = budget_bounds(hard, name)
         if target > largest:
             raise ValueError(

@@ -369,9 +369,8 @@ def cast(model: CLIP, dtype: torch.dtype) -> CLIP:
     return model
 
 
-def uninitialised(config: CLIPConfig, device: torch.device | str = "cpu") -> CLIP:
-    """Return a model whose weights are arbitrary memory, for callers that load them all. Random ones would take seconds
-    in a large model."""
+def unfilled(config: CLIPConfig) -> CLIP:
+    """Return a model of shapes alone, on the meta device. Callers that load all weights give it memory with `to_empty`;
+    drawing random weights first would take seconds in a large model."""
     with torch.device("meta"):
-        model = CLIP(config)
-    return model.to_empty(device=device)
+        return CLIP(config)

@@ -211,9 +211,9 @@ def memory(
 
     Student: float32 weights, gradients and AdamW's two moments for trained parameters (4 + 4 + 8 bytes), and a copy
     of the weights in the autocast dtype; with `ema`, their average in float32. Teacher: float32 weights.
-    Activations: those the backward pass needs (see `activation_bytes`); with `micro_batch`, those of one micro-
-    batch, plus the features of all pairs. Loss: `LOSS_TILES` tiles, and the features of the whole batch with their
-    gradients. Not counted: fragmentation, workspaces and the decoding workers.
+    Activations: those the backward pass needs (see `activation_bytes`); with `micro_batch`, those of one
+    micro-batch, plus the features of all pairs. Loss: `LOSS_TILES` tiles, and the features of the whole batch with
+    their gradients. Not counted: fragmentation, workspaces and the decoding workers.
     """
     counts = count_parameters(axis_table(student))
     trained = sum(n for part, n in counts.items() if stage.towers in ("both", "image" if part == "image" else "text"))

@@ -24,7 +24,7 @@ from tinyclip.common.schema import explain
 from tinyclip.inputs.tokenizer import CLIPTokenizer
 from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.config import CLIPConfig
-from tinyclip.model.model import CLIP
+from tinyclip.model.model import CLIP, unfilled
 from tinyclip.zoo.card import Card, write_card
 from tinyclip.zoo.hugging_face import WEIGHTS as HUGGING_FACE_WEIGHTS  # includes our own file name
 from tinyclip.zoo.hugging_face import read_hugging_face
@@ -193,8 +193,7 @@ def _record(path: Path) -> Path:
 
 def filled(config: CLIPConfig, state: Mapping[str, Tensor], trouble: str) -> CLIP:
     """Return a model with these weights; `ValueError` as in `check_state`, before memory for the model is allocated."""
-    with torch.device("meta"):
-        shapes = CLIP(config)
+    shapes = unfilled(config)
     check_state(shapes, state, trouble)
     model = shapes.to_empty(device="cpu")
     model.load_state_dict(dict(state))
