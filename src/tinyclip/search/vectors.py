@@ -71,13 +71,14 @@ class Vectors:
         return np.concatenate([row.reshape(1, -1) for row in self._index.get(np.asarray(keys, np.uint64))])
 
     def add(self, keys: Sequence[int] | np.ndarray, vectors: np.ndarray) -> None:
-        """Add (n, dim) vectors with new keys.
+        """Add (n, dim) vectors with new keys, on one thread: parallel insertion leaves vectors and parts of the graph
+        unreachable (https://github.com/unum-cloud/USearch/pull/772).
 
         Raises:
             ValueError: when memory runs out.
         """
         with _faults("no room for more vectors"):
-            self._index.add(np.asarray(keys, np.uint64), vectors)
+            self._index.add(np.asarray(keys, np.uint64), vectors, threads=1)
 
     def remove(self, keys: Sequence[int] | np.ndarray) -> None:
         """Remove vectors by key."""
