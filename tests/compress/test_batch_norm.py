@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers.models import random_resnet, resnet_config, small_config
-from tests.helpers.runs import buffers, resnet_recipe
+from tests.helpers.runs import buffers, resnet_recipe, stopped
 from tests.helpers.runs import resnet_place as resnet_place
 from tinyclip.compress.batch_norm import batch_norms, freeze, reestimate, synchronise
 from tinyclip.compress.inheritance import inherit
@@ -21,7 +20,6 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.stage import Stage
 from tinyclip.train import loop
-from tinyclip.train.resume import Interrupted
 from tinyclip.train.run import loader_of
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
@@ -82,14 +80,7 @@ def test_a_resumed_stage_is_the_same_to_the_bit(resnet_place: Path, tmp_path: Pa
     loop.run(loop.start(resnet_recipe(resnet_place, tmp_path / "whole", **changes)))
     chosen = resnet_recipe(resnet_place, tmp_path / "stopped", **changes)
     run = loop.start(chosen)
-
-    def stop(event: dict[str, Any]) -> None:
-        if event.get("step") == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    run.listener = stop
-    with pytest.raises(Interrupted):
-        loop.run(run)
+    stopped(run, 3, number=signal.SIGTERM)
     again = loop.start(chosen, resume=True)
     events: list[dict[str, Any]] = []
     again.listener = events.append

@@ -24,6 +24,7 @@ from tests.golden.fill import picture
 from tests.helpers.commands import tinyclip as command
 from tests.helpers.models import random_model, random_resnet, resnet_config, small_tokenizer, uneven_config
 from tests.helpers.shards import good, write_shard
+from tests.helpers.shared import made_once
 from tinyclip.export import agreement, quantise
 from tinyclip.export.export import TOWERS, export, write_facts
 from tinyclip.inference import engines
@@ -80,7 +81,10 @@ MODELS = models()
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of `MODELS` by name, exports `NAME-FORMAT`, shards in `shards`, pictures `0.png` to `2.png`."""
-    folder = tmp_path_factory.mktemp("export")
+    return made_once(tmp_path_factory, "exports", fill)
+
+
+def fill(folder: Path) -> None:
     for name, (model, tokenizer) in MODELS.items():
         save_checkpoint(
             folder / name, model, tokenizer, Preprocess(image_size=model.config.vision.image_size), torch.float32
@@ -91,7 +95,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shard(folder / "shards" / "0.tar", [good(i) for i in range(12)])
     for i in range(3):
         Image.fromarray(picture(50 + i, 40, i)).save(folder / f"{i}.png")
-    return folder
 
 
 def expected(name: str, texts: list[str], count: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.models import ROOT, random_model, small_config, small_tokenizer
+from tests.helpers.models import random_model, small_config, small_tokenizer
 from tinyclip.inference.pipeline import Pipeline
 from tinyclip.inputs.transforms import Preprocess
 
@@ -39,19 +35,3 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = random_model(small_config(vocab_size=tokenizer.vocab_size), dtype=torch.float32)
     Pipeline(network, tokenizer, Preprocess(image_size=32)).save(path)
     return path
-
-
-def start_processes(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """Start the command in several processes, with the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | {k: str(v) for k, v in variables.items()}
-        command = [sys.executable, "-m", "tinyclip", *map(str, arguments)]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
-    return started

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from tests.helpers.runs import weights
-from tests.train.test_loop import _events as events_of
+from tests.helpers.runs import events_of, weights
 from tinyclip.common.distributed import processes
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop
@@ -26,13 +25,35 @@ SERVER.set_forkserver_preload(["tests.helpers.warm"])
 PATIENCE = 120  # seconds
 
 
-def work(settings: dict[str, Any], index: int, count: int, port: int, prepare: Callable[[int], None] | None) -> None:
-    """Run one process of a run, from the start or its last checkpoint; first call `prepare` with the process's
-    number."""
-    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def start(task: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
+    """Start processes of the server that call `task(*arguments)`, with torchrun's environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    begun = [
+        SERVER.Process(target=_one, args=(shared | {"RANK": i, "LOCAL_RANK": i}, task, *arguments))
+        for i in range(count)
+    ]
+    for process in begun:
+        process.start()
+    return begun
+
+
+def _one(environment: dict[str, object], task: Callable[..., None], *arguments: Any) -> None:
+    os.environ |= {key: str(value) for key, value in environment.items()}
     torch.set_num_threads(1)
-    chosen = Recipe.model_validate(settings)
+    task(*arguments)
+
+
+def begin(chosen: Recipe, count: int = 1, prepare: Callable[[int], None] | None = None) -> list[Any]:
+    """Start the processes of a run, from its start or its last checkpoint; each first calls `prepare` with its
+    number."""
+    return start(work, count, chosen.model_dump(mode="json"), prepare)
+
+
+def work(settings: dict[str, Any], prepare: Callable[[int], None] | None) -> None:
+    chosen, index = Recipe.model_validate(settings), int(os.environ["RANK"])
     folder = Path(chosen.output)
     sys.stderr = (folder.parent / f"{folder.name}-{index}.err").open("w")
     if prepare is not None:
@@ -45,15 +66,21 @@ def work(settings: dict[str, Any], index: int, count: int, port: int, prepare: C
         sys.exit(2)
 
 
-def begin(chosen: Recipe, count: int = 1, prepare: Callable[[int], None] | None = None) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = chosen.model_dump(mode="json")
-    begun = [SERVER.Process(target=work, args=(settings, i, count, port, prepare)) for i in range(count)]
-    for process in begun:
-        process.start()
-    return begun
+def start_command(folder: Path, *words: object, count: int = 1) -> list[Any]:
+    """Start the command line in processes that each lead a session; process i writes to `i.out` and `i.err` in the
+    folder."""
+    return start(command, count, [str(word) for word in words], folder)
+
+
+def command(words: list[str], folder: Path) -> None:
+    os.setsid()
+    for number, kind in ((1, "out"), (2, "err")):
+        with (folder / f"{os.environ['RANK']}.{kind}").open("a") as file:
+            os.dup2(file.fileno(), number)
+    from tinyclip.cli.main import main
+
+    sys.argv = ["tinyclip", *words]
+    main()
 
 
 def together(task: Callable[..., None], arguments: tuple[Any, ...], count: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tinyclip.inputs.transforms import Preprocess
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop
+from tinyclip.train.resume import Interrupted
 from tinyclip.zoo.checkpoint import load_checkpoint, save_checkpoint
 from tinyclip.zoo.resolve import MANIFEST
 
@@ -63,6 +66,27 @@ def run(chosen: Recipe, **options: Any) -> tuple[list[dict[str, Any]], list[dict
     started = loop.start(chosen, **options)
     started.listener = events.append
     return loop.run(started), events
+
+
+def stopped(started: Any, step: int, stage: str | None = None, number: int = signal.SIGINT) -> Any:
+    """Run until a signal stops the run after a step, by default of any stage; return what was started."""
+    heard = started.listener
+
+    def listen(event: dict[str, Any]) -> None:
+        if heard is not None:
+            heard(event)
+        if event["event"] == "step" and event["step"] == step and stage in (None, event["stage"]):
+            os.kill(os.getpid(), number)
+
+    started.listener = listen
+    with pytest.raises(Interrupted, match=f"stopped at step {step}") as error:
+        loop.run(started)
+    assert error.value.signal_number == number
+    return started
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from PIL import Image
 
 import tinyclip
 from tests.helpers.models import random_model
-from tests.helpers.pictures import drawing, encoded, start_processes
+from tests.helpers.pictures import drawing, encoded
+from tests.helpers.processes import end, kill, start_command, until
 from tinyclip.cli.main import main
 from tinyclip.common import faults
 from tinyclip.common.ownership import MARKER
@@ -251,25 +251,21 @@ def test_a_killed_run_goes_on_without_computing_finished_parts_again(
     out = tmp_path / "out"
     options = ("--part-size", 1, "--compute-dtype", "float32", "--device", "cpu", "--json")
     command = ("embed", model, many, "-o", out, *options)
-    started, end = start_processes(processes, *command), time.monotonic() + 200
-    while len(list(out.glob(".parts/*.json"))) < 5 and time.monotonic() < end:
-        assert all(process.poll() is None for process in started)
-        time.sleep(0.002)
-    for process in started:
-        process.kill()
-    for process in started:
-        process.communicate()
+    started = start_command(tmp_path, *command, count=processes)
+    until(lambda: len(list(out.glob(".parts/*.json"))) >= 5, started)
+    kill(started)
     records = {int(path.stem) for path in out.glob(".parts/*.json")}
     assert 5 <= len(records) < 150
     before = {name: state for name, state in states(out).items() if int(name[6:11]) in records}
     assert len(before) == len(records)
 
-    started = start_processes(processes, *command)
-    spoken = [process.communicate(timeout=200) for process in started]
-    assert [process.returncode for process in started] == [0] * processes, spoken
-    told = json.loads(spoken[0][0])
+    again = tmp_path / "again"
+    again.mkdir()
+    assert end(start_command(again, *command, count=processes)) == [0] * processes
+    spoken = [(again / f"{i}.out").read_text() for i in range(processes)]
+    told = json.loads(spoken[0])
     assert (told["computed"], told["images"], told["parts"]) == (150 - len(records), 150, 150)
-    assert [out for out, _ in spoken[1:]] == [""] * (processes - 1)
+    assert spoken[1:] == [""] * (processes - 1)
     assert before.items() <= states(out).items()
     embed(clip, open_source(many), tmp_path / "whole", Plan("m"))
     assert read(out, "image")[0] == read(tmp_path / "whole", "image")[0]

@@ -19,8 +19,8 @@ from PIL import Image
 
 import tinyclip
 from tests.helpers.models import random_model
-from tests.helpers.pictures import drawing, encoded, start_processes
-from tests.helpers.processes import SERVER
+from tests.helpers.pictures import drawing, encoded
+from tests.helpers.processes import SERVER, kill, start_command, until
 from tinyclip.app import page
 from tinyclip.cli.main import main
 from tinyclip.common import faults
@@ -386,12 +386,10 @@ def waiting_in(out: Path) -> int:
 
 def test_a_killed_command_goes_on(model: Path, clip: Pipeline, make: Make, tmp_path: Path) -> None:
     folder, out = write(tmp_path / "many", *range(60)), tmp_path / "index"
-    (process,) = start_processes(1, "index", model, folder, "-o", out, "--batch-size", 1, "--dtype", "float32")
-    log = out / f"{WORK}-wal"
-    while not log.exists() or log.stat().st_size < 50_000:
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
+    command = ("index", model, folder, "-o", out, "--batch-size", 1, "--dtype", "float32")
+    started, log = start_command(tmp_path, *command), out / f"{WORK}-wal"
+    until(lambda: log.exists() and log.stat().st_size >= 50_000, started)
+    kill(started)
     with pytest.raises(ValueError, match="did not finish; run it again"):
         Index.open(out)
     result = make(folder)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import zlib
@@ -22,8 +21,8 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.models import small_config
-from tests.helpers.processes import SERVER, assert_same, end
-from tests.helpers.runs import run, stage
+from tests.helpers.processes import assert_same, end, start, start_command
+from tests.helpers.runs import run, stage, stopped
 from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli.main import main
 from tinyclip.common.distributed import gather_objects, is_main, processes
@@ -216,9 +215,7 @@ def test_several_teachers_are_averaged_in_their_targets(place: Path) -> None:
 
 def stopped_and_resumed(chosen: Recipe, at: int) -> None:
     started = loop.start(chosen)
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == at else None
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, at)
     run(chosen, resume=True)
 
 
@@ -244,23 +241,6 @@ def test_a_run_without_its_teachers_resumes_exactly(place: Path, tmp_path: Path)
     finally:
         (tmp_path / "gone" / "teacher").rename(place / "teacher")
     assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-def begun(work: Any, count: int, *arguments: Any) -> list[Any]:
-    """Start processes that call `work(*arguments)`, with torchrun's environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    found = [SERVER.Process(target=one_of, args=(environment, i, work, *arguments)) for i in range(count)]
-    for process in found:
-        process.start()
-    return found
-
-
-def one_of(environment: dict[str, str], index: int, work: Any, *arguments: Any) -> None:
-    os.environ |= environment | {"RANK": str(index), "LOCAL_RANK": str(index)}
-    torch.set_num_threads(1)
-    work(*arguments)
 
 
 def recorded(settings: dict[str, Any], place: Path) -> None:
@@ -291,7 +271,7 @@ def test_two_processes_with_micro_batches_train_as_one_without(place: Path, tmp_
     caches = [str(place / "cache-teacher"), str(place / "cache-wide")]
     settings = stage(augment=VIEWS, start=str(place / "teacher"), steps=3, loss={"image_affinity": 0.5})
     chosen = recipe(place, tmp_path / "run", caches, stages=[settings | {"micro_batch": 3}])
-    assert end(begun(recorded, 2, chosen.model_dump(mode="json"), tmp_path / "found.pt")) == [0, 0]
+    assert end(start(recorded, 2, chosen.model_dump(mode="json"), tmp_path / "found.pt")) == [0, 0]
     alone = loop.start(recipe(place, tmp_path / "alone", caches, stages=[settings]))
     trainee = Trainee(
         starting_student(alone, 0, None),
@@ -482,15 +462,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def commanded(arguments: list[object], said: Path, with_errors: bool = False) -> None:
-    """Run `tinyclip` with these arguments; its output goes to a file."""
-    sys.argv = ["tinyclip", *map(str, arguments)]
-    with said.open("a") as sys.stdout:
-        if with_errors:
-            os.dup2(sys.stdout.fileno(), 2)
-        main()
-
-
 def test_the_command_goes_on_refuses_and_replaces(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -571,7 +542,7 @@ def test_a_killed_cache_goes_on(place: Path, tmp_path: Path) -> None:
         write_shard(data / f"{i}.tar", [good(j) | {"key": f"{i}-{j}"} for j in range(12)])
     arguments = ["cache", place / "teacher", data, "--draws", 4, "--batch-size", 1, "--workers", 0]
     features = data / "cache-teacher" / "features"
-    (process,) = begun(commanded, 1, [*arguments, "--precision", "float32", "--device", "cpu"], tmp_path / "said")
+    (process,) = start_command(tmp_path, *arguments, "--precision", "float32", "--device", "cpu")
     while process.is_alive() and not list(features.glob("[0-9]*")):
         time.sleep(0.005)
     process.kill()
@@ -617,13 +588,11 @@ def test_two_calls_do_not_meet_in_one_folder(place: Path, tmp_path: Path, overwr
     def progress(done: int, total: int) -> None:
         if done and not codes:
             before = sorted(str(file) for file in (tmp_path / "cache").rglob("*"))
-            process = SERVER.Process(target=commanded, args=([*arguments, *overwrite], tmp_path / "said", True))
-            process.start()
-            codes.extend(end([process]))
+            codes.extend(end(start_command(tmp_path, *arguments, *overwrite)))
             assert sorted(str(file) for file in (tmp_path / "cache").rglob("*")) == before
 
     cached(place, tmp_path / "cache", progress=progress)
-    said = (tmp_path / "said").read_text()
+    said = (tmp_path / "0.err").read_text()
     assert codes == [2] and "another `tinyclip cache` is running here" in said and said.count("\n") == 1
     assert same_features(tmp_path / "cache", place / "cache-teacher")
     cached(place, tmp_path / "cache", overwrite=True)
@@ -635,8 +604,8 @@ def test_two_processes_share_the_shards(place: Path, tmp_path: Path) -> None:
     arguments += ["--workers", 0, "--precision", "float32", "--device", "cpu"]
     for key, value in VIEWS.items():
         arguments += ["--augment", f"{key}={json.dumps(value)}"]
-    assert end(begun(commanded, 2, arguments, tmp_path / "said")) == [0, 0]
-    assert (tmp_path / "said").read_text().count("43 samples") == 1
+    assert end(start_command(tmp_path, *arguments, count=2)) == [0, 0]
+    assert [("43 samples" in (tmp_path / f"{i}.out").read_text()) for i in range(2)] == [True, False]
     one, two = stored(tmp_path / "cache"), stored(place / "cache-teacher")
     assert one.keys() == two.keys()
     for key in one:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.runs import auto, recipe, run, stage, vouch, weights
+from tests.helpers.runs import auto, recipe, run, stage, stopped, vouch, weights
 from tinyclip.compress.latency import fraction_for_latency
 from tinyclip.compress.size import sparsity
 from tinyclip.data.loader import shorten
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop, stage_start
 from tinyclip.train.pruner import MASKS, Pruner
-from tinyclip.train.resume import Interrupted
 from tinyclip.train.run import closing, loader_of
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import load_checkpoint
@@ -57,14 +54,7 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
     stages = [auto(target={"image": 0.4, "text": 0.5}, auto={"gates": True})]
     run(recipe(place, whole, stages=stages))
     started = loop.start(recipe(place, parts, stages=stages))
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    started.listener = stop
-    with pytest.raises(Interrupted, match=f"stopped at step {step}"):
-        loop.run(started)
+    stopped(started, step)
     assert (parts / "stages" / "50" / "last" / MASKS).exists() == (step <= 12)
     run(recipe(place, parts, stages=stages), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
@@ -270,9 +260,7 @@ def test_a_latency_out_of_reach_leaves_no_run(place: Path, tmp_path: Path) -> No
 def test_masks_of_another_model_are_refused(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[auto()])
     started = loop.start(chosen)
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 4 else None
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, 4)
     file = tmp_path / "run" / "stages" / "50" / "last" / MASKS
     from safetensors.torch import save_file
 

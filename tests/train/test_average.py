@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.runs import auto, recipe, run, stage, weights
+from tests.helpers.runs import auto, recipe, run, stage, stopped, weights
 from tests.helpers.trainees import batch_of, trainee_of
 from tinyclip.train import loop
 from tinyclip.train.plan import plan
-from tinyclip.train.resume import Interrupted
 
 
 @pytest.mark.parametrize("case", ["affinity", "resnet", "image only"])
@@ -65,15 +63,7 @@ def test_a_stopped_run_goes_on_with_its_average(place: Path, tmp_path: Path, kin
         return made
 
     loop.run(started("whole"))
-    stopped = started("parts")
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stopped.listener = stop
-    with pytest.raises(Interrupted):
-        loop.run(stopped)
+    stopped(started("parts"), at, number=signal.SIGTERM)
     loop.run(started("parts", resume=True))
     assert seen["whole"] == seen["parts"] and len(set(seen["whole"])) == len(seen["whole"])
     for place_of in ("student", f"stages/{chosen['name']}/last"):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.runs import calibrated, recipe, run, weights
+from tests.helpers.runs import calibrated, recipe, run, stopped, weights
 from tinyclip.cli import main
 from tinyclip.compress.size import sparsity
-from tinyclip.train import loop, setup, stage_start
-from tinyclip.train.resume import Interrupted
+from tinyclip.train import setup, stage_start
 from tinyclip.zoo.checkpoint import load_checkpoint
 
 
@@ -39,14 +36,7 @@ def test_a_stage_resumes_without_measuring_again(place: Path, tmp_path: Path, mo
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(recipe(place, whole, stages=[calibrated()]))
     started = setup.start(recipe(place, parts, stages=[calibrated()]))
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    started.listener = stop
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, 2)
     monkeypatch.setattr(stage_start, "calibrate", None)
     run(recipe(place, parts, stages=[calibrated()]), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import signal
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +24,7 @@ from tests.helpers.commands import strict
 from tests.helpers.judged import grey
 from tests.helpers.make_believe import GPU, MakeBelieve, make_believe
 from tests.helpers.models import random_inputs, random_model, random_resnet, resnet_config, small_config
-from tests.helpers.runs import SHAPE, recipe, run, stage, weights
+from tests.helpers.runs import SHAPE, recipe, run, stage, stopped, weights
 from tests.helpers.trainees import infinite
 from tinyclip.compress.batch_norm import reestimate
 from tinyclip.compress.calibrate import Calibration, Sample, calibrate
@@ -33,7 +32,6 @@ from tinyclip.data.loader import Batch
 from tinyclip.inputs.augment import Augment
 from tinyclip.teachers.make_cache import make_cache
 from tinyclip.train import loop
-from tinyclip.train.resume import Interrupted
 from tinyclip.train.step import Trainee, learning_rate
 
 AUTO = {"inherit": "auto", "student": {}, "steps": 6}
@@ -61,17 +59,10 @@ def on(device: str) -> AbstractContextManager[Any]:
     return make_believe() if device == "cuda" else nullcontext()
 
 
-def stopped(place: Path, out: Path, kind: str, device: str, at: int, **changes: Any) -> None:
+def stopped_run(place: Path, out: Path, kind: str, device: str, at: int, **changes: Any) -> None:
     """Run until a signal stops the run after a step."""
     started = loop.start(recipe(place, out, stages=[stage(**RUNS[kind])], device=device, **changes))
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    started.listener = stop
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, at, number=signal.SIGTERM)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -83,7 +74,7 @@ def test_a_run_saved_on_one_device_and_resumed_on_another_is_that_of_the_cpu(
     for first, second in (("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")):
         out = tmp_path / f"{first}-{second}"
         with on(first):
-            stopped(place, out, kind, first, 2)
+            stopped_run(place, out, kind, first, 2)
         with on(second):
             changed = recipe(place, out, stages=[stage(**RUNS[kind])], device=second)
             run(changed, resume=True)
@@ -152,7 +143,7 @@ def test_a_run_in_float16_resumes_to_the_bit(place: Path, tmp_path: Path) -> Non
     chosen = {"stages": [stage(**RUNS["manual"])], "precision": "float16"}
     run(recipe(place, tmp_path / "whole", **chosen))
     expected = weights(tmp_path / "whole" / "student")
-    stopped(place, tmp_path / "cut", "manual", "cpu", 3, precision="float16")
+    stopped_run(place, tmp_path / "cut", "manual", "cpu", 3, precision="float16")
     run(recipe(place, tmp_path / "cut", **chosen), resume=True)
     found = weights(tmp_path / "cut" / "student")
     assert all(torch.equal(found[name], value) for name, value in expected.items())

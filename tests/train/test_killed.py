@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,9 @@ import pytest
 import torch
 
 from tests.helpers import runs
-from tests.helpers.processes import SERVER, assert_same, begin, end, kill, last_step, until
-from tests.helpers.runs import auto, recipe, resnet_recipe, run, stage
-from tests.train.test_loop import _events as events_of
-from tinyclip.common.distributed import gather_objects, processes
+from tests.helpers.processes import SERVER, assert_same, begin, end, kill, last_step, start, until
+from tests.helpers.runs import auto, events_of, recipe, resnet_recipe, run, stage, stopped
+from tinyclip.common.distributed import gather_objects, processes, rank
 from tinyclip.data import loader as data
 from tinyclip.recipe.recipe import Recipe
 from tinyclip.train import loop
@@ -127,7 +125,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(place: Path, tmp_path: Pa
 
 
 def test_all_but_the_order_of_the_data_goes_on_exactly(place: Path, tmp_path: Path) -> None:
-    started = stopped(recipe(place, tmp_path / "run", stages=[stage()]), 3)
+    started = stopped(loop.start(recipe(place, tmp_path / "run", stages=[stage()])), 3)
     last = started.folder / "stages" / "50" / "last"
 
     def restored(workers: int) -> tuple[Trainee, Progress, Any]:
@@ -150,20 +148,10 @@ def test_all_but_the_order_of_the_data_goes_on_exactly(place: Path, tmp_path: Pa
 
 def test_two_processes_see_different_pairs_and_end_with_equal_weights(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage(steps=3)])
-    settings = chosen.model_dump(mode="json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begun = [SERVER.Process(target=compared, args=(settings, i, port)) for i in range(2)]
-    for process in begun:
-        process.start()
-    assert end(begun) == [0, 0]
+    assert end(start(compared, 2, chosen.model_dump(mode="json"))) == [0, 0]
 
 
-def compared(settings: dict[str, Any], index: int, port: int) -> None:
-    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def compared(settings: dict[str, Any]) -> None:
     with processes():
         started = loop.start(Recipe.model_validate(settings))
         seen: list[list[str]] = []
@@ -247,24 +235,14 @@ def interrupting(patch: pytest.MonkeyPatch, moment: str, step: int) -> Callable[
 
 def test_two_processes_stop_at_the_end_of_a_stage(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage("a", steps=3), stage("b", steps=3, student={})])
-    settings = chosen.model_dump(mode="json")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    begun = [SERVER.Process(target=interrupted_late, args=(settings, i, port)) for i in range(2)]
-    for process in begun:
-        process.start()
-    assert end(begun) == [0, 0]
+    assert end(start(interrupted_late, 2, chosen.model_dump(mode="json"))) == [0, 0]
 
 
-def interrupted_late(settings: dict[str, Any], index: int, port: int) -> None:
-    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def interrupted_late(settings: dict[str, Any]) -> None:
 
     def saved(*args: Any) -> None:
         save(*args)
-        if index == 1 and args[3].step == 3:
+        if rank() == 1 and args[3].step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with processes():
@@ -276,14 +254,6 @@ def interrupted_late(settings: dict[str, Any], index: int, port: int) -> None:
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------
-
-
-def stopped(chosen: Recipe, step: int) -> Any:
-    started = loop.start(chosen)
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == step else None
-    with pytest.raises(Interrupted, match=f"stopped at step {step}"):
-        loop.run(started)
-    return started
 
 
 def cut_short(path: Path) -> None:
@@ -313,7 +283,7 @@ def test_the_newest_whole_checkpoint_is_taken(
     place: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], whole: Path
 ) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[auto()], save_every=2, keep=3)
-    stages = stopped(chosen, 5).folder / "stages" / "50"
+    stages = stopped(loop.start(chosen), 5).folder / "stages" / "50"
     assert sorted(p.name for p in stages.iterdir()) == ["last", "step-000002", "step-000004"]
     damage(stages / "last" / name)
     _, events = run(chosen, resume=True)
@@ -333,7 +303,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_stage_without_a_whole_checkpoint_is_one_clear_line(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage()])
-    stages = stopped(chosen, 3).folder / "stages" / "50"
+    stages = stopped(loop.start(chosen), 3).folder / "stages" / "50"
     for place_ in stages.iterdir():
         flipped(place_ / "state.pt")
     before = sorted(stages.rglob("*"))
@@ -351,7 +321,7 @@ def test_a_kill_between_two_renames_is_mended(place: Path, tmp_path: Path) -> No
     """`last` is not yet back in place, or moved aside on a disk without atomic exchange; leftovers of other writers."""
     whole, parts = (recipe(place, tmp_path / name, stages=[stage()]) for name in ("whole", "parts"))
     run(whole)
-    stages = stopped(parts, 3).folder / "stages" / "50"
+    stages = stopped(loop.start(parts), 3).folder / "stages" / "50"
     shutil.rmtree(stages / "last")
     (stages / ".last.abc.tmp").mkdir()
     (stages / ".result.json.abc.tmp").touch()
@@ -359,7 +329,7 @@ def test_a_kill_between_two_renames_is_mended(place: Path, tmp_path: Path) -> No
     assert [e["step"] for e in events if e["event"] == "resumed"] == [2]
     assert_same(tmp_path / "whole", tmp_path / "parts")
     again = recipe(place, tmp_path / "again", stages=[stage()])
-    stages = stopped(again, 3).folder / "stages" / "50"
+    stages = stopped(loop.start(again), 3).folder / "stages" / "50"
     (stages / "last").rename(stages / ".last.xyz.old")
     _, events = run(again, resume=True)
     assert [e["step"] for e in events if e["event"] == "resumed"] == [3]
@@ -369,7 +339,7 @@ def test_a_kill_between_two_renames_is_mended(place: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(("keep", "found"), [(1, []), (2, [5]), (3, [4, 5])])
 def test_as_many_checkpoints_are_kept_as_asked_for(place: Path, tmp_path: Path, keep: int, found: list[int]) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage(steps=9)], save_every=1, keep=keep)
-    folder = stopped(chosen, 6).folder / "stages" / "50"
+    folder = stopped(loop.start(chosen), 6).folder / "stages" / "50"
     assert sorted(p.name for p in folder.iterdir()) == ["last", *(f"step-{step:06d}" for step in found)]
     run(chosen, resume=True)
     assert sorted(p.name for p in folder.iterdir()) == ["last", "result.json"]

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from tests.helpers.models import small_config
-from tests.helpers.runs import recipe, run, stage, vouch, weights
+from tests.helpers.runs import events_of, recipe, run, stage, stopped, vouch, weights
 from tests.helpers.shards import good, write_shard
 from tinyclip.common.folders import recover
 from tinyclip.data.loader import Batch, image_input, shorten
@@ -75,9 +75,7 @@ def test_every_term_trains_through_its_projection_and_resumes(place: Path, tmp_p
     for event in (e for e in events if e["event"] == "step"):
         assert event["loss"] == pytest.approx(sum(weight * event[name] for name, weight in terms.items()), rel=1e-5)
     started = loop.start(recipe(place, parts, stages=stages))
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, 3)
     run(recipe(place, parts, stages=stages), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -101,8 +99,7 @@ def judged(chosen: Recipe, stop_at: int | None, scores: dict[int, float], **opti
     else:
         with pytest.raises(Interrupted):
             loop.run(started)
-    events = [json.loads(line) for line in (Path(chosen.output) / "metrics.jsonl").read_text().splitlines()]
-    return [e for e in events if e["event"] == "evaluation"]
+    return [e for e in events_of(Path(chosen.output)) if e["event"] == "evaluation"]
 
 
 @pytest.mark.parametrize("stop_at", [4, 5])
@@ -119,9 +116,7 @@ def test_evaluations_and_the_best_survive_a_stop(place: Path, tmp_path: Path, st
 def test_resuming_runs_nothing_from_the_run_folder(place: Path, tmp_path: Path) -> None:
     chosen = recipe(place, tmp_path / "run", stages=[stage()])
     started = loop.start(chosen)
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, 3)
     state = tmp_path / "run" / "stages" / "50" / "last" / "state.pt"
     whole = torch.load(state, weights_only=True)
 
@@ -156,9 +151,7 @@ def test_a_run_with_a_decoding_process_resumes(place: Path, tmp_path: Path) -> N
     """Its random state passes through torch's own pickling of tensors."""
     chosen = recipe(place, tmp_path / "run", stages=[stage()], workers=1)
     started = loop.start(chosen)
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, 3)
     assert run(chosen, resume=True)[0][0]["steps"] == 5
 
 
@@ -198,19 +191,11 @@ def test_results_do_not_depend_on_an_interruption(place: Path, tmp_path: Path) -
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(recipe(place, whole))
     started = loop.start(recipe(place, parts))
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "step" and event["step"] == 3 and event["stage"] == "50":
-            os.kill(os.getpid(), signal.SIGINT)
-
-    started.listener = stop
-    with pytest.raises(Interrupted, match="stopped at step 3") as error:
-        loop.run(started)
-    assert error.value.signal_number == signal.SIGINT
+    stopped(started, 3, "50")
     run(recipe(place, parts), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
     assert all(torch.equal(one[k], two[k]) for k in one)
-    steps = [(e["stage"], e["step"]) for e in _events(parts) if e["event"] == "step"]
+    steps = [(e["stage"], e["step"]) for e in events_of(parts) if e["event"] == "step"]
     assert steps == [(s, i) for s in ("75", "50") for i in range(1, 6)]
 
 
@@ -221,19 +206,13 @@ def test_a_run_goes_on_in_the_precision_of_another_device(
     chosen = recipe(place, tmp_path / "run", stages=[stage()], precision="auto")
     monkeypatch.setattr("tinyclip.train.setup.best_precision", lambda device: names[0])
     started = loop.start(chosen)
-    started.listener = lambda e: os.kill(os.getpid(), signal.SIGINT) if e.get("step") == 3 else None
-    with pytest.raises(Interrupted):
-        loop.run(started)
+    stopped(started, 3)
     monkeypatch.setattr("tinyclip.train.setup.best_precision", lambda device: names[1])
     (result,), events = run(chosen, resume=True)
     assert [e["step"] for e in events if e["event"] == "step"] == [4, 5]
     assert result["samples"] == 8 * (5 + result["skipped_steps"])  # a float16 overflow does not count as a step
     (warned,) = [e["text"] for e in events if e["event"] == "warning" and "overflowed" not in e["text"]]
     assert warned == f"resuming in {names[1]}, chosen for this device; earlier steps used {names[0]}"
-
-
-def _events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(place: Path, tmp_path: Path) -> None:

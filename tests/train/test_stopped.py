@@ -16,23 +16,10 @@ import torch
 import yaml
 
 from tests.helpers.models import ROOT
-from tests.helpers.processes import PATIENCE, SERVER, assert_same, begin, end, last_step, until
+from tests.helpers.processes import PATIENCE, assert_same, begin, command, end, last_step, start, start_command, until
 from tests.helpers.runs import recipe, stage
 from tinyclip.cli import compress
 from tinyclip.recipe.recipe import Recipe
-
-
-def command(words: list[str], said: str) -> None:
-    """Run the command line in a new session, in a process of the fork server, which has already imported everything."""
-    os.setsid()
-    torch.set_num_threads(1)
-    with Path(said).open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from tinyclip.cli.main import main
-
-    sys.argv = ["tinyclip", *words]
-    main()
 
 
 def written(chosen: Recipe, path: Path) -> str:
@@ -44,22 +31,17 @@ def test_a_sigterm_to_the_whole_group_saves_and_exits_143(place: Path, tmp_path:
     """The decoding processes get it too, and a second one has no effect."""
     changes = {"stages": [stage(steps=40)], "workers": 2, "save_every": 1000}
     whole, parts = (recipe(place, tmp_path / name, **changes) for name in ("whole", "parts"))
-    path, said = written(parts, tmp_path / "recipe.yaml"), tmp_path / "said"
-    process = SERVER.Process(target=command, args=(["distill", path], str(said)))
-    process.start()
-    until(lambda: last_step(Path(parts.output)) >= 3, [process])
+    begun = start_command(tmp_path, "distill", written(parts, tmp_path / "recipe.yaml"))
+    until(lambda: last_step(Path(parts.output)) >= 3, begun)
     for _ in range(2):
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(begun[0].pid, signal.SIGTERM)
         time.sleep(0.02)
-    assert end([process]) == [128 + signal.SIGTERM]
-    lines = said.read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("tinyclip: ")]
-    assert re.fullmatch(r"tinyclip: stopped at step \d+ and saved in .*parts; resume with: tinyclip (.*)", line), lines
-    assert "Traceback" not in said.read_text()
-    assert not any(alive(process.pid))
-    again = SERVER.Process(target=command, args=(line.rpartition("tinyclip ")[2].split(), str(said)))
-    again.start()
-    assert end([again]) == [0]
+    assert end(begun) == [128 + signal.SIGTERM]
+    said = (tmp_path / "0.err").read_text()
+    found = re.fullmatch(r"tinyclip: stopped at step \d+ and saved in .*parts; resume with: tinyclip (.*)\n", said)
+    assert found, said
+    assert not any(alive(begun[0].pid))
+    assert end(start_command(tmp_path, *found[1].split())) == [0]
     assert end(begin(whole)) == [0]
     assert_same(Path(whole.output), Path(parts.output))
 
@@ -105,10 +87,9 @@ def test_the_torchrun_script_stops_and_goes_on(place: Path, tmp_path: Path) -> N
     assert_same(Path(whole.output), Path(parts.output))
 
 
-def refused(words: list[str], index: int, port: int, said: str) -> None:
-    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    command(words, said)
+def refused(words: list[str], folder: Path, port: int) -> None:
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command(words, folder)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +105,9 @@ def test_what_all_processes_refuse_is_said_once(place: Path, tmp_path: Path, wor
     path = written(recipe(place, tmp_path / "run", stages=[stage()]), tmp_path / "recipe.yaml")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's store
     arguments = ["distill", *(path if word == "RECIPE" else word for word in words)]
-    said = tmp_path / "said"
-    begun = [SERVER.Process(target=refused, args=(arguments, i, store.port, str(said))) for i in range(2)]
-    for process in begun:
-        process.start()
-    assert end(begun) == [2, 2]
-    told = said.read_text()
-    assert told.count("tinyclip: ") == 1 and expected in told and "Traceback" not in told
+    assert end(start(refused, 2, arguments, tmp_path, store.port)) == [2, 2]
+    told = "".join(file.read_text() for file in sorted(tmp_path.glob("[01].*")))
+    assert told.startswith("tinyclip: ") and told.count("\n") == 1 and expected in told
     assert not (tmp_path / "run").exists()
 
 
