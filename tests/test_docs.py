@@ -22,6 +22,7 @@ import yaml
 from tests.helpers.commands import tinyclip
 from tests.helpers.models import ROOT
 from tests.helpers.shards import picture
+from tests.helpers.shared import made_once
 from tinyclip.model.config import vit_clip
 from tinyclip.model.model import CLIP
 from tinyclip.recipe.recipe import load_recipe
@@ -34,7 +35,10 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small checkpoints in the layouts of other projects."""
-    folder = tmp_path_factory.mktemp("foreign")
+    return made_once(tmp_path_factory, "foreign", _fill_foreign)
+
+
+def _fill_foreign(folder: Path) -> None:
     model = CLIP(vit_clip(24, (2, 64), (2, 64), 16, image_size=32))
     state = model.state_dict()
     torch.save(state | {"input_resolution": torch.tensor(32)}, folder / "ViT-B-32.pt")
@@ -42,23 +46,26 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefixed = {f"module.{key}": value for key, value in state.items()}
     torch.save({"state_dict": prefixed}, folder / "TinyCLIP-auto-ViT-45M-32-Text-18M-LAION400M.pt")
     convert(folder / "ViT-B-32.pt", folder / "clip-vit-base-patch32", "hf")
-    return folder
 
 
 @pytest.fixture(scope="session")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The assets with a subset of the emoji, since some pages evaluate models on all of them."""
-    folder = tmp_path_factory.mktemp("assets")
+    """The assets with a subset of the emoji, since some pages evaluate models on all of them, and half of the
+    teacher's image blocks, which dozens of commands load, train and export."""
+    return made_once(tmp_path_factory, "assets", _fill_assets)
+
+
+def _fill_assets(folder: Path) -> None:
     (folder / "emoji").mkdir()
     for path in (ROOT / "assets").iterdir():
-        if path.name != "emoji":
+        if path.name not in ("emoji", "emoji-teacher"):
             (folder / path.name).symlink_to(path)
+    tinyclip("inherit", ROOT / "assets" / "emoji-teacher", folder / "emoji-teacher", "--shape", "vision.layers=3")
     (folder / "emoji" / "templates.txt").symlink_to(ROOT / "assets" / "emoji" / "templates.txt")
     for part, count in (("train", 400), ("eval", 60)):
         classes = _cut(ROOT / "assets" / "emoji" / part / "shard-00000.tar.gz", folder / "emoji" / part, count)
         if part == "eval":
             (folder / "emoji" / part / "classnames.txt").write_text("".join(f"{name}\n" for name in classes))
-    return folder
 
 
 def _cut(shard: Path, folder: Path, count: int) -> list[str]:
@@ -91,7 +98,7 @@ def workplace(tmp_path: Path, foreign: Path, assets: Path, monkeypatch: pytest.M
     (tmp_path / "photo.jpg").write_bytes(picture(1))
     (tmp_path / "products.csv").write_text("picture,title\nphotos/1.jpg,a red apple\n")
     (tmp_path / "templates.txt").write_text("a photo of a {c}\n")
-    shutil.copytree(ROOT / "assets" / "emoji-teacher", tmp_path / "my-clip")
+    shutil.copytree(assets / "emoji-teacher", tmp_path / "my-clip")
     for path in foreign.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import numpy as np
 import pytest
-from scipy import stats as scipy_stats
 
 from tinyclip.evaluate.stats import bootstrap, calibration, mcnemar
 
 
+@pytest.fixture(scope="module")
+def scipy_stats() -> Any:
+    return import_module("scipy.stats")  # takes a second, so not in every test process
+
+
 @pytest.mark.parametrize("lost", [0, 1, 2, 7, 40, 3000])
 @pytest.mark.parametrize("won", [0, 1, 3, 8, 41, 3200])
-def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int) -> None:
+def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int, scipy_stats: Any) -> None:
     expected = scipy_stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
     assert mcnemar(lost, won) == pytest.approx(expected, rel=1e-9)
     assert mcnemar(won, lost) == mcnemar(lost, won)
@@ -20,7 +27,7 @@ def test_mcnemar_of_many_pictures_does_not_overflow() -> None:
     assert mcnemar(10_000, 10_000) == 1
 
 
-def test_intervals_of_means_and_ratios_are_scipys() -> None:
+def test_intervals_of_means_and_ratios_are_scipys(scipy_stats: Any) -> None:
     generator = np.random.default_rng(3)
     hits = generator.random(400) < 0.3
     sums, sizes = generator.integers(0, 3, 400), generator.integers(3, 6, 400)

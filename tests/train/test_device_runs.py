@@ -71,7 +71,7 @@ def test_a_run_saved_on_one_device_and_resumed_on_another_is_that_of_the_cpu(
 ) -> None:
     run(recipe(place, tmp_path / "cpu", stages=[stage(**RUNS[kind])]))
     expected = weights(tmp_path / "cpu" / "student")
-    for first, second in (("cuda", "cuda"), ("cuda", "cpu"), ("cpu", "cuda")):
+    for first, second in (("cuda", "cpu"), ("cpu", "cuda")):
         out = tmp_path / f"{first}-{second}"
         with on(first):
             stopped_run(place, out, kind, first, 2)
