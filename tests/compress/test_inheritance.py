@@ -114,8 +114,8 @@ def test_a_cut_model_can_be_a_teacher() -> None:
     [
         ({"embed_dim": 25}, "embed 25 > 24"),
         ({"vision": (3, 40)}, "visual.hidden 40 > 32"),
-        ({"vision": (3, 40)}, "visual.heads.1 5 > 4"),
-        ({"vision": (3, 40)}, "visual.mlp.2 160 > 128"),
+        ({"vision": (3, 40)}, "visual.heads.0 5 > 4"),
+        ({"vision": (3, 40)}, "visual.mlp.0 160 > 128"),
         ({"vision": (4, 32)}, "visual.layers 4 > 3"),
         ({"text": (2, 32)}, "text.hidden 32 > 24"),
         ({"text": (3, 24)}, "text.layers 3 > 2"),

@@ -259,14 +259,19 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
     run(chosen)
     with pytest.raises(ValueError, match="--resume or replace it with --overwrite"):
         loop.start(chosen)
-    other = recipe(place, out, stages=[stage(steps=2)])
-    with pytest.raises(ValueError, match="from a different recipe; the difference is in stages"):
-        loop.start(other, resume=True)
+    for changes, named in (
+        ({"stages": [stage(steps=2, optimizer={"lr": 1}, micro_batch=4)]}, "stages.0.steps, stages.0.optimizer.lr"),
+        ({"stages": [stage(steps=1), stage("b")]}, "stages"),
+        ({"evaluation": {"data": "x"}, "workers": 3}, "evaluation"),
+    ):
+        with pytest.raises(ValueError, match=rf"from a different recipe; the difference is in {named}$"):
+            loop.start(recipe(place, out, **{"stages": [stage(steps=1)]} | changes), resume=True)
     with pytest.raises(ValueError, match="no run to resume"):
         loop.start(recipe(place, tmp_path / "new"), resume=True)
     assert not (tmp_path / "new").exists()
     results, events = run(chosen, resume=True)
     assert len(results) == 1 and not [e for e in events if e["event"] == "step"]
+    other = recipe(place, out, stages=[stage(steps=2)])
     run(other, overwrite=True)
     with pytest.raises(ValueError, match="either --overwrite or --resume"):
         loop.start(other, overwrite=True, resume=True)
@@ -284,7 +289,7 @@ def test_folders_are_not_overwritten_by_accident(place: Path, tmp_path: Path) ->
     ("changes", "named"),
     [
         ({"data": "nowhere"}, "no such data folder"),
-        ({"teacher": "nowhere"}, "no such checkpoint"),
+        ({"teacher": "nowhere"}, "teacher: nowhere: no such checkpoint"),
         ({"stages": [stage("big", student={"vision": {"width": 64}})]}, r"stages.0 \(big\): .*visual.hidden 64 > 32"),
         ({"stages": [stage(student={"like": "ViT-B-32"})]}, "does not fit into the teacher"),
         ({"stages": [stage(student={"like": "RN50"})]}, "a resnet student cannot inherit from a vit teacher"),

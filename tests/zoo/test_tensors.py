@@ -386,10 +386,20 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
             tensors(tmp_path / "bad.pt")
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\x05\x06" + bytes(18), b"ustar", bytes(2000)])
-def test_other_files(data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", ""),
+        (b"PK\x05\x06" + bytes(18), ""),
+        (b"ustar", ""),
+        (bytes(2000), r"\(not a pickle\)"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), r"\(not a pickle\)"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), r"\(not a pickle\)"),
+    ],
+)
+def test_other_files(data: bytes, why: str, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(data)
-    with pytest.raises(ValueError, match=r"x\.pt: damaged or not a file of weights"):
+    with pytest.raises(ValueError, match=rf"x\.pt: damaged or not a file of weights .*{why}"):
         read_entries(tmp_path / "x.pt")
 
 

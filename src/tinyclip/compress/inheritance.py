@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import torch
@@ -78,7 +79,10 @@ def manual_masks(teacher: CLIPConfig, student: CLIPConfig) -> dict[str, Tensor]:
             continue
         _block_masks(masks, problems, tower, big, small, first)
     if problems:
-        raise ValueError("the student does not fit into the teacher: " + "; ".join(problems))
+        first_of: dict[str, str] = {}
+        for problem in problems:
+            first_of.setdefault(re.sub(r"\.\d+:? .*", "", problem), problem)  # of a tower's blocks, the first
+        raise ValueError("the student does not fit into the teacher: " + "; ".join(first_of.values()))
     return {name: mask.to(torch.float32) for name, mask in masks.items()}
 
 

@@ -76,8 +76,11 @@ def gather(runs: Sequence[str | Path]) -> list[Entry]:
     """
     entries: list[Entry] = []
     for folder in map(Path, runs):
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
         if not (folder / "student").is_dir():
-            raise ValueError(f"{folder}: no finished run in it")
+            ended = "it has not finished; go on with --resume" if (folder / "recipe.yaml").exists() else "no run in it"
+            raise ValueError(f"{folder}: {ended}")
         recipe = recipe_of(folder)
         if recipe.teacher and not any(e.name == "teacher" for e in entries):
             entries += _teacher_entry(recipe.teacher, recipe.evaluation)

@@ -103,7 +103,10 @@ def _origin(
         return CachedTeacher(first.embed_dim, scales), _first_start(recipe, kind) if kind else first.own
     if recipe.teacher is not None:
         assert isinstance(recipe.teacher, str), "a teacher is a checkpoint or a cache"
-        loaded = load_teacher(recipe.teacher, device)
+        try:
+            loaded = load_teacher(recipe.teacher, device)
+        except ValueError as error:
+            raise ValueError(f"teacher: {error}") from None
         if not isinstance(loaded, Pipeline):  # no student can inherit from it
             return loaded, _first_start(recipe, loaded.kind)
         own = loaded.model.config, loaded.tokenizer, loaded.preprocessing
@@ -263,7 +266,8 @@ def _check_folder(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -
         if not known.exists() or not _is_run(folder):
             raise ValueError(f"{folder}: no run to resume")
         before = recipe_of(folder).model_dump(mode="json")
-        changed = [k for k in settings if _fixed(settings, k) != _fixed(before, k) and k not in FREE_TO_CHANGE]
+        fixed = [k for k in settings if k not in FREE_TO_CHANGE]
+        changed = [name for k in fixed for name in _differences(k, _fixed(before, k), _fixed(settings, k))]
         if changed:
             raise ValueError(f"{folder} was started from a different recipe; the difference is in {', '.join(changed)}")
     elif not ownership.is_free(folder):
@@ -294,6 +298,16 @@ def _fixed(settings: dict[str, Any], key: str) -> Any:
     if key == "stages" and isinstance(value, list) and all(isinstance(stage, dict) for stage in value):
         return [{k: v for k, v in stage.items() if k not in FREE_IN_STAGES} for stage in value]
     return value
+
+
+def _differences(key: str, one: Any, two: Any) -> list[str]:
+    """Return the dotted names of the settings that differ."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return [name for k in {**one, **two} for name in _differences(f"{key}.{k}", one.get(k), two.get(k))]
+    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        pairs = enumerate(zip(one, two, strict=True))
+        return [name for i, values in pairs for name in _differences(f"{key}.{i}", *values)]
+    return [key] if one != two else []
 
 
 def _check_replaceable(folder: Path, recipe: Recipe) -> None:

@@ -59,17 +59,17 @@ def unpickle(source: BinaryIO, builders: Builders, persistent: Callable[[Any], A
         Damaged: if the pickle is incomplete or invalid.
     """
     machine = _Machine(builders, persistent)
-    count = 0
+    count, begun = 0, False
     try:
         for opcode, argument, _ in pickletools.genops(source):
-            count += 1
+            count, begun = count + 1, begun or opcode.name == "PROTO"  # PyTorch's pickles all begin with it
             if opcode.name == "STOP":
                 return machine.stack.pop()
             if count > OPCODES:
                 raise Damaged(f"a pickle of more than {OPCODES:,} steps")
             machine.step(opcode.name, argument)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
-        raise Damaged(f"not a complete pickle: {type(error).__name__}") from None
+        raise Damaged(f"not a complete pickle: {type(error).__name__}" if begun else "not a pickle") from None
     raise Damaged("not a complete pickle")
 
 
