@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.golden import fill
 from tests.helpers.models import TEXTS, filled, golden, images, random_inputs, random_model, small_config, uneven_config
-from tinyclip.compress.budget import BUDGETS
+from tinyclip.compress.budget import BUDGETS, fill_budget
 from tinyclip.compress.inheritance import compact
 from tinyclip.compress.learned_masks import (
     LARGEST,
@@ -322,6 +322,22 @@ def test_a_budget_keeps_the_most_probable_at_their_values() -> None:
         untouched = hard.deterministic()[name]
         both = kept & (untouched > 0)
         assert torch.equal(masks[name][both], untouched[both])
+
+
+@pytest.mark.parametrize("unit", ["params", "macs"])
+def test_masks_that_start_from_importance_are_cut_by_it(unit: Any) -> None:
+    """As far as the cost of an element does not change during the cut."""
+    config, generator = small_config(), torch.Generator().manual_seed(0)
+    hard = HardConcrete(config, unit=unit)
+    importance = {name: torch.rand(len(value), generator=generator) for name, value in hard.named_log_alpha()}
+    hard.start_from(importance)
+    values = dict(hard.named_log_alpha())
+    assert torch.cat(list(values.values())).min() == 0 and torch.cat(list(values.values())).max() < LARGEST
+    for name, value in values.items():
+        assert torch.equal(value.argsort(), importance[name].argsort())
+    ours, theirs = hard.budgeted({"both": 0.1}), fill_budget(importance, config, {"both": 0.1}, unit=unit)
+    same = torch.cat([(ours[name] > 0) == (theirs[name] > 0) for name in importance])
+    assert same.float().mean() > 0.97
 
 
 def test_equal_masks_thin_all_axes_alike() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.runs import auto, recipe, run, stage, stopped, vouch, weights
+from tests.helpers.runs import auto, calibrated, events_of, recipe, run, stage, stopped, vouch, weights
 from tinyclip.compress.latency import fraction_for_latency
 from tinyclip.compress.size import sparsity
 from tinyclip.data.loader import shorten
@@ -19,10 +18,6 @@ from tinyclip.train.pruner import MASKS, Pruner
 from tinyclip.train.run import closing, loader_of
 from tinyclip.train.step import Trainee
 from tinyclip.zoo.checkpoint import load_checkpoint
-
-
-def logged(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_auto_stages_count_from_the_original(place: Path, tmp_path: Path) -> None:
@@ -37,7 +32,7 @@ def test_two_auto_stages_count_from_the_original(place: Path, tmp_path: Path) ->
         assert found[-1] == pytest.approx(target, abs=0.01)
         assert not (out / "stages" / name / "last" / MASKS).exists()
     assert found[0] < found[1]
-    events = logged(out)
+    events = events_of(out)
     steps = [e for e in events if e["event"] == "step" and e["stage"] == "75"]
     assert [e["step"] for e in steps] == list(range(1, 17))
     assert all(("sparsity" in e) == (e["step"] <= 12) for e in steps)
@@ -47,11 +42,11 @@ def test_two_auto_stages_count_from_the_original(place: Path, tmp_path: Path) ->
     assert [e["event"] for e in events].count("stage") == 2 and "resumed" not in [e["event"] for e in events]
 
 
-@pytest.mark.parametrize("step", [5, 12, 14])
-def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize(("step", "batches"), [(5, None), (5, 3), (12, None), (14, None)])
+def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: int, batches: int | None) -> None:
     """Stop while masks are learned, at the cut, and after it; the weights match those of an uninterrupted run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    stages = [auto(target={"image": 0.4, "text": 0.5}, auto={"gates": True})]
+    stages = [auto(target={"image": 0.4, "text": 0.5}, auto={"gates": True, "importance_batches": batches})]
     run(recipe(place, whole, stages=stages))
     started = loop.start(recipe(place, parts, stages=stages))
     stopped(started, step)
@@ -59,9 +54,23 @@ def test_an_auto_stage_resumes_in_the_middle(place: Path, tmp_path: Path, step: 
     run(recipe(place, parts, stages=stages), resume=True)
     one, two = weights(whole / "student"), weights(parts / "student")
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    cut = [e for e in logged(parts) if e["event"] == "cut"]
-    assert cut == [e for e in logged(whole) if e["event"] == "cut"]
-    assert [e["step"] for e in logged(parts) if e["event"] == "step"] == list(range(1, 17))
+    cut = [e for e in events_of(parts) if e["event"] == "cut"]
+    assert cut == [e for e in events_of(whole) if e["event"] == "cut"]
+    assert [e["step"] for e in events_of(parts) if e["event"] == "step"] == list(range(1, 17))
+
+
+def test_masks_start_in_the_order_of_importance(place: Path, tmp_path: Path) -> None:
+    """Masks that hardly move cut what measured importance would."""
+    still = {"lr": 1e-9, "ramp_steps": 1, "steps": 1}
+    run(recipe(place, tmp_path / "masks", stages=[auto(auto=still | {"importance_batches": 4})]))
+    run(recipe(place, tmp_path / "equal", stages=[auto(auto=still)]))
+    run(recipe(place, tmp_path / "measured", stages=[calibrated(batches=4)]))
+    kept = {}
+    for name in ("masks", "equal", "measured"):
+        (cut,) = (e for e in events_of(tmp_path / name) if e["event"] == "cut")
+        kept[name] = cut["kept"]
+    apart = {n: sum(abs(kept[n][k] - kept["measured"][k]) for k in kept["measured"]) for n in ("masks", "equal")}
+    assert apart["masks"] < apart["equal"] / 2
 
 
 def test_the_cut_student_is_not_read_back(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +187,7 @@ def test_a_latency_as_target(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
     whole = size(load_checkpoint(place / "teacher")[0])
     target = {"target_sparsity": None, "latency_ms": whole * 0.6, "lr": 0.8}
     run(recipe(place, tmp_path / "run", stages=[auto(auto=target)]))
-    found = next(e for e in logged(tmp_path / "run") if e["event"] == "latency")
+    found = next(e for e in events_of(tmp_path / "run") if e["event"] == "latency")
     assert 0.2 < found["macs_removed"] < 0.8
     assert size(load_checkpoint(tmp_path / "run" / "student")[0]) < whole * 0.8
 

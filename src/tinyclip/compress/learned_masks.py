@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyclip.compress.budget import BUDGETS, NAMES, fill_budget
-from tinyclip.compress.size import sparsity, tower_of
+from tinyclip.compress.size import sparsity, tower_of, tower_size
 from tinyclip.model.axes import axis_sizes
 from tinyclip.model.config import CLIPConfig
 from tinyclip.model.masks import Masks, Tower, Unit
@@ -112,6 +112,30 @@ class HardConcrete(nn.Module):
             if isinstance(entry, nn.ParameterList):
                 blocks = [(f"{tower}.{kind}.{i}", block) for i, block in enumerate(entry)]
             yield from ((name, block) for name, block in blocks if len(block))
+
+    def start_from(self, importance: Mapping[str, Tensor]) -> None:
+        """Start the masks in the order of measured importance, instead of equal.
+
+        `log_alpha` rises from 0, for the element with the least importance per size saved, to the clamp; an element's
+        value is in proportion to the size of all elements before it.
+
+        Args:
+            importance: of every element of every mask, by axis name (see `calibrate`).
+        """
+        named = dict(self.named_log_alpha())
+        lengths = {name: torch.tensor([float(len(value))], requires_grad=True) for name, value in named.items()}
+        with torch.enable_grad():
+            size = sum(tower_size(self.config, self.original, lengths, tower, self.unit) for tower in self.towers)
+        costs = torch.autograd.grad(size, list(lengths.values()))  # type: ignore[arg-type]
+        cost = torch.cat([c.double().expand(len(value)) for c, value in zip(costs, named.values(), strict=True)])
+        found = torch.cat([importance[name].detach().double().cpu() for name in named])
+        order = (found / cost).argsort(stable=True)
+        before = torch.empty_like(cost)
+        before[order] = cost[order].cumsum(0) - cost[order]
+        rising = (before / cost.sum() * LARGEST).split([len(value) for value in named.values()])
+        with torch.no_grad():
+            for value, start in zip(named.values(), rising, strict=True):
+                value.copy_(start)
 
     def sample(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Sample masks with one draw of noise, differentiable in `log_alpha`.

@@ -73,6 +73,9 @@ class Auto(Target):
     lr: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="learning rate of masks and multipliers; default: 0.02, or 6 / `steps` if that is more"
     )
+    importance_batches: Positive | None = Field(
+        None, description="start the masks in the order of importance, measured on this many batches; default: equal"
+    )
 
     @model_validator(mode="after")
     def _ramp_fits(self) -> Auto:

@@ -36,7 +36,7 @@ from tinyclip.train.pruner import MASKS, Pruner, already_gone, off_target, saved
 from tinyclip.train.resume import Clock, Interrupted, finish, forget_metrics, restore, save, settle, stop_signals
 from tinyclip.train.run import Progress, Run, attention, closing, loader_of, preprocess_for
 from tinyclip.train.setup import start as start
-from tinyclip.train.stage_start import mask_targets, starting_student
+from tinyclip.train.stage_start import mask_targets, measured_importance, starting_student
 from tinyclip.train.step import Trainee
 from tinyclip.train.tracking import FOLDERS as TRACKED
 from tinyclip.train.tracking import peak_memory_gb, tracked
@@ -165,6 +165,9 @@ def _learn_masks(run: Run, i: int, student: CLIP, folder: Path, masked: bool) ->
     assert stage.auto is not None and run.teacher is not None, "the recipe's validation asks for both here"
     targets = saved_targets(last) if masked else mask_targets(run, stage, student)
     pruner = Pruner(student.config, run.original, stage, targets, run.recipe.seed + i, run.device)
+    if stage.auto.importance_batches and not masked:
+        sizes = {name: len(value) for name, value in pruner.hard.named_log_alpha()}
+        pruner.hard.start_from(measured_importance(run, i, student, sizes, stage.auto.importance_batches))
     for name, gone in pruner.constraint.start.items():
         if gone >= targets[name]:  # an earlier stage may overshoot, since the constraint is one-sided
             run.warn(stage, already_gone(gone, targets[name]))

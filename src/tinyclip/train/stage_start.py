@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from tinyclip.common.distributed import from_main, world_size
-from tinyclip.common.progress import Counted
-from tinyclip.compress.calibrate import calibrate
+from tinyclip.common.progress import Counted, ended
+from tinyclip.compress.calibrate import WORK, Calibration, calibrate, telling
 from tinyclip.compress.importance import Sample as Sample
 from tinyclip.compress.inheritance import compact, inherit
 from tinyclip.compress.latency import fraction_for_latency, pair_latency_ms, targets_for_latency
@@ -63,12 +64,11 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str,
     """Return the measured masks, on the CPU since they may go to other processes, and the number of batches used."""
     stage = run.recipe.stages[i]
     settings, preprocess = stage.calibrated, preprocess_for(run, base)
-    assert settings is not None and run.teacher is not None, "the recipe's validation asks for both here"
-    scale = run.teacher.scale.item() if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
+    assert settings is not None, "the caller checks"
     model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
     loader = loader_of(run, i, pairs=pairs)
     source = Counted(samples(loader, run.recipe.data, model, run.tokenizer, preprocess))
-    how = calibration(settings, run.original, float(scale), run.recipe.seed + i)
+    how = calibration(settings, run.original, _scale(run, stage), run.recipe.seed + i)
     with attention(run.device), closing(loader):
         if targets is None:
             assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
@@ -85,6 +85,30 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str,
                 run.warn(stage, already_gone(gone, target))
         masks = calibrate(model, source, left, how) if left else {}
     return {name: mask.cpu() for name, mask in masks.items()}, source.count
+
+
+def measured_importance(run: Run, i: int, student: CLIP, sizes: Mapping[str, int], batches: int) -> dict[str, Tensor]:
+    """Return the importance of the elements of these axes, on the CPU; the first process measures."""
+    stage, preprocess = run.recipe.stages[i], preprocess_for(run, student)
+    pairs = stage.batch_size // world_size()
+
+    def measured() -> dict[str, Tensor]:
+        loader, model = loader_of(run, i, pairs=pairs), compact(student, {}).eval()
+        source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
+        how = Calibration(_scale(run, stage))
+        masks = {name: torch.ones(size) for name, size in sizes.items()}
+        with attention(run.device), closing(loader):
+            found = how.measure(model, telling(source, 0, batches, batches), masks, run.recipe.seed + i)
+        ended(WORK)
+        return {name: value.cpu() for name, value in found.items()}
+
+    return from_main(measured)
+
+
+def _scale(run: Run, stage: Stage) -> float:
+    """Return exp(logit_scale) of the affinity that importance is measured with."""
+    assert run.teacher is not None, "the recipe's validation asks for a teacher here"
+    return float(run.teacher.scale) if stage.loss.teacher_scale == "teacher" else stage.loss.teacher_scale
 
 
 def _base(run: Run, i: int, previous: CLIP | None) -> CLIP:
