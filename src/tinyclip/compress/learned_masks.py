@@ -120,7 +120,7 @@ class HardConcrete(nn.Module):
         value is in proportion to the size of all elements before it.
 
         Args:
-            importance: of every element of every mask, by axis name (see `calibrate`).
+            importance: of every element of every mask, by axis name (see `Calibration.measure`).
         """
         named = dict(self.named_log_alpha())
         lengths = {name: torch.tensor([float(len(value))], requires_grad=True) for name, value in named.items()}
