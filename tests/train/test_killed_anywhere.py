@@ -210,6 +210,18 @@ def test_a_wait_past_the_bound_says_where(place: Path, tmp_path: Path, monkeypat
     assert_same(Path(whole.output), Path(parts.output))
 
 
+def test_a_library_that_wraps_the_error_does_not_hide_it() -> None:
+    dog = Watchdog(minutes=0.001)
+    with pytest.raises(Stalled, match=r"no progress for \S+ minutes while compiling"), dog.watching():
+        dog.doing("compiling")
+        try:
+            threading.Event().wait()
+        except Stalled as error:
+            raise RuntimeError("internal error") from error
+    with pytest.raises(RuntimeError, match="another"), Watchdog(minutes=1).watching():
+        raise RuntimeError("another")
+
+
 def deaf(said: str) -> None:
     """Block the main thread so that no signal wakes it, as in a library call that never returns."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)

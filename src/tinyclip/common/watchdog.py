@@ -74,6 +74,10 @@ class Watchdog:
         thread.start()
         try:
             yield
+        except Exception:
+            if self._text:  # the library that it was raised in may have wrapped it, as PyTorch's compiler does
+                raise Stalled(self._text) from None
+            raise
         finally:
             over.set()
             thread.join()
