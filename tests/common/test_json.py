@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.helpers.commands import strict
+from tests.helpers.runs import recipe, stage
 from tinyclip.cli.terminal import print_json
 from tinyclip.common import faults
 from tinyclip.common.faults import Skipped
 from tinyclip.common.files import json_text
-from tinyclip.report.runs import _percent, curves
+from tinyclip.report.figures import curves
+from tinyclip.report.runs import _percent
 from tinyclip.train.run import Run
 
 ODD = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, None, True, "NaN")}], "d": np.float64("nan"), "e": 3}
@@ -39,9 +42,9 @@ def test_metrics_lists_and_output_are_strict(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("bad", ["NaN", "null"])
 def test_a_report_reads_runs_with_figures_that_are_none(tmp_path: Path, bad: str) -> None:
-    lines = ['{"event": "stage", "stage": "s"}', f'{{"event": "step", "step": 1, "loss": {bad}, "grad_norm": {bad}}}']
-    lines += ['{"event": "step", "step": 2, "loss": 0.5}', f'{{"event": "evaluation", "step": 2, "acc1": {bad}}}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    found = curves([tmp_path])
-    assert found["loss"][tmp_path.name][-1] == (2, 0.5)
+    events = [f'"step", "step": 1, "loss": {bad}', '"step", "step": 2, "loss": 0.5', f'"evaluation", "acc1": {bad}']
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"stage": "50", "event": {e}}}\n' for e in events))
+    chosen = recipe(tmp_path, tmp_path, stages=[stage(batch_size=8)])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
+    assert curves([tmp_path]).values == {"loss": {tmp_path.name: [(16, 0.5)]}}
     assert _percent({"acc1": None}, "acc1") == "-"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from tinyclip.common import faults
@@ -24,7 +21,7 @@ from tinyclip.model.model import CLIP
 from tinyclip.model.speed import measure
 from tinyclip.recipe.recipe import Evaluation, StoredTeachers, recipe_of
 from tinyclip.report import html as page
-from tinyclip.report.html import COLOURS
+from tinyclip.report.figures import QUANTITIES, Curves, accuracy_figure, curve_figure, curves
 from tinyclip.report.structure import figure as structure_figure
 from tinyclip.report.structure import parts
 from tinyclip.teachers.foreign import is_foreign
@@ -144,28 +141,6 @@ def _percent(figures: dict[str, Any], name: str) -> str:
     return f"{100 * figures[name]:.1f}" if figures.get(name) is not None else "-"
 
 
-def curves(runs: Sequence[str | Path]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Return metric name -> run -> (step, value): `acc1` in percent and the loss, over consecutive stages."""
-    result: dict[str, dict[str, list[tuple[int, float]]]] = {"top-1, %": {}, "retrieval R@1, %": {}, "loss": {}}
-    for folder in map(Path, runs):
-        offsets: dict[str, int] = {}  # first step of each stage; a resumed stage is announced twice
-        before = 0
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
-            if event["event"] == "stage":
-                offset = offsets.setdefault(event["stage"], before)
-            elif event["event"] == "evaluation":
-                for quantity, name in (("top-1, %", "acc1"), ("retrieval R@1, %", "image_retrieval_recall@1")):
-                    if event.get(name) is not None:
-                        points = result[quantity].setdefault(folder.name, [])
-                        points.append((offset + event["step"], 100 * event[name]))
-            elif event["event"] == "step":
-                if event["loss"] is not None:
-                    result["loss"].setdefault(folder.name, []).append((offset + event["step"], event["loss"]))
-                before = offset + event["step"]
-    return {quantity: points for quantity, points in result.items() if points}
-
-
 def guesses(entries: Sequence[Entry], data: str | Path, templates: str | None, count: int = 12) -> list[Guess]:
     """Return evaluation pictures spread evenly over the data, with each model's three best classes."""
     dataset = metrics.open_dataset(data, templates)
@@ -193,26 +168,11 @@ def _spread(examples: Iterable[metrics.Example], count: int) -> list[metrics.Exa
     return kept[:: max(1, len(kept) // count)][:count]
 
 
-def curve_figure(series: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure:
-    """Plot one panel per quantity, over training steps."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(series)))
-    for panel, (quantity, runs) in zip(axes, series.items(), strict=True):
-        for colour, (name, points) in zip(COLOURS[1:], runs.items(), strict=False):
-            steps, values = zip(*points, strict=True)
-            panel.plot(steps, values, label=name, color=colour, marker="o" if len(points) < 20 else None, markersize=3)
-        panel.set(xlabel="step", ylabel=quantity)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
-    return figure
-
-
 def write_report(
     path: str | Path,
     title: str,
     entries: Sequence[Entry],
-    series: dict[str, dict[str, list[tuple[int, float]]]],
+    found: Curves,
     grid: Sequence[Guess],
     left_out: Sequence[Skipped] = (),
 ) -> None:
@@ -224,19 +184,44 @@ def write_report(
         f"Parameters without the token embedding. pairs/s: {measured['dtype']} on {measured['device']}, batch "
         f"{measured['batch_size']}, texts of full length, the models taking turns in one process."
     )
-    training = "Stages are plotted one after another. Losses of different terms cannot be compared."
+    training = (
+        "Stages follow one another; a dot with its name marks the end of each. A cut lowers the accuracy, training "
+        "brings it back. Losses of different terms cannot be compared."
+    )
     seen = (
         "Pictures evenly spread over the evaluation data, with each model's three best classes by the first prompt, "
         "and their cosine similarity. Green: the right one."
     )
     body = [
         f"<h2>Models</h2>{page.table(COLUMNS, table(entries))}{page.note(costs)}",
-        f"<h2>Training</h2>{page.note(training)}{page.framed(page.svg(curve_figure(series)))}",
+        _accuracy(entries),
+        f"<h2>Training</h2>{page.note(training)}{page.framed(page.svg(curve_figure(found)))}",
         _structures(entries),
         f'<h2>What the models see</h2>{page.note(seen)}<div class="grid">{"".join(map(_card, grid))}</div>',
         _faults(left_out),
     ]
     write_atomically(path, page.page(title, "\n".join(body)))
+
+
+def accuracy_points(entries: Sequence[Entry]) -> tuple[str, list[tuple[str, float, float]]]:
+    """Return the name of the accuracy that all models were evaluated for, and name, GMACs and percent of each model;
+    no points where nothing was evaluated."""
+    for quantity, key in QUANTITIES.items():
+        points = [
+            (e.name, (e.measured["macs_image"] + e.measured["macs_text"]) / 1e9, 100 * e.evaluation[key])
+            for e in entries
+            if e.evaluation.get(key) is not None
+        ]
+        if points:
+            return quantity, points
+    return "", []
+
+
+def _accuracy(entries: Sequence[Entry]) -> str:
+    quantity, points = accuracy_points(entries)
+    if len(points) < 2:
+        return ""
+    return f"<h2>Accuracy and cost</h2>{page.framed(page.svg(accuracy_figure(points, quantity)))}"
 
 
 def _faults(left_out: Sequence[Skipped]) -> str:
