@@ -282,7 +282,7 @@ def test_the_block_rule_holds_in_each_stage() -> None:
 @pytest.mark.parametrize(
     ("student", "named"),
     [
-        (resnet_config(width=5), "visual.conv1.3.2 20 > 16"),
+        (resnet_config(width=5), "visual.conv1.3.0 20 > 16"),
         (resnet_config(width=5), "visual.stem.3 5 > 4"),
         (resnet_config(layers=(1, 2, 4, 1)), "visual.layers of stage 3 4 > 3"),
         (resnet_config(vision={"head_dim": 4}), "visual.head_dim 4, not 8"),
