@@ -276,9 +276,19 @@ def test_split_files_of_karpathy(tmp_path: Path, filepath: str | None) -> None:
         open_dataset(file, split="dev")
     file.rename(file.with_name("dataset_coco.json"))
     assert len(list(open_dataset(tmp_path / "d"))) == 1
-    for content in ("[]", "{}", '{"images": [{"filename": 1}]}', "junk"):
+    rows = json.loads((tmp_path / "d" / "dataset_coco.json").read_text())["images"]
+    for content, named in (
+        ("[]", "a JSON list"),
+        ("{}", r'no list of `"images"`'),
+        ('{"images": {"a": 1}}', r'no list of `"images"`'),
+        ("junk", "cannot be read as JSON"),
+        *(
+            (json.dumps({"images": [*rows, odd]}), r"images\[4\] lacks `filename`, `split`")
+            for odd in (1, {"filename": 1})
+        ),
+    ):
         file.write_text(content)
-        with pytest.raises(ValueError, match=r"split\.json: (a JSON list|no `\"images\"`|cannot be read as JSON)"):
+        with pytest.raises(ValueError, match=rf"split\.json: {named}"):
             open_dataset(file)
 
 

@@ -159,19 +159,16 @@ def karpathy(file: Path, split: str, images: Path | None) -> list[Captioned]:
     Raises:
         ValueError: when the file is of another kind, has no such split, or its pictures are not found.
     """
-    rows = read_json_object(file).get("images")
-    try:
-        found = [
-            (
-                Path(row.get("filepath", "")) / row["filename"],
-                [s["raw"].strip() for s in row["sentences"]],
-                row["split"],
-            )
-            for row in rows  # type: ignore[union-attr]
-        ]
-    except (TypeError, KeyError, AttributeError):
-        wanted = 'no `"images"` with `filename`, `split`, and `sentences` with `raw`'
-        raise ValueError(f"{file}: {wanted}, which Karpathy's split files have") from None
+    rows, found = read_json_object(file).get("images"), []
+    if not isinstance(rows, list):
+        raise ValueError(f'{file}: no list of `"images"`, which Karpathy\'s split files have')
+    for i, row in enumerate(rows):
+        try:
+            captions = [sentence["raw"].strip() for sentence in row["sentences"]]
+            found.append((Path(row.get("filepath", "")) / row["filename"], captions, row["split"]))
+        except (TypeError, KeyError, AttributeError):
+            wanted = "lacks `filename`, `split`, or `sentences` with `raw`, which Karpathy's split files have"
+            raise ValueError(f"{file}: images[{i}] {wanted}") from None
     chosen = [(name, [c for c in captions if c]) for name, captions, part in found if part == split]
     if not chosen:
         parts = sorted({part for *_, part in found})
