@@ -58,3 +58,5 @@ def test_accuracy_and_cost_of_every_model_with_the_stages_of_a_run_joined() -> N
     assert [line.get_label() for line in panel.lines] == ["teacher", "half", "random"]
     assert [len(line.get_xdata()) for line in panel.lines] == [1, 2, 1]
     assert panel.get_xlim()[0] == panel.get_ylim()[0] == 0 and panel.get_ylabel() == "top-1, %"
+    (none,) = accuracy_figure([("a", 0.1, 0.0), ("b", 0.2, 0.0)], "top-1, %").axes
+    assert none.get_ylim()[1] > 0

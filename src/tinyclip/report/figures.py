@@ -99,7 +99,7 @@ def accuracy_figure(points: Sequence[tuple[str, float, float]], ylabel: str) -> 
             _label(panel, name.partition("/")[2], cost, value, colour)
     panel.set(xlabel="GMACs of a pair", ylabel=ylabel)
     panel.set_xlim(0, 1.1 * panel.dataLim.x1)
-    panel.set_ylim(0, 1.1 * panel.dataLim.y1)
+    panel.set_ylim(0, 1.1 * max(panel.dataLim.y1, 1.0))
     _plain(panel)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
