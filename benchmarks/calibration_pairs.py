@@ -1,6 +1,6 @@
 """How many pairs measured importance needs: what is kept, and the accuracy before any training, by number of pairs.
 
-    python benchmarks/calibration_pairs.py                                  # the table of docs/calibrated.md
+    python benchmarks/calibration_pairs.py                                  # the emoji teacher, to 50 and 25 %
     python benchmarks/calibration_pairs.py --shape ViT-B-32 --pairs 1024    # time on a large model, random weights
 
 Kept in common: share of the kept size that the largest calibration with another seed keeps too; its own row shows how

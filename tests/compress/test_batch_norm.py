@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.helpers.models import random_resnet, resnet_config, small_config
-from tests.helpers.runs import buffers, resnet_recipe, stopped
+from tests.helpers.runs import buffers, events_of, resnet_recipe, stopped
 from tests.helpers.runs import resnet_place as resnet_place
 from tinyclip.compress.batch_norm import batch_norms, freeze, reestimate, synchronise
 from tinyclip.compress.inheritance import inherit
@@ -70,7 +69,7 @@ def test_a_frozen_stage_starts_from_reestimated_statistics(resnet_place: Path, t
     found = buffers(tmp_path / "run" / "student")
     assert all(torch.equal(value, found[key]) for key, value in wanted.named_buffers())
     assert any(not torch.equal(value, p) for value, p in zip(wanted.parameters(), teacher.parameters(), strict=False))
-    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = events_of(tmp_path / "run")
     assert {"event": "batch_norm", "stage": "half", "batches": 3} in events
 
 

@@ -41,7 +41,7 @@ def test_two_stages_leave_checkpoints_metrics_and_a_student(place: Path, tmp_pat
     student, _, preprocess = load_checkpoint(out / "student")
     assert (student.config.vision.width, student.config.text.layers) == (16, 1) and preprocess.image_size == 16
     assert not (out / "stages" / "50" / "last" / "state.pt").exists()
-    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    events = events_of(out)
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5] * 2
     assert all(math.isfinite(e["loss"]) and e["affinity"] == e["loss"] for e in events if e["event"] == "step")
 

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +11,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.helpers.runs import SHAPE, recipe, stage, weights
+from tests.helpers.runs import SHAPE, events_of, recipe, stage, stopped, weights
 from tinyclip.recipe.recipe import load_recipe
 from tinyclip.train import loop, tracking
-from tinyclip.train.resume import Interrupted
 from tinyclip.train.tracking import flat
 
 
@@ -25,23 +21,12 @@ def run(chosen: Any, stop_at: int | None = None, **options: Any) -> list[dict[st
     """Return the events of a run, which may be stopped at a step."""
     events: list[dict[str, Any]] = []
     started = loop.start(chosen, **options)
-
-    def listen(event: dict[str, Any]) -> None:
-        events.append(event)
-        if event["event"] == "step" and event["step"] == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    started.listener = listen
+    started.listener = events.append
     if stop_at is None:
         loop.run(started)
     else:
-        with pytest.raises(Interrupted):
-            loop.run(started)
+        stopped(started, stop_at)
     return events
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -53,7 +38,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def logged(folder: Path, offsets: dict[str, int], name: str) -> list[tuple[int, float]]:
     """Return the values of one figure in metrics.jsonl."""
-    steps = [e for e in metrics(folder) if e["event"] == "step"]
+    steps = [e for e in events_of(folder) if e["event"] == "step"]
     return [(offsets[e["stage"]] + e["step"], pytest.approx(e[name], rel=1e-6)) for e in steps]
 
 
@@ -61,7 +46,7 @@ def test_metrics_have_what_a_run_is_judged_by(place: Path, tmp_path: Path) -> No
     auto = {"target_sparsity": 0.2, "steps": 3}
     learned = stage(student={}, inherit="auto", auto=auto, steps=6, loss={"affinity": 1, "contrastive": 0.1})
     run(recipe(place, tmp_path / "run", stages=[learned]))
-    steps = [e for e in metrics(tmp_path / "run") if e["event"] == "step"]
+    steps = [e for e in events_of(tmp_path / "run") if e["event"] == "step"]
     everywhere = {"loss", "affinity", "contrastive", "lr", "grad_norm", "pairs_per_s", "data_wait_s", "data_wait_share"}
     everywhere |= {"memory_gb", "skipped", "skipped_by_cause", "skipped_steps"}
     assert len(steps) == 6 and all(everywhere <= e.keys() for e in steps)
@@ -88,7 +73,7 @@ def test_waiting_for_data_is_measured(place: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(loop.Trainee, "step", step)
     monkeypatch.setattr(loop.Trainee, "figures", lambda *_: {"loss": 0.0, "lr": 0.0})
     run(recipe(place, tmp_path / "run", stages=[stage(steps=4)]))
-    last = [e for e in metrics(tmp_path / "run") if e["event"] == "step"][-1]
+    last = [e for e in events_of(tmp_path / "run") if e["event"] == "step"][-1]
     assert (last["data_wait_s"], last["data_wait_share"], last["pairs_per_s"]) == (3.0, 0.75, 2.0)
 
 
@@ -215,7 +200,7 @@ def test_wandb_and_trackio_get_every_figure_and_one_run(
     first, second = calls.of("init")
     assert first == second and first["id"].startswith("run-") and first["resume"] == "allow"
     assert first["project"] == "mine" and first["config"]["stages"][0]["name"] == "50"
-    steps = [e for e in metrics(tmp_path / "run") if e["event"] == "step"]
+    steps = [e for e in events_of(tmp_path / "run") if e["event"] == "step"]
     assert [(c["step"], c["train/loss"]) for c in calls.of("log")] == [(e["step"], e["loss"]) for e in steps]
     assert len(calls.of("finish")) == 2
     run(recipe(place, tmp_path / "run", tracking=[name], stages=[stage()]), overwrite=True)
@@ -232,7 +217,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
 
     calls = stand_in(monkeypatch, "wandb", fail)
     events = run(recipe(place, tmp_path / "run", tracking=["wandb", "tensorboard"], stages=[stage()]))
-    warnings = [e["text"] for e in metrics(tmp_path / "run") if e["event"] == "warning"]
+    warnings = [e["text"] for e in events_of(tmp_path / "run") if e["event"] == "warning"]
     named = "wandb failed (ConnectionError: no route); continuing without it, metrics.jsonl has everything"
     assert warnings == [named] and sum(e["event"] == "step" for e in events) == 5
     assert len(calls.of("log")) == (0 if when == "log" else 5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -53,23 +54,30 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """Return the student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
-    pairs = run.recipe.stages[i].batch_size // world_size()  # if training fits in memory, so does this
-    masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
+    masks, batches = from_main(lambda: _measured_masks(run, i, base))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
     return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
 
 
-def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str, Tensor], int]:
+@contextmanager
+def _measuring(run: Run, i: int, base: CLIP) -> Iterator[tuple[CLIP, Counted[Sample]]]:
+    """Yield a copy of the base to measure, and the batches to measure on."""
+    pairs = run.recipe.stages[i].batch_size // world_size()  # if training fits in memory, so does this
+    loader, model = loader_of(run, i, pairs=pairs), compact(base, {}).eval()
+    source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess_for(run, base))
+    with attention(run.device), closing(loader):
+        yield model, Counted(source)
+
+
+def _measured_masks(run: Run, i: int, base: CLIP) -> tuple[dict[str, Tensor], int]:
     """Return the measured masks, on the CPU since they may go to other processes, and the number of batches used."""
     stage = run.recipe.stages[i]
-    settings, preprocess = stage.calibrated, preprocess_for(run, base)
+    settings = stage.calibrated
     assert settings is not None, "the caller checks"
-    model, targets = compact(base, {}).eval(), budgets(settings, stage.towers)
-    loader = loader_of(run, i, pairs=pairs)
-    source = Counted(samples(loader, run.recipe.data, model, run.tokenizer, preprocess))
+    targets = budgets(settings, stage.towers)
     how = calibration(settings, run.original, _scale(run, stage), run.recipe.seed + i)
-    with attention(run.device), closing(loader):
+    with _measuring(run, i, base) as (model, source):
         if targets is None:
             assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
             towers = TOWERS[stage.towers]
@@ -89,15 +97,11 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str,
 
 def measured_importance(run: Run, i: int, student: CLIP, sizes: Mapping[str, int], batches: int) -> dict[str, Tensor]:
     """Return the importance of the elements of these axes, on the CPU; the first process measures."""
-    stage, preprocess = run.recipe.stages[i], preprocess_for(run, student)
-    pairs = stage.batch_size // world_size()
 
     def measured() -> dict[str, Tensor]:
-        loader, model = loader_of(run, i, pairs=pairs), compact(student, {}).eval()
-        source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess)
-        how = Calibration(_scale(run, stage))
+        how = Calibration(_scale(run, run.recipe.stages[i]))
         masks = {name: torch.ones(size) for name, size in sizes.items()}
-        with attention(run.device), closing(loader):
+        with _measuring(run, i, student) as (model, source):
             found = how.measure(model, telling(source, 0, batches, batches), masks, run.recipe.seed + i)
         ended(WORK)
         return {name: value.cpu() for name, value in found.items()}
