@@ -54,30 +54,38 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """Return the student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
-    masks, batches = from_main(lambda: _measured_masks(run, i, base))
+    pairs = _pairs(run, i)
+    masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
     return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
 
 
+def _pairs(run: Run, i: int) -> int:
+    """Return the pairs of a batch to measure on: each process's share, as that fits in memory in training.
+
+    Not to be called inside `from_main`, where the world is one process.
+    """
+    return run.recipe.stages[i].batch_size // world_size()
+
+
 @contextmanager
-def _measuring(run: Run, i: int, base: CLIP) -> Iterator[tuple[CLIP, Counted[Sample]]]:
+def _measuring(run: Run, i: int, base: CLIP, pairs: int) -> Iterator[tuple[CLIP, Counted[Sample]]]:
     """Yield a copy of the base to measure, and the batches to measure on."""
-    pairs = run.recipe.stages[i].batch_size // world_size()  # if training fits in memory, so does this
     loader, model = loader_of(run, i, pairs=pairs), compact(base, {}).eval()
     source = samples(loader, run.recipe.data, model, run.tokenizer, preprocess_for(run, base))
     with attention(run.device), closing(loader):
         yield model, Counted(source)
 
 
-def _measured_masks(run: Run, i: int, base: CLIP) -> tuple[dict[str, Tensor], int]:
+def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str, Tensor], int]:
     """Return the measured masks, on the CPU since they may go to other processes, and the number of batches used."""
     stage = run.recipe.stages[i]
     settings = stage.calibrated
     assert settings is not None, "the caller checks"
     targets = budgets(settings, stage.towers)
     how = calibration(settings, run.original, _scale(run, stage), run.recipe.seed + i)
-    with _measuring(run, i, base) as (model, source):
+    with _measuring(run, i, base, pairs) as (model, source):
         if targets is None:
             assert settings.latency_ms is not None, "the recipe's validation asks for one of the two"
             towers = TOWERS[stage.towers]
@@ -97,11 +105,12 @@ def _measured_masks(run: Run, i: int, base: CLIP) -> tuple[dict[str, Tensor], in
 
 def measured_importance(run: Run, i: int, student: CLIP, sizes: Mapping[str, int], batches: int) -> dict[str, Tensor]:
     """Return the importance of the elements of these axes, on the CPU; the first process measures."""
+    pairs = _pairs(run, i)
 
     def measured() -> dict[str, Tensor]:
         how = Calibration(_scale(run, run.recipe.stages[i]))
         masks = {name: torch.ones(size) for name, size in sizes.items()}
-        with _measuring(run, i, student) as (model, source):
+        with _measuring(run, i, student, pairs) as (model, source):
             found = how.measure(model, telling(source, 0, batches, batches), masks, run.recipe.seed + i)
         ended(WORK)
         return {name: value.cpu() for name, value in found.items()}
