@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,6 +272,61 @@ def test_only_what_killed_writers_left_is_cleared_up(tmp_path: Path) -> None:
     remove_leftovers(run)
     assert not any((run / name).exists() for name in ours) and not list(stage.glob(".last.*[48].tmp"))
     assert all((run / name).read_text() == "x" for name in theirs)
+
+
+def test_leftovers_in_a_checkpoint_of_a_run_are_cleared_up(tmp_path: Path) -> None:
+    """A run killed while it adds a file to a finished checkpoint leaves the half-written file, or marker, in there."""
+    run, last = tmp_path / "run", tmp_path / "run" / "stages" / "a" / "last"
+    run.mkdir()
+    ownership.claim(run, "run", ["stages/a/last/", "student/"])
+    last.mkdir(parents=True)
+    ownership.claim(last, "model", ["README.md"])
+    ours, theirs = (
+        (".README.md.ab12cd34.tmp", "..tinyclip.json.ab12cd34.tmp"),
+        (".letter.ab12cd34.tmp", "README.md.tmp"),
+    )
+    for name in (*ours, *theirs):
+        (last / name).write_text("x")
+    remove_leftovers(run)
+    assert listed(last) == sorted([MARKER, *theirs])
+    (last / ours[0]).write_text("x")
+    (last / MARKER).write_text("damaged")
+    remove_leftovers(run)  # nobody knows what was recorded
+    assert (last / ours[0]).exists()
+
+
+@pytest.mark.parametrize("moment", range(7))
+def test_clearing_up_that_was_killed_can_be_done_again(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The marker of a half-written folder goes last, since without it nobody knows whose the folder is."""
+    run, half = tmp_path / "run", tmp_path / "run" / ".student.ab12cd34.tmp"
+    run.mkdir()
+    ownership.claim(run, "run", ["student/"])
+    (half / "deep").mkdir(parents=True)
+    ownership.write_marker(half, ownership.Marker("model", unfinished=True))
+    for name in ("a.txt", "z.txt", "deep/b.txt", f"deep/{MARKER}"):
+        (half / name).write_text("x")
+    calls = 0
+
+    def unless_killed(do: Callable[..., None]) -> Callable[..., None]:
+        def done(*arguments: Any, **options: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                raise KeyboardInterrupt
+            do(*arguments, **options)
+
+        return done
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, unless_killed(getattr(os, name)))
+    with pytest.raises(KeyboardInterrupt):
+        remove_leftovers(run)
+    monkeypatch.undo()
+    assert (half / MARKER).exists() or not any(half.iterdir())
+    remove_leftovers(run)
+    assert listed(run) == [MARKER]
 
 
 @pytest.mark.parametrize("moment", range(8))

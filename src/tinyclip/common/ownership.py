@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -224,11 +223,17 @@ def _sort_marked(folder: Path, temporary: bool, ours: list[Path], others: list[P
         ours.extend(halves)
         others.extend(sorted(set(folder.iterdir()).difference(halves)))
     elif temporary and marker.unfinished:
-        ours.extend(sorted(folder.rglob("*"), key=lambda path: (-len(path.parts), path.name == MARKER)))
+        ours.extend(_everything(folder))
     else:
         mine, rest = _sorted(folder, marker)
         ours.extend(mine)
         others.extend(rest)
+
+
+def _everything(folder: Path) -> list[Path]:
+    """Return all entries of an unfinished folder in the order in which they can be removed: its marker last, so that
+    an interrupted removal can be repeated."""
+    return sorted(folder.rglob("*"), key=lambda path: (-len(path.parts), path.name == MARKER))
 
 
 def _halves_of_marker(folder: Path) -> list[Path]:
@@ -291,7 +296,7 @@ def discard(folder: Path, keep: Collection[str] = ()) -> None:
         if marker is None:
             _remove(_halves_of_marker(folder))
         elif marker.unfinished:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(_everything(folder))
         else:
             ours, _ = _sorted(folder, marker)
             _remove(path for path in ours if path.parent != folder or path.name not in keep)
@@ -334,6 +339,10 @@ def leftovers(folder: Path) -> Iterator[tuple[Path, Path]]:
             base = _half_of(entry.relative_to(folder).as_posix(), marker)
             if base is not None and not stat.S_ISLNK(_mode(entry)):
                 yield entry, folder / base
+    for name in sorted(name for name in marker.files if name.endswith("/")):
+        if stat.S_ISDIR(_mode(folder / name.rstrip("/"))):
+            with suppress(ValueError):  # a damaged marker is for those who read that folder
+                yield from leftovers(folder / name)
 
 
 def carry(old: Path, new: Path) -> None:
