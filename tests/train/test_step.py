@@ -107,8 +107,8 @@ def test_micro_batches_and_checkpointing_keep_less(case: str) -> None:
 
 @pytest.mark.parametrize(("case", "size"), [("affinity", None), ("masks, all terms", 4)])
 def test_compiled_towers_give_the_same_and_settle(case: str, size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for the real compiler but run without it, which would take minutes."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    """Traced as for the real compiler, each tower in one piece, but run without it, which would take minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     batch = batch_of()
     trainee = trainee_of(case, compile=True, micro_batch=size)

@@ -152,7 +152,9 @@ class Block(nn.Module):
 
 def _sum(x: Tensor, y: Tensor) -> Tensor:
     """Add x + y; in place under `torch.inference_mode`, as x is no longer needed. Compilers plan memory themselves."""
-    return x.add_(y) if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() else x + y
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # in this order: the second one
+        return x + y  # cannot be traced, so it would cut the graph of each block into three
+    return x.add_(y)
 
 
 def _scaled(x: Tensor, *factors: Tensor | None) -> Tensor:
