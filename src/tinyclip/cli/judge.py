@@ -40,6 +40,7 @@ from tinyclip.common.files import json_text
 
 if TYPE_CHECKING:
     from tinyclip.evaluate.contenders import Contender
+    from tinyclip.report.runs import Entry
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
 PerClass = Annotated[bool, typer.Option("--per-class", help="Also report every class.")]
@@ -333,7 +334,8 @@ def structure(
         print_table(("tower", "what", "in each block"), drawing.rows(config))
 
 
-def write_run_report(runs: list[Path], path: Path, title: str) -> None:
+def write_run_report(runs: list[Path], path: Path, title: str) -> list[Entry]:
+    """Write the report of the runs, print its table and what was left out of the data, and return the models."""
     from tinyclip.common import faults
     from tinyclip.report.runs import COLUMNS, report, table
 
@@ -344,6 +346,7 @@ def write_run_report(runs: list[Path], path: Path, title: str) -> None:
             say(f"left out of the training data ({run / 'skipped.jsonl'}):")
             print_faults(left_out)
     say(f"report: {path}")
+    return entries
 
 
 def report(

@@ -88,7 +88,13 @@ def accuracy_figure(points: Sequence[tuple[str, float, float]], ylabel: str) -> 
         points: name, GMACs of a pair, accuracy in percent. `RUN/STAGE` is a stage of a run.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    panel = figure.subplots()
+    draw_accuracy(figure.subplots(), points, ylabel)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def draw_accuracy(panel: Axes, points: Sequence[tuple[str, float, float]], ylabel: str) -> None:
+    """Draw what `accuracy_figure` shows on a panel, without the legend."""
     groups: dict[str, list[tuple[str, float, float]]] = {}
     for point in points:
         groups.setdefault(point[0].partition("/")[0], []).append(point)
@@ -101,8 +107,6 @@ def accuracy_figure(points: Sequence[tuple[str, float, float]], ylabel: str) -> 
     panel.set_xlim(0, 1.1 * panel.dataLim.x1)
     panel.set_ylim(0, 1.1 * max(panel.dataLim.y1, 1.0))
     _plain(panel)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure
 
 
 def _averaged(points: Points) -> Points:
