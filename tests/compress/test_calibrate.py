@@ -16,7 +16,7 @@ from tinyclip.compress.latency import targets_for_latency
 from tinyclip.compress.size import resnet_size, sparsity
 from tinyclip.loss import affinity_loss
 from tinyclip.model.axes import GATES, axis_kind, axis_sizes, axis_table
-from tinyclip.model.config import CLIPConfig
+from tinyclip.model.config import CLIPConfig, vit_clip
 from tinyclip.model.costs import macs
 from tinyclip.model.model import CLIP
 
@@ -161,6 +161,23 @@ def test_budget_is_filled_up_to_one_element(config: CLIPConfig, gates: bool, uni
             again = masks | {name: mask.index_fill(0, gone[found[name][gone].argmax()], 1.0)}
             back.append(removed(config, again, unit=unit))
     assert min(back) < 0.4
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize(
+    "targets", [{"both": 0.5}, {"both": 0.9}, {"visual": 0.3, "text": 0.7}, {"visual": 0.75}, {"text": 0.25}]
+)
+def test_any_budget_is_met(targets: dict[str, float], unit: Any, gates: bool, align: int) -> None:
+    config = vit_clip(64, (6, 96), (4, 64), 8, image_size=32, head_dim=8, vocab_size=100, context_length=16)
+    towers = {tower for name in targets for tower in BUDGETS[name]}
+    found = {name: x for name, x in random_importance(config, gates).items() if name.split(".")[0] in towers}
+    masks = fill_budget(found, config, targets, unit=unit, align=align)
+    student = compact(CLIP(config), masks).config
+    for name, target in targets.items():
+        left = sparsity(student, config, {}, BUDGETS[name], unit).item()
+        assert left == pytest.approx(target, abs=0.01)
 
 
 def test_what_matters_least_for_its_size_goes_first() -> None:

@@ -119,7 +119,7 @@ def test_every_recipe_smokes(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     chosen = load_recipe(path, ["workers=0"])
     results = smoke(chosen, small=True, evaluator=lambda data: evaluator(data, None))
     assert [r["stage"] for r in results] == [s.name for s in chosen.stages]
-    assert all(0 < r["seconds"] < 60 and "text" in r["shape"] for r in results)
+    assert all(r["seconds"] > 0 and "text" in r["shape"] for r in results)
     assert not list(tmp_path.glob("tinyclip*")) and set(ROOT.iterdir()) == before
 
 
