@@ -55,9 +55,9 @@ def main() -> None:
 def composed(models: Sequence[Entry]) -> Figure:
     """Draw what teacher and 25 % student find among the test pictures, above the accuracy and cost of all models."""
     whole = Figure(figsize=(11, 7.4), layout="constrained")
-    upper, lower = whole.subfigures(2, 1, height_ratios=(1.15, 1))
+    upper, lower = whole.subfigures(2, 1, squeeze=False, height_ratios=(1.15, 1)).flat
     pictures = [example.image for example in open_dataset(*EVALUATION)]
-    sides = upper.subfigures(1, 2, wspace=0.04)
+    sides = upper.subfigures(1, 2, squeeze=False, wspace=0.04).flat
     student = [model for model in models if model.path.is_relative_to("runs/emoji-25")][-1]
     for side, title, model in zip(sides, ("teacher", "student of 25 %"), (models[0], student), strict=True):
         clip = tinyclip.load(model.path)
