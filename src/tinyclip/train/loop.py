@@ -34,7 +34,7 @@ from tinyclip.recipe.stage import Stage
 from tinyclip.train import run_card
 from tinyclip.train.pruner import MASKS, Pruner, already_gone, off_target, saved_targets
 from tinyclip.train.resume import Clock, Interrupted, finish, forget_metrics, restore, save, settle, stop_signals
-from tinyclip.train.run import Progress, Run, attention, closing, loader_of, preprocess_for
+from tinyclip.train.run import Progress, Run, attention, closing, loader_of, preprocess_for, share
 from tinyclip.train.setup import start as start
 from tinyclip.train.stage_start import mask_targets, measured_importance, starting_student
 from tinyclip.train.step import Trainee
@@ -285,7 +285,7 @@ def _restored(run: Run, i: int, trainee: Trainee, last: Path, progress: Progress
 def _reestimate(run: Run, i: int, trainee: Trainee) -> None:
     """Re-estimate batch-norm statistics on the first batches of the stage's data. A separate loader is used, so the
     training loader still starts at its first batch, and a resumed run restores it at the right position."""
-    batches, pairs = trainee.stage.batch_norm_batches or 20, trainee.stage.batch_size // world_size()
+    batches, pairs = trainee.stage.batch_norm_batches or 20, share(trainee.stage)
 
     def measured() -> list[dict[str, Tensor]]:
         loader = loader_of(run, i, pairs=pairs)

@@ -67,6 +67,12 @@ def preprocess_for(run: Run, model: CLIP) -> Preprocess:
     return run.preprocess.model_copy(update={"image_size": model.config.vision.image_size})
 
 
+def share(stage: Stage) -> int:
+    """Return the pairs of a step that one process computes, which fit in its memory. Not inside `from_main`, where
+    the world is one process."""
+    return stage.batch_size // world_size()
+
+
 def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | None = None) -> Any:
     """Return the loader for this process's share of a stage's batches.
 
@@ -87,7 +93,7 @@ def loader_of(run: Run, i: int, cut: bool = False, order: int = 0, pairs: int | 
         context_length=context,
         image_size=run.caches[0].info.image_size if run.caches else size,
         augment=stage.augment,
-        batch_size=pairs or stage.batch_size // world_size(),
+        batch_size=pairs or share(stage),
         workers=run.recipe.workers,
         # Each stage, and each part of a stage, sees the data in a different order.
         seed=run.recipe.seed + i + 1000 * cut + 1_000_003 * order,

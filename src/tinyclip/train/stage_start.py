@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tinyclip.common.distributed import from_main, world_size
+from tinyclip.common.distributed import from_main
 from tinyclip.common.progress import Counted, ended
 from tinyclip.compress.calibrate import WORK, Calibration, calibrate, telling
 from tinyclip.compress.importance import Sample as Sample
@@ -21,7 +21,7 @@ from tinyclip.recipe.stage import Stage
 from tinyclip.teachers.teacher import Teacher
 from tinyclip.train.calibration_batches import calibration, samples
 from tinyclip.train.pruner import already_gone, budgets
-from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for
+from tinyclip.train.run import Run, attention, closing, loader_of, preprocess_for, share
 from tinyclip.zoo.checkpoint import load_checkpoint
 from tinyclip.zoo.resolve import STATE, resolve
 
@@ -54,19 +54,11 @@ def starting_student(run: Run, i: int, previous: CLIP | None) -> CLIP:
 
 def calibrated_student(run: Run, i: int, base: CLIP) -> CLIP:
     """Return the student of a stage with `inherit: calibrated`: the base, measured on the stage's data and cut."""
-    pairs = _pairs(run, i)
+    pairs = share(run.recipe.stages[i])
     masks, batches = from_main(lambda: _measured_masks(run, i, base, pairs))
     kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
     run.emit({"event": "cut", "stage": run.recipe.stages[i].name, "step": 0, "batches": batches, "kept": kept})
     return compact(compact(base, {}).eval(), {name: mask.to(run.device) for name, mask in masks.items()})
-
-
-def _pairs(run: Run, i: int) -> int:
-    """Return the pairs of a batch to measure on: each process's share, as that fits in memory in training.
-
-    Not to be called inside `from_main`, where the world is one process.
-    """
-    return run.recipe.stages[i].batch_size // world_size()
 
 
 @contextmanager
@@ -105,7 +97,7 @@ def _measured_masks(run: Run, i: int, base: CLIP, pairs: int) -> tuple[dict[str,
 
 def measured_importance(run: Run, i: int, student: CLIP, sizes: Mapping[str, int], batches: int) -> dict[str, Tensor]:
     """Return the importance of the elements of these axes, on the CPU; the first process measures."""
-    pairs = _pairs(run, i)
+    pairs = share(run.recipe.stages[i])
 
     def measured() -> dict[str, Tensor]:
         how = Calibration(_scale(run, run.recipe.stages[i]))
