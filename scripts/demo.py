@@ -20,7 +20,7 @@ from tinyclip.cli.compress import run_recipe
 from tinyclip.cli.judge import write_run_report
 from tinyclip.cli.terminal import fail, say
 from tinyclip.evaluate.metrics import open_dataset
-from tinyclip.recipe.recipe import load_recipe
+from tinyclip.recipe.recipe import Evaluation, load_recipe
 from tinyclip.report.figures import draw_accuracy
 from tinyclip.report.runs import Entry, accuracy_points
 from tinyclip.report.structure import figure
@@ -28,7 +28,6 @@ from tinyclip.zoo.checkpoint import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "assets/emoji-teacher"
-EVALUATION = "assets/emoji/eval", "assets/emoji/templates.txt"
 QUERIES = ("a green apple", "a sad cat", "something to eat")
 FOUND = 5  # pictures shown for a query
 RECIPES = ("emoji-50", "emoji-25", "emoji-auto", "emoji-50-random-affinity", "emoji-50-random-contrastive")
@@ -43,7 +42,8 @@ def main() -> None:
         resume = (Path(recipe.output) / "recipe.yaml").exists()
         runs.append(run_recipe(recipe, overwrite=False, resume=resume, hint="make demo"))
     models = write_run_report(runs, Path("runs/report.html"), "tinyclip demo: a CLIP of emoji drawings, made small")
-    composed(models).savefig("runs/demo.png", dpi=150)
+    assert recipe.evaluation is not None, "the table shows accuracies"
+    composed(models, recipe.evaluation).savefig("runs/demo.png", dpi=150)
     say("what teacher and student find, and what they cost: runs/demo.png")
     student, teacher = (read_config(place) for place in ("runs/emoji-auto/student", TEACHER))
     figure(student, teacher).savefig("runs/structure.png", dpi=150)
@@ -52,11 +52,11 @@ def main() -> None:
     say(f"{minutes:.1f} minutes. Try: .venv/bin/tinyclip classify runs/emoji-50/student PHOTO 'a red apple'")
 
 
-def composed(models: Sequence[Entry]) -> Figure:
+def composed(models: Sequence[Entry], evaluation: Evaluation) -> Figure:
     """Draw what teacher and 25 % student find among the test pictures, above the accuracy and cost of all models."""
     whole = Figure(figsize=(11, 7.4), layout="constrained")
     upper, lower = whole.subfigures(2, 1, squeeze=False, height_ratios=(1.15, 1)).flat
-    pictures = [example.image for example in open_dataset(*EVALUATION)]
+    pictures = [example.image for example in open_dataset(evaluation.data, evaluation.templates)]
     sides = upper.subfigures(1, 2, squeeze=False, wspace=0.04).flat
     student = [model for model in models if model.path.is_relative_to("runs/emoji-25")][-1]
     for side, title, model in zip(sides, ("teacher", "student of 25 %"), (models[0], student), strict=True):

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
     from tinyclip.teachers.make_cache import Report
 
 
+Teacher = Annotated[
+    str,
+    typer.Argument(
+        help="As in recipes: a checkpoint, a name, open_clip:.., transformers:..", autocompletion=complete_model
+    ),
+]
+
+
 def pack(
     source: Annotated[Path, typer.Argument(help="Folder of images, or a .csv, .tsv, .jsonl or .parquet table.")],
     output: Annotated[Path, typer.Argument(help="Folder for the shards.")],
@@ -104,12 +112,7 @@ def prepare(
 
 
 def cache(
-    teacher: Annotated[
-        str,
-        typer.Argument(
-            help="As in recipes: a checkpoint, a name, open_clip:.., transformers:..", autocompletion=complete_model
-        ),
-    ],
+    teacher: Teacher,
     shards: Annotated[Path, typer.Argument(help="Folder of training shards.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Cache folder; default: SHARDS/cache-TEACHER.")

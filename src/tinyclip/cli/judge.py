@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from tinyclip.report.runs import Entry
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures to this file.")]
+Students = Annotated[
+    list[str],
+    typer.Argument(help="One or more models; each keeps its tokenizer and image size.", autocompletion=complete_model),
+]
 PerClass = Annotated[bool, typer.Option("--per-class", help="Also report every class.")]
 COUNTS = ("n", "n_images", "n_texts", "classes", "templates")
 
@@ -191,12 +195,7 @@ def compare(
         str,
         typer.Argument(help="Reference model: a checkpoint or a name.", autocompletion=complete_model),
     ],
-    students: Annotated[
-        list[str],
-        typer.Argument(
-            help="One or more models; each keeps its tokenizer and image size.", autocompletion=complete_model
-        ),
-    ],
+    students: Students,
     data: Annotated[list[Path], typer.Option(help="Images with classes or captions, as for `evaluate`.")],
     templates: Templates = None,
     classes: ClassNames = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -105,21 +105,35 @@ def make_cache(
     with _only_call(output, overwrite):
         from_main(lambda: _open_folder(output, info, clip, overwrite, shards))
         pending = from_main(lambda: [s.name for s in shards if not _is_done(output, s)])
-        mine = [shard for shard in shards if shard.name in pending[rank() :: world_size()]]
-        total, done, tokenize = sum(counts[s.name] for s in mine), 0, _tokenize(clip)
-        progress(0, total)
-        for shard in mine:
-            views = ShardViews(shard, tokenize, info)
-            features, loader = _Features(), _loader_of(views, batch_size, workers)
-            with closing(loader, AGAIN):
-                for block in loader:
-                    features.add(block, teacher, batch_size, precision)
-                    progress(done + features.seen, total)
-            features.check(shard, counts[shard.name])
-            done += features.seen
-            features.write(feature_file(output, shard.name), shard, info, teacher.embed_dim)
+        mine = {shard: counts[shard.name] for shard in shards if shard.name in pending[rank() :: world_size()]}
+        _store(mine, output, info, teacher, _tokenize(clip), batch_size, workers, progress)
         gather_objects(None)  # wait for all processes
         return from_main(lambda: _summary(output, shards, len(pending)))
+
+
+def _store(
+    shards: Mapping[Path, int],
+    output: Path,
+    info: CacheInfo,
+    teacher: Teacher | ForeignTeacher,
+    tokenize: Tokenize,
+    batch_size: int,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Compute and write the features of this process's shards, each with its number of samples."""
+    total, done = sum(shards.values()), 0
+    progress(0, total)
+    for shard, count in shards.items():
+        views = ShardViews(shard, tokenize, info)
+        features, loader = _Features(), _loader_of(views, batch_size, workers)
+        with closing(loader, AGAIN):
+            for block in loader:
+                features.add(block, teacher, batch_size, info.precision)
+                progress(done + features.seen, total)
+        features.check(shard, count)
+        done += features.seen
+        features.write(feature_file(output, shard.name), shard, info, teacher.embed_dim)
 
 
 # --- the folder -------------------------------------------------------------------------------------------------
