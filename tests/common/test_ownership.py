@@ -289,7 +289,14 @@ def test_leftovers_in_a_checkpoint_of_a_run_are_cleared_up(tmp_path: Path) -> No
         (last / name).write_text("x")
     remove_leftovers(run)
     assert listed(last) == sorted([MARKER, *theirs])
-    (last / ours[0]).write_text("x")
+    for link in (run / "stages", run / "stages" / "a", last):  # what lies beyond is not the run's
+        (last / ours[0]).write_text("x")
+        link.rename(tmp_path / "elsewhere")
+        link.symlink_to(tmp_path / "elsewhere")
+        remove_leftovers(run)
+        assert (last / ours[0]).exists()
+        link.unlink()
+        (tmp_path / "elsewhere").rename(link)
     (last / MARKER).write_text("damaged")
     remove_leftovers(run)  # nobody knows what was recorded
     assert (last / ours[0]).exists()

@@ -331,18 +331,20 @@ def leftovers(folder: Path) -> Iterator[tuple[Path, Path]]:
     marker = read_marker(folder)
     if marker is None or not folder.is_dir():
         return
-    places = {"."} | marker.folders
-    for place in sorted(places):
-        if not stat.S_ISDIR(_mode(folder / place)):
-            continue
+    for place in sorted(name for name in {"."} | marker.folders if _is_inside(folder, name)):
         for entry in sorted((folder / place).iterdir()):
             base = _half_of(entry.relative_to(folder).as_posix(), marker)
             if base is not None and not stat.S_ISLNK(_mode(entry)):
                 yield entry, folder / base
-    for name in sorted(name for name in marker.files if name.endswith("/")):
-        if stat.S_ISDIR(_mode(folder / name.rstrip("/"))):
-            with suppress(ValueError):  # a damaged marker is for those who read that folder
-                yield from leftovers(folder / name)
+    for name in sorted(name for name in marker.files if name.endswith("/") and _is_inside(folder, name)):
+        with suppress(ValueError):  # a damaged marker is for those who read that folder
+            yield from leftovers(folder / name)
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a recorded folder exists and no link leads to it."""
+    path = Path(name)
+    return all(stat.S_ISDIR(_mode(folder / part)) for part in (path, *path.parents[:-1]))
 
 
 def carry(old: Path, new: Path) -> None:
