@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from tests.helpers.processes import output
+
 COMMAND = [sys.executable, "-m", "tinyclip"]
 FILE_DATA = {"_type": "gradio.FileData"}
 
@@ -36,7 +38,7 @@ def start(*arguments: object, command: list[str] = COMMAND, **options: Any) -> t
 def stop(process: subprocess.Popen[str], number: int = signal.SIGINT) -> str:
     """Stop the page and return its standard error, which must hold no traceback."""
     process.send_signal(number)
-    errors = process.communicate(timeout=60)[1]
+    errors = output(process)[1]
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors, errors
     return errors

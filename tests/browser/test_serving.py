@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.clients import raw
+from tests.helpers.processes import output
 
 SERVER = """
 import asyncio, signal, sys, tempfile, threading
@@ -70,7 +71,7 @@ def test_it_ends(path: str, number: int, tmp_path: Path) -> None:
             connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
             assert process.stdout.readline() == f"/{path}\n"
         process.send_signal(number)
-        errors = process.communicate(timeout=60)[1]
+        errors = output(process)[1]
     assert process.returncode == 128 + number, errors
     assert not errors
     assert not list((tmp_path / "tmp").iterdir())

@@ -16,6 +16,7 @@ import yaml
 
 from tests.helpers.commands import tinyclip
 from tests.helpers.models import small_config
+from tests.helpers.processes import output
 from tests.helpers.shards import good, picture, write_shard
 from tinyclip.cli.main import app, main
 from tinyclip.cli.terminal import plural
@@ -193,7 +194,7 @@ def test_an_interrupted_start_is_quiet(module: str, number: int) -> None:
     process = subprocess.Popen([sys.executable, "-c", STARTED, module], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"here\n"
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = output(process)
     assert (process.returncode, error) == (-number if module == "tinyclip.common.stopping" else 128 + number, b"")
 
 
@@ -204,7 +205,8 @@ class Slow:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
             print("here", flush=True)
-            time.sleep(60)
+            while True:
+                time.sleep(0.01)  # short: a signal that comes just before a sleep does not wake it
 sys.meta_path.insert(0, Slow())
 from tinyclip.__main__ import main
 main()
@@ -222,7 +224,7 @@ def test_interrupting_a_run_saves_it_and_exits_130(place: Path, tmp_path: Path) 
         if "step 2:" in line:
             break
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = output(process)
     assert process.returncode == 130
     assert (
         "saved in" in error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 import torch
 import torch.multiprocessing
@@ -22,7 +23,7 @@ from tinyclip.zoo.resolve import MANIFEST
 
 SERVER = multiprocessing.get_context("forkserver")  # it imports everything once, so that processes start instantly
 SERVER.set_forkserver_preload(["tests.helpers.warm"])
-PATIENCE = 120  # seconds
+PATIENCE = 300  # seconds, before a test fails: a busy machine is slow
 
 
 def start(task: Callable[..., None], count: int, *arguments: Any) -> list[Any]:
@@ -94,6 +95,14 @@ def end(begun: list[Any]) -> list[int]:
         process.join(PATIENCE)
         assert not process.is_alive()
     return [process.exitcode for process in begun]
+
+
+def output(process: subprocess.Popen[AnyStr]) -> tuple[AnyStr, AnyStr]:
+    """Return what a process writes until it ends."""
+    try:
+        return process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()  # nothing to do once it has ended
 
 
 def kill(begun: list[Any]) -> None:

@@ -16,7 +16,18 @@ import torch
 import yaml
 
 from tests.helpers.models import ROOT
-from tests.helpers.processes import PATIENCE, assert_same, begin, command, end, last_step, start, start_command, until
+from tests.helpers.processes import (
+    PATIENCE,
+    assert_same,
+    begin,
+    command,
+    end,
+    last_step,
+    output,
+    start,
+    start_command,
+    until,
+)
 from tests.helpers.runs import recipe, stage
 from tinyclip.cli import compress
 from tinyclip.recipe.recipe import Recipe
@@ -77,7 +88,7 @@ def test_the_torchrun_script_stops_and_goes_on(place: Path, tmp_path: Path) -> N
     while last_step(Path(parts.output)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()
-    said = process.communicate(timeout=PATIENCE)[0]
+    said = output(process)[0]
     (line,) = [line for line in said.splitlines() if line.startswith("tinyclip: ")]
     assert re.search(r"stopped at step \d+ and saved in .*; resume with: torchrun --standalone .*--resume$", line), said
     done = subprocess.run(line.partition("resume with: ")[2].split(), **settings, timeout=PATIENCE)
