@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.models import ROOT, small_config
+from tests.helpers.processes import PATIENCE
 from tinyclip.recipe.recipe import load_recipe
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -147,4 +148,4 @@ def test_a_run_waits_for_what_it_starts_from(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_committed_page_is_what_its_results_give() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "evidence.py"), "--check"]
-    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+    assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=PATIENCE).returncode == 0

@@ -98,11 +98,13 @@ def end(begun: list[Any]) -> list[int]:
 
 
 def output(process: subprocess.Popen[AnyStr]) -> tuple[AnyStr, AnyStr]:
-    """Return what a process writes until it ends."""
-    try:
-        return process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()  # nothing to do once it has ended
+    """Return what a process writes until it ends; one that does not end is killed."""
+    with process:  # closes its pipes and waits, or the next test would be told of them
+        try:
+            return process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 def kill(begun: list[Any]) -> None:
